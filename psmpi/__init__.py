@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from psmpi.arrays.fitting import Training, fit
     from psmpi.errors import UserError
 
-__version__ = "0.1.0"
+__version__ = "0.3.0"
 __all__ = ["Fitted", "Training", "UserError", "__version__", "fit", "load"]
 
 # The modules that have these names, imported when one is asked for.

@@ -241,14 +241,15 @@ def train(
         start = control.agreed((lambda: begin(control, config, own, tell, layers, given)) if world.rank == 0 else None)
         folder = stack.enter_context(start.folder) if start is not None and start.folder is not None else None
         # Ranks may have been started in other folders.
-        found = share_path(control, str(Path(start.found).absolute()) if start is not None and start.found else "")
+        path = start.checkpoint if start is not None else ""
+        found = share_path(control, str(Path(path).absolute()) if path else "")
         ranks, cores = host(world)
         dataset, identity = agree(control, config, start, (local_rank(world), ranks), tell, given)
         # All files have been looked at.
         examiner.close()
         network = network_of(config, dataset)
         if start is not None:
-            found = start.found
+            found = start.checkpoint
             stem = f"{Path(config.data.dataset).stem}-{config.model.model}"
 
             def make() -> RunFolder:

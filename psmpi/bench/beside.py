@@ -35,11 +35,11 @@ def show_beside(rows: list[dict[str, Any]], title: str) -> None:
     for name in ("layers", "psmpi", "products alone", "ratio", "PyTorch", "psmpi / PyTorch"):
         table.add_column(name, justify="right")
     for row in rows:
-        ms = {name: median(found) for name, found in row["ms"].items()}
-        spread = {name: f"{ms[name]:.0f} ({min(found):.0f} to {max(found):.0f})" for name, found in row["ms"].items()}
-        theirs = ms.get("PyTorch")
+        ms = {name: median(times) for name, times in row["ms"].items()}
+        spread = {name: f"{ms[name]:.0f} ({min(times):.0f} to {max(times):.0f})" for name, times in row["ms"].items()}
+        pytorch = ms.get("PyTorch")
         table.add_row(
             row["kind"], spread["psmpi"], f"{row['products ms']:.0f}", f"{ms['psmpi'] / row['products ms']:.2f}",
-            spread.get("PyTorch", ""), "" if theirs is None else f"{ms['psmpi'] / theirs:.2f}",
+            spread.get("PyTorch", ""), "" if pytorch is None else f"{ms['psmpi'] / pytorch:.2f}",
         )  # fmt: skip
     Screen().print(table)

@@ -67,9 +67,9 @@ class Carrier:
                 _, _, device, packet = heapq.heappop(under_way)
                 _write(device, packet)
             ready = [device for device in self.devices if sends[device] <= now]
-            found, _, _ = select.select(ready, [], [], self._patience(now, under_way, sends))
+            readable, _, _ = select.select(ready, [], [], self._patience(now, under_way, sends))
             now = time.monotonic()
-            for device in found:
+            for device in readable:
                 packet = _read(device)
                 target = self.by_address.get(packet[16:20]) if packet[:1] >= b"\x40" and packet[:1] < b"\x50" else None
                 if target is None:

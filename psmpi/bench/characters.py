@@ -65,8 +65,8 @@ def characters(
         words += ["--domains", str(domains), "--widths", *[str(width)] * layers, "--halo", str(halo)]
         words += ["--optimizer", "sgd", "--lr", str(lr), "--clip", "0", "--in-place", "--threads", "1"]
         words += ["--epochs", str(epochs), "--batch-size", str(batch_size), "--max-steps", str(max_steps)]
-        found = _train(ranks, [*words, *options.split()], limit)
-        rows.append({"side": side, "width": width, "seconds_per_step": batch_size / found.pop("rate"), **found})
+        row = _train(ranks, [*words, *options.split()], limit)
+        rows.append({"side": side, "width": width, "seconds_per_step": batch_size / row.pop("rate"), **row})
         tell(
             f"{side} x {side}: {rows[-1]['weights']:,} weights, {rows[-1]['seconds_per_step']:.3g} s a step, "
             f"{100 * rows[-1]['accuracy']:.2f} % right"

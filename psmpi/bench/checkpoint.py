@@ -62,12 +62,12 @@ def checkpoint(
         except OSError as error:
             raise UserError(f"--folder {folder}: {error.strerror}") from None
     try:
-        found = _measure(world, Path(place), megabytes, classes, repeats, placement, gzip)
+        figures = _measure(world, Path(place), megabytes, classes, repeats, placement, gzip)
     finally:
         if place:
             shutil.rmtree(place, ignore_errors=True)
     if world.rank == 0:
-        _show(found, json)
+        _show(figures, json)
     return 0
 
 
@@ -92,10 +92,10 @@ def _measure(
         for vector in vectors.values():
             vector.copy()
         copies.append(time.perf_counter() - start)
-    alone, beside, pauses, whole, plain = [], [], [], [], []
+    undisturbed, beside, pauses, whole, plain = [], [], [], [], []
     held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for number in range(repeats + 1):
-        alone += [_step(control, vectors) for _ in range(5)]
+        undisturbed += [_step(control, vectors) for _ in range(5)]
         plain.append(_plain_file(place, 3 * 4 * layout.size) if world.rank == 0 else 0.0)
         control.wait_for_all()
         before, start = writer.pause, time.perf_counter()
@@ -129,7 +129,7 @@ def _measure(
         "written_seconds": median(whole),
         "plain_seconds": median(plain[1:]),
         "speed": median(b / a for a, b in zip(whole, plain[1:], strict=True)),
-        "step_seconds": median(alone),
+        "step_seconds": median(undisturbed),
         "step_beside_seconds": median(beside),
         "extra_megabytes": (peak - held) * 1024 / 1e6,
         "writer_megabytes": written_by,
@@ -182,19 +182,20 @@ def _step(control: Control, vectors: dict[str, np.ndarray]) -> float:
     return time.perf_counter() - start
 
 
-def _show(found: dict[str, Any], as_json: bool) -> None:
+def _show(figures: dict[str, Any], as_json: bool) -> None:
     if as_json:
-        tell(json.dumps(found))
+        tell(json.dumps(figures))
         return
-    ratio = f" (ratio {found['pause_seconds'] / found['copy_seconds']:.1f})" if found["copy_seconds"] > 1e-3 else ""
+    pause, copy = figures["pause_seconds"], figures["copy_seconds"]
+    ratio = f" (ratio {pause / copy:.1f})" if copy > 1e-3 else ""
     tell(
-        f"checkpoint of {found['megabytes']:.0f} MB, {found['ranks']} rank(s), placement {found['placement']}\n"
-        f"training waits     {found['pause_seconds']:.2f} s ({found['pause_least']:.2f} to {found['pause_most']:.2f})\n"
-        f"copy in memory     {found['copy_seconds']:.2f} s on rank 0{ratio}\n"
-        f"written after      {found['written_seconds']:.2f} s; a plain file of the same bytes, synced, takes "
-        f"{found['plain_seconds']:.2f} s: {100 * found['speed']:.0f} % of its speed\n"
-        f"optimizer step     {1e3 * found['step_seconds']:.0f} ms alone, {1e3 * found['step_beside_seconds']:.0f} ms "
-        f"beside the writing\n"
-        f"extra memory       {found['extra_megabytes']:.1f} MB on rank 0, {found['writer_megabytes']:.0f} MB in the "
-        f"process that writes"
+        f"checkpoint of {figures['megabytes']:.0f} MB, {figures['ranks']} rank(s), placement {figures['placement']}\n"
+        f"training waits     {pause:.2f} s ({figures['pause_least']:.2f} to {figures['pause_most']:.2f})\n"
+        f"copy in memory     {copy:.2f} s on rank 0{ratio}\n"
+        f"written after      {figures['written_seconds']:.2f} s; a plain file of the same bytes, synced, takes "
+        f"{figures['plain_seconds']:.2f} s: {100 * figures['speed']:.0f} % of its speed\n"
+        f"optimizer step     {1e3 * figures['step_seconds']:.0f} ms alone, "
+        f"{1e3 * figures['step_beside_seconds']:.0f} ms beside the writing\n"
+        f"extra memory       {figures['extra_megabytes']:.1f} MB on rank 0, "
+        f"{figures['writer_megabytes']:.0f} MB in the process that writes"
     )

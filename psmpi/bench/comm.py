@@ -52,7 +52,7 @@ def comm(
     world = start()
     if world.size == 1:
         raise UserError("a transfer needs ranks: run it under mpirun, with 2 ranks or more")
-    control, found = Control(world), list[dict[str, Any]]()
+    control, rows = Control(world), list[dict[str, Any]]()
     for name in transfers or MOVES:
         for size in kilobytes:
             move = MOVES[name](world, max(world.size, round(1000 * size / DTYPE.itemsize)))
@@ -60,11 +60,11 @@ def comm(
                 if move.names[back]:
                     row = {"transfer": name, "direction": ("forward", "backward")[back], "calls": move.names[back]}
                     ways = [lambda: move.own(back), lambda: move.bare(back)]  # noqa: B023
-                    found.append({**row, "bytes": move.nbytes(back), **_compare(control, ways, pairs)})
+                    rows.append({**row, "bytes": move.nbytes(back), **_compare(control, ways, pairs)})
     if control.rank == 0:
-        _show(found, control.size)
+        _show(rows, control.size)
         if json:
-            Path(json).write_text(jsonlib.dumps({"ranks": control.size, "rows": found}) + "\n")
+            Path(json).write_text(jsonlib.dumps({"ranks": control.size, "rows": rows}) + "\n")
     return 0
 
 
@@ -90,7 +90,7 @@ def _seconds(control: Control, way: Callable[[], None], repeats: int) -> float:
     return float(control.rows(np.array([time.perf_counter() - begun])).max()) / repeats
 
 
-def _show(found: list[dict[str, Any]], ranks: int) -> None:
+def _show(rows: list[dict[str, Any]], ranks: int) -> None:
     from rich.table import Table
 
     table = Table(title=f"{counted(ranks, 'rank')}, microseconds a call, medians", title_justify="left")
@@ -98,7 +98,7 @@ def _show(found: list[dict[str, Any]], ranks: int) -> None:
         table.add_column(name)
     for name in ("bytes", "transfer", "bare", "ratio (quartiles)"):
         table.add_column(name, justify="right")
-    for row in found:
+    for row in rows:
         spread = f"{row['ratio']:.2f} ({row['low']:.2f}-{row['high']:.2f})"
         times = (f"{row['us']:,.1f}", f"{row['bare_us']:,.1f}")
         table.add_row(row["transfer"], row["direction"], row["calls"], f"{row['bytes']:,}", *times, spread)

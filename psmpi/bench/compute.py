@@ -182,7 +182,7 @@ def compute(
     machine = f"{platform.processor() or platform.machine()}, {threads} thread(s)"
     if model.ops.on_device:
         machine = f"{model.ops.description} on {machine}"
-    found = {
+    figures = {
         "machine": machine,
         "torch": torch.__version__,
         "numpy": np.__version__,
@@ -190,11 +190,11 @@ def compute(
         "gemm_gflops": peak,
         "rows": [vars(row) for row in rows],
     }
-    _show(rows, found)
+    _show(rows, figures)
     if json:
-        Path(json).write_text(jsonlib.dumps(found) + "\n")
+        Path(json).write_text(jsonlib.dumps(figures) + "\n")
     if plot:
-        _draw(rows, plot, found)
+        _draw(rows, plot, figures)
     return 0
 
 
@@ -231,18 +231,20 @@ def _row(name: str, kind: str, steps: tuple[Call, Call], waits: tuple[Call, Call
             into.append((time.perf_counter() - start) / count)
     ratios = [a / b for a, b in zip(*times, strict=True)]
     low, _, high = quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
-    mine, yours = median(times[0]), median(times[1])
-    return Row(name, kind, 1e3 * mine, 1e3 * yours, median(ratios), low, high, work / mine / 1e9, work / yours / 1e9)
+    psmpi_ms, yours = median(times[0]), median(times[1])
+    return Row(
+        name, kind, 1e3 * psmpi_ms, 1e3 * yours, median(ratios), low, high, work / psmpi_ms / 1e9, work / yours / 1e9
+    )
 
 
 def _line(row: Row) -> str:
     return f"{row.network} ({row.kind}): {row.ours_ms:.2f} ms, PyTorch {row.theirs_ms:.2f} ms, ratio {row.ratio:.2f}"
 
 
-def _show(rows: Sequence[Row], found: dict[str, Any]) -> None:
+def _show(rows: Sequence[Row], speeds: dict[str, Any]) -> None:
     from rich.table import Table
 
-    table = Table(title=f"a step of {found['batch_size']} samples; PyTorch {found['torch']}", title_justify="left")
+    table = Table(title=f"a step of {speeds['batch_size']} samples; PyTorch {speeds['torch']}", title_justify="left")
     table.add_column("network")
     table.add_column("PyTorch")
     for name in ("psmpi ms", "PyTorch ms", "ratio", "quartiles", "psmpi GFLOP/s", "PyTorch GFLOP/s"):
@@ -251,10 +253,10 @@ def _show(rows: Sequence[Row], found: dict[str, Any]) -> None:
         figures = (f"{row.ours_ms:.2f}", f"{row.theirs_ms:.2f}", f"{row.ratio:.2f}", f"{row.low:.2f}-{row.high:.2f}")
         table.add_row(row.network, row.kind, *figures, f"{row.ours_gflops:.0f}", f"{row.theirs_gflops:.0f}")
     Screen().print(table)
-    tell(f"float32 matrix product: {found['gemm_gflops']:.0f} GFLOP/s; {found['machine']}")
+    tell(f"float32 matrix product: {speeds['gemm_gflops']:.0f} GFLOP/s; {speeds['machine']}")
 
 
-def _draw(rows: Sequence[Row], path: str, found: dict[str, Any]) -> None:
+def _draw(rows: Sequence[Row], path: str, figures: dict[str, Any]) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 0.5 * len(rows) + 1.5), layout="constrained")
@@ -265,5 +267,5 @@ def _draw(rows: Sequence[Row], path: str, found: dict[str, Any]) -> None:
     axis.barh(names, ratios, xerr=np.abs(spread))
     axis.axvline(1.0, color="black", linewidth=1)
     axis.invert_yaxis()
-    axis.set_xlabel(f"time of psmpi / time of PyTorch {found['torch']}, {found['machine']}")
+    axis.set_xlabel(f"time of psmpi / time of PyTorch {figures['torch']}, {figures['machine']}")
     figure.savefig(path)

@@ -96,9 +96,9 @@ def _show(rows: list[dict[str, Any]]) -> None:
         table.add_column(name, justify="right")
     for row in rows:
         least = median(row["ms"]["lock-step"])
-        found = [median(times) for times in row["ms"].values()]
+        medians = [median(times) for times in row["ms"].values()]
         table.add_row(
-            str(row["ranks"]), rate_name(row["megabits"]), *(f"{one:.2f} ({least / one:.2f})" for one in found)
+            str(row["ranks"]), rate_name(row["megabits"]), *(f"{one:.2f} ({least / one:.2f})" for one in medians)
         )
     Screen().print(table)
 

@@ -81,13 +81,13 @@ def head(
         rows = [_measure(name, own_step(name, *shape, threads)[0], other, pairs) for name in named]
     del other
     memory = {name: _memory(name, shape, threads) for name in (*named, "PyTorch")}
-    found = {
+    figures = {
         "classes": classes, "features": features, "batch_size": batch_size, "scale": scale, "threads": threads,
         "torch": torch.__version__, "rows": rows, "memory_mb": memory,
     }  # fmt: skip
-    _show(found)
+    _show(figures)
     if json:
-        Path(json).write_text(jsonlib.dumps(found) + "\n")
+        Path(json).write_text(jsonlib.dumps(figures) + "\n")
     return 0
 
 
@@ -186,19 +186,19 @@ def _measure(name: str, ours: Call, other: Call, pairs: int) -> dict[str, Any]:
 def _memory(name: str, shape: Shape, threads: int) -> float:
     """MB that a process of its own needs for some steps."""
     context = multiprocessing.get_context("spawn")
-    mine, its = context.Pipe(duplex=False)
+    receiver, its = context.Pipe(duplex=False)
     process = context.Process(target=_steps, args=(its, name, shape, threads))
     process.start()
     its.close()
     try:
-        found: float = mine.recv()
+        nbytes: float = receiver.recv()
     except EOFError:
         raise UserError(
             f"the process that measures the memory of {name} ended early: is there memory enough?"
         ) from None
     finally:
         process.join()
-    return found
+    return nbytes
 
 
 def _steps(answer: Any, name: str, shape: Shape, threads: int) -> None:
@@ -225,18 +225,18 @@ def _held(name: str) -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) * 1024 / 1e6
 
 
-def _show(found: dict[str, Any]) -> None:
+def _show(figures: dict[str, Any]) -> None:
     from rich.table import Table
 
-    cosines = f", cosines times {found['scale']:g}" if found["scale"] else ""
-    sizes = f"{found['classes']} classes, {found['features']} features, {found['batch_size']} samples"
+    cosines = f", cosines times {figures['scale']:g}" if figures["scale"] else ""
+    sizes = f"{figures['classes']} classes, {figures['features']} features, {figures['batch_size']} samples"
     title = f"{sizes}{cosines}; PyTorch"
-    table = Table(title=f"{title} {found['torch']}", title_justify="left")
+    table = Table(title=f"{title} {figures['torch']}", title_justify="left")
     table.add_column("loss")
     for name in ("psmpi ms", "PyTorch ms", "ratio", "quartiles", "psmpi MB", "PyTorch MB"):
         table.add_column(name, justify="right")
-    memory = found["memory_mb"]
-    for row in found["rows"]:
+    memory = figures["memory_mb"]
+    for row in figures["rows"]:
         table.add_row(
             row["loss"],
             f"{row['ours_ms']:.0f}",

@@ -74,19 +74,19 @@ def hogwild(
              "rounds": rounds, "epochs": epochs}  # fmt: skip
     program = [sys.executable, "-m", "psmpi.bench.unlocked", jsonlib.dumps(given)]
     out = run_program([launcher(), "-n", str(ranks), *program], limit=limit)
-    found = next(jsonlib.loads(line) for line in out.splitlines() if line.startswith("{"))
-    _show(found, ranks, f"{samples:,} samples, {features:,} features, {entries} each")
+    figures = next(jsonlib.loads(line) for line in out.splitlines() if line.startswith("{"))
+    _show(figures, ranks, f"{samples:,} samples, {features:,} features, {entries} each")
     if plot:
-        _draw(found["rates"], plot)
+        _draw(figures["rates"], plot)
     if json:
-        Path(json).write_text(jsonlib.dumps({"options": given, "ranks": ranks, **found}) + "\n")
+        Path(json).write_text(jsonlib.dumps({"options": given, "ranks": ranks, **figures}) + "\n")
     return 0
 
 
-def _show(found: dict[str, Any], ranks: int, title: str) -> None:
+def _show(figures: dict[str, Any], ranks: int, title: str) -> None:
     from rich.table import Table
 
-    screen, rates = Screen(), found["rates"]
+    screen, rates = Screen(), figures["rates"]
     table = Table(title=f"million updates a second, median (least to largest): {title}", title_justify="left")
     for name in ("updates by", "workers", "millions", "times one process", "times the best lock", "loss", "score"):
         table.add_column(name, justify="right")
@@ -95,17 +95,17 @@ def _show(found: dict[str, Any], ranks: int, title: str) -> None:
         way, workers = name.split()
         locks = [rates[f"{lock} {workers}"] for lock in LOCKS if f"{lock} {workers}" in rates]
         beside = max(locks, key=median) if locks else []
-        loss, score = found["scores"].get(name, ("", ""))
+        loss, score = figures["scores"].get(name, ("", ""))
         table.add_row(
             NAMES[way], workers, f"{median(each) / 1e6:.3f} ({min(each) / 1e6:.3f} to {max(each) / 1e6:.3f})",
             _ratio(each, serial), _ratio(each, beside), *(f"{one:.5f}" if one != "" else "" for one in (loss, score)),
         )  # fmt: skip
     screen.print(table)
-    screen.tell(f"components of a minibatch: {found['components']:.1f} on the average")
-    for name, share in found.get("lost", {}).items():
+    screen.tell(f"components of a minibatch: {figures['components']:.1f} on the average")
+    for name, share in figures.get("lost", {}).items():
         screen.tell(f"lost by plain stores of {ranks} workers: {100 * share:.3f} % of the increments {name}")
-    told = ", ".join(f"{name} {a:g} and {b:g}" for name, (a, b) in PUBLISHED.items())
-    screen.tell(f"published run times without locks and in turn with locks, in s (Niu et al., 10 threads): {told}")
+    published = ", ".join(f"{name} {a:g} and {b:g}" for name, (a, b) in PUBLISHED.items())
+    screen.tell(f"published run times without locks and in turn with locks, in s (Niu et al., 10 threads): {published}")
 
 
 def _ratio(each: list[float], other: list[float]) -> str:

@@ -51,9 +51,9 @@ def kernels(backend: Backend = "auto", megabytes: int = 64, repeats: int = 20, t
     _show(rows, ops)
     _show_cells(cells, ops)
     if json:
-        found = {"backend": ops.description, "megabytes": megabytes, "rows": rows, "cells": cells}
+        figures = {"backend": ops.description, "megabytes": megabytes, "rows": rows, "cells": cells}
         with open(json, "w") as file:
-            file.write(jsonlib.dumps(found) + "\n")
+            file.write(jsonlib.dumps(figures) + "\n")
     return 0
 
 
@@ -90,18 +90,18 @@ def measure(ops: NumpyOps, size: int, repeats: int) -> list[dict[str, Any]]:
         work.append(("Adam", 7 * a.nbytes, partial(adam, a, b, c, d, 1e-3, 1.0, 0.9, 0.999, 1e-8, 0.0, 1.0)))
     if (momentum := ops.fused("momentum")) is not None:
         work.append(("momentum", 5 * a.nbytes, partial(momentum, a, b, c, 1e-3, 0.9, 0.0, False)))
-    found = []
+    table = []
     for name, nbytes, each in work:
-        mine, theirs = _seconds(ops, repeats, each, copy)
-        rates, copies = [nbytes / t / 1e9 for t in mine], [2 * a.nbytes / t / 1e9 for t in theirs]
+        kernel_seconds, copy_seconds = _seconds(ops, repeats, each, copy)
+        rates, copies = [nbytes / t / 1e9 for t in kernel_seconds], [2 * a.nbytes / t / 1e9 for t in copy_seconds]
         figures = {"megabytes": nbytes / 1e6, "gb_per_s": median(rates), "copy_gb_per_s": median(copies)}
-        found.append({"name": name, **figures, **_shares(rates, copies)})
-    return found
+        table.append({"name": name, **figures, **_shares(rates, copies)})
+    return table
 
 
 def measure_cells(ops: NumpyOps, repeats: int) -> list[dict[str, Any]]:
     """Medians and quartiles of GFLOP/s, of both ways through a layer of recurrent cells of each kind."""
-    dtype, (units, steps, batch), found = np.dtype(np.float32), SEQUENCES, []
+    dtype, (units, steps, batch), table = np.dtype(np.float32), SEQUENCES, []
     rng = np.random.default_rng(0)
 
     def some(*shape: int) -> np.ndarray:
@@ -131,11 +131,11 @@ def measure_cells(ops: NumpyOps, repeats: int) -> list[dict[str, Any]]:
         ]
         work = 2 * rows * units * steps * batch / 1e9
         for name, way, ready in ways:
-            mine, theirs = _seconds(ops, repeats, way, partial(ops.matmul, u, x, product), ready=ready)
-            rates, products = ([work / t for t in times] for times in (mine, theirs))
+            cell_seconds, product_seconds = _seconds(ops, repeats, way, partial(ops.matmul, u, x, product), ready=ready)
+            rates, products = ([work / t for t in times] for times in (cell_seconds, product_seconds))
             figures = {"gflop_per_s": median(rates), "product_gflop_per_s": median(products)}
-            found.append({"name": f"{name} of {kind}", **figures, **_shares(rates, products)})
-    return found
+            table.append({"name": f"{name} of {kind}", **figures, **_shares(rates, products)})
+    return table
 
 
 def _seconds(
@@ -157,7 +157,7 @@ def _seconds(
 
 def _shares(rates: list[float], others: list[float]) -> dict[str, float]:
     """The median and the quartiles of the rates' shares of others."""
-    shares = [mine / theirs for mine, theirs in zip(rates, others, strict=True)]
+    shares = [rate / other for rate, other in zip(rates, others, strict=True)]
     low, _, high = quantiles(shares, n=4) if len(shares) > 1 else shares * 3
     return {"share": median(shares), "low": low, "high": high}
 

@@ -30,11 +30,11 @@ def links(save: str = "") -> int:
     control = Control(start())
     if control.size == 1:
         raise UserError("a link has two ends: run it under mpirun, with 2 ranks or more")
-    found = find_links(control)
+    measured = find_links(control)
     if control.rank == 0:
-        _show(found)
+        _show(measured)
         if save:
-            write(found, Path(save))
+            write(measured, Path(save))
     return 0
 
 
@@ -44,21 +44,21 @@ def find_links(control: Control) -> dict[str, Link]:
     from psmpi.comm.world import host_numbers
     from psmpi.cost import Link
 
-    hosts, found = host_numbers(control.comm), {}
+    hosts, measured = host_numbers(control.comm), {}
     for name, same in (("within", True), ("between", False)):
         other = next((rank for rank in range(1, control.size) if (hosts[rank] == hosts[0]) == same), None)
         link = None if other is None else Link.measured(bare(control.comm), 0, other)
         if link is not None:
-            found[name] = link
+            measured[name] = link
         control.wait_for_all()
-    return found
+    return measured
 
 
-def _show(found: dict[str, Link]) -> None:
+def _show(measured: dict[str, Link]) -> None:
     from rich.table import Table
 
     names = {"within": "between ranks of a host", "between": "between hosts"}
-    for name, link in found.items():
+    for name, link in measured.items():
         table = Table(title=names[name], title_justify="left")
         for column in ("bytes", "microseconds", "MB/s"):
             table.add_column(column, justify="right")

@@ -36,9 +36,9 @@ class Watch:
         self.calls += 1
 
     def take(self) -> tuple[float, int]:
-        found = self.seconds, self.calls
+        totals = self.seconds, self.calls
         self.seconds, self.calls = 0.0, 0
-        return found
+        return totals
 
 
 def marched(config: Config, rounds: int = ROUNDS, sleep_ms: float = 0.0) -> int:
@@ -71,7 +71,7 @@ def marched(config: Config, rounds: int = ROUNDS, sleep_ms: float = 0.0) -> int:
         watches = [Watch(getattr(layers, name), 1e-3 * sleep_ms) for name in EVALUATIONS]
         for name, watch in zip(EVALUATIONS, watches, strict=True):
             setattr(layers, name, watch)
-        found: dict[str, list[list[float]]] = {}
+        times: dict[str, list[list[float]]] = {}
 
         def timed(name: str, work: Any) -> None:
             """All ranks do it together: time in all, and of each kind of evaluation the mean over calls and ranks."""
@@ -83,7 +83,7 @@ def marched(config: Config, rounds: int = ROUNDS, sleep_ms: float = 0.0) -> int:
             control.wait_for_all()
             seconds = time.perf_counter() - begun
             sums = control.total(np.array([watch.take() for watch in watches]).reshape(-1)).reshape(-1, 2)
-            found.setdefault(name, []).append([1e3 * one for one in (seconds, *(a / max(b, 1) for a, b in sums))])
+            times.setdefault(name, []).append([1e3 * one for one in (seconds, *(a / max(b, 1) for a, b in sums))])
 
         def step(name: str, factors: tuple[int, ...]) -> None:
             solver.begin(len(ids), 1, factors)
@@ -96,11 +96,11 @@ def marched(config: Config, rounds: int = ROUNDS, sleep_ms: float = 0.0) -> int:
         for number in range(rounds + (not sleep_ms)):
             if number == (not sleep_ms):
                 # The first one fills caches.
-                found.clear()
+                times.clear()
             step("exact", ())
             step("parallel", s.factors)
     if world.rank == 0:
-        tell(json.dumps(found))
+        tell(json.dumps(times))
     return 0
 
 

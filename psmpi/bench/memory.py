@@ -68,8 +68,8 @@ def memory(config: Config, json: bool = False) -> int:
         # The pairs alone; the element gradients and where they lie come on top.
         numbers = 2 * config.optimization.memory * int(method.newton.elements.restriction.sizes.sum())
         needed["curvature"] = method.dtype.itemsize * numbers
-    mine = [float(t.get(kind, 0)) for t in (held, needed) for kind in KINDS]
-    everyone = control.rows(np.array([*mine, float(traced)]))
+    own = [float(t.get(kind, 0)) for t in (held, needed) for kind in KINDS]
+    everyone = control.rows(np.array([*own, float(traced)]))
     if world.rank == 0:
         roles = ["worker" if w is not None else "master" for w in method.roles.workers]
         count = len(KINDS)

@@ -204,20 +204,20 @@ def halo(world: World, n: int) -> Move:
     ]
 
     def forth() -> None:
-        for k, (mine, _) in enumerate(ends):
-            out[k] = src[mine]
+        for k, (part, _) in enumerate(ends):
+            out[k] = src[part]
         graph.Neighbor_alltoall(out, into)
         dst[own] = src
-        for k, (_, theirs) in enumerate(ends):
-            dst[theirs] = into[k]
+        for k, (_, other) in enumerate(ends):
+            dst[other] = into[k]
 
     def back() -> None:
-        for k, (_, theirs) in enumerate(ends):
-            out[k] = dst[theirs]
+        for k, (_, other) in enumerate(ends):
+            out[k] = dst[other]
         graph.Neighbor_alltoall(out, into)
         src[...] = dst[own]
-        for k, (mine, _) in enumerate(ends):
-            src[mine] += into[k]
+        for k, (part, _) in enumerate(ends):
+            src[part] += into[k]
 
     return Move(made, src, dst, ("Neighbor_alltoall", "Neighbor_alltoall"), (forth, back))
 

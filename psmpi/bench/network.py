@@ -181,10 +181,10 @@ def network(
 def launcher() -> str:
     """The mpirun beside this Python, or of the system; UserError where there is none."""
     beside = Path(sys.executable).with_name("mpirun")
-    found = str(beside) if beside.exists() else shutil.which("mpirun")
-    if found is None:
+    path = str(beside) if beside.exists() else shutil.which("mpirun")
+    if path is None:
         raise UserError("there is no mpirun: pip install 'psmpi[mpi]', or load your site's MPI module")
-    return found
+    return path
 
 
 def run_program(command: Sequence[str], slow: bool = False, limit: int = 600) -> str:
@@ -235,10 +235,10 @@ def _ddp(ranks: int, hosts: list[str], options: Sequence[str], limit: int) -> di
     """Time a step; PyTorch trains the same network on as many samples, of random numbers."""
     before = wrapper(hosts) if hosts else []
     program = [sys.executable, "-m", "psmpi.bench.ddp", *options]
-    found = jsonlib.loads(
+    row = jsonlib.loads(
         run_program([launcher(), "-n", str(ranks), *before, *program], bool(hosts), limit).splitlines()[-1]
     )
-    return {"ms_per_step": found["ms_per_step"]}
+    return {"ms_per_step": row["ms_per_step"]}
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -73,17 +73,17 @@ def partition(
                     missing[mode] = str(error)
                     continue
                 seconds = time.perf_counter() - begun
-                found = measure(layers, owners, count)
+                volumes = measure(layers, owners, count)
                 rows.append(
                     {
                         "network": name,
                         "parts": count,
                         "mode": mode,
-                        "words": found.km1,
-                        "most sent": int(found.sends.max()),
-                        "cut": found.edge_cut,
-                        "imbalance": found.imbalance,
-                        "layer imbalance": found.layer_imbalance,
+                        "words": volumes.km1,
+                        "most sent": int(volumes.sends.max()),
+                        "cut": volumes.edge_cut,
+                        "imbalance": volumes.imbalance,
+                        "layer imbalance": volumes.layer_imbalance,
                         "seconds": seconds,
                     }
                 )
@@ -133,12 +133,12 @@ def _pruned(run: str) -> list[Pattern]:
         model.model, contents.in_shape, contents.layout.classes, **model.shape, by_step=contents.by_step,
         task=contents.task,
     )  # fmt: skip
-    found = [layer.pattern for layer in network.walk() if isinstance(layer, Sparse)]
-    if len(found) < 2:
+    patterns = [layer.pattern for layer in network.walk() if isinstance(layer, Sparse)]
+    if len(patterns) < 2:
         raise UserError(
-            f"--run {path}: --model {model.model} has {len(found)} sparse layers, and cuts need two or more"
+            f"--run {path}: --model {model.model} has {len(patterns)} sparse layers, and cuts need two or more"
         )
-    return found
+    return patterns
 
 
 def _show(rows: list[dict[str, Any]]) -> None:

@@ -25,9 +25,9 @@ def slowed(call: Any, seconds: float) -> Any:
     """The call, which sleeps so long besides."""
 
     def slow(*words: Any) -> Any:
-        found = call(*words)
+        result = call(*words)
         time.sleep(seconds)
-        return found
+        return result
 
     return slow
 
@@ -88,7 +88,7 @@ def pipelined(config: Config, depths: tuple[int, ...] = (1, 2, 4), sleep_ms: flo
             for name, method in methods.items():
                 times[name].append(trained(method, WARM + turn * steps, steps))
     if world.rank == 0:
-        tell(json.dumps({name: [1e3 * one for one in found] for name, found in times.items()}))
+        tell(json.dumps({name: [1e3 * one for one in seconds] for name, seconds in times.items()}))
     return 0
 
 

@@ -75,8 +75,8 @@ def predict(
                 # Each rank is alone on its host, and does not see that hosts share cores.
                 program = [*(["env", "PSMPI_WAIT=sleep"] if sleep_ms else []), *program]
                 out = run_program([launcher(), "-n", str(ranks), *before, *program], bool(hosts), limit)
-                found = jsonlib.loads(out.splitlines()[-1])
-                rows.append({"method": name, "megabits": rate, **found})
+                figures = jsonlib.loads(out.splitlines()[-1])
+                rows.append({"method": name, "megabits": rate, **figures})
                 row = rows[-1]
                 row["ratio"] = sum(row["predicted_ms"]) / sum(row["measured_ms"])
                 tell(_line(row))

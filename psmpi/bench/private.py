@@ -72,10 +72,10 @@ def private(
             problem = Problem(make_network("psnet", SHAPES[images], classes), loss, tuple(range(classes)))
             steps, sizes = make_steps(problem, batch_size, threads, pytorch)
             rows += _measured(loss, steps, sizes, pairs)
-    found = {"images": images, "classes": classes, "batch_size": batch_size, "threads": threads, "rows": rows}
-    _show(found)
+    figures = {"images": images, "classes": classes, "batch_size": batch_size, "threads": threads, "rows": rows}
+    _show(figures)
     if json:
-        Path(json).write_text(jsonlib.dumps(found) + "\n")
+        Path(json).write_text(jsonlib.dumps(figures) + "\n")
     return 0
 
 
@@ -159,16 +159,16 @@ def _measured(loss: str, steps: Mapping[str, Call], sizes: Mapping[str, float], 
     return rows
 
 
-def _show(found: dict[str, Any]) -> None:
+def _show(figures: dict[str, Any]) -> None:
     from rich.table import Table
 
-    title = f"PSNet for {found['images']}, {found['classes']} classes, {found['batch_size']} samples"
+    title = f"PSNet for {figures['images']}, {figures['classes']} classes, {figures['batch_size']} samples"
     table = Table(title=title, title_justify="left")
     table.add_column("loss")
     table.add_column("private layers")
     for name in ("ms", "ratio", "quartiles", "MB"):
         table.add_column(name, justify="right")
-    for row in found["rows"]:
+    for row in figures["rows"]:
         size = "" if row["megabytes"] is None else f"{row['megabytes']:.0f}"
         span = f"{row['low']:.2f} {row['high']:.2f}"
         table.add_row(row["loss"], row["way"], f"{row['ms']:.0f}", f"{row['ratio']:.2f}", span, size)

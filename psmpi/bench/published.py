@@ -81,8 +81,8 @@ def read(rows: Iterable[dict[str, float]]) -> dict[str, float]:
     """Test accuracy in % after epochs 10 and 20 and the median of epochs 41 to 50, as far as `rows` go."""
     accuracy = {int(row["epoch"]): 100 * row["test_accuracy"] for row in rows}
     plateau = [accuracy[epoch] for epoch in range(41, EPOCHS + 1) if epoch in accuracy]
-    found = {str(epoch): accuracy[epoch] for epoch in (10, 20) if epoch in accuracy}
-    return {**found, "41-50": median(plateau)} if len(plateau) == 10 else found
+    accuracies = {str(epoch): accuracy[epoch] for epoch in (10, 20) if epoch in accuracy}
+    return {**accuracies, "41-50": median(plateau)} if len(plateau) == 10 else accuracies
 
 
 def published(
@@ -169,9 +169,9 @@ def _show(rows: dict[str, list[list[dict[str, float]]]]) -> int:
         table.add_column(name, justify="left" if name in ("setting", "") else "right")
     failed = 0
     for setting in SETTINGS:
-        found = [read(run) for run in rows.get(setting.name, ())]
+        runs = [read(run) for run in rows.get(setting.name, ())]
         for label, figure in setting.figures.items():
-            values = [run[label] for run in found if label in run]
+            values = [run[label] for run in runs if label in run]
             if values:
                 floor = figure.floor(len(values))
                 passed = median(values) >= floor

@@ -73,8 +73,8 @@ def recorder(config: Config, json: bool = False) -> int:
             count, begun = flight.count, time.perf_counter()
             while control.share_flag(time.perf_counter() < begun + SECONDS or len(times) < GROUPS):
                 order = (0, 1) if len(times) % 2 else (1, 0)
-                found = {k: block(methods[k], STEPS) for k in order}
-                times.append((found[0], found[1]))
+                seconds = {k: block(methods[k], STEPS) for k in order}
+                times.append((seconds[0], seconds[1]))
             # Of the thread, whatever is computed beside it.
             thread = None if watch is None else watch.thread.ident
             used = 0.0 if thread is None else time.clock_gettime(time.pthread_getcpuclockid(thread))

@@ -111,7 +111,7 @@ def _ours(
             dy[:size].fill(1)
             lane.backward(c, dy[:size].reshape(parts[c].shape), None, c < len(edges) - 1)
 
-    found = {p.name: w[layout.runs_of_parameters({p.name}).intervals[0][0] :][: np.prod(p.shape)].reshape(p.shape)
+    arrays = {p.name: w[layout.runs_of_parameters({p.name}).intervals[0][0] :][: np.prod(p.shape)].reshape(p.shape)
              for p in layout.parameters}  # fmt: skip
     # Ahead, back to the inputs and to the states, and those of the weights; nobody wants the samples' gradient.
     macs = sum(3 * layer.macs for layer in network.layers) - network.layers[0].macs * units // (2 * units)
@@ -122,7 +122,7 @@ def _ours(
         states: np.ndarray = tape.scores[:, -1]
         return states
 
-    return step, macs * b, found, last
+    return step, macs * b, arrays, last
 
 
 def _product(threads: int, units: int, columns: int) -> tuple[Callable[[], object], int]:

@@ -31,9 +31,9 @@ def emulate(seconds: float) -> None:
 
     def slowed(call: Callable[..., Any]) -> Callable[..., Any]:
         def slow(*words: Any, **options: Any) -> Any:
-            found = call(*words, **options)
+            result = call(*words, **options)
             time.sleep(seconds)
-            return found
+            return result
 
         return slow
 
@@ -81,9 +81,9 @@ def rehearsed(config: Config, sleep_ms: float = 0.0) -> int:
         def rehearse_all() -> None:
             """All ranks at once: they share caches and memory as in training."""
             control.wait_for_all()
-            found = rehearse(kind, world.rank, of_host, network, blank(dataset), config, ops, steps // 2)
-            told = collected(control, json.dumps(found.program.table()))
-            programs.append([Program.of(json.loads(text)) for text in told])
+            rehearsal = rehearse(kind, world.rank, of_host, network, blank(dataset), config, ops, steps // 2)
+            tables = collected(control, json.dumps(rehearsal.program.table()))
+            programs.append([Program.of(json.loads(text)) for text in tables])
 
         def trained(first: int, count: int) -> float:
             """Seconds of a step."""

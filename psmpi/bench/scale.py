@@ -67,16 +67,17 @@ def scale(
         own = replace(config, data=replace(config.data, batch_size=batch))
         hosts = network_of(size, ranks_per_host, gigabits, latency_us, links)
         try:
-            found = estimate(own, network, dataset, hosts)
+            predicted = estimate(own, network, dataset, hosts)
         except UserError as error:
             if not rows:
                 raise
             tell(f"on {size} ranks: {error}")
             break
         rows.append(
-            {"ranks": size, "batch": batch, "ms_per_step": 1e3 * found.step, "samples_per_second": batch / found.step,
-             "computing_ms": 1e3 * found.computing, "first_busy": found.busy(0, hosts),
-             "megabytes_held": found.held / 1e6, "megabytes_sent": found.sent / 1e6}
+            {"ranks": size, "batch": batch, "ms_per_step": 1e3 * predicted.step,
+             "samples_per_second": batch / predicted.step,
+             "computing_ms": 1e3 * predicted.computing, "first_busy": predicted.busy(0, hosts),
+             "megabytes_held": predicted.held / 1e6, "megabytes_sent": predicted.sent / 1e6}
         )  # fmt: skip
     _show(rows, scaling)
     tell(_verdict(rows))
@@ -123,9 +124,9 @@ def _draw(rows: list[dict[str, Any]], scaling: str, path: str) -> None:
 
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    ranks, found = [row["ranks"] for row in rows], [row["samples_per_second"] for row in rows]
-    axes.loglog(ranks, found, "o-", label="predicted")
-    axes.loglog(ranks, [found[0] * size / ranks[0] for size in ranks], "--", color="grey", label="in proportion")
+    ranks, rates = [row["ranks"] for row in rows], [row["samples_per_second"] for row in rows]
+    axes.loglog(ranks, rates, "o-", label="predicted")
+    axes.loglog(ranks, [rates[0] * size / ranks[0] for size in ranks], "--", color="grey", label="in proportion")
     axes.set_xticks(ranks, [str(size) for size in ranks])
     axes.set_xlabel("ranks")
     axes.set_ylabel("samples a second")

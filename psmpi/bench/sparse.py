@@ -72,10 +72,10 @@ def sparse(
         calls["psmpi"], expected = _ours(layers, weights, x, threads)
         for name, make in (("SciPy", _scipy), ("PyTorch", _pytorch)):
             try:
-                calls[name], found = make(layers, weights, x, threads)
+                calls[name], gradients = make(layers, weights, x, threads)
             except ImportError:
                 continue
-            off = abs(found - expected).max() / abs(expected).max()
+            off = abs(gradients - expected).max() / abs(expected).max()
             if not off <= TOLERANCE:
                 raise UserError(f"{name} has other outputs, by {off:.1e}: its times would be of another network")
         times = take_turns(calls, rounds)
@@ -180,8 +180,8 @@ def _pytorch(layers: list[Pattern], weights: list[np.ndarray], x: np.ndarray, th
             torch.index_select(ahead[k].values(), 0, orders[k], out=back[k].values())
             dy = back[k] @ dy
 
-    found: np.ndarray = forward()[-1].numpy()
-    return step, found
+    gradient: np.ndarray = forward()[-1].numpy()
+    return step, gradient
 
 
 def _floor(layers: list[Pattern], batch: int) -> dict[str, float]:
@@ -206,21 +206,21 @@ def _show(times: dict[str, list[float]], floor: dict[str, float], title: str) ->
     table = Table(title=f"ms a step, median (least to largest): {title}", title_justify="left")
     for name in ("by", "ms", "GFLOP/s", "of psmpi's"):
         table.add_column(name, justify="right")
-    ours = median(times["psmpi"])
-    for name, found in times.items():
-        ms = median(found)
-        spread = f"{ms:.1f} ({min(found):.1f} to {max(found):.1f})"
-        table.add_row(name, spread, f"{floor['GFLOP'] / ms * 1e3:.1f}", f"{ms / ours:.2f}")
+    psmpi_median = median(times["psmpi"])
+    for name, seconds in times.items():
+        ms = median(seconds)
+        spread = f"{ms:.1f} ({min(seconds):.1f} to {max(seconds):.1f})"
+        table.add_row(name, spread, f"{floor['GFLOP'] / ms * 1e3:.1f}", f"{ms / psmpi_median:.2f}")
     screen.print(table)
     least = 1e3 * floor["GFLOP"] / floor["GFLOP/s dense"]
     screen.print(
         f"a step is {floor['GFLOP']:.2f} GFLOP, at the {floor['GFLOP/s dense']:.0f} GFLOP/s of a dense product "
-        f"{least:.0f} ms: psmpi takes {ours / least:.1f} times that (the least {min(times['psmpi']) / least:.1f}), and "
-        f"reads rows of samples at {floor['GB'] / ours * 1e3:.0f} GB/s"
+        f"{least:.0f} ms: psmpi takes {psmpi_median / least:.1f} times that (the least "
+        f"{min(times['psmpi']) / least:.1f}), and reads rows of samples at {floor['GB'] / psmpi_median * 1e3:.0f} GB/s"
     )
-    others = [found for name, found in times.items() if name != "psmpi"]
+    others = [seconds for name, seconds in times.items() if name != "psmpi"]
     if others:
-        medians, least_times = ours / min(map(median, others)), min(times["psmpi"]) / min(map(min, others))
+        medians, least_times = psmpi_median / min(map(median, others)), min(times["psmpi"]) / min(map(min, others))
         screen.print(
             f"psmpi takes {medians:.2f} of the time of the best of the others, {least_times:.2f} by the least times"
         )

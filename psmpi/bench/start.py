@@ -55,21 +55,21 @@ def start(
     with tempfile.TemporaryDirectory() as folder:
         options = _prepare(Path(folder), classes, features, method)
         runs = [_run(Path(folder) / f"run{k}", ranks, options) for k in range(repeats)]
-    found: dict[str, Any] = {
+    figures: dict[str, Any] = {
         "classes": classes, "features": features, "ranks": ranks, "method": method,
         "ready_seconds": median(seconds for seconds, _ in runs), "ready_seconds_of_all": [s for s, _ in runs],
         "weights_megabytes": 4 * classes * (features + 1) / 1e6,
         "rank_megabytes": max(megabytes for _, megabytes in runs),
     }  # fmt: skip
     if json:
-        tell(jsonlib.dumps(found))
+        tell(jsonlib.dumps(figures))
         return 0
-    seconds = found["ready_seconds_of_all"]
+    seconds = figures["ready_seconds_of_all"]
     tell(
         f"{classes:,} classes of {features} features, {method}, {ranks} rank(s)\n"
-        f"ready for the first step after {found['ready_seconds']:.1f} s ({min(seconds):.1f} to {max(seconds):.1f})\n"
-        f"largest process to the end of training {found['rank_megabytes']:,.0f} MB; the weights are "
-        f"{found['weights_megabytes']:,.0f} MB"
+        f"ready for the first step after {figures['ready_seconds']:.1f} s ({min(seconds):.1f} to {max(seconds):.1f})\n"
+        f"largest process to the end of training {figures['rank_megabytes']:,.0f} MB; the weights are "
+        f"{figures['weights_megabytes']:,.0f} MB"
     )
     return 0
 

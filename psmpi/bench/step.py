@@ -48,20 +48,20 @@ class Tracing(Flight):
 
     def operations(self, first: int) -> list[Operation]:
         """The operations between ranks from the record at `first` on."""
-        found: list[Operation] = []
+        operations: list[Operation] = []
         places: dict[int, int] = {}
         for place, record in enumerate(self.all[first:], first):
             if record[GROUP] == NO_GROUP:
                 continue
             group, since = self.groups[record[GROUP]], self.since.get(place, -1)
-            places[place] = len(found)
-            found.append(
+            places[place] = len(operations)
+            operations.append(
                 Operation(
                     record[NAME], group.key, group.ranks, record[NUMBER], record[PEER], record[BYTES],
                     record[BEGUN], record[ENDED], places.get(since, -1),
                 )
             )  # fmt: skip
-        return found
+        return operations
 
 
 def step(config: Config, steps: int = 20, trace: str = "", plot: str = "", json: bool = False) -> int:
@@ -130,9 +130,9 @@ def step(config: Config, steps: int = 20, trace: str = "", plot: str = "", json:
     track.operations = flight.operations(first)
     role, classes, _ = method.work()
     name = f"rank {world.rank} {role}{f' of {classes}' if classes else ''}"
-    told = collected(control, jsonlib.dumps([name, sent, _moved(track, shift)]))
+    texts = collected(control, jsonlib.dumps([name, sent, _moved(track, shift)]))
     if world.rank == 0:
-        _report([jsonlib.loads(text) for text in told], trace, plot, json)
+        _report([jsonlib.loads(text) for text in texts], trace, plot, json)
     return 0
 
 
@@ -143,12 +143,12 @@ def collected(control: Control, text: str) -> list[str]:
     if control.rank:
         control.send_to_first(data)
         return []
-    found = [text]
+    texts = [text]
     for rank, size in enumerate(sizes[1:], 1):
         data = np.empty(size, np.uint8)
         control.receive_from(data, rank)
-        found.append(data.tobytes().decode())
-    return found
+        texts.append(data.tobytes().decode())
+    return texts
 
 
 def _noted(call: Callable[..., Any], into: list[tuple[float, float]]) -> Callable[..., Any]:
@@ -156,9 +156,9 @@ def _noted(call: Callable[..., Any], into: list[tuple[float, float]]) -> Callabl
 
     def noted(*words: Any, **options: Any) -> Any:
         begun = time.monotonic()
-        found = call(*words, **options)
+        result = call(*words, **options)
         into.append((begun, time.monotonic()))
-        return found
+        return result
 
     return noted
 
@@ -167,7 +167,7 @@ def clock_shift(control: Control) -> float:
     """Seconds to add to this rank's clock to have rank 0's: of round trips the shortest one counts."""
     if control.size == 1:
         return 0.0
-    found, comm, buffer = 0.0, control.comm, np.zeros(1)
+    shift, comm, buffer = 0.0, control.comm, np.zeros(1)
     for rank in range(1, control.size):
         best = np.inf
         for _ in range(TRIPS):
@@ -181,8 +181,8 @@ def clock_shift(control: Control) -> float:
                 comm.Recv(buffer, 0)
                 taken = time.monotonic() - begun
                 if taken < best:
-                    best, found = taken, float(buffer[0]) - begun - taken / 2
-    return found
+                    best, shift = taken, float(buffer[0]) - begun - taken / 2
+    return shift
 
 
 def _moved(track: Track, shift: float) -> dict[str, Any]:
@@ -200,23 +200,23 @@ def _track(table: dict[str, Any]) -> Track:
     return Track(table["rank"], operations, [tuple(pair) for pair in table["optimizing"]], table["steps"])
 
 
-def _report(told: Sequence[Any], trace: str, plot: str, json: bool) -> None:
+def _report(texts: Sequence[Any], trace: str, plot: str, json: bool) -> None:
     """Print the figures of all ranks, and write the files."""
-    names, sent = [name for name, *_ in told], [nbytes for _, nbytes, _ in told]
-    tracks = [_track(table) for *_, table in told]
-    found = shares(tracks)
+    names, sent = [name for name, *_ in texts], [nbytes for _, nbytes, _ in texts]
+    tracks = [_track(table) for *_, table in texts]
+    times = shares(tracks)
     rows: list[dict[str, Any]] = []
-    for rank, steps in enumerate(found):
+    for rank, steps in enumerate(times):
         figures = {f"{kind}_ms": 1e3 * fmean(one[kind] for one in steps) for kind in (*KINDS, "step")}
         rows.append({"rank": rank, "name": names[rank], **figures, "bytes_sent": sent[rank]})
     if trace:
         Path(trace).write_text(jsonlib.dumps(chrome_trace(tracks, dict(enumerate(names)))) + "\n")
     if plot:
-        _draw(rows, tracks, found, plot)
+        _draw(rows, tracks, times, plot)
     if json:
-        tell(jsonlib.dumps({"steps": len(found[0]), "rows": rows}))
+        tell(jsonlib.dumps({"steps": len(times[0]), "rows": rows}))
         return
-    _show(rows, len(found[0]))
+    _show(rows, len(times[0]))
 
 
 def _show(rows: Sequence[dict[str, Any]], steps: int) -> None:
@@ -233,7 +233,7 @@ def _show(rows: Sequence[dict[str, Any]], steps: int) -> None:
 
 
 def _draw(
-    rows: Sequence[dict[str, Any]], tracks: Sequence[Track], found: Sequence[Sequence[dict[str, float]]], path: str
+    rows: Sequence[dict[str, Any]], tracks: Sequence[Track], times: Sequence[Sequence[dict[str, float]]], path: str
 ) -> None:
     """The shares of the time of each rank, and below them one step of median length."""
     from matplotlib.figure import Figure
@@ -252,7 +252,7 @@ def _draw(
     above.invert_yaxis()
     above.legend(ncols=len(KINDS), loc="lower right", bbox_to_anchor=(1, 1))
     above.set_xlabel("ms a step, means")
-    lengths = [steps["step"] for steps in found[0]]
+    lengths = [steps["step"] for steps in times[0]]
     chosen = int(np.argsort(lengths)[len(lengths) // 2])
     meetings, start = Meetings(tracks), min(track.steps[chosen][0] for track in tracks)
     for track, name in zip(tracks, names, strict=True):

@@ -114,7 +114,7 @@ def _show(rows: list[dict[str, Any]], title: str) -> None:
     ):
         table.add_column(name, justify="right")
     for row in rows:
-        ms = {name: median(found) for name, found in row["ms"].items()}
+        ms = {name: median(times) for name, times in row["ms"].items()}
         ratios = [a / b for a, b in zip(row["ms"]["prefetched"], row["ms"]["in turn"], strict=True)]
         table.add_row(
             row["name"], " x ".join(map(str, row["grid"])), f"{row['megabits']:g}" if row["megabits"] else "unlimited",

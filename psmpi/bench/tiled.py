@@ -66,7 +66,7 @@ def tiled(config: Config, rounds: int = 5) -> int:
             json.dumps(
                 {
                     "grid": grid,
-                    "ms": {name: found[WARM:] for name, found in times.items()},
+                    "ms": {name: seconds[WARM:] for name, seconds in times.items()},
                     "received": most[0],
                     "kept": most[1],
                     "held": most[2],

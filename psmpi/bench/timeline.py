@@ -70,9 +70,9 @@ class Meetings:
         elif one.name in SENDS | RECEIVES:
             other, sends = one.members[one.peer], one.name in SENDS
             ends = (rank, other) if sends else (other, rank)
-            found = (self.sent if sends else self.received)[one.key, ends[0], ends[1]]
-            self.numbers[rank, place] = len(found)
-            found.append(one.begun)
+            waiting = (self.sent if sends else self.received)[one.key, ends[0], ends[1]]
+            self.numbers[rank, place] = len(waiting)
+            waiting.append(one.begun)
         elif one.name == "Sendrecv":
             self.numbers[rank, place] = len(self.exchanged[one.key, rank])
             self.exchanged[one.key, rank].append(one.begun)
@@ -146,15 +146,15 @@ def _between(track: Track, begun: float, ended: float) -> Iterator[Span]:
 def shares(tracks: Sequence[Track]) -> list[list[dict[str, float]]]:
     """Seconds by kind, and the whole step's, of each step of each rank: [rank][step]."""
     meetings = Meetings(tracks)
-    found: list[list[dict[str, float]]] = []
+    steps: list[list[dict[str, float]]] = []
     for track in tracks:
-        found.append([])
+        steps.append([])
         for step, (begun, ended) in enumerate(track.steps):
             row = dict.fromkeys(KINDS, 0.0)
             for span in spans_of(track, step, meetings):
                 row[span.kind] += span.ended - span.begun
-            found[-1].append({**row, "step": ended - begun})
-    return found
+            steps[-1].append({**row, "step": ended - begun})
+    return steps
 
 
 def chrome_trace(tracks: Sequence[Track], names: Mapping[int, str]) -> dict[str, Any]:

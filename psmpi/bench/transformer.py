@@ -61,9 +61,9 @@ def transformer(
         calls["psmpi"], weights, outputs = _ours(blocks, heads, x, threads)
         calls["products"], share = _products(blocks, width, steps, batch_size)
         if pytorch:
-            calls["PyTorch"], found = _theirs(blocks, heads, x, weights, threads)
+            calls["PyTorch"], gradients = _theirs(blocks, heads, x, weights, threads)
             calls["psmpi"]()
-            off = float(np.abs(found - outputs()).max())
+            off = float(np.abs(gradients - outputs()).max())
             if not off <= TOLERANCE:
                 raise UserError(f"PyTorch has other outputs, by {off:.1e}: its times would be of another network")
         times = take_turns(calls, rounds)
@@ -101,7 +101,7 @@ def _ours(
 
     runs = {p.name: layout.runs_of_parameters({p.name}).intervals for p in layout.parameters}
     weights = {
-        p.name: np.concatenate([w[first:behind] for first, behind in runs[p.name]]).reshape(p.shape)
+        p.name: np.concatenate([w[first:stop] for first, stop in runs[p.name]]).reshape(p.shape)
         for p in layout.parameters
     }
     return step, weights, lambda: model.forward(samples).scores
@@ -180,5 +180,5 @@ def _theirs(
             net.zero_grad(set_to_none=True)
         forward().sum().backward()
 
-    found: np.ndarray = forward().detach().numpy().transpose(2, 1, 0)
-    return step, found
+    output: np.ndarray = forward().detach().numpy().transpose(2, 1, 0)
+    return step, output

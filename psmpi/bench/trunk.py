@@ -70,19 +70,19 @@ def trunk(
     }
     all_found: list[dict[str, dict[str, float]]] = []
     for k in range(rounds):
-        found = {ALONE: _steps(1, words), ASIDE: _apart(ranks, words)}
+        figures = {ALONE: _steps(1, words), ASIDE: _apart(ranks, words)}
         for name, more in list(ways.items()):
             try:
-                found[name] = _steps(ranks, [*words, *more])
+                figures[name] = _steps(ranks, [*words, *more])
             except UserError as error:
                 if k:
                     raise
                 tell(f"{name} is left out: {str(error).rpartition('error: ')[2]}")
                 del ways[name]
         if pytorch:
-            found[DDP] = _steps(ranks, words, "psmpi.bench.ddp")
-        all_found.append(found)
-        times = (f"{name} {one['ms_per_step']:.2f} ms" for name, one in found.items())
+            figures[DDP] = _steps(ranks, words, "psmpi.bench.ddp")
+        all_found.append(figures)
+        times = (f"{name} {one['ms_per_step']:.2f} ms" for name, one in figures.items())
         tell(f"round {k + 1}: {', '.join(times)}")
     rows = [_row(name, all_found, ranks if name == ASIDE else 1) for name in all_found[0]]
     _show(rows, ranks, dataset, model)
@@ -95,15 +95,15 @@ def _steps(ranks: int, words: Sequence[str], module: str = "psmpi.bench.steps") 
     """Milliseconds of a step, and megabytes that the rank with most holds and sends."""
     start = [launcher(), "-n", str(ranks)] if ranks > 1 else []
     out = run_program([*start, sys.executable, "-m", module, *words])
-    found: dict[str, float] = jsonlib.loads(out.splitlines()[-1])
-    return found
+    figures: dict[str, float] = jsonlib.loads(out.splitlines()[-1])
+    return figures
 
 
 def _apart(ranks: int, words: Sequence[str]) -> dict[str, float]:
     """The slowest of some trainings of one process each at the same time."""
     with ThreadPoolExecutor(ranks) as pool:
-        found = list(pool.map(lambda _: _steps(1, words), range(ranks)))
-    return max(found, key=lambda one: one["ms_per_step"])
+        figures = list(pool.map(lambda _: _steps(1, words), range(ranks)))
+    return max(figures, key=lambda one: one["ms_per_step"])
 
 
 def _row(name: str, rounds: Sequence[dict[str, dict[str, float]]], trainings: int) -> dict[str, Any]:

@@ -50,8 +50,8 @@ class Shared:
         kind = np.dtype(dtype)
         memory = self.windows.memory(int(np.prod(shape)) * kind.itemsize)
         self.held.append(memory)
-        found: np.ndarray = memory.bytes.view(kind).reshape(shape)
-        return found
+        view: np.ndarray = memory.bytes.view(kind).reshape(shape)
+        return view
 
     def put(self, made: np.ndarray | None, shape: int | tuple[int, ...], dtype: Any) -> np.ndarray:
         """The array that rank 0 has, on all."""
@@ -123,8 +123,8 @@ def rating_task(shared: Shared, ops: CompiledOps, samples: int, size: int, units
         return ops.factor_steps(order, pairs, w, how, atomic)
 
     def score() -> tuple[float, float]:
-        found = (w[:, pairs.tokens[:, 0]] * w[:, pairs.tokens[:, 1]]).sum(axis=0) - pairs.targets
-        mean = float(np.square(found).mean())
+        errors = (w[:, pairs.tokens[:, 0]] * w[:, pairs.tokens[:, 1]]).sum(axis=0) - pairs.targets
+        mean = float(np.square(errors).mean())
         return mean, mean**0.5
 
     task = Task(samples, w, step, np.arange(samples + 1, dtype=np.int64) * 2, pairs.tokens.reshape(-1), size, score)
@@ -189,21 +189,21 @@ class Meter:
 
     def lost(self, order: np.ndarray) -> dict[str, float]:
         """The shares of increments by plain stores that are lost: of the rows' columns, and of 16 numbers."""
-        found = {}
+        losses = {}
         ones = Rows(self.task.starts, self.task.columns, *[np.empty(0, np.float32)] * 3)
         few = Rows(np.array([0, 16]), np.arange(16, dtype=np.int32), *[np.empty(0, np.float32)] * 3)
-        for name, rows, mine in (
+        for name, rows, own in (
             ("of rows", ones, np.ascontiguousarray(order[self.rank :: self.size])),
             ("of 16 numbers", few, np.zeros(len(order) // self.size, np.int64)),
         ):
             counts = self.shared.array(self.task.features if name == "of rows" else 16, np.int64)
             self.shared.barrier()
-            self.ops.count_rows(mine, rows, counts, False)
+            self.ops.count_rows(own, rows, counts, False)
             self.shared.barrier()
-            made = np.array([int(np.diff(rows.starts)[mine].sum())])
+            made = np.array([int(np.diff(rows.starts)[own].sum())])
             everyone = self.control.rows(made)
-            found[name] = 1 - float(counts.sum()) / int(everyone.sum())
-        return found
+            losses[name] = 1 - float(counts.sum()) / int(everyone.sum())
+        return losses
 
     def train(self, way: str, workers: int, epochs: int, begin: np.ndarray) -> tuple[float, float]:
         """The scores after some epochs from the same weights."""
@@ -246,17 +246,17 @@ def measure(world: Any, options: dict[str, Any]) -> dict[str, Any]:
         for workers in numbers
         if way not in LOCKS and options["epochs"]
     }
-    found = {
+    figures = {
         "rates": rates,
         "scores": scores,
         "components": float(np.mean(meter.components or [0])),
         "ranks": world.size,
     }
     if world.size > 1 and options["task"] == "sparse":
-        found["lost"] = meter.lost(order)
+        figures["lost"] = meter.lost(order)
     shared.barrier()
     meter.lock.free()
-    return found
+    return figures
 
 
 if __name__ == "__main__":

@@ -84,8 +84,8 @@ def wavefront(
                 out = run_program([launcher(), "-n", str(count), *program, *given], limit=limit)
                 times[count] += jsonlib.loads(out.splitlines()[-1])
     count = len(chunks(steps, chunk_steps))
-    rows = [{"ranks": n, "chunks": count, "ms": found, "least ms": 2 * sleep_ms * (count + n - 1)}
-            for n, found in times.items()]  # fmt: skip
+    rows = [{"ranks": n, "chunks": count, "ms": seconds, "least ms": 2 * sleep_ms * (count + n - 1)}
+            for n, seconds in times.items()]  # fmt: skip
     _show(rows, f"{layers} x {units} {kind}, {steps} steps in chunks of {chunk_steps}, {batch_size} samples")
     if plot:
         _draw(rows, plot)

@@ -1,6 +1,6 @@
-"""Sums over ranks by messages of our own: ring, recursive doubling, recursive halving and doubling.
+"""All-reduces made of single messages: ring, recursive doubling, recursive halving and doubling.
 
-What each sends is counted as it is sent. Thakur, Rabenseifner and Gropp, "Optimization of collective communication
+Each message is counted when it is sent. Thakur, Rabenseifner and Gropp, "Optimization of collective communication
 operations in MPICH" (2005), has the three; words sent by a rank for D elements on P ranks: 2 D (P-1)/P, D log2 P,
 2 D (P-1)/P.
 """
@@ -31,10 +31,10 @@ def _segments(size: int, pieces: int) -> list[slice]:
 
 
 class Ring:
-    """The sum of one vector over a group by a ring, again and again: `begin`, then `push` now and then, `wait` at last.
+    """The sum of one vector over a group by a ring, for repeated use: `begin`, then `push` now and then, then `wait`.
 
-    Every segment goes round once to be summed and once to be told. tag: tells the messages of this sum from others
-    that are under way.
+    Each segment goes around the ring twice: once to be summed, once to be distributed. tag: of the messages of this
+    sum, apart from those of other sums under way.
     """
 
     def __init__(self, group: Group, vector: np.ndarray, tag: int = 0):
@@ -45,7 +45,7 @@ class Ring:
         self.requests: list[Request] = []
 
     def messages(self) -> list[Message]:
-        """The messages of the sum, all ranks'."""
+        """Messages of the sum, of all ranks."""
         size, ranks, nbytes = self.group.size, self.group.ranks, self.vector.nbytes
         lengths = [(s.stop - s.start) * self.vector.itemsize for s in self.segments]
         # All but two segments go out twice.
@@ -69,20 +69,20 @@ class Ring:
 
     def _start(self) -> None:
         group = self.group
-        mine, theirs = self._places()
+        sent_part, received_part = self._places()
         summing = self.step < group.size - 1
-        into = self.room[: theirs.stop - theirs.start] if summing else self.wire[theirs]
+        into = self.room[: received_part.stop - received_part.start] if summing else self.wire[received_part]
         before, after = (group.rank - 1) % group.size, (group.rank + 1) % group.size
         self.requests = [
             group.comm.Irecv(into, before, self.tag),
-            group.comm.Isend(self.wire[mine], after, self.tag),
+            group.comm.Isend(self.wire[sent_part], after, self.tag),
         ]
-        group.counter.add(self.wire[mine].nbytes, into.nbytes)
+        group.counter.add(self.wire[sent_part].nbytes, into.nbytes)
 
     def _advance(self) -> None:
         if self.step < self.group.size - 1:
-            _, theirs = self._places()
-            self.wire[theirs] += self.room[: theirs.stop - theirs.start]
+            _, received_part = self._places()
+            self.wire[received_part] += self.room[: received_part.stop - received_part.start]
         self.step += 1
         if self.step < self.steps:
             self._start()
@@ -90,26 +90,26 @@ class Ring:
             self.group.bridge.arrived(self.vector)
 
     def push(self) -> None:
-        """Go on as far as messages have come."""
+        """Make progress as far as messages have arrived."""
         while self.step < self.steps and all_done(self.requests):
             self._advance()
 
     def wait(self) -> None:
-        """Go on to the end."""
+        """Finish the sum."""
         while self.step < self.steps:
             wait_all(self.requests)
             self._advance()
 
 
 def ring(group: Group, vector: np.ndarray) -> None:
-    """vector (n,) = its sum over the group, in place, by a ring."""
+    """Sum vector (n,) over the group, in place, by a ring."""
     one = Ring(group, vector)
     one.begin()
     one.wait()
 
 
 def doubling(group: Group, vector: np.ndarray) -> None:
-    """vector (n,) = its sum over the group, in place: pairs of ranks exchange all of it, at distances 1, 2, 4, ..."""
+    """Sum vector (n,) over the group, in place, by recursive doubling: ranks at distances 1, 2, 4, ... exchange it."""
     _check(group, "doubling")
     if group.size == 1:
         return
@@ -118,7 +118,7 @@ def doubling(group: Group, vector: np.ndarray) -> None:
     while distance < group.size:
         other = group.rank ^ distance
         _exchange(group, wire, other, room, other)
-        # In the same order on both: the same bits.
+        # Both ranks add in the same order, and get the same bits.
         if other < group.rank:
             np.add(room, wire, out=wire)
         else:
@@ -128,7 +128,7 @@ def doubling(group: Group, vector: np.ndarray) -> None:
 
 
 def halving(group: Group, vector: np.ndarray) -> None:
-    """vector (n,) = its sum over the group, in place: halves are exchanged and summed, then put together again."""
+    """Sum vector (n,) over the group, in place, by recursive halving (reduce-scatter) and doubling (all-gather)."""
     _check(group, "halving")
     if group.size == 1:
         return
@@ -140,32 +140,32 @@ def halving(group: Group, vector: np.ndarray) -> None:
         other, middle = group.rank ^ distance, (low + high) // 2
         upper = group.rank & distance
         kept, sent = ((middle, high), (low, middle)) if upper else ((low, middle), (middle, high))
-        mine, theirs = (slice(segments[a].start, segments[b - 1].stop) for a, b in (kept, sent))
-        received = room[: mine.stop - mine.start]
-        _exchange(group, wire[theirs], other, received, other)
-        wire[mine] += received
-        path.append((other, mine, theirs))
+        kept_part, sent_part = (slice(segments[a].start, segments[b - 1].stop) for a, b in (kept, sent))
+        received = room[: kept_part.stop - kept_part.start]
+        _exchange(group, wire[sent_part], other, received, other)
+        wire[kept_part] += received
+        path.append((other, kept_part, sent_part))
         (low, high), distance = kept, distance // 2
-    for other, mine, theirs in reversed(path):
-        _exchange(group, wire[mine], other, wire[theirs], other)
+    for other, kept_part, sent_part in reversed(path):
+        _exchange(group, wire[kept_part], other, wire[sent_part], other)
     group.bridge.arrived(vector)
 
 
 def messages(kind: str, group: Group, vector: np.ndarray) -> list[Message]:
-    """The messages of `doubling` or `halving`, all ranks'."""
-    found, distance, size = [], 1, group.size
+    """Messages of `doubling` or `halving`, of all ranks."""
+    messages, distance, size = [], 1, group.size
     segments = _segments(len(vector), size)
     while distance < size:
         for rank in range(size):
             # By halving, the segments of the half of a block of ranks that the other one is in, and later one's own.
             low = (rank ^ distance) // distance * distance
             half = segments[low + distance - 1].stop - segments[low].start
-            mine = rank // distance * distance
-            own = segments[mine + distance - 1].stop - segments[mine].start
+            block = rank // distance * distance
+            own = segments[block + distance - 1].stop - segments[block].start
             length = len(vector) if kind == "doubling" else half + own
-            found.append((group.ranks[rank], group.ranks[rank ^ distance], length * vector.itemsize))
+            messages.append((group.ranks[rank], group.ranks[rank ^ distance], length * vector.itemsize))
         distance *= 2
-    return found
+    return messages
 
 
 def _check(group: Group, name: str) -> None:

@@ -1,4 +1,4 @@
-"""Bells by which the ranks of a host wake each other: words in shared memory, on which Linux lets processes sleep."""
+"""Bells by which the ranks of a host wake each other: futexes, words in shared memory on which processes sleep."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ FUTEX, FUTEX_WAIT, FUTEX_WAKE = {"x86_64": 202, "aarch64": 98, "ppc64le": 221, "
 
 
 class Time(ctypes.Structure):
-    """A time as system calls take it."""
+    """A time in the form of Linux system calls (struct timespec)."""
 
     _fields_ = (("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long))
 
 
 class Bells:
-    """A bell for each rank of a host, by which others wake it; where the system has none, ranks sleep some time.
+    """A bell for each rank of a host, by which other ranks wake it; without futexes ranks sleep for a fixed time.
 
-    Words are in memory that the host's ranks share: 1 while a rank sleeps, or is about to.
+    A bell is a word in memory that the ranks of the host share: 1 while a rank sleeps, or is about to.
     """
 
     def __init__(self, local: Any):
@@ -39,11 +39,11 @@ class Bells:
         self.code = ctypes.c_long(call or 0)
         self.own = ctypes.c_void_p(self.address + 4 * self.number)
         self.time = Time()
-        # Whether this rank only gives way to others while it waits, and does not sleep.
+        # Whether this rank yields its core instead of sleeping.
         self.awake = False
 
     def ring(self, places: Sequence[int]) -> None:
-        """Wake those of some ranks, numbers on this host, that sleep."""
+        """Wake the sleeping ones of `ranks`, numbers on this host."""
         for place in places:
             if self.words[place]:
                 self.words[place] = 0
@@ -51,15 +51,15 @@ class Bells:
                     self.call(self.code, ctypes.c_void_p(self.address + 4 * place), FUTEX_WAKE, 1, None, None, 0)
 
     def arm(self) -> None:
-        """Say that this rank is about to sleep; what it waits for is to be looked at between this and `sleep`."""
+        """Announce that this rank is about to sleep. Test the awaited message between this call and `sleep`."""
         self.words[self.number] = 1
 
     def disarm(self) -> None:
-        """Say that this rank does not sleep."""
+        """Take back the announcement."""
         self.words[self.number] = 0
 
     def sleep(self, seconds: float) -> bool:
-        """Sleep until the bell rings, or some seconds; whether it has rung."""
+        """Sleep until the bell rings, at most `seconds`. Returns whether it rang."""
         if self.call is None:
             time.sleep(seconds)
         else:
@@ -69,7 +69,7 @@ class Bells:
 
 
 def _shared(local: Any, size: int) -> mmap.mmap:
-    """Zeros that the ranks of a host share, in a file that has no name any more; all ranks of `local` call it."""
+    """Zeros in memory that the ranks of a host share, an unlinked file. All ranks of `local` call it."""
     name = np.zeros(4096, np.uint8)
     folder = "/dev/shm" if os.access("/dev/shm", os.W_OK | os.X_OK) else None
     if local.rank == 0:

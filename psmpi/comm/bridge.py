@@ -1,4 +1,4 @@
-"""Arrays of a backend as buffers that MPI reads and writes: the one place that waits for a device before MPI does."""
+"""Bridges between arrays of a backend and buffers of MPI; the only place that waits for a device before MPI."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ Key = tuple[int, int, np.dtype]
 
 
 class Bridge:
-    """Arrays in host memory, which MPI takes as they are. Pieces are of an array seen as a vector."""
+    """The bridge of arrays in host memory, which MPI takes as they are. pieces: slices of the flattened array."""
 
     def begin(self, array: np.ndarray, pieces: Pieces | None = None) -> None:
-        """Begin to get the array, or only these pieces of it, ready to be sent."""
+        """Begin to prepare the array, or these pieces of it, for sending."""
 
     def outgoing(self, array: np.ndarray, pieces: Pieces | None = None) -> np.ndarray:
-        """The buffer for MPI to read, ready, wherever the array, or these pieces, lie in it."""
+        """The buffer that MPI reads; waits until the array, or these pieces of it, are in it."""
         return array
 
     def incoming(self, array: np.ndarray) -> np.ndarray:
-        """The buffer for MPI to write."""
+        """The buffer that MPI writes."""
         return array
 
     def arrived(self, array: np.ndarray, pieces: Pieces | None = None) -> None:
-        """MPI has written the array, or these pieces of it."""
+        """Take over the array, or these pieces of it, from the buffer that MPI has written."""
 
 
 class Staged(Bridge):
-    """Arrays in a device's memory that go through pinned host memory.
+    """The bridge of device arrays that go through pinned host memory.
 
-    Copies run beside MPI: of several arrays that have been begun the first can be sent while the next one is copied,
-    and what has arrived is copied while MPI goes on.
+    Copies overlap with MPI: one array is sent while the next one is copied to the host, and arrived values are copied
+    to the device while MPI works.
     """
 
     def __init__(self, ops: NumpyOps):
         self.ops = ops
-        # By address, size and dtype: a step sends the same arrays each time.
+        # Buffers by address, size and dtype: each step sends the same arrays.
         self.mirrors: dict[Key, Mirror] = {}
         self.begun: set[Key] = set()
 
@@ -86,7 +86,7 @@ class Staged(Bridge):
 
 
 class GpuAware(Bridge):
-    """Arrays in a device's memory that a GPU-aware MPI takes as they are, when the device has done what came before."""
+    """The bridge of a GPU-aware MPI: device arrays themselves, after the device has finished earlier work."""
 
     def __init__(self, ops: NumpyOps):
         self.ops = ops

@@ -1,4 +1,4 @@
-"""The sum of a gradient over ranks in buckets, each begun as soon as backward has filled it."""
+"""The sum of a gradient over ranks in buckets; the sum of a bucket begins when backward has filled it."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from psmpi.comm.group import Group
 from psmpi.comm.transfers.base import Message, around
 from psmpi.errors import UserError
 
-# The first bucket's share of the others: it is to be on its way early.
+# The first bucket is so many times smaller than the others, so that its sum begins early.
 FIRST = 25
-# Bytes of a message from which on its size, and not its start, decides how long it takes, on a slow link.
+# Bytes from which on the time of a message on a slow link is bandwidth, not latency.
 SEGMENT = 1 << 15
-# Of what no layer fills.
+# The layer number of weights that no layer fills.
 NEVER = 1 << 30
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """A run [start, stop) of the gradient, whole when layer number `last` has made its gradient."""
+    """A run [start, stop) of the gradient, filled when layer number `last` has done its backward pass."""
 
     start: int
     stop: int
@@ -34,34 +34,34 @@ class Bucket:
 def plan_buckets(spans: Sequence[tuple[int, int, int]], size: int, room: int) -> list[Bucket]:
     """The buckets of a gradient (size,), of `room` elements at most, in the order in which backward fills them.
 
-    spans: (start, stop, layer) of what each layer's backward fills, from the last layer to the first. What no layer
-    fills is whole from the beginning.
+    spans: (start, stop, layer) of the elements that each layer's backward pass fills, from the last layer to the first.
+    Elements that no layer fills are complete from the beginning.
     """
     edges = sorted({0, size, *(edge for a, b, _ in spans for edge in (a, b))})
-    found: list[Bucket] = []
+    buckets: list[Bucket] = []
     stop, last = size, NEVER
-    # From the end, which backward fills first where layers follow each other.
+    # From the end of the vector, which backward fills first.
     for a, b in reversed(list(pairwise(edges))):
         layer = min((layer for start, end, layer in spans if start <= a and b <= end), default=NEVER)
         while a < b:
-            limit = room if found else max(1, room // FIRST)
+            limit = room if buckets else max(1, room // FIRST)
             b, last = max(a, stop - limit), min(last, layer)
             if stop - b == limit:
-                found.append(Bucket(b, stop, last))
+                buckets.append(Bucket(b, stop, last))
                 stop, last = b, NEVER
     if stop > 0:
-        found.append(Bucket(0, stop, last))
-    return sorted(found, key=lambda bucket: -bucket.last)
+        buckets.append(Bucket(0, stop, last))
+    return sorted(buckets, key=lambda bucket: -bucket.last)
 
 
 def check_allreduce(how: str, size: int) -> None:
-    """UserError for a way to sum that so many ranks cannot go."""
+    """UserError for an --allreduce that does not work on so many ranks."""
     if how in ("doubling", "halving") and size & (size - 1):
         raise UserError(f"--allreduce {how} pairs ranks, and {size} is no power of two: use ring or mpi")
 
 
 class Whole:
-    """The sum of one bucket by MPI's own non-blocking call, as `Ring` has it."""
+    """The sum of one bucket by MPI's non-blocking all-reduce, with the interface of `Ring`."""
 
     def __init__(self, group: Group, vector: np.ndarray):
         self.group, self.vector = group, vector
@@ -71,7 +71,7 @@ class Whole:
         self.request = self.group.iallreduce(self.vector)
 
     def push(self) -> None:
-        # Many MPI libraries go on only inside calls.
+        # Many MPI libraries make progress only inside calls.
         self.request.Test()
 
     def wait(self) -> None:
@@ -83,17 +83,17 @@ class Whole:
 
 
 class Blocking:
-    """The sum of one bucket by an algorithm that does not go on beside other work."""
+    """The sum of one bucket by an algorithm that does not overlap with other work."""
 
     def __init__(self, group: Group, vector: np.ndarray, kind: str):
         self.group, self.vector, self.kind = group, vector, kind
         self.algorithm = _by_nccl if kind == "nccl" else ALGORITHMS[kind]
 
     def begin(self) -> None:
-        """All is done in `wait`."""
+        """Do nothing: `wait` makes the whole sum."""
 
     def push(self) -> None:
-        """All is done in `wait`."""
+        """Do nothing: `wait` makes the whole sum."""
 
     def wait(self) -> None:
         self.algorithm(self.group, self.vector)
@@ -105,16 +105,16 @@ class Blocking:
 
 
 def _by_nccl(group: Group, vector: np.ndarray) -> None:
-    """Begun at once, and done before what the device does next."""
+    """The sum of one bucket by NCCL, in the order of the device's stream."""
     group.allreduce(vector)
 
 
 class Buckets:
     """Sums `vector` over the ranks of `group`, in place, its buckets begun in the same order on all ranks.
 
-    how: `mpi`, `ring`, `doubling`, `halving`, or `auto`: between hosts (`across`) a ring for buckets that leave each
-    rank a segment worth a message, else what MPI chooses. A group that has NCCL uses that. by_host: the same ranks, for
-    sums that are made here, in host memory.
+    how: `mpi`, `ring`, `doubling`, `halving`, or `auto`: between hosts (`across`) a ring for buckets whose segments are
+    large enough, else MPI's all-reduce. A group with NCCL uses NCCL. by_host: the same ranks, for the algorithms of
+    `psmpi.comm.allreduce`, which work in host memory.
     """
 
     def __init__(
@@ -141,15 +141,15 @@ class Buckets:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the sums need beside the vector."""
+        """Bytes of buffers besides the vector."""
         return sum(one.room.nbytes for one in self.sums if isinstance(one, Ring))
 
     def messages(self) -> list[Message]:
-        """The messages of one sum of the vector, all ranks'."""
+        """Messages of one sum of the vector, of all ranks."""
         return [message for one in self.sums for message in one.messages()]
 
     def finished(self, layer: int) -> None:
-        """Backward has filled what `layer` and those after it fill: begin what is whole, and let the rest go on."""
+        """Begin the sums of buckets that backward has filled down to `layer`, and make progress with the others."""
         if self.group.size == 1:
             return
         for one in self.sums[: self.begun]:
@@ -162,7 +162,7 @@ class Buckets:
         self.begun += 1
 
     def finish(self) -> None:
-        """Begin the rest, and wait for all."""
+        """Begin the remaining sums, and wait for all."""
         if self.group.size == 1:
             return
         for one in self.sums[self.begun :]:

@@ -1,8 +1,8 @@
-"""Sums of gradients that send fewer bytes than the gradients have, with memory of what was left out.
+"""Compressed sums of gradients over ranks, with error feedback.
 
-Each takes this rank's share g of a gradient whose sum over the N ranks is wanted and leaves what all ranks use instead,
-the same on each. With p = N g + E, E what earlier steps left out here, a rank sends C(p) and keeps E = p - C(p): then
-the sum of everything applied, and the mean of what is left, are the sum of all gradients (Karimireddy et al. 2019).
+A compressor takes this rank's share g of a gradient, and returns an approximation of the sum over the N ranks, the same
+on all of them. With p = N g + E, where E is the error of earlier steps, a rank sends C(p) and keeps E = p - C(p). Then
+the sum of all applied gradients plus the mean of E is the sum of all gradients (Karimireddy et al. 2019).
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from psmpi.layout import Layout
 
 
 class Compressor:
-    """`reduce` for gradients (layout.size,) of `dtype`; memory: whether what is left out is remembered.
+    """A compressor of gradients (layout.size,) of `dtype`; memory: whether it keeps the error.
 
-    tables: what this rank has to remember, a row (1, any) each.
+    tables: the arrays that this rank keeps between steps, of shape (1, any).
     """
 
     def __init__(self, group: Group, layout: Layout, dtype: np.dtype, memory: bool = True):
@@ -30,16 +30,16 @@ class Compressor:
 
     @property
     def vectors(self) -> dict[str, np.ndarray]:
-        """Those of the tables that are as long as a gradient, and of which the mean over the ranks says something."""
+        """The tables of the length of a gradient whose mean over ranks is meaningful."""
         return {name: row.reshape(-1) for name, row in self.tables.items() if row.size == self.size and name != "right"}
 
     @property
     def arrays(self) -> tuple[np.ndarray, ...]:
-        """All that it keeps."""
+        """All arrays that outlive a step."""
         return tuple(value for value in vars(self).values() if isinstance(value, np.ndarray))
 
     def reduce(self, g: np.ndarray) -> None:
-        """Replace g (size,), in host or in device memory, by what the ranks' compressed shares add up to."""
+        """Replace g (size,), in host or device memory, by the sum of the ranks' compressed shares."""
         wire = self.group.bridge.outgoing(g)
         wire *= self.group.size
         if self.memory:
@@ -52,29 +52,29 @@ class Compressor:
         self.group.bridge.arrived(g)
 
     def _reduce(self, p: np.ndarray) -> None:
-        """Exchange what C makes of p, and put what this rank's share of the result is into `sent`."""
+        """Exchange the compressed p, and write this rank's share of the result to `sent`."""
         raise NotImplementedError
 
     def _mean(self) -> np.ndarray:
-        """The mean over the ranks of what they sent."""
+        """The mean over ranks of their compressed shares."""
         raise NotImplementedError
 
     def _correct(self) -> None:
-        """Add to `left` what was lost after the exchange."""
+        """Add the error made after the exchange to `left`."""
 
 
 class Float16(Compressor):
-    """Half the bytes: segments of float16 go to the rank that sums them in `dtype`, and come back as float16.
+    """Half the bytes: each rank sums a segment in `dtype`, from and to float16 messages.
 
-    In front of each goes the power of two that takes its largest number to the upper end of float16's range: numbers
-    below the normal ones lose digits, and take NumPy ten times as long.
+    A power of two in front of a segment scales its largest number to the upper end of float16's range: numbers below
+    the normal range lose digits, and take NumPy ten times as long.
     """
 
     def __init__(self, group: Group, layout: Layout, dtype: np.dtype, memory: bool = True):
         super().__init__(group, layout, dtype, memory)
         n, size = group.size, self.size
         self.edges = [size * k // n for k in range(n + 1)]
-        # A number more each.
+        # One element more for the scale of each segment.
         self.counts = [b - a + 1 for a, b in pairwise(self.edges)]
         self.mine = slice(self.edges[group.rank], self.edges[group.rank + 1])
         self.half = np.empty(size + n, np.float16)
@@ -89,7 +89,7 @@ class Float16(Compressor):
     def _pack(values: np.ndarray, out: np.ndarray) -> None:
         peak = float(np.abs(values).max(initial=0.0))
         exponent = 15 - int(np.frexp(peak)[1]) if 0 < peak < np.inf else 0
-        # Times a power of two that the dtype has.
+        # A power of two, so that scaling is exact.
         most = 126 if values.dtype == np.float32 else 1000
         exponent = max(-most, min(most, exponent))
         out[0] = exponent
@@ -118,7 +118,7 @@ class Float16(Compressor):
         self.group.gather_all(self.half, self.counts)
 
     def _correct(self) -> None:
-        # The mean over the ranks is what counts, and this rank alone has it.
+        # The error of the mean, which this rank alone knows, counts for all ranks.
         self.left[self.mine] += self.group.size * self.lost
 
     def _mean(self) -> np.ndarray:
@@ -150,7 +150,7 @@ class TopK(Compressor):
 
     def _mean(self) -> np.ndarray:
         self.sums.fill(0)
-        # An index is there once a rank; ranks in order, so that the sum is the same everywhere.
+        # Ranks are added in order, so that the sum has the same bits everywhere.
         for at, values in zip(self.all_at, self.all_values, strict=True):
             self.sums[at] += values
         self.sums /= self.group.size
@@ -158,9 +158,9 @@ class TopK(Compressor):
 
 
 class DGC(TopK):
-    """Top-k of gradients summed up with momentum; what is sent is forgotten in both (Lin et al. 2018).
+    """Top-k of accumulated gradients with momentum; sent components are reset to 0 (Lin et al. 2018).
 
-    masking: whether the momentum of what is sent is forgotten too. The optimizer's own momentum should be none.
+    masking: whether the momentum of sent components is reset, too. The optimizer should have no momentum.
     """
 
     def __init__(
@@ -182,7 +182,7 @@ class DGC(TopK):
         wire = self.group.bridge.outgoing(g)
         self.moving *= self.dtype.type(self.momentum)
         self.moving += self.group.size * wire
-        # What is left is of sums of these.
+        # The memory holds sums of these.
         np.divide(self.moving, self.group.size, out=wire)
         self.group.bridge.arrived(g)
         super().reduce(g)
@@ -243,7 +243,7 @@ class QSGD(Compressor):
 
     def _reduce(self, p: np.ndarray) -> None:
         self.norm[0] = np.sqrt(np.dot(p.astype(np.float64), p.astype(np.float64)))
-        # Ranks round apart from each other, whatever their number: by their slice of the minibatch.
+        # The random numbers are keyed by the rank's slice of the minibatch.
         rng = np.random.default_rng([self.seed, int(self.steps[0, 0]), self.group.rank])
         self.steps += 1
         if self.norm[0] > 0:
@@ -258,8 +258,8 @@ class QSGD(Compressor):
 
     def _mean(self) -> np.ndarray:
         factors = self.all_norms / (self.levels * self.group.size)
-        found: np.ndarray = np.einsum("ri,r->i", self.all_codes, factors[:, 0], dtype=self.dtype, casting="same_kind")
-        return found
+        mean: np.ndarray = np.einsum("ri,r->i", self.all_codes, factors[:, 0], dtype=self.dtype, casting="same_kind")
+        return mean
 
 
 class PowerSGD(Compressor):
@@ -285,7 +285,7 @@ class PowerSGD(Compressor):
                 whole += at
         self.whole = np.concatenate([np.arange(run.start, run.stop) for run in whole] or [np.empty(0, int)])
         rng = np.random.default_rng(seed)
-        # The same on all ranks, from step to step.
+        # The same start on all ranks; each step starts from the last factors.
         right = sum(shape[1] for _, shape in self.matrices) * rank
         self.q = rng.standard_normal(right).astype(self.dtype)
         self.p = np.empty(sum(shape[0] for _, shape in self.matrices) * rank, self.dtype)
@@ -295,13 +295,13 @@ class PowerSGD(Compressor):
             self.tables["right"] = self.q.reshape(1, -1)
 
     def _factors(self) -> list[tuple[list[slice], tuple[int, int], np.ndarray, np.ndarray]]:
-        found, left, right = [], 0, 0
+        factors, left, right = [], 0, 0
         for at, (rows, columns) in self.matrices:
             p = self.p[left : left + rows * self.rank].reshape(rows, self.rank)
             q = self.q[right : right + columns * self.rank].reshape(columns, self.rank)
-            found.append((at, (rows, columns), p, q))
+            factors.append((at, (rows, columns), p, q))
             left, right = left + p.size, right + q.size
-        return found
+        return factors
 
     def _reduce(self, m: np.ndarray) -> None:
         n, factors = self.group.size, self._factors()
@@ -310,7 +310,7 @@ class PowerSGD(Compressor):
             np.matmul(matrix, q, out=p)
         self.group.allreduce(self.p)
         for matrix, (_, _, p, q) in zip(made, factors, strict=True):
-            # Of the sum as of the mean: the columns' lengths do not matter.
+            # The sum serves as well as the mean: only directions of columns matter.
             p[...] = np.linalg.qr(p)[0]
             np.matmul(matrix.T, p, out=q)
         self.q /= n
@@ -325,7 +325,7 @@ class PowerSGD(Compressor):
                 self.result[run] = product[start : start + run.stop - run.start]
                 start += run.stop - run.start
         self.sent[...] = self.result
-        # Nothing of these is left out.
+        # Vectors are sent whole, without an error.
         self.sent[self.whole] = m[self.whole]
         self.result[self.whole] = self.dense
 
@@ -334,12 +334,12 @@ class PowerSGD(Compressor):
 
 
 def tensors(layout: Layout) -> list[list[slice]]:
-    """The runs of the flat vector that each parameter consists of, in the order of its units."""
-    found: list[list[slice]] = [[] for _ in layout.parameters]
+    """The slices of the flat vector that form each parameter, in the order of its units."""
+    slices: list[list[slice]] = [[] for _ in layout.parameters]
     for piece in sorted(layout.pieces(), key=lambda piece: piece.first):
         size = layout.parameters[piece.parameter].unit_size * (piece.last - piece.first)
-        found[piece.parameter].append(slice(piece.offset, piece.offset + size))
-    return found
+        slices[piece.parameter].append(slice(piece.offset, piece.offset + size))
+    return slices
 
 
 COMPRESSORS: dict[str, tuple[type[Compressor], tuple[str, ...]]] = {
@@ -353,7 +353,7 @@ COMPRESSORS: dict[str, tuple[type[Compressor], tuple[str, ...]]] = {
 
 
 def check_compression(density: float, rank: int, levels: int) -> None:
-    """UserError for a setting that no compressor can work with."""
+    """UserError for a setting out of the range of its compressor."""
     if not 0 < density <= 1:
         raise UserError(f"--density {density}: expected a share above 0 and up to 1")
     if rank < 1:
@@ -365,8 +365,8 @@ def check_compression(density: float, rank: int, levels: int) -> None:
 def make_compressor(
     name: str, group: Group, layout: Layout, dtype: np.dtype, memory: bool, **settings: float
 ) -> Compressor:
-    """The compressor called `name`, with those of the settings that it has."""
+    """Make the compressor called `name`, with the settings that it uses."""
     kind, takes = COMPRESSORS[name]
-    # Random rounding is unbiased and needs no memory, and in DGC the memory is the method.
+    # Random rounding is unbiased and needs no memory; DGC has a memory of its own.
     memory = (memory and kind is not QSGD) or kind is DGC
     return kind(group, layout, dtype, memory, **{key: settings[key] for key in takes})

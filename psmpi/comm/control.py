@@ -13,15 +13,15 @@ from psmpi.comm.protocol import Request, World
 from psmpi.comm.watch.flight import flight_of
 from psmpi.errors import UserError
 
-Found = TypeVar("Found")
-# Bytes of an error that ranks tell each other, and numbers of an array that they send at a time.
+Result = TypeVar("Result")
+# Longest error in bytes that ranks exchange; elements of an array that are sent at a time.
 TOLD, PIECE = 8000, 1 << 26
 
 
 class Control:
-    """A communicator of its own, so that no message of the training is taken for one of these, and its own `counter`.
+    """Control messages of all ranks, on a communicator and a counter apart from those of the training.
 
-    All ranks make one, and its calls, in the same order. flight: the recorder of this rank's operations.
+    All ranks construct it, and make its calls, in the same order. flight: the recorder of this rank's operations.
     """
 
     def __init__(self, world: World):
@@ -30,31 +30,31 @@ class Control:
         self.flight = flight_of(world)
 
     def _from_first(self, nbytes: int) -> None:
-        """Count what rank 0 sends to all others."""
+        """Count `nbytes` from rank 0 to each other rank."""
         first = self.rank == 0
         self.counter.add(nbytes * (self.size - 1) * first, nbytes * (not first))
 
     def total(self, values: np.ndarray) -> np.ndarray:
-        """`values` summed over all ranks, as a new array on each."""
-        found = np.empty_like(values)
-        self.comm.Allreduce(values, found)
+        """Sum `values` over all ranks; returns a new array."""
+        total = np.empty_like(values)
+        self.comm.Allreduce(values, total)
         moved = 2 * (self.size - 1) * values.nbytes // self.size
         self.counter.add(moved, moved)
-        return found
+        return total
 
     def rows(self, values: np.ndarray) -> np.ndarray:
-        """Every rank's `values`, of one shape and dtype, as the rows of a new array (ranks, ...) on each."""
-        found = np.empty((self.size, *values.shape), values.dtype)
-        self.comm.Allgather(values, found)
+        """Gather the `values` of all ranks, of one shape and dtype, as rows of a new array (ranks, ...)."""
+        rows = np.empty((self.size, *values.shape), values.dtype)
+        self.comm.Allgather(values, rows)
         self.counter.add(values.nbytes * (self.size - 1), values.nbytes * (self.size - 1))
-        return found
+        return rows
 
     def wait_for_all(self) -> None:
-        """Return when all ranks have come here."""
+        """Wait until all ranks have made this call."""
         self.comm.Barrier()
 
     def share(self, text: str) -> str:
-        """Rank 0's text on all ranks."""
+        """Send rank 0's text to all ranks; returns it."""
         data: np.ndarray = np.frombuffer(text.encode(), np.uint8).copy()
         size = np.array([data.size])
         self.comm.Bcast(size, 0)
@@ -65,31 +65,31 @@ class Control:
         return data.tobytes().decode()
 
     def share_array(self, array: np.ndarray) -> None:
-        """Fill every rank's contiguous array (n,) with rank 0's."""
+        """Fill the contiguous array (n,) of each rank with that of rank 0."""
         for first in range(0, array.size if self.size > 1 else 0, PIECE):
             piece = array[first : first + PIECE]
             self.comm.Bcast(piece, 0)
             self._from_first(piece.nbytes)
 
-    def agreed(self, work: Callable[[], Found] | None) -> Found | None:
-        """The result of `work`, on the ranks that have some; it makes no messages.
+    def agreed(self, work: Callable[[], Result] | None) -> Result | None:
+        """The result of work(), which sends no messages; None on ranks whose `work` is None.
 
-        Where it raises a UserError on some rank, all ranks raise that of the lowest such rank.
+        If it raises a UserError on some ranks, all ranks raise the error of the lowest of them.
         """
         if self.size == 1:
             return work() if work is not None else None
-        found, failed = None, ""
+        result, failed = None, ""
         try:
-            found = work() if work is not None else None
+            result = work() if work is not None else None
         except UserError as error:
             failed = str(error).encode()[:TOLD].decode(errors="ignore")
-        told = self.share(next(filter(None, self.collect_texts(failed, TOLD)), ""))
-        if told:
-            raise UserError(told)
-        return found
+        message = self.share(next(filter(None, self.collect_texts(failed, TOLD)), ""))
+        if message:
+            raise UserError(message)
+        return result
 
     def share_flag(self, flag: bool) -> bool:
-        """Rank 0's answer to a question of yes or no on all ranks."""
+        """Send rank 0's flag to all ranks; returns it."""
         if self.size == 1:
             return flag
         answer = np.array([float(flag)])
@@ -98,7 +98,7 @@ class Control:
         return bool(answer[0])
 
     def collect_texts(self, text: str, most: int = 1000) -> list[str]:
-        """Every rank's text (cut at `most` bytes), on rank 0; none on the others."""
+        """Gather the texts of all ranks, cut at `most` bytes, on rank 0; [] on other ranks."""
         own = np.zeros(most, np.uint8)
         data = text.encode()[:most]
         own[: len(data)] = np.frombuffer(data, np.uint8)
@@ -109,37 +109,37 @@ class Control:
         return [] if rows is None else [row.tobytes().rstrip(b"\0").decode() for row in rows]
 
     def send_to_first(self, piece: np.ndarray) -> None:
-        """Give rank 0 a contiguous piece, which it receives by `receive_from`."""
+        """Send a contiguous array to rank 0, which calls `receive_from`."""
         self.comm.Send(piece, dest=0)
         self.counter.add(piece.nbytes, 0)
 
     def receive_from(self, piece: np.ndarray, rank: int) -> None:
-        """Take what another rank gives rank 0, into a contiguous array of its size and dtype."""
+        """Receive, on rank 0, an array that `rank` sends by `send_to_first`."""
         self.comm.Recv(piece, source=rank)
         self.counter.add(0, piece.nbytes)
 
 
 class Poll:
-    """Questions of yes or no that ranks ask in passing: whether any rank has said yes, told to all at the same call.
+    """Two yes-or-no questions to all ranks, answered in passing: has any rank said yes?
 
-    All ranks call it equally often, once a step, with their answer to each of two questions. What is told is the sum of
-    what ranks said some calls before, begun then and fetched now, so that no call waits for ranks that are no more than
-    that behind. Between two of these sums there are as many calls as rank 0 makes in about `seconds`.
+    All ranks call it once a step with their own two answers. A call begins a sum over ranks, and a later call fetches
+    it, the same one on all ranks, so that ranks which lag by less than that are not waited for. Between two sums there
+    are as many calls as rank 0 makes in about `seconds`.
 
-    given: numbers of this rank, which it sets before a call; heard: their sums over ranks as of the last sum fetched.
+    given: numbers that a rank sets before a call; heard: their sums over ranks, as of the last fetched sum.
     """
 
     def __init__(self, control: Control, seconds: float = 0.2, numbers: int = 0):
         self.control, self.seconds = control, seconds
         self.request: Request | None = None
-        # Ranks that say yes to each question; calls to the sum after the next one, by rank 0 alone; what they give.
+        # Entries: yes to each question (0 or 1), calls until the sum after the next (rank 0 only), and `given`.
         self.said, self.sums = np.zeros(3 + numbers), np.zeros(3 + numbers)
         self.given, self.heard = np.zeros(numbers), np.zeros(numbers)
         self.calls, self.interval, self.begun = 0, 1, time.perf_counter()
         self.yes = [False, False]
 
     def __call__(self, first: bool, second: bool = False) -> tuple[bool, bool]:
-        """Whether some rank has said yes, to each question; a rank's own yes holds once it was said."""
+        """Whether some rank has said yes, for each question. A yes is not taken back by later calls."""
         self.yes = [self.yes[0] or first, self.yes[1] or second]
         if self.control.size == 1:
             self.heard[:] = self.given
@@ -149,7 +149,7 @@ class Poll:
             return False, False
         answer = self._fetch()
         now = time.perf_counter()
-        # Towards the number of calls that takes `seconds`, at most twice as many as before.
+        # The number of calls that take `seconds`, but at most twice the last interval.
         rate = self.calls / max(1e-9, now - self.begun)
         interval = min(2 * self.interval, max(1, int(rate * self.seconds)))
         self.said[:3] = *self.yes, interval * (self.control.rank == 0)
@@ -161,7 +161,7 @@ class Poll:
         return answer
 
     def _fetch(self) -> tuple[bool, bool]:
-        """The answers of the sum that is under way."""
+        """Finish the sum under way; returns its answers."""
         if self.request is None:
             return False, False
         self.request.Wait()
@@ -170,10 +170,10 @@ class Poll:
         return bool(self.sums[0] > 0), bool(self.sums[1] > 0)
 
     def forget(self) -> None:
-        """Take back all answers to the second question, those under way too; all ranks call it after the same call."""
+        """Take back all answers to the second question, also those under way. All ranks call it at the same step."""
         self._fetch()
         self.yes[1] = False
 
     def close(self) -> None:
-        """End the sum that is under way: all ranks have begun it."""
+        """Finish the sum under way, which all ranks have begun."""
         self._fetch()

@@ -1,4 +1,4 @@
-"""Errors in a call that all ranks make: raised where all ranks have one, the end of the job where some wait."""
+"""Errors in a call that all ranks make: raised on all ranks if all have one; else they end the job."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import numpy as np
 from psmpi.comm.protocol import World
 from psmpi.comm.world import end
 
-# Seconds that a rank with an error waits for those of the others.
+# Seconds that a rank with an error waits for errors of other ranks.
 PATIENCE = 3.0
 
 
 class Failures:
-    """A block on all ranks out of which an error comes on all of them, or the job ends.
+    """A block of calls that all ranks make: its error is raised on all ranks if all have one, else ends the job.
 
-    A rank that raises tells the others, and waits PATIENCE seconds to hear of their errors. A rank that does not fail
-    waits in some call of this one's: then the error is printed, and the job is aborted.
+    A rank with an error notifies the others, and waits PATIENCE seconds for their errors. If a rank has none, it waits
+    in a call that this rank will not make: then the error is printed and the job is aborted.
     """
 
     def __init__(self, world: World, patience: float = PATIENCE):

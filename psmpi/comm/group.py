@@ -16,7 +16,7 @@ from psmpi.comm.protocol import Communicator, Request, VectorSpec, World
 
 
 class Counter:
-    """Payload bytes that this rank sent and received, collectives counted as flat (and all-to-all ones as rings)."""
+    """Payload bytes that this rank sent and received. Rooted collectives count as flat, all-to-all ones as rings."""
 
     def __init__(self) -> None:
         self.sent = 0
@@ -28,7 +28,7 @@ class Counter:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Messages that do not count: they are no part of the training."""
+        """Leave the messages of the block out of the counts, since they are no part of the training."""
         before = self.sent, self.received
         try:
             yield
@@ -37,7 +37,7 @@ class Counter:
 
 
 class Group:
-    """Some ranks of the job, in an order. Ranks outside it, where `rank` is -1, must make none of its calls."""
+    """An ordered group of ranks of the job. Ranks outside it, whose `rank` is -1, must make none of its calls."""
 
     def __init__(self, world: World, ranks: Sequence[int], counter: Counter, bridge: Bridge | None = None):
         self.ranks, self.counter, self.bridge = tuple(ranks), counter, bridge or Bridge()
@@ -55,13 +55,13 @@ class Group:
 
     @property
     def comm(self) -> Communicator:
-        """MPI's communicator of the group: of two ranks or more, or of the whole world."""
+        """MPI's communicator of the group. RuntimeError outside the group, and for a group of one rank."""
         if self._comm is None:
             raise RuntimeError(f"no messages among the ranks {self.ranks}: this rank is outside, or alone")
         return self._comm
 
     def use_nccl(self, stream: Any) -> None:
-        """From now on allreduce and allgatherv go from device to device; all ranks of the group make this call."""
+        """Let NCCL do allreduce and allgatherv, from device to device. All ranks of the group call it."""
         if self.size > 1:
             self.nccl = Nccl(self.comm, stream)
 
@@ -75,26 +75,26 @@ class Group:
         self.counter.add(0, buffer.nbytes)
 
     def isend(self, buffer: np.ndarray, to: int, tag: int = 0) -> Request:
-        """Begin to send; the buffer is not to be written until the request is done."""
+        """Begin to send; do not write to the buffer before the request is done."""
         request = self.comm.Isend(self.bridge.outgoing(buffer), to, tag)
         self.counter.add(buffer.nbytes, 0)
         return request
 
     def irecv(self, buffer: np.ndarray, source: int, tag: int = 0) -> Request:
-        """Begin to receive; the buffer has `arrived`, which the caller tells the bridge, when the request is done."""
+        """Begin to receive; after the request is done the caller calls `bridge.arrived(buffer)`."""
         request = self.comm.Irecv(self.bridge.incoming(buffer), source, tag)
         self.counter.add(0, buffer.nbytes)
         return request
 
     def ibcast(self, buffer: np.ndarray, root: int = 0) -> Request:
-        """Begin bcast, on a group of two or more; elsewhere than on the root the buffer then has `arrived`."""
+        """Begin bcast in a group of two or more; afterwards ranks but the root call `bridge.arrived(buffer)`."""
         at_root = self.rank == root
         request = self.comm.Ibcast(self.bridge.outgoing(buffer) if at_root else self.bridge.incoming(buffer), root)
         self.counter.add(buffer.nbytes * (self.size - 1) * at_root, buffer.nbytes * (not at_root))
         return request
 
     def ireduce(self, buffer: np.ndarray, root: int = 0) -> Request:
-        """Begin reduce, on a group of two or more; the root's buffer holds its share, and then has `arrived`."""
+        """Begin reduce in a group of two or more, in place on the root, which afterwards calls `bridge.arrived`."""
         wire = self.bridge.outgoing(buffer)
         if self.rank == root:
             self.counter.add(0, buffer.nbytes * (self.size - 1))
@@ -111,7 +111,7 @@ class Group:
             self.counter.add(buffer.nbytes * (self.size - 1) * at_root, buffer.nbytes * (not at_root))
 
     def reduce(self, buffer: np.ndarray, into: np.ndarray | None, root: int = 0) -> None:
-        """Sum of all `buffer`s, on the root only: in its `into`, which holds the root's own share already."""
+        """Sum all buffers on the root, in its `into`, which already holds the root's share."""
         if self.size == 1:
             return
         if self.rank == root:
@@ -124,7 +124,7 @@ class Group:
             self.counter.add(buffer.nbytes, 0)
 
     def allreduce(self, buffer: np.ndarray) -> None:
-        """buffer = sum over the group, in place; 2 (P-1)/P of it is sent, as a ring does."""
+        """Sum `buffer` over the group, in place. Counted as a ring: 2 (P - 1) / P of its bytes."""
         if self.size > 1:
             if self.nccl is not None:
                 self.nccl.allreduce(buffer)
@@ -135,19 +135,19 @@ class Group:
             self.counter.add(moved, moved)
 
     def iallreduce(self, buffer: np.ndarray) -> Request:
-        """Begin allreduce; `wait` ends it, and the buffer is not to be touched before. A request."""
+        """Begin allreduce; `wait` finishes it, and the buffer must not be touched before."""
         request = self.comm.Iallreduce(in_place(), self.bridge.outgoing(buffer))
         moved = 2 * (self.size - 1) * buffer.nbytes // self.size
         self.counter.add(moved, moved)
         return request
 
     def wait(self, buffer: np.ndarray, request: Request) -> None:
-        """End what was begun on a buffer."""
+        """Finish an operation on `buffer` that was begun."""
         request.Wait()
         self.bridge.arrived(buffer)
 
     def gather_all(self, into: np.ndarray, counts: Sequence[int]) -> None:
-        """Every rank's run of `into`, of `counts` elements one after the other, to all, in place; of any dtype."""
+        """All-gather in place: run k of `into`, of counts[k] elements, comes from rank k. Any dtype."""
         if self.size > 1:
             self.comm.Allgatherv(in_place(), _runs(self.bridge.outgoing(into), counts))
             self.bridge.arrived(into)
@@ -155,46 +155,46 @@ class Group:
             self.counter.add(own * (self.size - 1), into.itemsize * sum(counts) - own)
 
     def reduce_scatter(self, buffer: np.ndarray, counts: Sequence[int]) -> np.ndarray:
-        """Run k of `buffer`, of counts[k] elements, summed over the group, on rank k: the reverse of allgatherv.
+        """Sum run k of `buffer`, of counts[k] elements, over the group, on rank k: the adjoint of allgatherv.
 
-        What is of another rank is sent to it once. Returns where the sum is, the front of the buffer, which is used up.
+        Each rank sends each run once. Returns the sum, at the front of the buffer, whose rest is overwritten.
         """
-        found = buffer.reshape(-1)[: counts[self.rank]]
+        segment = buffer.reshape(-1)[: counts[self.rank]]
         if self.size > 1:
             self.comm.Reduce_scatter(in_place(), self.bridge.outgoing(buffer), list(counts))
             self.bridge.arrived(buffer)
-            self.counter.add(buffer.itemsize * sum(counts) - found.nbytes, found.nbytes * (self.size - 1))
-        return found
+            self.counter.add(buffer.itemsize * sum(counts) - segment.nbytes, segment.nbytes * (self.size - 1))
+        return segment
 
     def ireduce_scatter(self, buffer: np.ndarray, counts: Sequence[int]) -> Request:
-        """Begin reduce_scatter, on a group of two or more; the buffer then has `arrived`, its front holds the sum."""
+        """Begin reduce_scatter in a group of two or more; afterwards call `bridge.arrived`. The sum is at the front."""
         own = buffer.itemsize * counts[self.rank]
         request = self.comm.Ireduce_scatter(in_place(), self.bridge.outgoing(buffer), list(counts))
         self.counter.add(buffer.itemsize * sum(counts) - own, own * (self.size - 1))
         return request
 
     def allgather(self, buffer: np.ndarray, into: np.ndarray) -> None:
-        """All ranks' buffers, of one size and any dtype in host memory, as the rows of `into` (size, ...)."""
+        """Gather the buffers of all ranks, of one size, as rows of `into` (size, ...). Host memory, any dtype."""
         into[self.rank] = buffer
         self.gather_all(into, [buffer.size] * self.size)
 
     def alltoallv(
         self, buffer: np.ndarray, counts: Sequence[int], into: np.ndarray, received: Sequence[int] | None = None
     ) -> None:
-        """Run k of `buffer`, of counts[k] elements in host memory, to rank k.
+        """Send run k of `buffer`, of counts[k] elements, to rank k. Host memory.
 
-        Run j of `into` is that from rank j: of received[j] elements, by default as many as this rank has for itself.
+        Run j of `into`, of received[j] elements (counts[rank] by default), comes from rank j.
         """
-        theirs = [counts[self.rank]] * self.size if received is None else received
+        arriving = [counts[self.rank]] * self.size if received is None else received
         if self.size == 1:
             into.reshape(-1)[: counts[0]] = buffer[: counts[0]]
             return
-        self.comm.Alltoallv(_runs(buffer, counts), _runs(into, theirs))
+        self.comm.Alltoallv(_runs(buffer, counts), _runs(into, arriving))
         own = counts[self.rank]
-        self.counter.add(buffer.itemsize * (sum(counts) - own), into.itemsize * (sum(theirs) - own))
+        self.counter.add(buffer.itemsize * (sum(counts) - own), into.itemsize * (sum(arriving) - own))
 
     def agree(self, values: np.ndarray) -> np.ndarray:
-        """Sum of `values` over the group, in place, bit-identical on all ranks; control data, not counted."""
+        """Sum `values` over the group, in place, to the same bits on all ranks. Control data, not counted."""
         if self.size > 1:
             # Reduce then Bcast: an Allreduce may give ranks sums that differ in the last bit.
             if self.rank == 0:
@@ -205,7 +205,7 @@ class Group:
         return values
 
     def same_bits(self, vector: np.ndarray) -> bool:
-        """Whether all ranks hold the same bits of a vector in host memory, by their checksums; not counted."""
+        """Whether `vector`, in host memory, has the same bits on all ranks, by checksums. Not counted."""
         own, sums = np.array([crc32(np.ascontiguousarray(vector).data)], np.int64), np.zeros(self.size, np.int64)
         if self.size > 1:
             self.comm.Allgather(own, sums)
@@ -219,9 +219,9 @@ class Group:
         into: np.ndarray,
         moved: Sequence[slice] | None = None,
     ) -> None:
-        """Elements [starts[k], + counts[k]) of the root's `source` go to rank k's `into`.
+        """Scatter: elements [starts[k], starts[k] + counts[k]) of the root's `source` to `into` on rank k.
 
-        moved: `pieces` of these, where they are known already.
+        moved: the result of `pieces(counts, starts)`, if the caller has it.
         """
         if self.rank == 0:
             wire = self.bridge.outgoing(source, moved or pieces(counts, starts))
@@ -240,7 +240,7 @@ class Group:
         starts: Sequence[int],
         moved: Sequence[slice] | None = None,
     ) -> None:
-        """The reverse of scatterv."""
+        """Gather: the adjoint of scatterv."""
         if self.rank == 0:
             wire = self.bridge.incoming(into)
             self.comm.Gatherv(in_place(), [wire, counts, starts, float_type(into)], root=0)
@@ -251,7 +251,7 @@ class Group:
             self.counter.add(buffer.nbytes, 0)
 
     def allgatherv(self, buffer: np.ndarray, into: np.ndarray, counts: Sequence[int]) -> None:
-        """All ranks' buffers one after the other in everyone's `into`; each is sent on P - 1 times, as a ring does."""
+        """Gather the buffers of all ranks, one after the other, in `into` on each rank. Counted as a ring."""
         if self.size == 1:
             into.reshape(-1)[: buffer.size] = buffer.reshape(-1)
             return
@@ -264,7 +264,7 @@ class Group:
         self.counter.add(buffer.nbytes * (self.size - 1), into.itemsize * sum(counts) - buffer.nbytes)
 
     def iallgatherv(self, buffer: np.ndarray, into: np.ndarray, counts: Sequence[int]) -> Request:
-        """Begin allgatherv, on a group of two or more; `into` then has `arrived`."""
+        """Begin allgatherv in a group of two or more; afterwards call `bridge.arrived(into)`."""
         wire = [self.bridge.incoming(into), counts, _starts(counts), float_type(into)]
         request = self.comm.Iallgatherv(self.bridge.outgoing(buffer), wire)
         self.counter.add(buffer.nbytes * (self.size - 1), into.itemsize * sum(counts) - buffer.nbytes)
@@ -272,7 +272,7 @@ class Group:
 
 
 def all_done(requests: Sequence[Request]) -> bool:
-    """Whether all requests are done; MPI goes on with them inside the call."""
+    """Whether all requests are done. The call also lets MPI make progress."""
     return all(request.Test() for request in requests)
 
 
@@ -283,39 +283,39 @@ def wait_all(requests: Sequence[Request]) -> None:
 
 
 def pieces(counts: Sequence[int], starts: Sequence[int]) -> list[slice]:
-    """The slices that a scatter or gather moves, those side by side as one."""
-    found: list[slice] = []
+    """The slices that a scatter or gather moves; adjacent slices are joined."""
+    slices: list[slice] = []
     for start, count in sorted(zip(starts, counts, strict=True)):
-        if count and found and found[-1].stop == start:
-            found[-1] = slice(found[-1].start, start + count)
+        if count and slices and slices[-1].stop == start:
+            slices[-1] = slice(slices[-1].start, start + count)
         elif count:
-            found.append(slice(start, start + count))
-    return found
+            slices.append(slice(start, start + count))
+    return slices
 
 
 def in_place() -> Any:
-    """MPI's word for: the values are in the other buffer already."""
+    """MPI.IN_PLACE, imported late."""
     from mpi4py import MPI
 
     return MPI.IN_PLACE
 
 
 def _runs(array: np.ndarray, counts: Sequence[int]) -> VectorSpec:
-    """MPI's description of runs of `counts` elements of a contiguous array, one after the other, of any dtype."""
+    """MPI's description of consecutive runs of counts[k] elements of a contiguous array of any dtype."""
     from mpi4py import MPI
 
     sizes = [array.itemsize * count for count in counts]
-    # float16 is no type of MPI's; nothing is computed with these.
+    # As bytes: MPI has no float16, and these values are moved, not summed.
     return [array, sizes, _starts(sizes), MPI.BYTE]
 
 
 def _starts(counts: Sequence[int]) -> list[int]:
-    """Where runs of so many elements begin that lie one after the other."""
+    """Starts of consecutive runs of so many elements."""
     return list(accumulate(counts[:-1], initial=0))
 
 
 def run_bytes(spec: VectorSpec) -> tuple[int, ...]:
-    """Bytes of each rank's run, as calls with counts describe them."""
+    """Bytes of each rank's run in MPI's description."""
     from mpi4py import MPI
 
     array, counts, _, kind = spec

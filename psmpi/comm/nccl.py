@@ -1,4 +1,4 @@
-"""Sums and exchanges among the devices of a group by NCCL, without the host."""
+"""Collectives of a group by NCCL, from device to device."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ class Nccl:
         self.comm = library.NcclCommunicator(comm.size, number.tobytes(), comm.rank)
 
     def _type(self, array: Any) -> int:
-        found: int = self.library.NCCL_FLOAT32 if array.dtype == np.float32 else self.library.NCCL_FLOAT64
-        return found
+        code: int = self.library.NCCL_FLOAT32 if array.dtype == np.float32 else self.library.NCCL_FLOAT64
+        return code
 
     def allreduce(self, array: Any) -> None:
-        """array = its sum over the group, in place."""
+        """Sum `array` over the group, in place."""
         address = array.data.ptr
         self.comm.allReduce(address, address, array.size, self._type(array), self.library.NCCL_SUM, self.stream.ptr)
 
     def allgatherv(self, array: Any, into: Any, counts: Sequence[int]) -> None:
-        """All ranks' arrays, of `counts` elements, one after the other in `into`."""
+        """Gather the arrays of all ranks, of counts[k] elements, one after the other in `into`."""
         # NCCL gathers equal counts only: a broadcast from each rank, all of them at once.
         self.library.groupStart()
         start = 0
@@ -46,21 +46,21 @@ class Nccl:
 
 
 def check_devices(world: Communicator, pci_id: str) -> None:
-    """UserError on all ranks unless CuPy has NCCL and no two ranks of a host have one device, which `pci_id` names."""
+    """UserError on all ranks unless CuPy has NCCL and no two ranks of a host share a device. pci_id: of the device."""
     from mpi4py import MPI
 
     _library()
     local = world.Split_type(MPI.COMM_TYPE_SHARED)
-    mine, everyone = np.zeros(64, np.uint8), np.zeros((local.size, 64), np.uint8)
+    padded, everyone = np.zeros(64, np.uint8), np.zeros((local.size, 64), np.uint8)
     name = np.frombuffer(pci_id.encode()[:64], np.uint8)
-    mine[: len(name)] = name
-    local.Allgather(mine, everyone)
-    ranks, found = local.size, len(np.unique(everyone, axis=0))
+    padded[: len(name)] = name
+    local.Allgather(padded, everyone)
+    ranks, devices = local.size, len(np.unique(everyone, axis=0))
     local.Free()
-    if found < ranks:
+    if devices < ranks:
         raise UserError(
-            f"--nccl: {ranks} ranks share {found} device(s) on this host and NCCL wants one each: start at most "
-            f"{found} ranks a host, or leave the option out"
+            f"--nccl: {ranks} ranks share {devices} device(s) on this host and NCCL wants one each: start at most "
+            f"{devices} ranks a host, or leave the option out"
         )
 
 

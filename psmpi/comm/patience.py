@@ -1,8 +1,7 @@
-"""Waiting that leaves its core to others: communicators whose ranks sleep until another one may have what they need.
+"""Communicators whose ranks sleep while they wait, for hosts with more ranks than cores.
 
-MPI's own waiting keeps a core busy. Where ranks outnumber the cores of a host it takes that core from a rank that
-computes. Neither transfers nor methods know of it: `patient` wraps the communicator of all ranks, and those made of it
-wait in the same way.
+MPI waits by polling, which takes the core from a rank that computes. `patient` wraps the communicator of all ranks, and
+communicators made from it wait in the same way; transfers and methods do not know of it.
 """
 
 from __future__ import annotations
@@ -18,26 +17,25 @@ from psmpi.comm.bells import Bells
 from psmpi.comm.protocol import Communicator, Request, Sent, VectorSpec
 from psmpi.errors import UserError
 
-# Says how ranks wait, instead of what is found: spin or sleep.
+# The environment variable that sets how ranks wait: spin or sleep.
 SETTING = "PSMPI_WAIT"
-# Looks without sleep, for what has come already or is about to.
+# Number of tests before the first sleep, for messages that have arrived or are about to.
 LOOKS = 3
 # Seconds that a rank sleeps at most, first, after long, and between these as a share of the time waited so far: where
 # those that it waits for ring its bell, which they do not for all that MPI does on the way; and where they do not.
 CALLED, UNCALLED = (5e-3, 2e-2, 1 / 4), (2e-4, 4e-3, 1 / 8)
-# Sleeps, and seconds of each, that begin a wait, and that follow a bell: messages may be under way, which go on only
-# while both ranks look at them.
+# Number of short sleeps, and seconds of each, at the beginning of a wait and after a bell: a message under way makes
+# progress only while both ranks test it.
 NAPS, NAP = 8, 1e-4
-# Bytes of a message up to which its sender does not wait for who receives it.
+# Messages of up to so many bytes are sent without waiting for the receiver.
 AT_ONCE = 4096
-# Times that a rank which was woken for nothing wakes others in turn: what it looked at may have gone a step further.
+# Wake-ups without effect after which a rank wakes others in turn: its test may have let a message make progress.
 TURNS = 4
 
 
 class PatientRequest:
-    """A request for which its rank waits asleep; who may wait for its begin, and for its end, is woken then.
-
-    before, after: their numbers on this host.
+    """A request whose rank sleeps while it waits. It wakes ranks that may wait for its begin (`before`) and its end
+    (`after`), given by their numbers on this host.
     """
 
     __slots__ = ("after", "bells", "naps", "request")
@@ -83,14 +81,14 @@ class PatientRequest:
 
 
 class Patient:
-    """A communicator of mpi4py whose calls that wait are made of those that do not.
+    """A communicator of mpi4py whose blocking calls are made of non-blocking ones.
 
-    A collective that blocks does not match one that does not: all ranks of the job have such communicators, or none.
+    Blocking and non-blocking collectives do not match each other, so all ranks of the job use it, or none.
     """
 
     def __init__(self, comm: Any, bells: Bells, places: Sequence[int]):
         self.comm, self.bells, self.rank, self.size = comm, bells, comm.rank, comm.size
-        # Numbers on this host of the communicator's ranks, -1 for those elsewhere and for this one.
+        # For each rank of the communicator its number on this host, -1 for ranks elsewhere and for this rank.
         self.each = list(places)
         self.others = [place for place in places if place >= 0]
         called = bells.call is not None and len(self.others) == self.size - 1
@@ -98,8 +96,8 @@ class Patient:
 
     def _made(self, comm: Any) -> Patient:
         ranks = range(comm.size)
-        found = comm.group.Translate_ranks(list(ranks), self.comm.group)
-        return Patient(comm, self.bells, [self.each[rank] for rank in found])
+        numbers = comm.group.Translate_ranks(list(ranks), self.comm.group)
+        return Patient(comm, self.bells, [self.each[rank] for rank in numbers])
 
     def _sent(self, request: Request, rank: int) -> PatientRequest:
         return PatientRequest(request, self.bells, self._on_host(rank), (), self.naps)
@@ -223,10 +221,10 @@ class Patient:
 
 
 def patient(world: Any, ranks: int, cores: int) -> Any:
-    """The communicator of all ranks as it is, or where ranks outnumber the cores of a host one whose ranks wait asleep.
+    """Wrap `world` in a communicator whose ranks sleep, if ranks outnumber the cores of a host; else return it.
 
-    world: mpi4py's; ranks, cores: those of this rank's host. Rank 0's PSMPI_WAIT, spin or sleep, decides where it is
-    set; UserError where it is set to anything else. All ranks make this call.
+    ranks, cores: of this rank's host. PSMPI_WAIT of rank 0, spin or sleep, overrides that; UserError for another value.
+    All ranks call it.
     """
     if world.size == 1:
         return world
@@ -236,9 +234,9 @@ def patient(world: Any, ranks: int, cores: int) -> Any:
     answers = {"": 0, "spin": 1, "sleep": 2}
     if said not in answers:
         raise UserError(f"{SETTING}={said}: expected spin or sleep")
-    found = np.array([int(ranks > cores), answers[said]])
-    world.Allreduce(MPI.IN_PLACE, found, MPI.MAX)
-    crowded, decided = found.tolist()
+    answer = np.array([int(ranks > cores), answers[said]])
+    world.Allreduce(MPI.IN_PLACE, answer, MPI.MAX)
+    crowded, decided = answer.tolist()
     if decided == 1 or not (crowded or decided):
         return world
     local = world.Split_type(MPI.COMM_TYPE_SHARED)
@@ -252,28 +250,28 @@ def patient(world: Any, ranks: int, cores: int) -> Any:
 
 
 def settle(world: Communicator, cores: Sequence[int], computes: bool) -> None:
-    """Let ranks that are `patient` wait by what they do: all ranks make this call. cores: those that this rank may use.
+    """Choose how ranks of a `Patient` communicator wait. All ranks call it. cores: those that this rank may use.
 
-    Where the ranks of a host that compute have a core each, they get one of their own, on which they only give way to
-    the others, such as masters, which sleep. (Left alone a system now and then lets two of them share a core for some
-    milliseconds while one is idle.) Where more ranks compute than there are cores, all give way and none sleeps: what
-    they wait for is short, and comes from ranks that need the core.
+    If the ranks of a host that compute have a core each, each is bound to a core and yields it, while the others, such
+    as masters, sleep. (Without binding Linux now and then lets two ranks share a core for some milliseconds while
+    another core is idle.) If more ranks compute than there are cores, all ranks yield and none sleeps: they wait for
+    short times, and for ranks that need the core.
     """
-    found: Any = world
-    while not isinstance(found, Patient):
-        found = getattr(found, "comm", None)
-        if found is None:
+    inner: Any = world
+    while not isinstance(inner, Patient):
+        inner = getattr(inner, "comm", None)
+        if inner is None:
             return
-    local = found.Split_type(_shared_memory())
-    mine = np.zeros(8193, np.uint8)
-    mine[list(cores)], mine[-1] = 1, computes
-    rows = np.empty((local.size, len(mine)), np.uint8)
-    local.Allgather(mine, rows)
+    local = inner.Split_type(_shared_memory())
+    padded = np.zeros(8193, np.uint8)
+    padded[list(cores)], padded[-1] = 1, computes
+    rows = np.empty((local.size, len(padded)), np.uint8)
+    local.Allgather(padded, rows)
     local.Free()
     computing, available = int(rows[:, -1].sum()), int(rows[:, :-1].any(axis=0).sum())
     if len(rows) > available:
-        found.bells.awake = bool(computes) or computing > available
-    # Ranks that may use different cores have been given theirs by somebody else.
+        inner.bells.awake = bool(computes) or computing > available
+    # Ranks with different sets of cores were bound by the launcher.
     alike = bool((rows[:, :-1] == rows[0, :-1]).all())
     if computes and alike and computing <= available < len(rows) and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {cores[int(rows[: local.rank, -1].sum())]})

@@ -1,4 +1,4 @@
-"""Latency and bandwidth between two ranks, by messages there and back, within bounds of time and bytes."""
+"""Latency and bandwidth between two ranks, by round trips, within bounds of time and bytes."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import numpy as np
 
 from psmpi.comm.protocol import Communicator
 
-# Bytes of the messages that are timed, and how often a message of each size goes there and back at most.
+# Sizes of the timed messages in bytes, and the largest number of round trips of each size.
 SIZES, TIMES = (8, 1 << 16, 1 << 20, 1 << 22), (200, 50, 8, 8)
 
 
 class Pace(NamedTuple):
-    """Microseconds of a short message one way, and GB/s of messages of `nbytes` bytes, the largest that were timed."""
+    """Microseconds of a short message one way, and GB/s of messages of `nbytes` bytes, the largest timed size."""
 
     latency_us: float
     gigabytes: float
@@ -31,38 +31,38 @@ def ping_pong(comm: Communicator, a: int, b: int, seconds: float) -> Pace | None
     if comm.rank == b:
         _answer(comm, a)
         return None
-    found, buffers = [], np.zeros(SIZES[-1], np.uint8)
+    rows, buffers = [], np.zeros(SIZES[-1], np.uint8)
     end = time.perf_counter() + seconds
     for k, (size, most) in enumerate(zip(SIZES, TIMES, strict=True)):
-        # The first one makes connections and buffers.
+        # The first message sets up connections and buffers.
         _call(comm, b, buffers[:size], 1)
         once = _call(comm, b, buffers[:size], 1)[0]
         left = end - time.perf_counter()
         rounds = min(most, int(left / 2 / max(2 * once, 1e-9)))
         times = _call(comm, b, buffers[:size], rounds) if rounds > 0 else [once]
-        found.append(median(times))
+        rows.append(median(times))
         grown = SIZES[k + 1] / size if 0 < k < len(SIZES) - 1 else 1
-        if k and 4 * found[-1] * grown > end - time.perf_counter():
+        if k and 4 * rows[-1] * grown > end - time.perf_counter():
             break
     comm.Send(np.array([0, 0]), b)
-    nbytes = SIZES[len(found) - 1]
-    return Pace(1e6 * found[0], nbytes / found[-1] / 1e9, nbytes)
+    nbytes = SIZES[len(rows) - 1]
+    return Pace(1e6 * rows[0], nbytes / rows[-1] / 1e9, nbytes)
 
 
 def _call(comm: Communicator, to: int, data: np.ndarray, rounds: int) -> list[float]:
-    """Seconds of each of so many messages, one way, after word to the other rank of what comes."""
+    """Announce messages to the other rank; returns the seconds of each, one way."""
     comm.Send(np.array([data.size, rounds]), to)
-    found = []
+    times = []
     for _ in range(rounds):
         before = time.perf_counter()
         comm.Send(data, to)
         comm.Recv(data, to)
-        found.append((time.perf_counter() - before) / 2)
-    return found
+        times.append((time.perf_counter() - before) / 2)
+    return times
 
 
 def _answer(comm: Communicator, to: int) -> None:
-    """Send back what comes, until it is told that nothing more does."""
+    """Send messages back until the other rank announces the end."""
     said, buffers = np.zeros(2, np.int64), np.zeros(SIZES[-1], np.uint8)
     while True:
         comm.Recv(said, to)

@@ -1,4 +1,4 @@
-"""Choosing the way from arrays to MPI, and trying what a GPU-aware MPI does with arrays in a device's memory."""
+"""The choice of the bridge between arrays and MPI, and the test of a GPU-aware MPI on device arrays."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from psmpi.errors import UserError
 
 
 def make_bridge(world: World, ops: NumpyOps, gpu_aware: bool) -> Bridge:
-    """The way from these arrays to MPI. UserError on all ranks where MPI is to take a device's and cannot."""
+    """The bridge of `ops`. UserError on all ranks if --gpu-aware is given and MPI cannot take device arrays."""
     if not ops.on_device:
         return Bridge()
     if not gpu_aware:
@@ -30,10 +30,10 @@ def make_bridge(world: World, ops: NumpyOps, gpu_aware: bool) -> Bridge:
 
 
 def ask_library() -> None:
-    """UserError where the MPI library itself says that it does not know GPU memory: it would crash."""
+    """UserError if the MPI library says that it cannot take GPU memory, which would crash it."""
     from mpi4py import MPI
 
-    # Open MPI and MPICH have this function; what another MPI can do, the values tell.
+    # Open MPI and MPICH have this function; other libraries are judged by the values they exchange.
     ask = getattr(ctypes.CDLL(MPI.__file__), "MPIX_Query_cuda_support", None)
     if ask is not None and not ask():
         raise UserError(
@@ -53,28 +53,28 @@ def probe(world: World, ops: NumpyOps, bridge: Bridge, size: int = 0) -> bool:
     for dtype in (np.dtype(np.float32), np.dtype(np.float64)):
         # Small enough for sums to be exact, and different from rank to rank.
         counting = np.arange(size) % 1009
-        mine, sums, rows = (ops.mirror(ops.zeros(n, dtype)) for n in (size, size, size * world.size))
-        mine.host[:] = counting * (world.rank + 1)
-        sums.host[:] = mine.host
-        mine.push()
+        values, sums, rows = (ops.mirror(ops.zeros(n, dtype)) for n in (size, size, size * world.size))
+        values.host[:] = counting * (world.rank + 1)
+        sums.host[:] = values.host
+        values.push()
         sums.push()
-        group.allgatherv(mine.array, rows.array, [size] * world.size)
+        group.allgatherv(values.array, rows.array, [size] * world.size)
         group.allreduce(sums.array)
-        group.bcast(mine.array)
-        # From rank to rank all around, the first one beginning.
+        group.bcast(values.array)
+        # Around a ring of ranks, beginning with rank 0.
         around = ops.mirror(ops.zeros(size, dtype))
         for turn in (0, 1) if world.size > 1 else ():
             if turn == (world.rank > 0):
-                group.send(mine.array, (world.rank + 1) % world.size)
+                group.send(values.array, (world.rank + 1) % world.size)
             else:
                 group.receive(around.array, (world.rank - 1) % world.size)
         around.fetch()
         around.wait()
         right &= world.size == 1 or np.array_equal(around.host, counting)
-        for mirror in (mine, sums, rows):
+        for mirror in (values, sums, rows):
             mirror.fetch()
             mirror.wait()
         factors = np.arange(1, world.size + 1)
         right &= np.array_equal(rows.host.reshape(world.size, size), factors[:, None] * counting)
-        right &= np.array_equal(sums.host, factors.sum() * counting) and np.array_equal(mine.host, counting)
+        right &= np.array_equal(sums.host, factors.sum() * counting) and np.array_equal(values.host, counting)
     return bool(group.agree(np.array([float(not right)]))[0] == 0)

@@ -1,4 +1,4 @@
-"""Protocols of a communicator: the calls that psmpi makes, as mpi4py and the tests' world of threads have them."""
+"""The calls of a communicator that psmpi makes; mpi4py has them, and so has the world of threads of the tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: noted, and met by the run where it can be saved."""
+"""Signals that ask a run to stop; the run stops at the next step at which it can be saved."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
-# SIGHUP: the terminal is gone.
+# SIGHUP: the terminal was closed.
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-# Seconds within which signals are one: a launcher passes on what the batch system, or the terminal, sends to all.
+# Signals within so many seconds count as one: launchers pass on what the batch system or terminal sends to all.
 ONE = 2.0
-# Seconds after which a process ends that a later signal did not end: it waits in a library, where Python hears nothing.
+# Seconds after a second signal, after which the process is ended: in a library Python runs no signal handler.
 GRACE = 5.0
 
 
@@ -41,7 +41,7 @@ class StopSignals:
         self.shown, self.one = shown, ONE if one is None else one
         self.signals = (*STOPPING, signal.Signals[f"SIG{also}"])
         self.before: dict[signal.Signals, Callable[[int, FrameType | None], Any] | int | None] = {}
-        # The numbers of all signals, as soon as they come, whatever the main thread does.
+        # The interpreter writes the number of each signal here, even if the main thread is in a library.
         self.pipe: socket.socket | None = None
         self.woken = -1
 
@@ -79,7 +79,7 @@ class StopSignals:
             os.kill(os.getpid(), number)
 
     def _tell(self, text: bytes) -> None:
-        """Write by system calls: the signal may have come in a print."""
+        """Write by system calls, since the signal may have interrupted a print."""
         if self.shown:
             try:
                 opened = os.open(self.shown, os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK)
@@ -87,17 +87,17 @@ class StopSignals:
                 os.close(opened)
                 return
             except OSError:
-                # The launcher has gone: what it leaves may still be read.
+                # The launcher has ended; its output may still be read.
                 pass
         with contextlib.suppress(OSError):
             os.write(2, text)
 
     def _listen(self, heard: socket.socket, heeded: set[signal.Signals]) -> None:
-        """The thread: it ends with the pipe, or after a later signal the process."""
+        """The body of the thread, which ends with the pipe, or ends the process after a second signal."""
         first = 0.0
         with heard:
-            while told := heard.recv(1):
-                number = told[0]
+            while byte := heard.recv(1):
+                number = byte[0]
                 if number not in heeded:
                     continue
                 first = first or time.monotonic()
@@ -113,7 +113,7 @@ class StopSignals:
 
 
 def _closed_by(heard: socket.socket, end: float) -> bool:
-    """Whether the other end of a pipe is closed before a time of the monotonic clock; returns then."""
+    """Wait for the other end of a pipe to close, until `end` of the monotonic clock. Returns whether it has."""
     while (left := end - time.monotonic()) > 0:
         heard.settimeout(left)
         with contextlib.suppress(TimeoutError):
@@ -123,7 +123,7 @@ def _closed_by(heard: socket.socket, end: float) -> bool:
 
 
 def heed_hangups() -> None:
-    """Let SIGHUP do what it did when this process was started: UCX, in MPI's libraries, would swallow it."""
+    """Restore the SIGHUP handler of the start of this process, which UCX in MPI libraries replaces."""
     if threading.current_thread() is threading.main_thread():
         before = signal.getsignal(signal.SIGHUP)
         if before is not None:

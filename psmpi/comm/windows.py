@@ -1,4 +1,4 @@
-"""Memory that ranks share or reach without the other's help: the only place with MPI's windows.
+"""Memory that ranks share or access by one-sided MPI; the only place with MPI windows.
 
 `windows_of` gives those of a communicator: of MPI here, of worlds of threads those that their communicators bring.
 All ranks make windows, and free them, at the same point and in the same order. Windows are of predefined types, and
@@ -17,54 +17,54 @@ from psmpi.comm.group import Counter
 from psmpi.comm.protocol import Communicator
 from psmpi.comm.watch.flight import bare
 
-# Elements of each window that is tested before all others are made.
+# Number of elements of the windows that are tested before others are made.
 TESTED = 64
 
 
 class Memory(Protocol):
-    """Zeros that the ranks of a host share; those of several hosts have one such memory each."""
+    """Memory that the ranks of a host share, filled with zeros; each host has its own."""
 
     @property
     def bytes(self) -> np.ndarray: ...
 
     def sync(self) -> None:
-        """Make what this rank has written visible to others, and what they have, before and after a barrier."""
+        """Synchronize memory with other ranks; call it before and after a barrier."""
 
     def free(self) -> None: ...
 
 
 class Sharded(Protocol):
-    """A vector of which each rank has a shard, `own`, that all ranks read and add to."""
+    """A vector whose shards (`own` on this rank) all ranks read and add to."""
 
     @property
     def own(self) -> np.ndarray: ...
 
     def read(self, out: np.ndarray) -> None:
-        """Fill `out` with all elements, each as it is at some moment."""
+        """Fill `out` with all elements; each is read at some moment during the call."""
 
     def read_at(self, places: np.ndarray, out: np.ndarray) -> None:
         """Fill `out` (n,) with the elements `places` (n,) int64, strictly increasing."""
 
     def add(self, values: np.ndarray) -> None:
-        """Begin to add `values` to all elements; they may be written again when this returns."""
+        """Begin to add `values` to all elements. `values` may be overwritten after the call."""
 
     def add_at(self, places: np.ndarray, values: np.ndarray) -> None:
         """Begin to add values (n,) to the elements `places` (n,) int64, strictly increasing."""
 
     def flush(self) -> None:
-        """Return when all that this rank has added is there."""
+        """Wait until all additions of this rank are done."""
 
     def sync(self) -> None:
-        """Make others' additions visible in `own`, and what was written there to others: before and after a barrier."""
+        """Synchronize `own` with the additions of other ranks; call it before and after a barrier."""
 
     def free(self) -> None: ...
 
 
 class Counters(Protocol):
-    """Whole numbers from 0 that all ranks count up and read."""
+    """Counters from 0 that all ranks increase and read."""
 
     def count(self, number: int, by: int = 1) -> int:
-        """Add to a counter; returns what it was before."""
+        """Add to a counter; returns its value before."""
 
     def read(self, out: np.ndarray) -> None:
         """Fill `out` (n,) int64 with the first n counters."""
@@ -73,24 +73,24 @@ class Counters(Protocol):
 
 
 class Windows(Protocol):
-    """Makes windows among the ranks of a communicator."""
+    """A factory of windows among the ranks of a communicator."""
 
     @property
     def one_host(self) -> bool: ...
 
     def fault(self) -> str:
-        """What is wrong with windows here, found on some elements; "" where nothing is. All ranks hear the same."""
+        """Test windows on some elements. Returns the fault, "" without one, the same on all ranks."""
 
     def memory(self, nbytes: int) -> Memory: ...
 
     def sharded(self, edges: Sequence[int], dtype: np.dtype, counter: Counter) -> Sharded:
-        """Zeros, of which rank r has the elements from edges[r] to edges[r + 1]; counter: of this rank's bytes."""
+        """Make a vector of zeros with elements edges[r] to edges[r + 1] on rank r. counter: of this rank's bytes."""
 
     def counters(self, count: int) -> Counters: ...
 
 
 def windows_of(world: Communicator) -> Windows:
-    """The windows of a communicator, whatever records its messages or waits for them."""
+    """The windows of a communicator, inside any wrappers that record or wait."""
     inner = bare(world)
     own: Windows | None = getattr(inner, "windows", None)
     return MpiWindows(inner) if own is None else own
@@ -103,7 +103,7 @@ def _type_of(dtype: np.dtype) -> Any:
 
 
 class MpiWindows:
-    """Those of MPI."""
+    """The factory of MPI windows."""
 
     def __init__(self, comm: Any):
         from mpi4py import MPI
@@ -129,7 +129,7 @@ class MpiWindows:
 
 
 class MpiMemory:
-    """A shared-memory window, all of it on the first rank of a host. RuntimeError where others see it otherwise."""
+    """A shared-memory window on the first rank of a host. RuntimeError if other ranks see another size."""
 
     def __init__(self, comm: Any, nbytes: int):
         from mpi4py import MPI
@@ -138,8 +138,8 @@ class MpiMemory:
         self.window = MPI.Win.Allocate_shared(nbytes if self.local.rank == 0 else 0, 1, comm=self.local)
         if self.window.Get_attr(MPI.WIN_MODEL) != MPI.WIN_UNIFIED:
             raise RuntimeError("windows have a public and a private copy of their memory")
-        found: Any = self.window.Shared_query(0)[0]
-        self.bytes = np.frombuffer(found, np.uint8)[:nbytes]
+        memory: Any = self.window.Shared_query(0)[0]
+        self.bytes = np.frombuffer(memory, np.uint8)[:nbytes]
         self.window.Lock_all(MPI.MODE_NOCHECK)
         if self.local.rank == 0:
             self.bytes.fill(0)
@@ -158,7 +158,7 @@ class MpiMemory:
 
 
 class _MpiWindow:
-    """A window that stays open for all ranks, with zeros on each; itemsize: the unit of displacements."""
+    """A window of zeros that stays locked for all ranks; itemsize: the unit of displacements."""
 
     def __init__(self, comm: Any, count: int, dtype: np.dtype):
         from mpi4py import MPI
@@ -248,13 +248,13 @@ class MpiSharded(_MpiWindow):
             kind.Free()
 
     def _elsewhere(self, places: np.ndarray) -> int:
-        """How many elements are of other ranks' shards."""
+        """Number of elements in other ranks' shards."""
         first, last = np.searchsorted(places, self.edges[self.rank : self.rank + 2])
         return len(places) - int(last - first)
 
 
 class MpiCounters(_MpiWindow):
-    """All on rank 0, see `Counters`."""
+    """Counters in a window of rank 0, see `Counters`."""
 
     def __init__(self, comm: Any, count: int):
         super().__init__(comm, count if comm.rank == 0 else 0, np.dtype(np.int64))
@@ -277,7 +277,7 @@ class MpiCounters(_MpiWindow):
 
 
 class MpiLock:
-    """An exclusive lock of MPI's, which rank 0 has; to compare with."""
+    """An exclusive MPI lock of a window on rank 0, for comparison in benchmarks."""
 
     def __init__(self, world: Communicator):
         from mpi4py import MPI
@@ -305,12 +305,12 @@ def find_fault(windows: Windows, world: Communicator) -> str:
             wrong = wrong or _of_sums(windows, world, dtype)
         wrong = wrong or _of_tickets(windows, world)
     except Exception as error:
-        # Whatever MPI raises: it is the library that is tried.
+        # Any error of MPI counts: the library itself is under test.
         wrong = f"one-sided calls fail ({error})"
     texts = np.zeros((size, 200), np.uint8)
     own = np.zeros(200, np.uint8)
-    told = wrong.encode()[:200]
-    own[: len(told)] = np.frombuffer(told, np.uint8)
+    text = wrong.encode()[:200]
+    own[: len(text)] = np.frombuffer(text, np.uint8)
     world.Allgather(own, texts)
     return next(filter(None, (row.tobytes().rstrip(b"\0").decode(errors="replace") for row in texts)), "")
 
@@ -318,17 +318,17 @@ def find_fault(windows: Windows, world: Communicator) -> str:
 def _of_sums(windows: Windows, world: Communicator, dtype: np.dtype) -> str:
     edges = [TESTED * k // world.size for k in range(world.size + 1)]
     tried = windows.sharded(edges, dtype, Counter())
-    found, some = np.empty(TESTED, dtype), np.arange(0, TESTED, 3)
+    sums, some = np.empty(TESTED, dtype), np.arange(0, TESTED, 3)
     tried.add(np.ones(TESTED, dtype))
     tried.add_at(some, np.ones(len(some), dtype))
     tried.flush()
     world.Barrier()
-    tried.read(found)
+    tried.read(sums)
     expected = np.ones(TESTED, dtype)
     expected[some] += 1
-    right = np.array_equal(found, expected * world.size)
-    tried.read_at(some, found[: len(some)])
-    right = right and bool((found[: len(some)] == 2 * world.size).all())
+    right = np.array_equal(sums, expected * world.size)
+    tried.read_at(some, sums[: len(some)])
+    right = right and bool((sums[: len(some)] == 2 * world.size).all())
     world.Barrier()
     tried.free()
     return "" if right else f"additions of {dtype} to windows get lost"

@@ -1,4 +1,4 @@
-"""Starting MPI and ending a job: the one place that touches MPI.COMM_WORLD."""
+"""The start of MPI and the end of a job; the only place that uses MPI.COMM_WORLD."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from psmpi.launcher import announced_rank, announced_size
 if TYPE_CHECKING:
     from psmpi.comm.protocol import Communicator, World
 
-# Seconds that MPI gets to end a job.
+# Seconds for MPI_Abort to end a job.
 PATIENCE = 2.0
-# Errors of files that are nobody's fault in this package.
+# Errors of the file system, which are reported without a traceback.
 OUTSIDE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.ESTALE, errno.EIO)
 
 
 def check_launcher(size: int, environ: Mapping[str, str], library: str) -> None:
-    """UserError where the launcher started more ranks than this MPI sees (each would think it is rank 0 of 1)."""
+    """UserError if the launcher started more ranks than this MPI sees: each would take itself for rank 0 of 1."""
     announced = announced_size(environ)
     if announced is not None and size == 1 and announced[1] > 1:
         name, number = announced
@@ -51,8 +51,8 @@ def check_protocol(vendor: str, environ: Mapping[str, str], library: str, pmix: 
     Open MPI looks for help texts of its own under MPICH's. pmix: whether a PMIx library is loaded.
     """
     by_pmix = "PMIX_NAMESPACE" in environ or "OMPI_COMM_WORLD_SIZE" in environ
-    told = "PMI_FD" in environ or "MPIR_CVAR_PMI_VERSION" in environ
-    if vendor == "MPICH" and by_pmix and not told and not pmix:
+    announced = "PMI_FD" in environ or "MPIR_CVAR_PMI_VERSION" in environ
+    if vendor == "MPICH" and by_pmix and not announced and not pmix:
         launcher = "Open MPI's" if "OMPI_COMM_WORLD_SIZE" in environ else "one that speaks PMIx"
     elif vendor == "Open MPI" and "HYDI_CONTROL_FD" in environ and not by_pmix:
         launcher = "MPICH's"
@@ -65,32 +65,32 @@ def check_protocol(vendor: str, environ: Mapping[str, str], library: str, pmix: 
 
 
 def lacking_memory(vendor: str, folder: str = "/dev/shm", least: int = 8 << 20) -> str:
-    """Why MPICH may not start here, which then speaks of a lack of memory or dies of a signal; "" where it should."""
+    """The reason why MPICH may fail to start here, with an error about memory or by a signal; "" if none is known."""
     if vendor != "MPICH":
         return ""
     fix = "should MPI not start, give the container some (docker run --shm-size=1g), or use Open MPI"
     if not os.access(folder, os.W_OK | os.X_OK):
         return f"{folder}, by which MPICH's ranks share memory, cannot be written: {fix}"
-    found = os.statvfs(folder)
-    free = found.f_bavail * found.f_frsize
+    room = os.statvfs(folder)
+    free = room.f_bavail * room.f_frsize
     return f"{folder}, by which MPICH's ranks share memory, has {free >> 10} kB left: {fix}" if free < least else ""
 
 
 def _fitting_launcher() -> str:
     beside = os.path.dirname(sys.executable)
-    found = "lies beside this Python" if os.path.exists(f"{beside}/mpirun") else "belongs to the MPI of this Python"
+    where = "lies beside this Python" if os.path.exists(f"{beside}/mpirun") else "belongs to the MPI of this Python"
     return (
-        f"Use the mpirun that {found} ({beside}), or on SLURM srun --mpi=pmi2 or --mpi=pmix as your MPI wants it "
+        f"Use the mpirun that {where} ({beside}), or on SLURM srun --mpi=pmi2 or --mpi=pmix as your MPI wants it "
         "(`srun --mpi=list`)"
     )
 
 
 def load() -> Any:
-    """mpi4py's module, without a start of MPI. UserError where there is no usable MPI."""
+    """Import mpi4py.MPI without a start of MPI. UserError if there is no usable MPI."""
     try:
         import mpi4py
 
-        # Not before the launcher is known to fit.
+        # MPI starts later, after the check of the launcher.
         mpi4py.rc.initialize, mpi4py.rc.finalize = False, True
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
@@ -110,7 +110,7 @@ def start(tell: Callable[[str], None] = output.complain) -> World:
     on rank 0 only.
     """
     with warnings.catch_warnings():
-        # mpi4py warns of another MPI's launcher; the checks here say what to do.
+        # The checks here replace mpi4py's warning about another launcher, and say what to do.
         warnings.filterwarnings("ignore", message="suspicious MPI execution environment")
         MPI = load()
         if not MPI.Is_initialized():
@@ -132,8 +132,8 @@ def start(tell: Callable[[str], None] = output.complain) -> World:
         warnings.simplefilter("ignore")
     from psmpi.comm.patience import patient
 
-    found: World = patient(comm, *host(comm))
-    return found
+    world: World = patient(comm, *host(comm))
+    return world
 
 
 def _pmix_loaded() -> bool:
@@ -161,17 +161,17 @@ def host(world: Communicator) -> tuple[int, int]:
 
 
 def local_rank(world: Communicator) -> int:
-    """This rank's number among those of its host."""
+    """This rank's number among the ranks of its host."""
     from mpi4py import MPI
 
     local = world.Split_type(MPI.COMM_TYPE_SHARED)
-    found = int(local.rank)
+    rank = int(local.rank)
     local.Free()
-    return found
+    return rank
 
 
 def several_hosts(world: Communicator) -> bool:
-    """Whether some ranks share no memory."""
+    """Whether the ranks are on several hosts."""
     import numpy as np
     from mpi4py import MPI
 
@@ -183,20 +183,20 @@ def several_hosts(world: Communicator) -> bool:
 
 
 def host_numbers(world: Communicator) -> list[int]:
-    """For each rank the number of its host, which is the first rank there."""
+    """For each rank the first rank on its host, which numbers the host."""
     import numpy as np
     from mpi4py import MPI
 
     local = world.Split_type(MPI.COMM_TYPE_SHARED)
-    own, found = np.array([world.rank]), np.empty(world.size, np.int64)
+    own, numbers = np.array([world.rank]), np.empty(world.size, np.int64)
     local.Bcast(own, 0)
     local.Free()
-    world.Allgather(own, found)
-    return [int(number) for number in found]
+    world.Allgather(own, numbers)
+    return [int(number) for number in numbers]
 
 
 def host_by_host(world: Communicator, work: Callable[[], None]) -> None:
-    """Do `work` on the first rank of each host, and when it is done on the others."""
+    """Do `work` on the first rank of each host, then on the other ranks."""
     from mpi4py import MPI
 
     local = world.Split_type(MPI.COMM_TYPE_SHARED)
@@ -214,7 +214,7 @@ def cores() -> list[int]:
 
 
 def quota(path: str = "/sys/fs/cgroup/cpu.max") -> int:
-    """Cores that a container's share of the processor time comes to, rounded up; very many where there is no limit."""
+    """A container's limit of processor time in cores, rounded up; a large number without a limit."""
     try:
         limit, period = Path(path).read_text().split()
         return max(1, -(-int(limit) // int(period)))
@@ -246,7 +246,7 @@ def run(program: Callable[[], int]) -> int:
 
 
 def _end_unread() -> int:
-    """End the job without a word: nobody reads it."""
+    """End the job without a message, since the output is closed."""
     comm = _running()
     if comm is not None and comm.size > 1:
         comm.Abort(output.CLOSED)
@@ -258,14 +258,14 @@ def _end(message: str) -> int:
     """End the job with a message."""
     comm = _running()
     if comm is None or comm.size == 1:
-        # Processes that another MPI's launcher started all come here; one speaks for all.
+        # All processes of another MPI's launcher come here; the first one prints the message.
         if announced_rank(os.environ) == 0:
             output.complain(f"psmpi: {message}")
         else:
-            # Some launchers end the job at the first failure: not before the message is out.
+            # Some launchers end the job at the first failure: wait until the message is printed.
             time.sleep(0.5)
         return output.finish(1)
-    # What several ranks meet, such as a damaged file, one tells: the first of those that speak ends the others.
+    # Several ranks may meet one error, such as a damaged file: the first to print it ends the others.
     time.sleep(min(0.5 * comm.rank, 3.0))
     where = f"rank {comm.rank} of {comm.size} on {socket.gethostname()}"
     try:
@@ -277,7 +277,7 @@ def _end(message: str) -> int:
 
 
 def end(error: BaseException) -> None:
-    """End the job with an error that this rank alone has met; return where there is no other rank."""
+    """End the job with an error of this rank alone; returns on a single rank."""
     comm = _running()
     if comm is not None and comm.size > 1:
         _end(describe(error))
@@ -289,7 +289,7 @@ def abort(status: int) -> None:
     By MPI where it takes calls of several threads: launchers then report this status, and not that of ranks that they
     kill.
     """
-    # A thread of its own, which needs no lock of Python's.
+    # faulthandler ends the process from a thread of C, which needs no lock of Python.
     with contextlib.suppress(RuntimeError, ValueError, OSError):
         faulthandler.dump_traceback_later(PATIENCE, exit=True, file=sys.__stderr__ or sys.stderr)
     comm = _running()
@@ -302,7 +302,7 @@ def abort(status: int) -> None:
 
 
 def describe(error: BaseException) -> str:
-    """What is printed of an error that ends a rank."""
+    """The message of an error that ends a rank."""
     if isinstance(error, (UserError, FloatingPointError)):
         return f"error: {error}"
     if isinstance(error, KeyboardInterrupt):
@@ -322,7 +322,7 @@ def describe(error: BaseException) -> str:
 
 
 def delivered(patience: float = 2.0) -> None:
-    """Wait until the launcher has taken what stderr was given: at an abort it drops what it has not read."""
+    """Wait until the launcher has read standard error: at an abort it drops what it has not read."""
     end = time.monotonic() + patience
     with contextlib.suppress(OSError, ValueError):
         while time.monotonic() < end:
@@ -331,12 +331,12 @@ def delivered(patience: float = 2.0) -> None:
             if unread[0] == 0:
                 break
             time.sleep(0.01)
-    # It has it, but has yet to pass it on.
+    # The launcher has read it, but must still pass it on.
     time.sleep(0.1)
 
 
 def vendor() -> str:
-    """mpi4py's name of this Python's MPI, such as MPICH or Open MPI, which is not started; "" where there is none."""
+    """mpi4py's name of the MPI of this Python, as "MPICH" or "Open MPI", without starting it; "" if there is none."""
     try:
         return str(load().get_vendor()[0])
     except UserError:

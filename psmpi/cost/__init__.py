@@ -1,7 +1,7 @@
-"""The cost of a step before it is made: each rank's part is rehearsed alone, and what ranks would send is simulated.
+"""The predicted cost of a step: each rank's part is rehearsed alone, and the messages of all ranks are simulated.
 
-A rehearsal runs the method's own code on one rank after the other, without the others, so what it computes, keeps and
-sends is not typed twice. Networks are told by what was measured of them, or by numbers.
+A rehearsal runs the method's own code on one rank after the other, so that its computing, memory and messages are
+defined once. A network is described by measured times of messages, or by latency and bandwidth.
 """
 
 from psmpi.cost.link import Link, Network

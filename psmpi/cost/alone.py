@@ -1,4 +1,4 @@
-"""A communicator of a rank that is alone: calls return at once and are written down, and nothing is sent."""
+"""A communicator of a rank without the others: calls return at once and are recorded, and nothing is sent."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from psmpi.comm.watch.flight import spans
 from psmpi.cost.program import Call, Program
 from psmpi.cost.windows import AloneWindows
 
-# Looks at a request after which it is done, for whoever does nothing else.
+# Number of tests after which a request is done, for callers that only test.
 LOOKS = 1000
 
 
 class Notebook:
-    """What a rank has done: its program so far, and the time since which it computes."""
+    """The program of a rank so far, and the start time of its current computing."""
 
     def __init__(self) -> None:
         self.program = Program()
@@ -33,7 +33,7 @@ class Notebook:
         self.since = time.perf_counter()
 
     def end_step(self) -> None:
-        """A step has ended."""
+        """Record the end of a step."""
         now = time.perf_counter()
         self.program.rest.append(now - self.since)
         self.program.ends.append(len(self.program.calls))
@@ -50,18 +50,18 @@ class Ranks:
         return Ranks([self.ranks[rank] for rank in ranks])
 
     def Free(self) -> None:
-        """Nothing is held."""
+        """Do nothing: there is nothing to free."""
 
 
 class Done:
-    """A request that is done; the wait for it is written down."""
+    """A finished request; the wait for it is recorded."""
 
     def __init__(self, comm: Alone, place: int):
         self.comm, self.place, self.program = comm, place, comm.book.program
         self.waited, self.tests = False, 0
 
     def Test(self) -> bool:
-        """Not so soon: what is begun goes on beside other work until it is waited for."""
+        """Whether the request counts as done: not at once, since it overlaps with other work."""
         self.tests += 1
         if self.tests > LOOKS:
             self._wait()
@@ -74,13 +74,13 @@ class Done:
     def _wait(self) -> None:
         if not self.waited:
             self.waited = True
-            # What was begun before this program is over by then.
+            # Requests from before this program count as done.
             if self.program is self.comm.book.program:
                 self.comm.note("Wait", self.place, -1, ())
 
 
 class Alone:
-    """A communicator on one of its ranks, where the others are not: what they would send is zeros.
+    """A communicator on one of its ranks, without the others, whose messages are zeros.
 
     of_host: for each rank of the job the number of its host.
     """
@@ -93,7 +93,7 @@ class Alone:
         self.collectives = 0
 
     def note(self, name: str, number: int, peer: int, sizes: Sequence[int]) -> int:
-        """Write a call down; returns its place in the program."""
+        """Record a call; returns its index in the program."""
         book = self.book
         seconds = time.perf_counter() - book.since
         calls = book.program.calls
@@ -107,7 +107,7 @@ class Alone:
         return self._clear(place, arrived)
 
     def _clear(self, place: int, arrived: Sequence[Any]) -> int:
-        """Fill what has come with zeros, outside the time of computing."""
+        """Fill a received buffer with zeros, outside the time of computing."""
         for array in arrived:
             if isinstance(array, np.ndarray):
                 array.fill(0)
@@ -138,7 +138,7 @@ class Alone:
         return self._of("host", [rank for rank in self.ranks if self.of_host[rank] == here])
 
     def Free(self) -> None:
-        """Nothing is held."""
+        """Do nothing: there is nothing to free."""
 
     def Abort(self, status: int, /) -> object:
         raise SystemExit(status)
@@ -232,14 +232,14 @@ class Alone:
         self._collective("Alltoallv", -1, run_bytes(sent), into[0])
 
     def _share(self, sent: Sent, into: VectorSpec, sizes: Sequence[int]) -> None:
-        """Give every rank's run what this rank has for its own, as far as it goes."""
+        """Fill each rank's run with the values of this rank's run, as far as they reach."""
         whole = into[0].reshape(-1).view(np.uint8)
         starts = np.cumsum([0, *sizes[:-1]]).tolist()
         at, own = starts[self.rank], sizes[self.rank]
-        mine = sent.reshape(-1).view(np.uint8) if isinstance(sent, np.ndarray) else whole[at : at + own].copy()
+        payload = sent.reshape(-1).view(np.uint8) if isinstance(sent, np.ndarray) else whole[at : at + own].copy()
         for start, size in zip(starts, sizes, strict=True):
             count = min(size, own)
-            whole[start : start + count] = mine[:count]
+            whole[start : start + count] = payload[:count]
             whole[start + count : start + size] = 0
         self.book.since = time.perf_counter()
 

@@ -1,7 +1,7 @@
-"""Collectives as messages between two ranks each: the algorithms of MPICH and those that follow it.
+"""Collectives as rounds of messages between two ranks: the algorithms of MPICH.
 
 Thakur, Rabenseifner, Gropp, "Optimization of collective communication operations in MPICH" (2005); the sizes at which
-one gives way to another are MPICH's. Other MPIs have others, of the same orders.
+an algorithm is replaced by another are MPICH's. Other libraries have others, of the same order.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ class Part(NamedTuple):
     pieces: int = 1
 
 
-# Messages of a rank that go on at the same time; the next round begins when all of them are done.
+# Concurrent messages of a rank; the next round begins when all of them are done.
 Round = list[Part]
-# Rounds of a ring that are told one by one; further ones are told several as one.
+# Number of rounds of a ring that are simulated one by one; further rounds are joined.
 RING = 32
 
 
 def rounds(name: str, size: int, me: int, root: int, sizes: Sequence[int]) -> list[Round]:
-    """The rounds of one rank, `me`, of a collective of `size` ranks; name: of MPI's blocking call.
+    """The rounds of rank `me` in a collective of `size` ranks; name: of MPI's blocking call.
 
     sizes: as of `Call`: bytes of the vector, or of each rank's run. ValueError for other names.
     """
@@ -50,13 +50,13 @@ def rounds(name: str, size: int, me: int, root: int, sizes: Sequence[int]) -> li
 
 
 def _barrier(size: int, me: int) -> list[Round]:
-    """To the rank at a distance of 1, 2, 4, ... and from that on the other side."""
+    """Dissemination: messages to the rank at distance 1, 2, 4, ..., and from the rank on the other side."""
     distances = [1 << k for k in range((size - 1).bit_length())]
     return [[Part(False, (me - d) % size, 0), Part(True, (me + d) % size, 0)] for d in distances]
 
 
 def _linear(out: bool, size: int, me: int, root: int, sizes: Sequence[int]) -> list[Round]:
-    """From the root to each other, or back. The root knows all sizes, another rank its own."""
+    """Messages between the root and each other rank. The root knows all sizes, another rank its own."""
     if me != root:
         return [[Part(not out, root, sizes[-1])]]
     own = sizes if len(sizes) == size else [sizes[0]] * size
@@ -65,20 +65,20 @@ def _linear(out: bool, size: int, me: int, root: int, sizes: Sequence[int]) -> l
 
 def _binomial(size: int, me: int, root: int, nbytes: int) -> list[Round]:
     """A broadcast down a tree: at distances of powers of two."""
-    place, found, distance = (me - root) % size, [], 1
+    place, rounds, distance = (me - root) % size, [], 1
     while distance < size and not place & distance:
         distance *= 2
     if place:
-        found.append([Part(False, (me - distance) % size, nbytes)])
+        rounds.append([Part(False, (me - distance) % size, nbytes)])
     while distance > 1:
         distance //= 2
         if place + distance < size:
-            found.append([Part(True, (me + distance) % size, nbytes)])
-    return found
+            rounds.append([Part(True, (me + distance) % size, nbytes)])
+    return rounds
 
 
 def _turned(steps: list[Round]) -> list[Round]:
-    """The rounds backwards, what was sent coming."""
+    """The rounds in reverse order, with sends and receives exchanged."""
     return [[Part(not part.out, part.peer, part.nbytes, part.pieces) for part in one] for one in reversed(steps)]
 
 
@@ -91,16 +91,16 @@ def _bcast(size: int, me: int, root: int, nbytes: int) -> list[Round]:
 
 
 def _scattered(size: int, me: int, root: int, share: int) -> list[Round]:
-    place, found, distance = (me - root) % size, [], 1
+    place, rounds, distance = (me - root) % size, [], 1
     while distance < size and not place & distance:
         distance *= 2
     if place:
-        found.append([Part(False, (me - distance) % size, share * min(distance, size - place))])
+        rounds.append([Part(False, (me - distance) % size, share * min(distance, size - place))])
     while distance > 1:
         distance //= 2
         if place + distance < size:
-            found.append([Part(True, (me + distance) % size, share * min(distance, size - place - distance))])
-    return found
+            rounds.append([Part(True, (me + distance) % size, share * min(distance, size - place - distance))])
+    return rounds
 
 
 def _reduce(size: int, me: int, root: int, nbytes: int) -> list[Round]:
@@ -114,25 +114,25 @@ def _reduce(size: int, me: int, root: int, nbytes: int) -> list[Round]:
 
     ranks = [rank for rank in range(size) if rank >= 2 * left or rank % 2 == 0]
     own, top = (ranks.index(rank if rank >= 2 * left else rank - rank % 2) for rank in (me, root))
-    found: list[Round] = [[Part(False, me + 1, nbytes)]] if me < 2 * left else []
+    rounds: list[Round] = [[Part(False, me + 1, nbytes)]] if me < 2 * left else []
     halvings = range(len(ranks).bit_length() - 1)
-    found += [_both(ranks[own ^ 1 << k], nbytes >> (k + 1)) for k in halvings]
+    rounds += [_both(ranks[own ^ 1 << k], nbytes >> (k + 1)) for k in halvings]
     apart = own ^ top
     for k in reversed(halvings):
         if apart < 2 << k:
-            found.append([Part(apart >= 1 << k, ranks[own ^ 1 << k], nbytes >> (k + 1))])
+            rounds.append([Part(apart >= 1 << k, ranks[own ^ 1 << k], nbytes >> (k + 1))])
     if own == top and me != root:
-        found.append([Part(True, root, nbytes)])
-    return found
+        rounds.append([Part(True, root, nbytes)])
+    return rounds
 
 
 def _power(size: int) -> int:
-    """The largest power of two up to `size`."""
+    """The largest power of two that is at most `size`."""
     return 1 << (size.bit_length() - 1)
 
 
 def _folded(size: int, me: int, nbytes: int, inner: list[Round], back: bool) -> list[Round]:
-    """`inner` among a power of two of ranks, into which the others are folded first."""
+    """Rounds of `inner` among a power of two of ranks; the other ranks are folded into them first."""
     left = size - _power(size)
     if me >= 2 * left:
         return inner
@@ -143,7 +143,7 @@ def _folded(size: int, me: int, nbytes: int, inner: list[Round], back: bool) -> 
 
 
 def _inner(size: int, me: int) -> int:
-    """A rank's number among those that are left after folding; -1 for one that is folded into another."""
+    """A rank's number among the ranks after folding; -1 for a rank that is folded into another."""
     left = size - _power(size)
     if me >= 2 * left:
         return me - left
@@ -156,12 +156,12 @@ def _outer(size: int, number: int) -> int:
 
 
 def _pairs(size: int, me: int) -> list[int]:
-    """The ranks with which one exchanges at distances 1, 2, 4, ... after folding."""
-    number, found, distance = _inner(size, me), [], 1
+    """Partners of a rank at distances 1, 2, 4, ... after folding."""
+    number, rounds, distance = _inner(size, me), [], 1
     while number >= 0 and distance < _power(size):
-        found.append(_outer(size, number ^ distance))
+        rounds.append(_outer(size, number ^ distance))
         distance *= 2
-    return found
+    return rounds
 
 
 def _both(peer: int, nbytes: int, back: int | None = None) -> Round:
@@ -169,12 +169,12 @@ def _both(peer: int, nbytes: int, back: int | None = None) -> Round:
 
 
 def _doubling(size: int, me: int, nbytes: int) -> list[Round]:
-    """All of it exchanged at each distance."""
+    """Recursive doubling: all of the vector is exchanged at each distance."""
     return _folded(size, me, nbytes, [_both(peer, nbytes) for peer in _pairs(size, me)], back=True)
 
 
 def _halved(size: int, me: int, nbytes: int) -> list[Round]:
-    """Summed so that each rank has a share: halves, quarters, ... are exchanged at growing distances."""
+    """Recursive halving: halves, quarters, ... are exchanged and summed, until each rank has a share."""
     inner = [_both(peer, nbytes >> (k + 1)) for k, peer in enumerate(_pairs(size, me))]
     return _folded(size, me, nbytes, inner, back=False)
 
@@ -192,43 +192,43 @@ def _allgather(size: int, me: int, sizes: Sequence[int]) -> list[Round]:
     if size == _power(size) and total < 524288:
         return [_both(peer, (total // size) << k) for k, peer in enumerate(_pairs(size, me))]
     if total < 81920:
-        found, have = [], 1
+        rounds, have = [], 1
         while have < size:
             count = min(have, size - have)
-            found.append([Part(False, (me + have) % size, total // size * count),
+            rounds.append([Part(False, (me + have) % size, total // size * count),
                           Part(True, (me - have) % size, total // size * count)])  # fmt: skip
             have *= 2
-        return found
+        return rounds
     return _ring(size, me, total // size, size - 1)
 
 
 def _ring(size: int, me: int, share: int, count: int) -> list[Round]:
-    """`count` rounds in which each rank hands a share to the next one."""
-    found = []
+    """A ring: `count` rounds in which each rank sends a share to the next one."""
+    rounds = []
     for k in range(min(RING, count)):
         pieces = count * (k + 1) // min(RING, count) - count * k // min(RING, count)
-        found.append([Part(False, (me - 1) % size, share * pieces, pieces),
+        rounds.append([Part(False, (me - 1) % size, share * pieces, pieces),
                       Part(True, (me + 1) % size, share * pieces, pieces)])  # fmt: skip
-    return found
+    return rounds
 
 
 def _reduce_scatter(size: int, me: int, sizes: Sequence[int]) -> list[Round]:
     total = sum(sizes)
     if total < 524288:
         return _halved(size, me, total) + ([] if size == _power(size) else _unfolded(size, me, total // size))
-    found = []
+    rounds = []
     count = min(RING, size - 1)
     for k in range(count):
         first, last = (size - 1) * k // count, (size - 1) * (k + 1) // count
         distance, pieces = first + 1, last - first
         share = total // size * pieces
-        found.append([Part(False, (me - distance) % size, share, pieces),
+        rounds.append([Part(False, (me - distance) % size, share, pieces),
                       Part(True, (me + distance) % size, share, pieces)])  # fmt: skip
-    return found
+    return rounds
 
 
 def _unfolded(size: int, me: int, share: int) -> list[Round]:
-    """Ranks that were folded into others get theirs."""
+    """The last messages to ranks that were folded into others."""
     left = size - _power(size)
     if me >= 2 * left:
         return []

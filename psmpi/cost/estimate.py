@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     from psmpi.data import Dataset
     from psmpi.nn.network import Network as Layers
 
-# Ranks up to which there are few, and the steps that are rehearsed on few and on many.
+# Number of ranks that count as few, and numbers of rehearsed steps on few and on many ranks.
 SMALL, STEPS, FEW = 32, 10, 4
-# Seconds of a short message and bytes a second between ranks of a host, where they were not measured.
+# Latency in seconds and bytes a second between ranks of a host, if they were not measured.
 WITHIN = 2e-6, 8e9
 
 
 def network_of(ranks: int, ranks_per_host: int, gigabits: float, latency_us: float, links: str = "") -> Network:
-    """The network that options tell of, see `psmpi plan`; links: a file that `save` wrote. UserError for wrong ones."""
+    """The network by the options of `psmpi plan`; links: a file of `save`. UserError for wrong options."""
     if ranks_per_host < 0:
         raise UserError(f"--ranks-per-host {ranks_per_host}: expected a whole number from 0 up")
     for option, number in (("--gigabits", gigabits), ("--latency-us", latency_us)):
@@ -45,7 +45,7 @@ def network_of(ranks: int, ranks_per_host: int, gigabits: float, latency_us: flo
 
 
 def check_foreseen(config: Config) -> None:
-    """UserError for settings of which no time can be said before."""
+    """UserError for settings whose time cannot be predicted."""
     from psmpi.optim import find_optimizer
 
     if find_optimizer(config.optimization.optimizer).needs_closure:
@@ -61,7 +61,7 @@ def check_foreseen(config: Config) -> None:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A training on so many ranks: each one's rehearsal, their schedule, and the seconds of a step and of all of it."""
+    """The prediction of a training: rehearsals of all ranks, their schedule, and seconds of a step and of the run."""
 
     ranks: list[Rehearsal]
     schedule: Schedule
@@ -84,7 +84,7 @@ class Estimate:
         return max(one.sent for one in self.ranks)
 
     def busy(self, rank: int, network: Network) -> float:
-        """The share of a step in which the link of a rank sends or receives its messages, both added up; 1 at most."""
+        """Share of a step in which the link of a rank sends or receives, both added; 1 at most."""
         busy = 0.0
         for number, tasks in enumerate(self.schedule.ranks):
             for task in tasks:
@@ -106,8 +106,8 @@ class Estimate:
 def estimate(config: Config, network: Layers, dataset: Dataset, hosts: Network) -> Estimate:
     """Rehearse a training's step on each of its ranks, and simulate all of them together.
 
-    dataset: best a `blank` one. UserError for what cannot be trained on these ranks, and for an optimizer whose
-    messages depend on what it finds.
+    dataset: best a `blank` one. UserError for a training that these ranks do not allow, and for an optimizer whose
+    messages depend on the values, as with a line search.
     """
     from threadpoolctl import threadpool_limits
 

@@ -1,4 +1,4 @@
-"""Networks: how long a message of so many bytes takes between two ranks, as measured or as told."""
+"""Networks: the time of a message between two ranks as a function of its bytes, measured or given."""
 
 from __future__ import annotations
 
@@ -16,39 +16,39 @@ import numpy as np
 
 from psmpi.errors import UserError
 
-# Sizes of messages that are timed, in bytes; seconds that one of them may take, and that all of a size may.
+# Sizes of timed messages in bytes; limits in seconds for one message, and for all messages of a size.
 SIZES = (0, 256, 1024, 4096, 16384, 65536, 1 << 18, 1 << 20, 1 << 22)
 LONGEST, PATIENCE = 1.0, 2.0
 
 
 @dataclass(frozen=True)
 class Link:
-    """Times of messages: (bytes, seconds), growing; between two of them times lie on the line.
+    """Times of messages as increasing points (bytes, seconds), with linear interpolation.
 
-    The times of the two largest give the seconds of a further byte, during which a link takes no other message; what
-    is left of a time is latency, during which it does.
+    The slope of the last two points is the time a byte occupies the link, during which it takes no other message. The
+    rest of a time is latency, during which the link is free.
     """
 
     times: tuple[tuple[int, float], ...]
 
     @staticmethod
     def of(latency: float, bandwidth: float) -> Link:
-        """The link of so many seconds and bytes a second."""
+        """The link with this latency in seconds and bandwidth in bytes a second."""
         return Link(((0, latency), (1 << 20, latency + (1 << 20) / bandwidth)))
 
     @staticmethod
     def measured(comm: Any, a: int = 0, b: int = 1) -> Link | None:
-        """The link between two ranks of an MPI communicator by messages there and back; None elsewhere than on `a`."""
+        """Measure the link between two ranks by round trips; returns None on ranks other than `a`."""
         return _measure(comm, a, b)
 
     @property
     def per_byte(self) -> float:
-        """Seconds of a further byte of large messages."""
+        """Seconds a byte of large messages."""
         (small, before), (large, after) = self.times[-2:]
         return max(0.0, (after - before) / (large - small))
 
     def seconds(self, nbytes: int) -> float:
-        """Seconds from the call that sends to the end of the one that receives, with nothing else under way."""
+        """Seconds from the send call to the end of the receive call, without other messages."""
         sizes = [size for size, _ in self.times]
         k = min(max(1, bisect_left(sizes, nbytes)), len(sizes) - 1)
         (a, before), (b, after) = self.times[k - 1], self.times[k]
@@ -57,7 +57,7 @@ class Link:
         return before + (after - before) * (nbytes - a) / (b - a)
 
     def parts(self, nbytes: int) -> tuple[float, float]:
-        """(latency, occupation): of the seconds of a message those in which the link takes others, and the rest."""
+        """(latency, occupation) of a message in seconds: the link is free, or busy."""
         busy = nbytes * self.per_byte
         whole = self.seconds(nbytes)
         return max(0.0, whole - busy), min(busy, whole)
@@ -65,7 +65,7 @@ class Link:
 
 @dataclass(frozen=True)
 class Network:
-    """Hosts and what is between them: messages of a host's ranks to other hosts share its link.
+    """Hosts and the links between them; all messages of a host to other hosts share its link.
 
     of_host: for each rank the number of its host.
     """
@@ -85,20 +85,20 @@ def save(links: dict[str, Link], path: Path) -> None:
 
 
 def load(path: Path) -> dict[str, Link]:
-    """Read what `save` wrote; UserError for anything else."""
+    """Read a file of `save`. UserError for other files."""
     try:
-        found = json.loads(path.read_text())
-        if not found or not set(found) <= {"within", "between"}:
+        content = json.loads(path.read_text())
+        if not content or not set(content) <= {"within", "between"}:
             raise ValueError
-        return {str(name): Link(_pairs(pairs)) for name, pairs in found.items()}
+        return {str(name): Link(_pairs(pairs)) for name, pairs in content.items()}
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     except (ValueError, TypeError, AttributeError, OverflowError):
         raise UserError(f"{path}: no links: expected the file that 'psmpi bench links --save' writes") from None
 
 
-def _pairs(found: Sequence[Sequence[float]]) -> tuple[tuple[int, float], ...]:
-    pairs = tuple((int(size), float(seconds)) for size, seconds in found)
+def _pairs(points: Sequence[Sequence[float]]) -> tuple[tuple[int, float], ...]:
+    pairs = tuple((int(size), float(seconds)) for size, seconds in points)
     if len(pairs) < 2 or any(a >= b for (a, _), (b, _) in pairwise(pairs)):
         raise ValueError
     if pairs[0][0] < 0 or any(seconds < 0 or not np.isfinite(seconds) for _, seconds in pairs):
@@ -111,10 +111,10 @@ def _measure(comm: Any, a: int, b: int) -> Link | None:
     times: list[tuple[int, float]] = []
     going = np.zeros(1)
     for size in SIZES:
-        data, found = np.zeros(size, np.uint8), list[float]()
+        data, samples = np.zeros(size, np.uint8), list[float]()
         begun = time.perf_counter()
-        # A first one that does not count: buffers are made.
-        while len(found) < 21:
+        # The first message is not timed: it sets up buffers.
+        while len(samples) < 21:
             before = time.perf_counter()
             if comm.rank == a:
                 comm.Send(data, b)
@@ -123,16 +123,16 @@ def _measure(comm: Any, a: int, b: int) -> Link | None:
                 comm.Recv(data, a)
                 comm.Send(data, a)
             now = time.perf_counter()
-            found.append((now - before) / 2)
-            # Rank `a` says whether to go on.
+            samples.append((now - before) / 2)
+            # Rank `a` decides whether to continue.
             going[0] = now - begun < PATIENCE
             if comm.rank == a:
                 comm.Send(going, b)
             elif comm.rank == b:
                 comm.Recv(going, a)
-            if not going[0] and len(found) > 2:
+            if not going[0] and len(samples) > 2:
                 break
-        times.append((size, median(found[1:])))
+        times.append((size, median(samples[1:])))
         going[0] = times[-1][1] < LONGEST
         if comm.rank == a:
             comm.Send(going, b)

@@ -1,4 +1,4 @@
-"""Programs of ranks: what one computes and which calls of MPI it makes, in the order of its code."""
+"""Programs of ranks: computing times and MPI calls, in the order of the code."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 class Call(NamedTuple):
     """A call of a communicator.
 
-    seconds: that the rank computes before it. name: of MPI's, or "Wait". group: the communicator's name, the same on
-    all of its ranks. ranks: these, as ranks of the job. number: of a collective among those of its group, of a message
-    its tag, of a Wait the place of the call in the program that has begun what it waits for. peer: the root or the
-    other rank, its place in the group, or -1. sizes: bytes, of collectives with counts one number a rank of the group.
+    seconds: of computing before it. name: of the MPI call, or "Wait". group: name of the communicator, the same on all
+    its ranks. ranks: its members, as ranks of the job. number: for a collective its number in the group, for a message
+    its tag, for a Wait the index of the call that it finishes. peer: the root or the other rank, by its number in the
+    group, or -1. sizes: bytes; for collectives with counts one number for each rank of the group.
     """
 
     seconds: float
@@ -27,17 +27,17 @@ class Call(NamedTuple):
 
     @property
     def kind(self) -> tuple[object, ...]:
-        """What is the same of this call in every step."""
+        """The properties of this call that are the same in each step."""
         number = 0 if self.name == "Wait" or not self.name.endswith(("end", "ecv")) else self.number
         return self.name, self.group, self.ranks, number, self.peer, self.sizes
 
 
 @dataclass
 class Program:
-    """The calls of a rank in some steps; `rest`: seconds that it computes after the last one, of each step."""
+    """The calls of a rank in some steps. rest: seconds of computing after the last call of each step."""
 
     calls: list[Call] = field(default_factory=list)
-    # The number of calls at the end of each step, and the seconds computed after the last of them.
+    # Number of calls at the end of each step, and seconds of computing after the last of them.
     ends: list[int] = field(default_factory=list)
     rest: list[float] = field(default_factory=list)
 
@@ -53,9 +53,9 @@ class Program:
         return all(step == first for step in others)
 
     def typical(self) -> Program:
-        """The program with the medians over all steps as the seconds of each, where these make the same calls.
+        """The program in which each step has the median seconds of all steps, if all make the same calls.
 
-        A machine that does something else for a while makes single steps longer, never shorter.
+        Other work of the machine makes single steps longer, never shorter.
         """
         if not self.alike:
             return self
@@ -65,12 +65,12 @@ class Program:
         return Program(calls, list(self.ends), [median(self.rest)] * len(self.rest))
 
     def table(self) -> list[Any]:
-        """The program as JSON has it."""
+        """The program in the form of JSON."""
         return [[list(call) for call in self.calls], self.ends, self.rest]
 
     @staticmethod
     def of(table: list[Any]) -> Program:
-        """The program that `table` gave."""
+        """The program in a result of `table`."""
         calls, ends, rest = table
         return Program(
             [
@@ -88,7 +88,7 @@ class Program:
 
 
 def common_steps(programs: Sequence[Program]) -> int:
-    """The number of steps of all programs; ValueError where it differs."""
+    """The number of steps of all programs. ValueError if it differs."""
     counts = {len(program.ends) for program in programs}
     if len(counts) != 1:
         raise ValueError(f"programs of {sorted(counts)} steps")

@@ -1,4 +1,4 @@
-"""A method's steps on one rank, alone: its program, and the memory it takes."""
+"""The rehearsal of a method's steps on one rank: its program and its memory."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ if TYPE_CHECKING:
     from psmpi.nn.network import Network
     from psmpi.training.method import Place
 
-# Steps before those that are written down.
+# Number of steps before the recorded ones.
 WARM = 3
 
 
 @dataclass(frozen=True, eq=False)
 class Blank:
-    """Samples that nobody reads: zeros, as many as there are."""
+    """A source of samples that are zeros and never looked at."""
 
     n: int
     dtype: np.dtype[Any]
     card = None
 
     def read_into(self, rows: Any, where: Any, out: np.ndarray) -> None:
-        """Leave `out` as it is, where it is large: memory that was never written is zeros, and stays unused."""
+        """Do not write to a large `out`: memory that was never written reads as zeros, and is not allocated."""
         if out.dtype.kind == "f" or out.nbytes < 1 << 20:
             out[where] = 0
 
@@ -52,9 +52,9 @@ class Blank:
 
 
 def blank(dataset: Dataset) -> Dataset:
-    """The data set with its targets, and zeros in place of its samples, of which none is read, but of sparse ones.
+    """The data set with its targets, and zeros in place of its samples.
 
-    These are in memory anyway, and their size depends on their values.
+    Sparse samples stay: they are in memory anyway, and their size depends on their values.
     """
 
     def emptied(split: Split) -> Split:
@@ -67,7 +67,7 @@ def blank(dataset: Dataset) -> Dataset:
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """A rank's program, its line of the placement table, and its memory in bytes by what for.
+    """A rank's program, its line of the table of ranks, and its memory in bytes by purpose.
 
     sent: bytes a step, as the method's counter counts them; period: of the method.
     """
@@ -90,9 +90,9 @@ def rehearse(
     ops: NumpyOps,
     steps: int,
 ) -> Rehearsal:
-    """Make a rank's steps of the method `kind`, a class, on as many ranks as there are numbers of hosts in `of_host`.
+    """Rehearse the steps of a rank with the method `kind` (a class), on len(of_host) ranks.
 
-    dataset: best a `blank` one; steps: at least so many, two and more of whole periods. What happens between epochs is
+    dataset: best a `blank` one; steps: the least number of steps, rounded up to whole periods. Work between epochs is
     left out.
     """
     from psmpi.training.context import Context
@@ -107,7 +107,7 @@ def rehearse(
 
     warm = WARM + method.lead
     for number in range(warm + steps):
-        # The last minibatch of an epoch may be a smaller one.
+        # The last minibatch of an epoch may be smaller.
         batch = Batch(batches.ids(*divmod(number, whole)))
         if number == warm:
             book.clear()

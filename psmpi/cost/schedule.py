@@ -1,4 +1,4 @@
-"""Schedules: the tasks of all ranks, computing and messages between two of them, and what each has to wait for."""
+"""Schedules: the tasks of all ranks, which are computing and messages between two ranks, and their dependences."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ COMPUTE, SEND, RECEIVE, STEP = range(4)
 class Task(NamedTuple):
     """A task of one rank.
 
-    seconds: of computing; peer: the other rank of a message; tag: tells messages between two ranks apart; pieces: in
-    which the message goes, one after the other; after: the places of the rank's tasks that come before.
+    seconds: of computing; peer: the other rank of a message; tag: of a message, to match sends and receives; pieces:
+    number of consecutive pieces of a message; after: indices of the rank's tasks that must be done before.
     """
 
     kind: int
@@ -30,7 +30,7 @@ class Task(NamedTuple):
 
 @dataclass
 class Schedule:
-    """The tasks of each rank, of some steps; a STEP is the end of one."""
+    """The tasks of each rank in some steps; a task of kind STEP is the end of a step."""
 
     ranks: list[list[Task]]
     steps: int
@@ -59,7 +59,7 @@ class _Builder:
     """The tasks of a rank, added in the order of its program."""
 
     tasks: list[Task] = field(default_factory=list)
-    # What the next call comes after, and of calls that go on, by their places in the program, what ends them.
+    # Tasks that precede the next call; and the final tasks of calls under way, by their index in the program.
     chain: tuple[int, ...] = ()
     begun: dict[int, tuple[int, ...]] = field(default_factory=dict)
 
@@ -75,7 +75,7 @@ class _Builder:
         return self.add(Task(SEND if out else RECEIVE, 0.0, peer, nbytes, pieces, tag, after))
 
     def collective(self, call: Call, steps: Sequence[Round]) -> tuple[int, ...]:
-        """Add the rounds of a collective; what ends it. Its messages between two ranks keep their order."""
+        """Add the rounds of a collective; returns its final tasks. Messages between two ranks keep their order."""
         after, tag = self.chain, f"{call.group} call {call.number}"
         for one in steps:
             after = tuple(
@@ -85,10 +85,10 @@ class _Builder:
 
 
 def make_schedule(programs: Sequence[Program]) -> Schedule:
-    """The schedule of the programs of all ranks, of equally many steps. ValueError where their numbers differ."""
+    """The schedule of the programs of all ranks. ValueError if their numbers of steps differ."""
     steps = common_steps(programs)
     spread = _alltoall_sizes(programs)
-    found = []
+    calls = []
     for rank, program in enumerate(programs):
         builder = _Builder()
         for begin, end, rest in zip([0, *program.ends], program.ends, program.rest, strict=False):
@@ -96,8 +96,8 @@ def make_schedule(programs: Sequence[Program]) -> Schedule:
                 _add(builder, rank, place, program.calls[place], spread)
             builder.compute(rest)
             builder.chain = (builder.add(Task(STEP, 0.0, -1, 0, 1, "", builder.chain)),)
-        found.append(builder.tasks)
-    return Schedule(found, steps)
+        calls.append(builder.tasks)
+    return Schedule(calls, steps)
 
 
 def _add(builder: _Builder, rank: int, place: int, call: Call, spread: dict[tuple[str, int], dict[int, Call]]) -> None:
@@ -126,23 +126,23 @@ def _add(builder: _Builder, rank: int, place: int, call: Call, spread: dict[tupl
 
 
 def _alltoall_sizes(programs: Sequence[Program]) -> dict[tuple[str, int], dict[int, Call]]:
-    """The all-to-all calls of all ranks, by group and number: what comes to a rank only the others know."""
-    found: dict[tuple[str, int], dict[int, Call]] = {}
+    """The all-to-all calls of all ranks, by group and number, since only the senders know the sizes."""
+    sizes: dict[tuple[str, int], dict[int, Call]] = {}
     for rank, program in enumerate(programs):
         for call in program.calls:
             if call.name == "Alltoallv":
-                found.setdefault((call.group, call.number), {})[rank] = call
-    return found
+                sizes.setdefault((call.group, call.number), {})[rank] = call
+    return sizes
 
 
 def _alltoall(call: Call, rank: int, spread: dict[tuple[str, int], dict[int, Call]]) -> list[Round]:
     calls, me = spread[call.group, call.number], call.ranks.index(rank)
     one = []
-    for other, theirs in enumerate(call.ranks):
+    for other, peer in enumerate(call.ranks):
         if other == me:
             continue
-        if calls[theirs].sizes[me]:
-            one.append(Part(False, other, calls[theirs].sizes[me]))
+        if calls[peer].sizes[me]:
+            one.append(Part(False, other, calls[peer].sizes[me]))
         if call.sizes[other]:
             one.append(Part(True, other, call.sizes[other]))
     return [one] if one else []

@@ -1,8 +1,8 @@
-"""The time of a schedule on a network: each message takes the links of its two hosts for some time.
+"""The simulated time of a schedule on a network: each message occupies the links of its two hosts.
 
-LogGP's terms (Alexandrov and others, 1995): a latency, during which a link takes others, and a time a byte, during
-which it does not. A rank computes one thing at a time. Between hosts a message leaves when it is sent, as with TCP, and
-within a host up to EAGER bytes; a longer one when both ranks have come to it.
+The model is LogGP (Alexandrov and others, 1995): a latency, during which the link is free, and a time a byte, during
+which it is busy. A rank computes one task at a time. A message between hosts leaves when it is sent, as with TCP,
+and so does one of up to EAGER bytes within a host; a longer one leaves when both ranks have reached it.
 """
 
 from __future__ import annotations
@@ -15,26 +15,26 @@ from psmpi.cost.link import Network
 from psmpi.cost.schedule import COMPUTE, SEND, STEP, Schedule
 
 EAGER = 16384
-# What happens at a time: a task may begin, a message may leave, a task is done.
+# Kinds of events: a task may begin, a message may leave, a task is done.
 BEGIN, LEAVE, END = range(3)
 
 
 @dataclass(frozen=True)
 class Times:
-    """When each rank ended each step, seconds from the start; and its seconds of computing in all."""
+    """The time at which each rank ended each step, in seconds from the start, and its total computing."""
 
     ends: list[list[float]]
     computing: list[float]
 
     def step(self, period: int = 1) -> float:
-        """Seconds of a step once they follow each other: of the slowest rank, the first `period` of steps left out."""
+        """Seconds of a step of the slowest rank in steady state; the first `period` of steps is left out."""
         whole = [max(rank[k] for rank in self.ends) for k in range(len(self.ends[0]))]
         left = period if len(whole) > period else 0
         return (whole[-1] - (whole[left - 1] if left else 0.0)) / (len(whole) - left)
 
 
 class _Run:
-    """A simulation under way. Tasks have numbers, those of the ranks one after the other."""
+    """A simulation under way. Tasks are numbered rank by rank."""
 
     def __init__(self, schedule: Schedule, network: Network):
         self.network = network
@@ -50,10 +50,10 @@ class _Run:
                 self.next[self.first[self.rank[number]] + before].append(number)
         self.heap: list[tuple[float, int, int]] = []
         self.ready = [0.0] * len(self.tasks)
-        # When hosts' links are free, out and in.
+        # Times at which the outgoing and incoming links of hosts are free.
         self.out: defaultdict[int, float] = defaultdict(float)
         self.into: defaultdict[int, float] = defaultdict(float)
-        # Sends and receives that have come to their message, which the other side has not.
+        # Sends and receives whose other side has not reached the message.
         self.sent: defaultdict[tuple[int, int, str], deque[int]] = defaultdict(deque)
         self.wanted: defaultdict[tuple[int, int, str], deque[int]] = defaultdict(deque)
         self.other: dict[int, int] = {}
@@ -117,7 +117,7 @@ class _Run:
         return task.nbytes <= EAGER or of_host[self.rank[send]] != of_host[task.peer]
 
     def _leave(self, now: float, number: int) -> None:
-        """A message takes its links, in the order in which messages leave."""
+        """Occupy the links of a message, in the order in which messages leave."""
         task, rank = self.tasks[number], self.rank[number]
         link = self.network.link(rank, task.peer)
         latency, busy = link.parts(task.nbytes)
@@ -146,5 +146,5 @@ class _Run:
 
 
 def simulate(schedule: Schedule, network: Network) -> Times:
-    """When ranks end their steps. ValueError where a message is sent that nobody takes, or the reverse."""
+    """Simulate a schedule; returns the times of steps. ValueError for a send without a receive, or the reverse."""
     return _Run(schedule, network).run()

@@ -1,4 +1,4 @@
-"""Windows of a rank that is alone: what others would add is nothing, and they are never behind."""
+"""Windows of a rank without the others, which add nothing and never lag."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import numpy as np
 
 from psmpi.comm.group import Counter
 
-# What a clock of others shows.
+# The value of the clocks of other ranks.
 LATER = 1 << 62
 
 
 class AloneWindows:
-    """In the place of psmpi.comm.windows.MpiWindows."""
+    """The factory of windows, in place of psmpi.comm.windows.MpiWindows."""
 
     def __init__(self, rank: int, size: int, of_host: Sequence[int]):
         self.rank, self.size, self.one_host = rank, size, len(set(of_host)) == 1
@@ -36,10 +36,10 @@ class AloneMemory:
         self.bytes = np.zeros(nbytes, np.uint8)
 
     def sync(self) -> None:
-        """Nobody else writes."""
+        """Do nothing: no other rank writes."""
 
     def free(self) -> None:
-        """Nothing is held."""
+        """Do nothing: there is nothing to free."""
 
 
 class AloneSharded:
@@ -63,17 +63,17 @@ class AloneSharded:
         return int(np.count_nonzero((places < self.start) | (places >= self.start + len(self.own))))
 
     def flush(self) -> None:
-        """Nothing is on its way."""
+        """Do nothing: no message is under way."""
 
     def sync(self) -> None:
-        """Nobody else writes."""
+        """Do nothing: no other rank writes."""
 
     def free(self) -> None:
-        """Nothing is held."""
+        """Do nothing: there is nothing to free."""
 
 
 class AloneCounters:
-    """Tickets are drawn by all ranks in turn."""
+    """Counters from which ranks would draw tickets in turn."""
 
     def __init__(self, rank: int, size: int):
         self.next, self.size = rank, size
@@ -87,4 +87,4 @@ class AloneCounters:
         out.fill(LATER)
 
     def free(self) -> None:
-        """Nothing is held."""
+        """Do nothing: there is nothing to free."""

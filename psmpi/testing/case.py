@@ -73,12 +73,12 @@ class Case:
     @cached_property
     def ranks(self) -> list[int]:
         """Those of RANKS on which the method trains these options."""
-        problem, found = self.problem(), []
+        problem, counts = self.problem(), []
         for ranks in RANKS:
             with suppress(UserError):
                 self.method.check(ranks, *problem)
-                found.append(ranks)
-        return found
+                counts.append(ranks)
+        return counts
 
     def run(self, ranks: int, *more: str, out: Path | None = None) -> Path:
         """The run directory of a training to its end."""
@@ -94,15 +94,15 @@ class Case:
 
 def tensors(path: Path, groups: Sequence[str] = ("weights", "optimizer", "elements", "rank")) -> dict[str, np.ndarray]:
     """The tensors of a checkpoint by name, those of some groups."""
-    found: dict[str, np.ndarray] = {}
+    tensors: dict[str, np.ndarray] = {}
 
     def keep(name: str, item: Any) -> None:
         if isinstance(item, h5py.Dataset) and name.startswith(tuple(f"{group}/" for group in groups)):
-            found[name] = item[...]
+            tensors[name] = item[...]
 
     with h5py.File(path) as file:
         file.visititems(keep)
-    return found
+    return tensors
 
 
 def rows(out: Path) -> list[dict[str, Any]]:

@@ -182,9 +182,9 @@ class Comm:
         start, own = sum(counts[: self.rank]), counts[self.rank]
 
         def complete(values: list[Any]) -> None:
-            found = reduced(values)[start : start + own]
+            segment = reduced(values)[start : start + own]
             flat(into)[:] = np.nan
-            flat(into)[:own] = found
+            flat(into)[:own] = segment
 
         own_values = self._own(sent, into)
         spoil(into)
@@ -238,10 +238,10 @@ class Comm:
             for place, value in zip(places, values, strict=True):
                 put(place, value, "Allgatherv")
 
-        mine = own.copy()
+        payload = own.copy()
         for place in places:
             spoil(place)
-        return self._meet("Allgatherv", mine, complete)
+        return self._meet("Allgatherv", payload, complete)
 
     def Allgatherv(self, sent: Any, into: Sequence[Any]) -> None:
         self.Iallgatherv(sent, into).Wait()
@@ -256,13 +256,13 @@ class Comm:
         self._meet("Alltoallv", [run.copy() for run in runs_of(sent)], complete).Wait()
 
     def allgather(self, value: Any) -> list[Any]:
-        found: list[Any] = []
-        self._meet("allgather", value, found.extend).Wait()
-        return found
+        values: list[Any] = []
+        self._meet("allgather", value, values.extend).Wait()
+        return values
 
     def gather(self, value: Any, root: int = 0) -> list[Any] | None:
-        found = self.allgather(value)
-        return found if self.rank == root else None
+        values = self.allgather(value)
+        return values if self.rank == root else None
 
     def allreduce(self, value: Any) -> Any:
         return sum(self.allgather(value))

@@ -47,9 +47,9 @@ def other_ranks_give_the_same(case: Case) -> None:
     exactness, sizes = case.method.exactness, case.ranks
     assert len(sizes) > 1, f"the method trains on none but {sizes} of {RANKS} ranks: declare options that more can"
     long = ("--epochs", "8") if exactness.ranks == "statistical" else ("--max-steps", str(STEPS))
-    alone = case.run(sizes[0], *long)
+    single = case.run(sizes[0], *long)
     for ranks in sizes[1:]:
-        compare(exactness.ranks, exactness.tolerance, alone, case.run(ranks, *long), f"{ranks} ranks")
+        compare(exactness.ranks, exactness.tolerance, single, case.run(ranks, *long), f"{ranks} ranks")
 
 
 def resumed_runs_end_the_same(case: Case) -> None:
@@ -96,9 +96,9 @@ def counters_equal_messages(case: Case) -> None:
             assert stated is not None, "with these options the messages are known before"
             before = method.counter.sent, method.counter.received
             method.step(batch, rate(step))
-            found = method.counter.sent - before[0], method.counter.received - before[1]
+            counted = method.counter.sent - before[0], method.counter.received - before[1]
             expected = totals(stated, world.rank)
-            assert found == expected, f"step {step}, rank {world.rank} of {world.size}: {found}, not {expected}"
+            assert counted == expected, f"step {step}, rank {world.rank} of {world.size}: {counted}, not {expected}"
         return method.counter.sent
 
     for ranks in case.ranks:
@@ -201,9 +201,9 @@ def bad_settings_are_refused_once(case: Case) -> None:
     ranks = case.ranks[-1]
     for words in bad:
         ended = case.end(ranks, *words, out=case.folder / "refused")
-        told = ended.stdout + ended.stderr
+        output = ended.stdout + ended.stderr
         assert ended.status != 0, f"{' '.join(words)} is accepted"
-        assert words[0] in told and "Traceback" not in told, f"{' '.join(words)}: {told}"
+        assert words[0] in output and "Traceback" not in output, f"{' '.join(words)}: {output}"
 
 
 def a_rank_that_raises_ends_the_job(case: Case) -> None:
@@ -249,26 +249,26 @@ def weights_that_are_no_numbers_end_it(case: Case) -> None:
 def metrics_are_complete(case: Case) -> None:
     """Every epoch has a row with losses, scores and bytes; those sent have been received."""
     ranks = case.ranks[-1]
-    found = rows(case.run(ranks, "--batch-size", "100"))
-    assert [row["epoch"] for row in found] == list(range(1, case.config().run.epochs + 1))
-    for row in found:
+    metrics = rows(case.run(ranks, "--batch-size", "100"))
+    assert [row["epoch"] for row in metrics] == list(range(1, case.config().run.epochs + 1))
+    for row in metrics:
         for key in ("train_loss", "test_loss", "test_accuracy", "seconds", "samples_per_second"):
             assert isfinite(row[key]), key
         assert len(row["bytes_sent_by_rank"]) == len(row["bytes_received_by_rank"]) == ranks
         assert row["bytes_sent"] == row["bytes_received"]
-        assert row.keys() >= {"step", "events"} and set(row) == set(found[0])
+        assert row.keys() >= {"step", "events"} and set(row) == set(metrics[0])
 
 
 def settings_are_in_help_and_checkpoint(case: Case) -> None:
     """Every setting is in the help, and the configuration in a checkpoint is read back."""
-    told = case.end(1, "--help-all", out=case.folder / "none").stdout
+    text = case.end(1, "--help-all", out=case.folder / "none").stdout
     out = case.run(case.ranks[0], "--max-steps", "1")
     with h5py.File(newest(out)) as file:
         saved = from_toml(str(file["config"].asstr()[0]), "checkpoint")
     check(saved)
     for kind in case.method.settings:
         assert kind.__doc__ and saved.of(kind) == case.config().of(kind)
-        assert all(option(one.name) in told for one in fields(kind))
+        assert all(option(one.name) in text for one in fields(kind))
 
 
 CHECKS: tuple[Callable[[Case], None], ...] = (

@@ -95,10 +95,10 @@ def run_program(
 
 
 def _main_of(module: str) -> Callable[[list[str]], int]:
-    found = import_module(module)
-    if hasattr(found, "__path__"):
-        found = import_module(f"{module}.__main__")
-    main: Callable[[list[str]], int] = found.main
+    loaded = import_module(module)
+    if hasattr(loaded, "__path__"):
+        loaded = import_module(f"{module}.__main__")
+    main: Callable[[list[str]], int] = loaded.main
     return main
 
 

@@ -1,4 +1,4 @@
-"""The account of a rank's memory: bytes by what they are for, each byte once however many arrays share it."""
+"""The account of a rank's memory: bytes by purpose; memory that several arrays share counts once."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ import numpy as np
 class Account:
     """Arrays, and objects with `nbytes`, that a rank keeps; their sizes are read when the bytes are asked for.
 
-    Arrays that are slices of one another, as a shard may be of a part, count as the memory they lie in together, at
-    whatever was declared first.
+    Overlapping arrays, such as a shard inside a part, count once, under the purpose of the array declared first.
     """
 
     def __init__(self) -> None:
@@ -28,23 +27,23 @@ class Account:
         self._held.append((what, things))
 
     def include(self, account: Callable[[], dict[str, int]]) -> None:
-        """Count what `account()` returns when the bytes are asked for: bytes by what for."""
+        """Count the bytes by purpose that `account()` returns at the time of the question."""
         self._accounts.append(account)
 
     def bytes(self) -> dict[str, int]:
-        """Bytes by what for."""
-        found: dict[str, int] = {}
+        """Bytes by purpose."""
+        total: dict[str, int] = {}
         seen: list[tuple[int, int]] = []
         for what, things in self._held:
-            found[what] = found.get(what, 0) + sum(_fresh(one, seen) for one in things())
+            total[what] = total.get(what, 0) + sum(_fresh(one, seen) for one in things())
         for account in self._accounts:
             for what, count in account().items():
-                found[what] = found.get(what, 0) + count
-        return found
+                total[what] = total.get(what, 0) + count
+        return total
 
 
 def _fresh(thing: Any, seen: list[tuple[int, int]]) -> int:
-    """The bytes of a thing that lie in none of the `seen` pieces of memory, (first, last + 1); an array is added."""
+    """Bytes of `thing` outside the `seen` pieces of memory (first, last + 1), to which an array is added."""
     if isinstance(thing, int):
         return thing
     address = _address(thing)
@@ -60,7 +59,7 @@ def _fresh(thing: Any, seen: list[tuple[int, int]]) -> int:
 
 
 def _address(thing: Any) -> int | None:
-    """Where a contiguous array begins, in host or device memory; None for what is no array."""
+    """Address of a contiguous array in host or device memory; None for other objects."""
     if isinstance(thing, np.ndarray):
         return int(thing.ctypes.data)
     device = getattr(thing, "__cuda_array_interface__", None)

@@ -1,4 +1,4 @@
-"""Auxiliary networks, which a network has beside it for training only, and a rank's state of one."""
+"""Auxiliary networks, which exist during training only (as synthesizers of gradients), and their state on a rank."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from psmpi.optim import AllSum
 from psmpi.training.context import configured_optimizer
 from psmpi.training.descent import no_sum
 
-# Optimizers whose steps are as long as the gradient is.
+# Optimizers whose steps are proportional to the gradient.
 GRADIENT_RULES = ("sgd", "momentum", "nesterov")
 
 
 @dataclass(frozen=True)
 class AuxiliaryNetwork(Network):
-    """A network whose outputs all belong to one class, so its parameters are contiguous in declaration order."""
+    """A network whose outputs belong to one class, so that its parameters lie in the order of their declaration."""
 
     @property
     def classes(self) -> int:
@@ -51,8 +51,7 @@ def dense(units: int) -> Mapping[str, Any]:
 class Auxiliary:
     """An auxiliary network on a rank: weights w and gradient g (size,), model and optimizer.
 
-    key: distinguishes its initial weights from those of others. zero: initialize the last layer to zeros, so that the
-    first outputs are zeros.
+    key: part of the seed of the initial weights. zero: fill the last layer with zeros, so that the first outputs are 0.
     """
 
     def __init__(
@@ -74,7 +73,7 @@ class Auxiliary:
         self.begin()
 
     def begin(self, weights: bool = True) -> None:
-        """Initialize the optimizer, and unless told otherwise the weights."""
+        """Initialize the optimizer, and the weights if `weights`."""
         for vector in self.optimizer.vectors.values():
             vector.fill(0)
         if not weights:
@@ -104,15 +103,15 @@ class Auxiliary:
     def forward(self, x: np.ndarray) -> np.ndarray:
         """Outputs (outputs, b) of inputs (inputs, b)."""
         self.seen, self.tape = x, self.forward_pass(x)
-        found: np.ndarray = self.tape.scores.reshape(self.outputs, -1)
-        return found
+        outputs: np.ndarray = self.tape.scores.reshape(self.outputs, -1)
+        return outputs
 
     def backward(self, dy: np.ndarray, dx: np.ndarray | None = None) -> None:
-        """Fill g, and dx (inputs, b) where it is given, from the gradient of the last outputs, which is used up."""
+        """Fill g, and dx (inputs, b) if given, from dy, the gradient of the last outputs, which is overwritten."""
         self.backward_pass(self.seen, dy, None if dx is None else dx.reshape(*self.model.in_shape, -1))
 
     def _take_back(self, x: np.ndarray, dy: np.ndarray, dx: np.ndarray | None) -> None:
-        """x: the inputs of the pass, which the tape has kept."""
+        """Backward pass of the last tape. x: its inputs, an argument only so that recordings depend on it."""
         self.model.backward(self.tape, dy.reshape(self.tape.scores.shape), dx=dx)
 
     def bearable(self, lr: float) -> float:

@@ -15,7 +15,10 @@ from psmpi.errors import UserError
 
 
 def backend_of(world: World, config: Config, threads: int, tell: Callable[[str], None]) -> NumpyOps:
-    """The backend of this rank, its kernels compiled; `tell` hears that a GPU is not used."""
+    """Make the backend of this rank and compile its kernels. tell: prints a note if a GPU cannot be used.
+
+    Raises UserError for options of GPUs on a backend without one.
+    """
     parallel, dtype = config.parallel, np.dtype(config.model.dtype)
     settings = (parallel.compute, parallel.cuda_graphs, parallel.convolution)
     made = [make_backend(parallel.backend, threads, local_rank(world), *settings)]

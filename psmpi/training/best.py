@@ -1,6 +1,6 @@
-"""The best epoch of a run, by what is tested after each, and whether the run has gone on long enough without a better.
+"""The best epoch of a run, and the end of a run that has had no better epoch for a while.
 
-All of it follows from the rows of the epochs, which a checkpoint carries: a run that goes on finds the same.
+Both follow from the rows of the epochs, which a checkpoint holds, so that a resumed run decides alike.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from psmpi.data import Dataset
 from psmpi.errors import UserError, counted
 from psmpi.nn.metric import TOP
 
-# What is better the larger it is.
+# Scores of which larger values are better.
 LARGER = ("accuracy", "top5")
 
 
@@ -28,17 +28,17 @@ class Best:
         self.sign = -1.0 if run.monitor in LARGER else 1.0
 
     def number(self, rows: Sequence[dict[str, Any]]) -> int:
-        """The place of the first row with the best value, -1 where none is a finite number."""
+        """Index of the first row with the best value; -1 if no row has a finite one."""
         values = [self.sign * float(row[self.name]) if self.name in row else inf for row in rows]
         finite = [k for k, value in enumerate(values) if isfinite(value)]
         return min(finite, key=lambda k: values[k], default=-1)
 
     def is_last(self, rows: Sequence[dict[str, Any]]) -> bool:
-        """Whether the last epoch is the best one, and its checkpoint is to be kept."""
+        """Whether --keep-best keeps the checkpoint of the last epoch, which is the best so far."""
         return self.keep and self.number(rows) == len(rows) - 1 >= 0
 
     def due(self, rows: Sequence[dict[str, Any]]) -> bool:
-        """Whether the run ends: after as many epochs without a better one as --patience says."""
+        """Whether --patience ends the run: so many epochs have passed without a better one."""
         return 0 < self.patience <= len(rows) - 1 - self.number(rows)
 
     def describe(self, rows: Sequence[dict[str, Any]], path: str) -> Iterator[str]:
@@ -52,7 +52,7 @@ class Best:
 
 
 def check_monitor(config: Config, dataset: Dataset) -> Iterator[str]:
-    """Warnings about what a run is ended, or its best epoch chosen, by; UserError for what is not measured."""
+    """Warn if --patience or --keep-best use the test samples. UserError for a --monitor that is not measured."""
     run = config.run
     if not (run.patience or run.keep_best):
         return

@@ -1,4 +1,4 @@
-"""The check that ranks have the memory that a training needs at least, and advice where they have not."""
+"""The check before a training that the hosts have the memory that it needs, and advice if they have not."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ if TYPE_CHECKING:
     from psmpi.data import Dataset
     from psmpi.nn.network import Network
 
-# Numbers of ranks up to FEW are tried one by one, more by halving, and none above MOST. Ranks named in a message.
+# Advice tries numbers of ranks up to FEW one by one, larger ones up to MOST by bisection. Messages name NAMED ranks.
 FEW, MOST, NAMED = 16, 512, 3
 
 
 class Room(NamedTuple):
-    """Bytes that some ranks can have together."""
+    """Memory that some ranks share, in bytes."""
 
     what: str
     ranks: tuple[int, ...]
     nbytes: int
 
     def lacks(self, needs: Sequence[Need]) -> int:
-        """The bytes that its ranks need beyond these."""
+        """Bytes that the ranks of this room need beyond its memory."""
         return sum(_total(needs[rank]) for rank in self.ranks) - self.nbytes
 
 
@@ -41,8 +41,8 @@ def check_capacity(
 ) -> None:
     """UserError on rank 0 where ranks need more memory than their hosts have; all ranks make this call.
 
-    kind: the method's class; own: this rank's limits. Ranks that have none, and methods that do not say what they need,
-    are taken to have enough.
+    kind: the method's class; own: this rank's limits. Ranks without limits, and methods that do not state their needs,
+    pass the check.
     """
     texts = control.collect_texts(json.dumps(own), most=4000)
     if control.rank == 0:
@@ -50,14 +50,14 @@ def check_capacity(
 
 
 def find_rooms(everyone: Sequence[Sequence[Sequence[Any]]]) -> list[Room]:
-    """The memory that ranks share, from the limits of each."""
-    found: dict[str, Room] = {}
+    """Group the limits of all ranks into rooms, each with the ranks that share it."""
+    rooms: dict[str, Room] = {}
     for rank, limits in enumerate(everyone):
         for key, what, nbytes in limits:
-            before = found.get(key, Room(what, (), 0))
-            # Ranks look one after the other.
-            found[key] = Room(what, (*before.ranks, rank), max(before.nbytes, nbytes))
-    return list(found.values())
+            before = rooms.get(key, Room(what, (), 0))
+            # Ranks read the free memory at different times: the largest reading counts.
+            rooms[key] = Room(what, (*before.ranks, rank), max(before.nbytes, nbytes))
+    return list(rooms.values())
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Candidate:
     dataset: Dataset
 
     def check(self, config: Config, rooms: Sequence[Room], size: int) -> None:
-        """UserError where ranks need more than there is."""
+        """UserError if the ranks of a room need more memory than it has."""
         needs = self.kind.needed(size, self.network, self.dataset, config)
         if not needs or not rooms:
             return
@@ -77,17 +77,17 @@ class Candidate:
         if worst.lacks(needs) <= 0:
             return
         most = sorted(worst.ranks, key=lambda rank: -_total(needs[rank]))
-        told = [f"{_size(_total(needs[rank]))} on rank {rank} ({_uses(needs[rank])})" for rank in most[:NAMED]]
+        demands = [f"{_size(_total(needs[rank]))} on rank {rank} ({_uses(needs[rank])})" for rank in most[:NAMED]]
         if len(most) > NAMED:
-            told.append(f"up to {_size(_total(needs[most[NAMED]]))} on each of {len(most) - NAMED} more")
+            demands.append(f"up to {_size(_total(needs[most[NAMED]]))} on each of {len(most) - NAMED} more")
         raise UserError(
             f"{worst.what} has {_size(worst.nbytes)} of memory left, and this training needs "
-            f"{_size(worst.lacks(needs) + worst.nbytes)} there at least: {listed(told)}; "
+            f"{_size(worst.lacks(needs) + worst.nbytes)} there at least: {listed(demands)}; "
             f"{self._advice(config, rooms, worst, size)}"
         )
 
     def fits(self, config: Config, rooms: Sequence[Room], size: int) -> bool:
-        """Whether `size` ranks can train, and have the memory that they need."""
+        """Whether the method takes `size` ranks and their memory suffices."""
         try:
             self.kind.check(size, self.network, self.dataset, config)
             return not self.lacks(config, rooms, size)
@@ -95,14 +95,14 @@ class Candidate:
             return False
 
     def lacks(self, config: Config, rooms: Sequence[Room], size: int) -> bool:
-        """Whether `size` ranks need more memory than there is; UserError where they cannot train at all."""
+        """Whether `size` ranks need more memory than there is; UserError if the method does not take `size` ranks."""
         needs = self.kind.needed(size, self.network, self.dataset, config)
         return any(room.lacks(needs) > 0 for room in rooms)
 
     def least(self, placed: Callable[[int], Config], like: Room) -> int:
-        """The least number of ranks that fit on hosts like this one, with as many ranks each; 0 where none do.
+        """The least number of ranks that fit on hosts like this one, with as many ranks a host; 0 if no number fits.
 
-        placed(size): the configuration.
+        placed(size): the configuration for `size` ranks.
         """
         each = len(like.ranks)
 
@@ -115,7 +115,7 @@ class Candidate:
         for size in range(1, FEW + 1):
             if size == each + 1:
                 with suppress(UserError):
-                    # On full hosts no fewer do where so many lack memory.
+                    # If even MOST ranks lack memory, fewer ranks on full hosts lack it too.
                     self.kind.check(MOST, self.network, self.dataset, placed(MOST))
                     if self.lacks(placed(MOST), hosts(MOST), MOST):
                         return 0

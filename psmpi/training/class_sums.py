@@ -1,4 +1,4 @@
-"""Sums over the classes of a minibatch's samples, where the ranks of a row have the scores of some classes each."""
+"""Sums over classes for each sample of a minibatch, where each rank of a row has the scores of some classes."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from psmpi.nn.losses import Loss
 
 
 class ClassSums:
-    """What the ranks of a row tell each other of their classes in place of scores, a few numbers a sample.
+    """The exchange of sums over classes in a row of ranks: a few numbers a sample, whatever the number of classes.
 
-    Summaries as `Loss.summarize` makes them travel in the scores' dtype, float64 sums of terms as they are. counts: the
-    classes of each rank, one after the other. Arrays are those of `ops`.
+    Summaries of `Loss.summarize` travel in the dtype of the scores, sums of terms in float64. counts: the number of
+    classes of each rank. All arrays are arrays of `ops`.
     """
 
     def __init__(self, row: Group, loss: Loss, counts: Sequence[int], dtype: np.dtype, ops: NumpyOps):
         self.row, self.loss, self.dtype, self.ops = row, loss, np.dtype(dtype), ops
-        # Classes as this rank's labels count them.
+        # First class of each rank, counted from this rank's first class, as its labels are.
         self.starts = [start - sum(counts[: row.rank]) for start in accumulate(counts, initial=0)]
         sizes = [loss.summary_size(count) for count in counts]
         self.scores = Sum(row, 1, self.dtype, per_sample=True)
@@ -44,7 +44,7 @@ class ClassSums:
         return int(self.own.nbytes + self.known.nbytes + self.all.nbytes) if self.capacity > 0 else 0
 
     def summed(self, summary: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        """What the ranks' summaries (summary_size, b) float64 come to, (sums, b) float64."""
+        """Merge the summaries of all ranks: (summary_size, b) float64 of this rank to (sums, b) float64 of the row."""
         b = summary.shape[1]
         self.reserve(b)
         own = self.own[: summary.size].reshape(summary.shape)
@@ -64,13 +64,13 @@ class ClassSums:
         return known
 
     def add(self, values: np.ndarray) -> None:
-        """values (b,) float64 become the sum over the row, in place."""
+        """Sum `values` (b,) float64 over the row, in place."""
         self.rest.backward(values, values)
 
     def messages(self, step: Step) -> list[Message]:
         """The messages of the row in a training step."""
-        found = self.gather.messages(step) if self.gather is not None else []
+        messages = self.gather.messages(step) if self.gather is not None else []
         for name, transfer in (("label", self.scores), ("terms", self.rest)):
             if name in self.loss.sums and self.gather is None:
-                found += transfer.messages(step, back=True)
-        return found
+                messages += transfer.messages(step, back=True)
+        return messages

@@ -14,44 +14,44 @@ from psmpi.registry import all_methods
 from psmpi.training.checks import check_classes
 
 BALANCED = "balanced"
-# The largest weight: derivatives that are bounded stay small enough for any backward pass.
+# The largest weight: it keeps bounded derivatives small enough for every backward pass.
 MOST = 1e6
 
 
 def class_weights(given: str, dataset: Dataset) -> np.ndarray | None:
-    """The weight of each class, (classes,) float64, by the training labels of a data set; None where none are `given`.
+    """The weight of each class, (classes,) float64, as --class-weights says; None for "".
 
-    balanced: n / (C n_c), of n samples with C different labels, n_c of them with that of class c, as in scikit-learn; 1
-    of a class without samples. Else numbers separated by commas. UserError for anything else.
+    "balanced": n / (C n_c) for n samples, C different labels and n_c samples of class c, as in scikit-learn; 1 for a
+    class without samples. Other texts are numbers separated by commas. UserError for anything else.
     """
     if not given:
         return None
     if given == BALANCED:
         counts = np.bincount(dataset.train.labels, minlength=dataset.outputs)
-        found = np.ones(len(counts))
-        np.divide(dataset.train.n / np.count_nonzero(counts), counts, out=found, where=counts > 0)
+        weights = np.ones(len(counts))
+        np.divide(dataset.train.n / np.count_nonzero(counts), counts, out=weights, where=counts > 0)
     else:
         try:
-            found = np.array([float(word) for word in given.split(",")])
+            weights = np.array([float(word) for word in given.split(",")])
         except ValueError:
-            found = np.zeros(dataset.outputs)
-    if len(found) != dataset.outputs:
+            weights = np.zeros(dataset.outputs)
+    if len(weights) != dataset.outputs:
         names = dataset.train.names
         order = f", in the order {listed(names)}" if 0 < len(names) <= 20 else ""
         raise UserError(
-            f"--class-weights {given}: there are {len(found)} numbers, and {dataset.name} has {dataset.outputs} "
+            f"--class-weights {given}: there are {len(weights)} numbers, and {dataset.name} has {dataset.outputs} "
             f"classes: give one for each{order}, or {BALANCED}"
         )
-    if not ((found > 0) & (found <= MOST)).all():
+    if not ((weights > 0) & (weights <= MOST)).all():
         raise UserError(
             f"--class-weights {given}: expected {BALANCED}, or for each class a number above 0 and up to {MOST:g}, as "
             "1,2.5,1 for three classes"
         )
-    return found
+    return weights
 
 
 def check_class_weights(kind: Any, dataset: Dataset, config: Config) -> None:
-    """UserError for weights that are none, or that the method `kind`, the optimizer or the targets cannot have."""
+    """UserError for malformed weights, and for weights with a method, optimizer or targets that do not take them."""
     given, optimizer = config.objective.class_weights, config.optimization.optimizer
     if not given:
         return

@@ -1,4 +1,4 @@
-"""Lines for the begin and the end of a training: scores, folders, and the commands to type next."""
+"""Lines at the start and at the end of a training: scores, folders, and the commands to type next."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from psmpi.checkpoint.format import best
 from psmpi.config import Config
 from psmpi.errors import counted
 
-# What is said at the first signal.
+# The message at the first signal.
 STOPPING = "the run stops after the next step, and is saved; another signal ends it at once"
-# Makes the words that start a command again: its name, whether all ranks are started, its options.
+# A function that makes the command line of a psmpi command: its name, whether all ranks start it, its options.
 Typed = Callable[[str, bool, list[str]], str]
 
 
 def scores(rows: Sequence[dict[str, Any]]) -> str:
     """ "best test accuracy 97.49 % (epoch 52), last 97.21 % (epoch 60)"; "" before the first test."""
-    found = metrics.best(rows)
-    if found is None:
+    summary = metrics.best(rows)
+    if summary is None:
         return ""
-    key, best = found
+    key, best = summary
     first, last = metrics.SCORES[key](best[key]), rows[-1]
     if last is best:
         return f"best and last {first} (epoch {best['epoch']})"
@@ -54,10 +54,10 @@ def ended(
 ) -> list[str]:
     """The lines after a training that is done; under --quiet one. early: whether --patience has ended it.
 
-    rows: of the metrics, that of the last epoch even where it is not whole; share: of the time, what was communication.
+    rows: of the metrics, with that of an unfinished last epoch; share: the part of the time spent in communication.
     """
-    found = scores(rows)
-    first = f"done in {metrics.duration(progress.seconds)}{': ' if found else ''}{found}"
+    summary = scores(rows)
+    first = f"done in {metrics.duration(progress.seconds)}{': ' if summary else ''}{summary}"
     out = config.run.out
     if config.terminal.quiet:
         return [f"{first}; in {out}"]
@@ -65,7 +65,7 @@ def ended(
     more = f"{counted(progress.step, 'step')}, {sent / 1e6:.1f} MB sent"
     if share:
         more += f", {100 * share:.0f} % communication"
-    # The checkpoint has both numbers.
+    # `predict` and `inspect` take either.
     kept = str(best(Path(out))) if config.run.keep_best and out else out
     short = 0 < config.run.max_steps <= progress.step and progress.epoch < config.run.epochs
     further = ["--max-steps", "0"] if short else ["--epochs", str(2 * config.run.epochs)]
@@ -81,11 +81,11 @@ def ended(
 
 
 def stopped(config: Config, progress: Progress, signal: str, typed: Typed) -> list[str]:
-    """The lines after a training that a signal has stopped, by the signal's name, "" where another rank had it."""
-    found = scores(progress.rows)
+    """The lines after a training that a signal has stopped. signal: its name, "" if another rank received it."""
+    summary = scores(progress.rows)
     by = f" by {signal}" if signal else ""
     return [
         f"stopped{by} after step {progress.step}, and saved in {config.run.out}",
-        *([found] if found else []),
+        *([summary] if summary else []),
         f"go on:   {typed('train', True, ['--resume', 'auto', '--out', config.run.out])}",
     ]

@@ -1,4 +1,4 @@
-"""What a training method is made from on one rank: ranks, network, data, configuration and backend, in one argument."""
+"""The context of a training method on one rank: world, network, data, configuration and backend, in one argument."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ S = TypeVar("S")
 class Context:
     """One rank's context; all ranks make theirs at the same point.
 
-    layout: of the whole network; counter: of the bytes of the training; bridge: what messages of this rank's arrays go
-    through; host_bridge: what messages go through that leave from host memory in any case; numbers: what is done about
-    losses and gradients that are not finite. outer: the context of the
-    network that `network` is a part of, whose messages count together with these.
+    layout: of the whole network; counter: of the bytes that the training sends; bridge: between arrays of this rank's
+    backend and messages; host_bridge: the same for arrays that are in host memory in any case; numbers: the treatment
+    of losses and gradients that are not finite. outer: the context of a larger network of which `network` is a part;
+    messages of both count together.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Context:
             self.counter, self.bridge, self.host_bridge = outer.counter, outer.bridge, outer.host_bridge
 
     def of_network(self, network: Network) -> Context:
-        """The context of a network that is a part of this one's; makes no messages."""
+        """Make the context of a network that is a part of this context's network; sends no message."""
         return type(self)(self.world, network, self.dataset, self.config, self.ops, self)
 
     def settings(self, kind: type[S]) -> S:
@@ -68,7 +68,7 @@ class Context:
         return self.config.of(kind)
 
     def group(self, ranks: Sequence[int] | None = None, *, nccl: bool = False, bridge: Bridge | None = None) -> Group:
-        """Some ranks, all if not given, whose messages count; with `nccl` by NCCL where --nccl asks for it."""
+        """Make a group of ranks (all if None) whose messages are counted; nccl: use NCCL if --nccl is given."""
         ranks = range(self.size) if ranks is None else ranks
         made = Group(self.world, ranks, self.counter, bridge or self.bridge)
         if nccl and self.config.parallel.nccl:
@@ -76,11 +76,11 @@ class Context:
         return made
 
     def uncounted(self, ranks: Sequence[int] | None = None) -> Group:
-        """Some ranks, all if not given, for what is no part of the training; arrays go through host memory."""
+        """Make a group of ranks (all if None) for messages outside the training, which are not counted."""
         return Group(self.world, range(self.size) if ranks is None else ranks, Counter(), self.host_bridge)
 
     def loss(self) -> Loss:
-        """A loss of its own: it counts what happens to it."""
+        """Make a loss; each caller gets its own, since a loss counts its clipped terms."""
         made, o = configured_loss(self.config, self.dataset), self.config.objective
         made.lenient, made.scale = self.numbers.lenient, self.network.scale
         made.margin = make_margin(o.margin_kind, o.margin, made.scale, self.dtype)
@@ -93,15 +93,15 @@ class Context:
         return class_weights(self.config.objective.class_weights, self.dataset)
 
     def metric(self) -> Metric:
-        """Sums over the test split, by a loss of their own: what that counts is not of the training."""
+        """Make the metric of the test split, with a loss of its own, whose counts are not the training's."""
         return Metric(self.loss(), self.dataset.outputs)
 
     def optimizer(self, runs: Runs, counted: bool = False) -> Optimizer:
-        """The optimizer of the weights of `runs`; `counted` as in `make_optimizer`."""
+        """Make the optimizer of the weights of `runs`; counted: see `make_optimizer`."""
         return configured_optimizer(self.config, self.layout, runs, self.ops, counted)
 
     def draw_weights(self, runs: Runs, out: np.ndarray) -> None:
-        """Fill `out` (runs.size,), in host memory, with initial weights: drawn by unit, so the same on any ranks."""
+        """Fill `out` (runs.size,), in host memory, with initial weights; their draws are keyed by unit, not by rank."""
         c = self.config
         initial_weights(
             self.network, self.layout, runs, out, seed=c.run.seed, kind=c.model.init, gain=c.model.init_gain

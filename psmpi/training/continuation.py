@@ -1,4 +1,4 @@
-"""Texts gone on with, character by character, by a network that has been trained on one."""
+"""Continuation of a text, character by character, by a network that was trained on a text."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _TAG = 0x74657874
 
 
 def check_text(contents: Contents, path: Path, prompt: str) -> None:
-    """UserError unless the checkpoint is of a whole network for a text, which has all characters of the prompt."""
+    """UserError unless the checkpoint is a whole network for texts that knows all characters of the prompt."""
     if not contents.characters:
         raise UserError(
             f"--prompt: checkpoint {path} is not of a text: give one of a training on --dataset FILE.txt, or leave "
@@ -42,7 +42,7 @@ def check_text(contents: Contents, path: Path, prompt: str) -> None:
 def load_model(path: Path, contents: Contents, ops: NumpyOps, most: int) -> Model:
     """The model of the checkpoint at `path`, whole, on the host, for texts of `most` characters at most.
 
-    Windows are those of the training, but no longer than such a text: a file may say any length.
+    Windows are those of the training, but no longer than `most`: a file may state any length.
     """
     own = from_toml(contents.config, str(path), foreign=True).model
     network = make_network(
@@ -56,10 +56,10 @@ def load_model(path: Path, contents: Contents, ops: NumpyOps, most: int) -> Mode
 
 
 def go_on(model: Model, characters: str, prompt: str, temperature: float, seed: int) -> Iterator[str]:
-    """The characters behind a prompt, one after the other and without end.
+    """Yield the characters that follow a prompt, without end.
 
-    Each is drawn by the scores of the last step of a pass over what is before it, at most as many characters as the
-    windows of the model have, see `choose`. UserError where the prompt has other characters than these.
+    Each character is chosen (see `choose`) by the scores of the last step of a pass over the text before it, as far
+    back as the windows of the model reach. UserError if the prompt has characters that the model does not know.
     """
     steps = model.in_shape[1]
     text = encode(prompt, characters)[-steps:].tolist()
@@ -77,9 +77,9 @@ def go_on(model: Model, characters: str, prompt: str, temperature: float, seed: 
 
 
 def choose(scores: np.ndarray, temperature: float, seed: int, number: int) -> int:
-    """A class by its scores (classes,): that of the largest at temperature 0, else drawn from softmax(scores / T).
+    """A class by its scores (classes,): the argmax at temperature 0, else a draw from softmax(scores / temperature).
 
-    number: of the draw, which with the seed says the random number. UserError for scores that are not finite.
+    number: index of the draw, which with the seed keys the random number. UserError for scores that are not finite.
     """
     if not np.isfinite(scores).all():
         raise UserError(

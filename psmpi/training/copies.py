@@ -1,4 +1,4 @@
-"""The base class of methods in which every rank trains a copy of the whole network that differs from the others."""
+"""The base class of methods in which each rank trains its own copy of the whole network."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from psmpi.training.replica import Replica
 class Copies(Replica):
     """One rank of such a method: `own` are its weights and the optimizer's vectors, `means` their means over the ranks.
 
-    Checkpoints hold the means, which are tested too, and every rank's own vectors as a row of the tables each: on as
-    many ranks a run goes on as it was, on others all ranks start from the mean.
+    Tests use the mean weights. Checkpoints hold the means, and each rank's own vectors as rows of tables: a run resumed
+    on as many ranks continues exactly, and on another number of ranks all ranks start from the mean.
     """
 
-    # Of a network that has learnt the digits, whose accuracy depends little on how.
+    # The task: the digits, learnt well enough that the accuracy hardly depends on the order of steps.
     skips = True
     exactness = Exactness(
         "statistical", "exact", 0.05, ("--model", "mlp", "--widths", "40", "--loss", "nll", "--lr", "0.01")
@@ -40,7 +40,7 @@ class Copies(Replica):
             self.state.table(name, vector.reshape(1, -1))
         self.state.rows = TableRows.one_each(context.size)
         self.state.lost = "the copies of this many ranks: all of them start from the mean"
-        # The rank's weights while the mean is tested.
+        # This rank's weights while `w` holds the mean for a test.
         self.kept = self.ops.zeros(self.w.size, self.dtype)
         self.account.hold("weights", self.kept)
 
@@ -51,7 +51,7 @@ class Copies(Replica):
 
     @classmethod
     def needed(cls, size: int, network: Network, dataset: Dataset, config: Config) -> list[Need]:
-        # Means of weights and optimizer, and the weights once more.
+        # The means of weights and optimizer, and the copy of the weights during a test.
         layout = network.layout()
         means = {"weights": sum(vectors_needed(config, layout, 2 * layout.size, 0, layout.size).values())}
         return [added(need, means) for need in super().needed(size, network, dataset, config)]
@@ -59,7 +59,7 @@ class Copies(Replica):
     def train(self, batch: Batch, lr: float) -> None:
         """Step this rank's copy on its slice of a minibatch."""
         share = batch.share(self.rank, self.context.size)
-        # A last minibatch may leave some ranks without a sample: they take all of it, and every rank steps alike.
+        # A rank without a sample of a small last minibatch trains on all of it, so that all ranks make a step.
         own = share if len(share) else batch
         self.g[self.unused].fill(0)
         loss = self.worker.element_losses(own, own)
@@ -68,7 +68,7 @@ class Copies(Replica):
             self.descent.step(self.w, self.g, lr)
 
     def mean(self, name: str) -> np.ndarray:
-        """The mean of a vector over the ranks; it is no part of the training."""
+        """The mean of a vector over the ranks, for tests and checkpoints; its messages are not counted."""
         mean = self.means[name]
         mean[...] = self.own[name]
         self.ops.scale(mean, 1 / self.world.size)

@@ -1,4 +1,4 @@
-"""The loss and the metric on ranks that have some of the scores each, or all of them alike."""
+"""The loss and the metric on ranks that have some of the scores each, or the same scores."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from psmpi.training.context import Context
 class DealtScores:
     """The loss of the scores that `model` computes on this rank, and the sums of the metric.
 
-    row: the ranks that have the scores of a sample, in their order; host: the same, for sums in host memory. counts:
-    the scores of each of them; None: each has all, and the first one's count. world: all ranks, which take the same
-    power of two out of very large derivatives, as products are of several; None where none are.
+    row: the ranks that share the scores of a sample, in the order of the scores; host: the same ranks, for sums in host
+    memory. counts: number of scores of each of them; None: each has all scores, and the first rank counts the loss.
+    world: all ranks, which scale very large derivatives by one common power of two, if they multiply them together.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class DealtScores:
         self.others: ClassSums | None = None
         self.part: ScorePart | None = None
         if counts is not None and row.size > 1:
-            # Sums are made where the loss is computed.
+            # Sums are computed on the side of the loss: host or device.
             by_host = self.loss.fused(context.ops) is None
             sums = (host, NumpyOps()) if by_host else (row, context.ops)
             self.others = ClassSums(sums[0], self.loss, counts, context.dtype, sums[1])
@@ -58,7 +58,7 @@ class DealtScores:
         context.numbers.watch(self.objective, row)
 
     def account(self, account: Account) -> None:
-        """Declare the memory."""
+        """Declare the buffers to the account."""
         account.hold("buffers", self.objective, *([self.others] if self.others is not None else []))
 
     def reserve(self, batch: int) -> None:
@@ -66,7 +66,7 @@ class DealtScores:
         self.objective.reserve(self.outputs.stop - self.outputs.start, max(1, self.model.steps) * batch)
 
     def derivatives(self, tape: Tape, samples: Resident, ids: np.ndarray, scale: float) -> Any:
-        """The derivatives of the scaled sum of the losses of the samples `ids`, of the shape of the scores."""
+        """Derivatives of the scaled sum of losses of the samples `ids`, in the shape of the scores."""
         objective, scores = self.objective, tape.scores
         objective.ids = ids
         targets = samples.targets(ids)
@@ -84,7 +84,7 @@ class DealtScores:
         return self.objective.value() * self.counts
 
     def _own_targets(self, targets: np.ndarray) -> np.ndarray:
-        """Values of this rank's outputs; labels as it numbers classes, those of steps as they are."""
+        """Values of this rank's outputs; labels counted from its first class, labels of steps unchanged."""
         if self.dataset.task != "classes":
             return np.ascontiguousarray(targets[self.outputs])
         return targets if targets.ndim == 2 else targets - self.outputs.start

@@ -13,12 +13,12 @@ from psmpi.training.context import Context
 
 
 def no_sum(values: np.ndarray) -> np.ndarray:
-    """Sums over the shards of a vector that one rank has whole."""
+    """The sum over shards where one rank has the whole vector: `values` themselves."""
     return values
 
 
 class Descent:
-    """Steps the weights of `runs`, this rank's; `allsum` sums over all shards, and losses are added up over `world`."""
+    """The optimizer of this rank's weights `runs`. allsum: sums over all shards; world: ranks that add up losses."""
 
     def __init__(
         self,
@@ -30,7 +30,7 @@ class Descent:
         counted: bool = False,
         layout: Layout | None = None,
     ):
-        """layout: of w and g themselves, to name parameters, where they do not lie as `runs` say."""
+        """layout: that of w and g, if it is not `runs` of the network's; it serves to name parameters in messages."""
         self.ops, self.clip, self.allsum, self.world = context.ops, context.config.optimization.clip, allsum, world
         self.optimizer = context.optimizer(runs, counted)
         self.numbers, self.layout, self.runs = context.numbers, context.layout, runs
@@ -38,21 +38,21 @@ class Descent:
             self.layout, self.runs = layout, Runs(((0, layout.size),))
 
     def step(self, w: np.ndarray, g: np.ndarray, lr: float) -> None:
-        """Step along g (n,), the gradient of w (n,), which is used up."""
+        """Step w (n,) along its gradient g (n,), which is overwritten."""
         if self.clip > 0:
             self.numbers.clip(g, self.clip, self.allsum, self.ops, self.layout, self.runs)
-        # With an empty shard too: the optimizer's scalars stay the same on all ranks.
+        # An empty shard steps too, so that the optimizer's scalars stay the same on all ranks.
         self.optimizer.step(w, g, lr, self.allsum)
 
     def sound(self, loss: float, g: np.ndarray, share: int | None = None) -> bool:
-        """Whether to step along g (n,): `Numbers.sound`."""
+        """Whether loss and g (n,) are finite on all ranks, see `Numbers.sound`."""
         return self.numbers.sound(self.ops, loss, [(g, self.runs)], self.layout, share)
 
     def search(self, w: np.ndarray, g: np.ndarray, lr: float, gradient: Callable[[bool], float]) -> float:
-        """Step where the optimizer may ask for more than one gradient; returns this rank's share of the first loss.
+        """Make a step for which the optimizer may need several gradients; returns this rank's share of the first loss.
 
-        gradient(trial) fills g and returns this rank's share of the loss; a `trial` that is not finite is infinity. A
-        step that is not sound is not made, and its loss 0.
+        gradient(trial): fills g and returns this rank's share of the loss; of a trial a loss that is not finite is
+        infinity. A step with a loss or gradient that is not finite is left out, and counts a loss of 0.
         """
         loss = gradient(False)
         if not self.sound(loss, g):

@@ -1,4 +1,4 @@
-"""A worker that computes with a part of a network: subnetwork, samples, element losses and their gradient."""
+"""The worker of a part of a network: its subnetwork, samples, element losses and their gradient."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ def by_tiles(config: Config, network: Network, loss: Loss, place: Worker, batch:
 
 
 class ElementWorker:
-    """Computes with w_part and fills g_part, both (part.size,), for one column of one replica row.
+    """One column of one replica row: it computes with w_part and fills g_part, both (part.size,).
 
-    With the score partition the row exchanges what the loss needs of all classes, a few numbers a sample (`ClassSums`);
-    with the pair partition the loss sees only this worker's classes, and only samples of these are read. Without
-    `tests` no samples are tested. trunk: the number of leading layers that the row computes on slices (`Trunk`).
-    samples: the training samples that this rank may be asked for, all by default; others are not read. Without `tiles`
-    scores are there all at once, however many classes there are.
+    With the score partition the row exchanges a few numbers a sample, the sums over classes that the loss needs
+    (`ClassSums`). With the pair partition the loss uses this worker's classes alone, and only samples of these classes
+    are read. tests: whether this worker tests samples. trunk: number of first layers that the row computes on slices
+    (`Trunk`). samples: ids of the training samples that this rank may need, all by default; others are not read. tiles:
+    whether scores of many classes are computed tile by tile.
     """
 
     def __init__(
@@ -70,10 +70,10 @@ class ElementWorker:
         batches = network.evaluation_batches(dataset.test.n) if tests else []
         most = max(share, *(at.stop - at.start for at in batches), 1)
         peers = [w for w in roles.workers if w is not None and w.row == place.row]
-        alone = len(peers) == 1
+        single = len(peers) == 1
         self.trunk: Trunk | None = None
         layers = None
-        if trunk and not alone:
+        if trunk and not single:
             self.trunk = Trunk(context, row, trunk, place.classes, w_part, g_part)
             layers = trunk, len(network.layers)
         self.loss, self.metric = context.loss(), context.metric()
@@ -87,7 +87,7 @@ class ElementWorker:
         self.numbers = np.full(dataset.outputs, -1)
         self.numbers[self.classes] = np.arange(len(self.classes))
         self.sums: ClassSums | None = None
-        if place.elements is None and not alone:
+        if place.elements is None and not single:
             counts = [len(w.classes) for w in peers]
             # Sums are made where the loss is computed.
             host = self.loss.fused(ops) is None
@@ -95,9 +95,9 @@ class ElementWorker:
             self.sums = ClassSums(group, self.loss, counts, self.dtype, NumpyOps() if host else ops)
         objective = DeviceTiledObjective if ops.on_device else TiledObjective
         self.objective = (objective if tiled else Objective)(self.loss, self.model, self.sums)
-        # Where the loss remembers samples, whoever keeps what it does.
+        # The memory of --psl-weights remembered, set by the method.
         self.remembered: Remembered | None = None
-        # Ranks whose losses need no sums, and those of pairs, need not find that one is not finite all together.
+        # Ranks whose losses need no sums over classes detect a loss that is not finite without the others.
         context.numbers.watch(self.objective, row if self.objective.others is not None else None, self.own_gradient)
         record = recorder(network, ops)
         self.forward_pass, self.backward_pass = record(self._forward), record(self._backward)
@@ -111,19 +111,19 @@ class ElementWorker:
             for i, j in place.elements:
                 self.pairs[self.numbers[i], self.numbers[j]] = self.pairs[self.numbers[j], self.numbers[i]] = True
             samples = samples[self.numbers[dataset.train.labels[samples]] >= 0]
-            # Where the loss is computed.
+            # On the device, if the loss is computed there.
             self.mask = ops.put(self.pairs)
         self.train = Resident(dataset.train, samples, self.dtype, ops)
         check_tokens(network, self.train, "training")
         # Whole minibatches, the same on any number of rows.
         self.test_batches = [batches[k] for k in np.array_split(np.arange(len(batches)), self.rows)[place.row]]
-        # In a test the first worker of the row that computes a class's score has it.
+        # Pairs give a class to several workers: in a test the first one of the row counts its score.
         first = np.full(dataset.outputs, len(peers))
         for w in reversed(peers):
             first[np.array(w.classes, int)] = w.column
         self.tested = np.flatnonzero(first[self.classes] == place.column)
         self.part: ScorePart | None = None
-        if not alone:
+        if not single:
             classes = self.classes[self.tested]
             numbers = np.arange(dataset.outputs) - self.classes[0]
             if place.elements is not None:
@@ -133,17 +133,17 @@ class ElementWorker:
             others = context.group(row.ranks, bridge=Bridge())
             sums = ClassSums(others, self.metric.loss, counts, self.dtype, NumpyOps())
             self.part = ScorePart(classes, numbers, sums, place.column == 0)
-        mine = np.concatenate(
+        columns = np.concatenate(
             [np.arange(0), *(self._fetched(np.arange(at.start, at.stop)) for at in self.test_batches)]
         )
-        self.test_ids = mine if self.tested.size else mine[:0]
+        self.test_ids = columns if self.tested.size else columns[:0]
         self.test_samples = Resident(dataset.test, self.test_ids, self.dtype, ops)
         check_tokens(network, self.test_samples, "test")
         # Samples and factor of the last minibatch.
         self.last, self.capacity, self.x = 0, 0, np.empty(0)
         self.span = WHOLE
         if self.pairs is not None:
-            # As many samples of its classes as hardly ever meet in a minibatch.
+            # Mean plus four standard deviations of the number of samples of its classes in a minibatch.
             mean = share * len(samples) / dataset.train.n
             share = min(share, len(samples), ceil(mean + 4 * sqrt(mean)))
         self.reserve(max(1, share, *(at.stop - at.start for at in self.test_batches)))
@@ -164,7 +164,7 @@ class ElementWorker:
             self.sums.reserve(batch)
 
     def memory(self) -> dict[str, int]:
-        """Bytes of what it holds besides weights and gradients, by what for."""
+        """Bytes that the worker holds besides weights and gradients, by purpose."""
         sums = self.sums.nbytes if self.sums is not None else 0
         below, more, tail = self.x.nbytes, 0, self.objective.tail
         if self.trunk is not None:
@@ -184,7 +184,7 @@ class ElementWorker:
         scale = 1 / self.dataset.train.count(batch.ids)
         if own is None:
             own = batch.share(self.place.row, self.rows)
-        # What every sample adds whatever the weights belongs to no pair: the row's first worker counts it.
+        # The constant term of a sample's loss belongs to no pair: the first worker of the row counts it.
         constant = 0.0
         if self.pairs is not None:
             if self.place.column == 0:
@@ -209,10 +209,10 @@ class ElementWorker:
                 self.backward_pass(b)
         except FloatingPointError:
             if self.trunk is not None:
-                # The others of the row may be fine with their own elements, and wait for this rank's share.
+                # Other ranks of the row, whose elements are finite, wait for this rank's share.
                 self.trunk.dx(b).fill(0)
                 self.trunk.backward(b)
-                self.trunk.let_others_speak()
+                self.trunk.await_error_of_others()
             raise
         if self.trunk is not None:
             self.trunk.backward(b)
@@ -221,26 +221,26 @@ class ElementWorker:
         return self.objective.value() + constant
 
     def _fetched(self, ids: np.ndarray) -> np.ndarray:
-        """The samples among a minibatch's that this rank takes itself from the data."""
+        """The ids of a minibatch whose samples this rank reads itself."""
         return ids if self.trunk is None else ids[self.trunk.share(len(ids))]
 
     def _bring(self, samples: Resident, ids: np.ndarray) -> np.ndarray:
-        """Put the model's inputs (inputs, b) of a minibatch where passes take them from; returns them."""
+        """Write the model's inputs (inputs, b) of a minibatch to the buffer of the passes; returns them."""
         if self.trunk is None:
             batch = samples.batch(ids, self.x)
             self.span = make_span(batch.lengths, self.ops)
             inputs: np.ndarray = batch.inputs
             return inputs
         self.span = make_span(samples.lengths(ids), self.ops)
-        found = self.trunk.forward(samples, ids)
+        features = self.trunk.forward(samples, ids)
         self.objective.trunk = self.trunk.model, self.trunk.slice
-        return found
+        return features
 
     def _divisors(self, ids: np.ndarray) -> np.ndarray | None:
         return None if self.remembered is None else self.remembered.values[ids]
 
     def _own_targets(self, targets: np.ndarray) -> np.ndarray:
-        """Labels as this worker numbers classes, counted from its first with the score partition; values of its own."""
+        """Labels counted from this worker's first class (of pairs: by its own numbers), or values of its outputs."""
         if self.dataset.task != "classes":
             values: np.ndarray = targets[self.classes]
             return values
@@ -251,10 +251,10 @@ class ElementWorker:
         return own
 
     def own_gradient(self) -> np.ndarray:
-        """This rank's share of the gradient of the last minibatch once more, at the same weights, without messages.
+        """Compute this rank's share of the gradient of the last minibatch again, without messages; returns g_part.
 
-        It is in g_part, whatever sums over ranks have made of that; with a trunk on slices without what other ranks'
-        elements add to the trunk's.
+        Sums over ranks may have overwritten g_part. With a trunk on slices, gradients of other ranks' elements are left
+        out.
         """
         finished, self.model.finished = self.model.finished, None
         if self.last:
@@ -262,30 +262,30 @@ class ElementWorker:
             self.tape = self._forward(self.last)
             self.objective.again(self.tape, self._dx(self.last))
             if self.trunk is not None:
-                self.trunk.backward(self.last, alone=True)
+                self.trunk.backward(self.last, own_only=True)
         self.model.finished = finished
         return self.g_part
 
     def _forward(self, b: int) -> Tape:
-        """The pass that gives the scores of the model's classes."""
+        """Forward pass of b samples to the scores of the model's classes."""
         if self.trunk is not None:
             return self.model.forward(self.trunk.all(b), None, self.span)
         return self.model.forward(self.x[: self.features * b].reshape(self.features, b), None, self.span)
 
     def _dx(self, b: int) -> np.ndarray | None:
-        """Where the gradient of the inputs goes, which a trunk wants."""
+        """Buffer of the gradient of the inputs, which a trunk on slices needs; None without."""
         return None if self.trunk is None else self.trunk.dx(b).reshape(*self.model.in_shape, b)
 
     def _losses(self, b: int, scale: float) -> None:
-        """From the scores to their derivatives."""
+        """Compute the derivatives of the scores."""
         self.objective.losses(self.tape.scores, self.objective.targets(b), scale, self.mask)
 
     def _backward(self, b: int) -> None:
-        """From the derivatives of b samples to g_part."""
+        """Fill g_part from the derivatives of b samples."""
         self.objective.backward(self.tape, self._dx(b))
 
     def _derive(self, b: int, scale: float) -> None:
-        """From the scores to g_part."""
+        """Fill g_part from the scores of b samples."""
         self._losses(b, scale)
         self._backward(b)
 
@@ -294,8 +294,8 @@ class ElementWorker:
         share = len(Batch(np.arange(batch)).share(self.place.row, self.rows))
         if not share:
             return []
-        found = self.trunk.messages(share) if self.trunk is not None else []
-        return found + (self.sums.messages(Step(share)) if self.sums is not None else [])
+        messages = self.trunk.messages(share) if self.trunk is not None else []
+        return messages + (self.sums.messages(Step(share)) if self.sums is not None else [])
 
     def test(self) -> np.ndarray:
         """This rank's share of the metric's sums over the row's slice of the test split."""
@@ -307,7 +307,7 @@ class ElementWorker:
         return evaluate(self.metric, self.test_batches, self.test_scores, self.test_targets, self.ops, self.part)
 
     def _test_features(self, ids: np.ndarray) -> np.ndarray:
-        """The features (inputs, b) that scores of test samples are made from by tiles."""
+        """Features (inputs, b) of test samples, from which scores are computed tile by tile."""
         features: np.ndarray = self.model.forward(self._bring(self.test_samples, ids), None, self.span).scores
         return features
 

@@ -1,4 +1,4 @@
-"""The test of a network of which each of some ranks holds a shard: layer by layer, so that none has all of it."""
+"""The test of a network whose ranks hold a shard each: layer by layer, so that no rank ever holds all weights."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ def evaluate(
 ) -> np.ndarray:
     """The metric's sums over minibatches of test samples, each a run of ids.
 
-    scores(ids): those of all outputs, or of `part`, (outputs, b), arrays of `ops`, None where another rank counts them;
-    targets(ids): in host memory, as a batch has them.
+    scores(ids): scores (outputs, b) of all outputs, or of `part`, as an array of `ops`; None if another rank counts
+    them. targets(ids): targets in host memory.
     """
     totals = metric.zeros()
     for at in batches:
         ids = np.arange(at.start, at.stop)
-        found = scores(ids)
-        if found is not None:
-            totals += metric.sums(ops.host(found), targets(ids), part)
+        values = scores(ids)
+        if values is not None:
+            totals += metric.sums(ops.host(values), targets(ids), part)
     return totals
 
 
@@ -58,25 +58,24 @@ def evaluate_by_tiles(
     totals = metric.zeros()
     for at in batches:
         ids = np.arange(at.start, at.stop)
-        found = features(ids).reshape(-1, len(ids))
-        totals += metric.sums_by_tiles(tail, found, targets(ids), classes, part)
+        outputs = features(ids).reshape(-1, len(ids))
+        totals += metric.sums_by_tiles(tail, outputs, targets(ids), classes, part)
     return totals
 
 
 class Evaluator:
     """The metric's sums over a split, of which each rank of `group` takes some minibatches.
 
-    shards: of the group's ranks. weights: this rank's shard, in host memory by its mirror. Where there is one rank, the
-    network is used as it is; else each layer's weights are brought together on all ranks for as long as it takes, or
-    those of all layers where they are less than what layers put out. Scores are not kept, and of very many classes
-    those of a minibatch are never there all at once.
+    shards: of the group's ranks; weights: the mirror of this rank's shard. One rank uses the network as it is. Several
+    ranks gather the weights of one layer at a time, or of all layers if these take less memory than the outputs of
+    layers. Scores are not kept; scores of very many classes are computed tile by tile.
     """
 
     def __init__(
         self, network: Network, group: Group, shards: Sequence[Runs], weights: Mirror, split: Split, metric: Metric,
         ops: NumpyOps,
     ):  # fmt: skip
-        # Tests allocate, and training steps may be recorded.
+        # A separate stream: tests allocate memory, which recorded training steps may not.
         self.ops = ops = ops.separate()
         self.group, self.network, self.layout = group, network, network.layout()
         self.weights, self.metric, self.dtype, self.split = weights, metric, weights.host.dtype, split
@@ -86,13 +85,13 @@ class Evaluator:
         ids = np.concatenate([np.arange(0), *(np.arange(at.start, at.stop) for at in self.batches)])
         self.samples = Resident(split, ids, self.dtype, ops)
         check_tokens(network, self.samples, "test")
-        # Of the largest minibatch of all, so that all ranks decide alike.
+        # The size of the largest minibatch of all ranks, so that all ranks decide alike.
         self.most = max((at.stop - at.start for at in batches), default=0)
         tiled = metric.loss.weights == "none" and is_tiled(network, network.classes, self.most, ops, split.task)
-        # Layers are brought together one after the other, not a class's together.
+        # Layers are gathered one after the other, so private layers of a class cannot be computed together.
         tiled = tiled and (group.size == 1 or has_head(network))
         self.classes = np.arange(network.classes) if tiled else None
-        # By the first rank's share, the largest, so that all ranks decide alike.
+        # The first rank has the largest share; all ranks use it, and so decide alike.
         ways = [[(0, len(network.layers))], *([cut_stages(network)] if group.size > 1 else [])]
         self.stages = min(ways, key=lambda stages: self._need(stages, dealt[0]))
         self.gathers: dict[tuple[int, int], tuple[Runs, Gather]] = {}
@@ -101,14 +100,14 @@ class Evaluator:
             self.gathers[stage] = runs, Gather(group, shards, runs, self.dtype)
         self.whole: Model | None = None
         if group.size == 1:
-            everything = Runs(((0, self.layout.size),))
-            at = (everything - self.layout.dead).inside(everything)
+            whole = Runs(((0, self.layout.size),))
+            at = (whole - self.layout.dead).inside(whole)
             assert at is not None
             self.whole = Model(network, self.layout, weights.array[at], None, ops, tiled=tiled)
 
     def run(self) -> np.ndarray:
         """The metric's sums over this rank's minibatches."""
-        # Where one stage is all, minibatch by minibatch.
+        # Lazily: with a single stage, one minibatch at a time.
         held: Any = map(self._sample, self.batches)
         spans = [make_span(self.samples.lengths(np.arange(at.start, at.stop)), self.ops) for at in self.batches]
         *before, last = self.stages
@@ -116,14 +115,14 @@ class Evaluator:
             held = list(held)
             model = self._gathered(stage)
             for k, x in enumerate(held):
-                # One by one: what went in makes room for what comes out.
+                # Each output takes the place of its input, so that both exist for one minibatch only.
                 held[k] = self._kept(model.forward(x, None, spans[k]).scores)
         model, targets = self.whole or self._gathered(last), self.samples.targets
-        found = (model.forward(x, None, span).scores for x, span in zip(held, spans, strict=True))
+        passes = (model.forward(x, None, span).scores for x, span in zip(held, spans, strict=True))
         if self.classes is None:
-            return evaluate(self.metric, self.batches, lambda _: next(found), targets, self.ops)
+            return evaluate(self.metric, self.batches, lambda _: next(passes), targets, self.ops)
         return evaluate_by_tiles(
-            self.metric, self.batches, make_tail(model), lambda _: next(found), targets, self.classes
+            self.metric, self.batches, make_tail(model), lambda _: next(passes), targets, self.classes
         )
 
     def _sample(self, at: slice) -> np.ndarray:
@@ -137,7 +136,7 @@ class Evaluator:
         return kept
 
     def _gathered(self, stage: tuple[int, int]) -> Model:
-        """The model of some layers, whose weights all ranks bring together."""
+        """The model of the layers of a stage, whose weights all ranks gather."""
         runs, gather = self.gathers[stage]
         w = self.ops.mirror(self.ops.empty(runs.size, self.dtype))
         gather.forward(self.weights.host, w.host)
@@ -147,21 +146,21 @@ class Evaluator:
         return Model(self.network, self.layout, w.array, None, self.ops, layers=stage, tiled=tiled)
 
     def _need(self, stages: Sequence[tuple[int, int]], batches: Sequence[slice]) -> int:
-        """The most bytes at a time: of weights brought together, of what is held between stages, of one minibatch."""
-        samples, found = sum(at.stop - at.start for at in batches), 0
-        for first, behind in stages:
-            tail = tail_of(self.network) if self.classes is not None and behind == len(self.network.layers) else None
-            last = behind if tail is None else tail[0]
+        """Peak bytes: gathered weights, outputs between stages, and the activations of one minibatch."""
+        samples, most = sum(at.stop - at.start for at in batches), 0
+        for first, later in stages:
+            tail = tail_of(self.network) if self.classes is not None and later == len(self.network.layers) else None
+            last = later if tail is None else tail[0]
             sizes = [prod(layer.out_shape) for layer in leaves(self.network.layers[first:last])]
             held = samples * prod(self.network.layers[first].in_shape)
-            if behind < len(self.network.layers):
+            if later < len(self.network.layers):
                 held = max(held, samples * sizes[-1])
             if tail is not None:
                 numbers = tail_numbers(self.network, tail)
                 sizes.append(numbers * classes_at_once(self.network.classes, self.most * numbers))
-            weights = self.network.runs(self.layout, first, behind).size if self.group.size > 1 else 0
-            found = max(found, held + self.most * sum(sizes) + weights)
-        return found * self.dtype.itemsize
+            weights = self.network.runs(self.layout, first, later).size if self.group.size > 1 else 0
+            most = max(most, held + self.most * sum(sizes) + weights)
+        return most * self.dtype.itemsize
 
     @property
     def nbytes(self) -> int:

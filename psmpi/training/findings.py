@@ -1,4 +1,4 @@
-"""Tables of predictions on a screen: scores, a confusion matrix or the worst classes, else the first predictions."""
+"""Tables of predictions on a screen: scores with a confusion matrix or the worst classes, or first predictions."""
 
 from __future__ import annotations
 
@@ -15,35 +15,35 @@ from psmpi.errors import counted
 from psmpi.nn.finite import spans
 from psmpi.output import Screen, tell
 
-# Classes whose confusion is shown as a matrix; of more the worst are.
+# Up to so many classes have a confusion matrix; of more classes the worst are shown.
 MATRIX = 20
-# Classes, pairs, outputs and first samples that are shown.
+# Numbers of classes, pairs, outputs and samples in tables.
 SHOWN = FIRST = 10
 
 
 def table(title: str, *names: str, room: int = 1) -> Table:
-    """A table in few columns, with numbers at the right; room: spaces between columns, besides one."""
+    """A narrow table with right-aligned columns `names`; room: spaces between columns, besides one."""
     made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, room, 0, 0), show_edge=False)
     for name in names:
         made.add_column(name, justify="right")
     return made
 
 
-def _of(found: dict[str, Any]) -> None:
-    tell(f"{found['checkpoint']}: {counted(found['samples'], 'sample')} of {found['dataset']} ({found['split']})")
+def _of(report: dict[str, Any]) -> None:
+    tell(f"{report['checkpoint']}: {counted(report['samples'], 'sample')} of {report['dataset']} ({report['split']})")
 
 
 def show_values(
-    found: dict[str, Any], means: np.ndarray, titles: Sequence[str], first: Sequence[Sequence[Any]]
+    report: dict[str, Any], means: np.ndarray, titles: Sequence[str], first: Sequence[Sequence[Any]]
 ) -> None:
-    """Print how good predicted values are, or what the first ones are.
+    """Print the errors of predicted values, or without targets the first values.
 
     means: of each output, over samples: squared errors, targets, squared targets (3, outputs); first: numbers of the
     first samples, named by `titles`, and their values.
     """
-    _of(found)
-    outputs = found["outputs"]
-    if "rmse" not in found:
+    _of(report)
+    outputs = report["outputs"]
+    if "rmse" not in report:
         tell("values predicted; no RMSE (it needs targets y)")
         shown = table("first predictions", *titles, *(f"value {k}" for k in outputs[:SHOWN]))
         for row in first:
@@ -51,7 +51,7 @@ def show_values(
             shown.add_row(*map(str, numbers), *(f"{value:.5g}" for value in values))
         Screen().print(shown)
         return
-    tell(f"RMSE {found['rmse']:.5g}")
+    tell(f"RMSE {report['rmse']:.5g}")
     shown = table("scores", "output", "RMSE", "mean of targets", "their deviation", "R2")
     for k, (error, mean, square) in list(zip(outputs, means.T, strict=True))[:SHOWN]:
         spread = max(0.0, square - mean**2)
@@ -67,26 +67,26 @@ def _say_more(count: int, noun: str) -> None:
 
 
 def show_choices(
-    found: dict[str, Any],
+    report: dict[str, Any],
     labels: np.ndarray,
     predicted: np.ndarray,
     names: Sequence[str],
     titles: Sequence[str],
     first: Sequence[tuple[list[int], list[int], Any]],
 ) -> None:
-    """Print how good predicted classes (n,) are beside the labels (n,), or what the first ones are.
+    """Print accuracies of predicted classes (n,) against labels (n,), or without labels the first predictions.
 
-    names: what classes are called, if not by their numbers; first: of the first samples the numbers, named by `titles`,
-    and the classes with the largest scores and these, the largest first.
+    names: of the classes, empty if they go by numbers; first: of the first samples the numbers (named by `titles`), the
+    classes with the largest scores, and these scores, largest first.
     """
 
     def called(label: int) -> str:
         return names[label] if names else str(label)
 
     screen = Screen()
-    _of(found)
-    if "accuracy" not in found:
-        which = f"classes {listed(found['names'] if 'names' in found else [spans(found['classes'])])}"
+    _of(report)
+    if "accuracy" not in report:
+        which = f"classes {listed(report['names'] if 'names' in report else [spans(report['classes'])])}"
         tell(f"scores of {which}; no accuracy (it needs labels, and the scores of all classes)")
         shown = table("first predictions", *titles, "predicted", "score", "second", "score")
         for numbers, chosen, scores in first:
@@ -94,15 +94,15 @@ def show_choices(
             shown.add_row(*map(str, numbers), *(word for c, score in best for word in (called(c), f"{score:.4g}")))
         screen.print(shown)
         return
-    counts = np.bincount(labels, minlength=len(found["classes"]))
+    counts = np.bincount(labels, minlength=len(report["classes"]))
     right = np.bincount(labels[labels == predicted], minlength=len(counts))
     shares = right[counts > 0] / counts[counts > 0]
-    shown = table("scores", "accuracy", *(["top 5"] if "top5" in found else []), "mean over classes", "worst class")
-    scores = [found["accuracy"], *([found["top5"]] if "top5" in found else []), shares.mean(), shares.min()]
+    shown = table("scores", "accuracy", *(["top 5"] if "top5" in report else []), "mean over classes", "worst class")
+    scores = [report["accuracy"], *([report["top5"]] if "top5" in report else []), shares.mean(), shares.min()]
     shown.add_row(*(f"{100 * score:.2f} %" for score in scores))
     screen.print(shown)
     if len(counts) <= MATRIX:
-        _show_matrix(screen, found["confusion"], called)
+        _show_matrix(screen, report["confusion"], called)
         return
     _show_worst(screen, counts, right, called)
     _show_pairs(labels, predicted, called)
@@ -111,7 +111,7 @@ def show_choices(
 def _show_matrix(screen: Screen, confusion: Sequence[Sequence[int]], called: Any) -> None:
     classes = range(len(confusion))
     names = ("label", *map(called, classes), "right")
-    # Many columns in the width of a terminal.
+    # Many classes: no second space between columns, to fit a terminal.
     shown = table("confusion: rows are labels, columns predictions", *names, room=int(len(classes) <= SHOWN))
     for label, row in enumerate(confusion):
         share = f"{100 * row[label] / sum(row):.1f} %" if sum(row) else "-"
@@ -120,7 +120,7 @@ def _show_matrix(screen: Screen, confusion: Sequence[Sequence[int]], called: Any
 
 
 def _show_worst(screen: Screen, counts: np.ndarray, right: np.ndarray, called: Any) -> None:
-    """The classes of which fewest are right, of as many the one with most samples first."""
+    """Print the classes with the smallest share of right predictions, larger classes first among equals."""
     share = np.where(counts > 0, right / np.maximum(1, counts), 2.0)
     shown = table("worst classes", "label", "samples", "right")
     for label in np.lexsort((-counts, share))[: min(SHOWN, np.count_nonzero(counts))].tolist():
@@ -129,12 +129,12 @@ def _show_worst(screen: Screen, counts: np.ndarray, right: np.ndarray, called: A
 
 
 def confused(labels: np.ndarray, predicted: np.ndarray) -> list[list[int]]:
-    """[label, prediction, samples] of what is confused, the most frequent first."""
+    """[label, prediction, samples] of confused pairs of classes, most frequent first."""
     wrong = labels != predicted
     pairs, counts = np.unique(np.stack([labels[wrong], predicted[wrong]]), axis=1, return_counts=True)
     order = np.argsort(-counts, kind="stable")
-    found: list[list[int]] = np.concatenate([pairs, counts[None]])[:, order].T.tolist()
-    return found
+    rows: list[list[int]] = np.concatenate([pairs, counts[None]])[:, order].T.tolist()
+    return rows
 
 
 def _show_pairs(labels: np.ndarray, predicted: np.ndarray, called: Any) -> None:

@@ -1,4 +1,4 @@
-"""The run directory: made for one run, locked, its text files written whole or not at all and through no link."""
+"""The run directory: locked by one run; its text files are written whole or not at all, and through no link."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ PATIENCE = 30.0
 
 
 class RunFolder:
-    """A run directory, which this process has alone until the block that it manages ends. On rank 0.
+    """A run directory, locked by rank 0 until the end of its `with` block.
 
-    `begin` writes into it for the first time: a start that is refused before that leaves it as it was. Raises UserError
-    where it cannot be made, where another run has it, and for symbolic links in it.
+    `begin` is the first write: a start that is refused before leaves the directory unchanged. UserError if the
+    directory cannot be made, another run has locked it, or there are symbolic links in it.
     """
 
     def __init__(self, out: Path, tell: Callable[[str], None], patience: float = PATIENCE):
         self.path, self.tell = out, tell
         self.config, self.rows, self.begun = "", "", False
-        # What is made for this run, the innermost first.
+        # Directories made for this run, innermost first.
         self.made: list[Path] = []
         try:
             self.made += (path for path in (out, *out.parents) if not path.exists())
@@ -48,7 +48,7 @@ class RunFolder:
             raise
 
     def _look(self) -> None:
-        """UserError for what is in the directory and cannot be written, or is no place to write to."""
+        """UserError for a path in the directory that cannot be written or is of the wrong kind."""
         out = self.path
         if out.name == checkpoint.folder(out).name and checkpoint.available(out):
             raise UserError(f"--out {out} is the folder of a run's checkpoints: name the run directory, {out.parent}")
@@ -67,7 +67,7 @@ class RunFolder:
                 raise UserError(f"{path} is in the way, or may not be written: move it, or name another --out")
 
     def check(self, source: Path | None) -> None:
-        """UserError where the directory has checkpoints of a run that does not go on from `source`."""
+        """UserError if the directory has checkpoints of another run than that of `source`."""
         there = checkpoint.available(self.path)
         if there and source is not None and source.parent.absolute() != there[-1].parent.absolute():
             raise UserError(
@@ -77,14 +77,14 @@ class RunFolder:
 
     @staticmethod
     def unnamed(stem: str, tell: Callable[[str], None]) -> RunFolder:
-        """A new folder under runs/ that no other run has: the time, `stem`, and a number if needed."""
+        """Make a new folder under runs/, called by the time, `stem`, and a number if needed."""
         start = f"{time.strftime('%Y%m%d-%H%M%S')}-{stem}"
         for number in range(1, 10_000):
             out = Path("runs") / (start if number == 1 else f"{start}-{number}")
             above = [] if out.parent.exists() else [out.parent]
             try:
                 out.parent.mkdir(exist_ok=True)
-                # Of several runs one makes it.
+                # Of several runs that start at once, one makes it.
                 out.mkdir()
             except FileExistsError:
                 continue
@@ -101,7 +101,7 @@ class RunFolder:
             lock = Lock(self.path, patience, self.tell)
             if lock.there:
                 return lock
-            # It was removed in between.
+            # The directory was removed before the lock was taken.
             lock.close()
 
     def __enter__(self) -> RunFolder:
@@ -111,12 +111,12 @@ class RunFolder:
         self.close()
 
     def close(self) -> None:
-        """Leave the directory to others; where nothing was begun in one that was made for it, remove it."""
+        """Unlock the directory; remove it if it was made for this run and `begin` was not called."""
         if self.made and not self.begun:
             with contextlib.suppress(OSError):
                 (self.path / ".lock").unlink(missing_ok=True)
             for path in self.made:
-                # Only where nothing else is in it.
+                # rmdir removes empty directories only.
                 with contextlib.suppress(OSError):
                     path.rmdir()
         self.lock.close()
@@ -137,7 +137,7 @@ class RunFolder:
             raise _unwritable(self.path, error) from None
 
     def _put_aside(self) -> None:
-        """Rename text files that are there where a run starts afresh: they are another's, or a user's own."""
+        """Rename text files that a fresh run finds: they belong to another run, or to the user."""
         for name in (CONFIG, METRICS):
             path = self.path / name
             if path.exists() and path.stat().st_size and (name == METRICS or path.read_bytes() != self.config.encode()):

@@ -1,4 +1,4 @@
-"""The training loop of every method: epochs, evaluation, metrics, checkpoints, and what a person sees."""
+"""The training loop of all methods: epochs, tests, metrics, checkpoints, and the lines on the screen."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ from psmpi.training.rollback import LEFT_OUT, Rollback
 def plan_steps(
     dataset: Dataset, config: Config, done: Progress | None = None
 ) -> tuple[Minibatches, int, Callable[[int], float]]:
-    """The minibatches, how many steps in all, and the learning rate of each; UserError for settings that make none.
+    """The minibatches, the number of all steps, and the learning rate of each step. UserError for bad settings.
 
-    done: what a run that goes on has done, perhaps in epochs of other lengths. It ends after --epochs in any case.
+    done: the progress of a resumed run, whose epochs may have had other lengths; the run ends after --epochs.
     """
     batches = Minibatches(dataset.train.n, config.data.batch_size, config.run.seed, config.data.shuffle)
     done = done or Progress()
-    # A run cut short by --max-steps, and gone on with later, has the learning rates of the whole.
+    # Learning rates do not depend on --max-steps, so that a run in two parts has those of the whole.
     total = done.step - done.cursor + max(0, config.run.epochs - done.epoch) * batches.steps_per_epoch
     optimization = config.optimization
     schedule = make_schedule(
@@ -54,7 +54,7 @@ def plan_steps(
 
 
 class Loop:
-    """Runs a method to the end of its epochs on all ranks; only rank 0 prints and writes."""
+    """The training of a method on one rank, to the end of its epochs; only rank 0 prints and writes."""
 
     def __init__(
         self,
@@ -83,27 +83,27 @@ class Loop:
             spaces={name: space.owned for name, space in method.state.spaces.items()},
         )  # fmt: skip
         self.progress = Progress()
-        # Whether to stop, which all ranks find after the same step.
+        # The stop after a signal: all ranks learn of it after the same step.
         self.signals = StopSignals() if signals is None else signals
         self.poll, self.stopped = Poll(control, method.poll_seconds, NUMBERS), False
         self.report = Report(console, config, self.batches.batch_size, self.poll.heard, control.flight.spent)
-        # Of each rank's time in the last epoch, what was communication.
+        # Each rank's share of communication in the time of the last epoch.
         self.shares = np.zeros(control.size)
-        # Numbers that are not finite: this rank's account of them, and whether all ranks are to go back.
+        # This rank's account of numbers that are not finite, and whether all ranks go back to a checkpoint.
         self.numbers, self.wrong = method.numbers, False
         self.rollback = Rollback(control, method, config, self.writer, self.batches.steps_per_epoch)
         # Bytes sent and received before this start.
         self.before = np.zeros(2)
         # The row of an epoch that --max-steps cuts short.
         self.part: tuple[dict[str, Any], ...] = ()
-        # Of what ranks do about numbers that are not finite they tell themselves.
+        # Events that `Numbers` and `Rollback` report themselves.
         self.warned: set[str] = {"steps_skipped", "rollbacks"}
         self.divergence, self.best = Divergence(config, dataset), Best(config, dataset)
-        # This rank's share of the mean loss of this start's first minibatch.
+        # This rank's share of the mean loss of the first minibatch since the start.
         self.first = 0.0
 
     def resume(self, path: Path) -> list[str]:
-        """Take up a checkpoint; returns notes for the user."""
+        """Restore a checkpoint; returns notes for the user. UserError for one that does not fit the data set."""
         with self.control.flight.task(f"reading the checkpoint {path}"):
             contents = checkpoint.read_contents(path)
         progress = contents.progress
@@ -121,9 +121,9 @@ class Loop:
             self.writer.last_good = path
         notes = [*(f"note: {note}" for note in notes), f"resumed from {path}, step {progress.step}"]
         if self.best.due(progress.rows):
-            told = next(self.best.describe(progress.rows, ""))
+            line = next(self.best.describe(progress.rows, ""))
             more = 2 * self.config.run.patience
-            notes.append(f"nothing left to do: {told}; with --patience {more} it goes on")
+            notes.append(f"nothing left to do: {line}; with --patience {more} it goes on")
         elif progress.step >= self.total:
             most = self.config.run.max_steps
             asked = counted(most, "step") if 0 < most <= progress.step else f"--epochs {self.config.run.epochs}"
@@ -136,17 +136,17 @@ class Loop:
 
     @property
     def rows(self) -> tuple[dict[str, Any], ...]:
-        """The rows of metrics so far, that of an epoch cut short too."""
+        """The rows of metrics so far, with the row of an unfinished epoch."""
         return (*self.progress.rows, *self.part)
 
     def _take_up(self, progress: Progress) -> None:
-        """Go on with this progress. The shares of the loss are summed over ranks: the past is rank 0's."""
+        """Continue from `progress`. Rank 0 takes all of its loss sum, since shares are summed over ranks."""
         first = self.control.rank == 0
         self.progress, self.method.loss_sum = progress, progress.loss_sum if first else 0.0
         self.numbers.left_out = int(self.method.scalars.get(LEFT_OUT, 0)) if first else 0
 
     def run(self) -> bool:
-        """Train to the end, or until a rank is asked to stop by a signal; whether all is done."""
+        """Train to the end, or until a signal stops a rank. Returns whether the training is done."""
         self.rollback.begin(self.progress)
         with self.report.showing(self.progress, self.total):
             while not self._is_done() and not self.stopped:
@@ -170,9 +170,9 @@ class Loop:
         return self.progress.step >= self.total or self.best.due(self.progress.rows)
 
     def _steps(self, start: float) -> Iterator[tuple[Batch, float]]:
-        """The minibatches of the rest of an epoch with their learning rates; whoever takes one has done those before.
+        """Yield the minibatches of the rest of an epoch with their learning rates; see `Method.run_epoch`.
 
-        Between two of them checkpoints are written.
+        Checkpoints are written between two minibatches.
         """
         first, every, flight = self.progress, self.config.run.checkpoint_every, self.control.flight
         flight.step = first.step
@@ -213,7 +213,7 @@ class Loop:
             self._go_back()
             return
         if self.stopped and self.progress.cursor < self.batches.steps_per_epoch and self.progress.step < self.total:
-            # The epoch's row is written when it is whole.
+            # The row of metrics is written at the end of the epoch.
             self._save()
             if self.wrong:
                 self._go_back()
@@ -249,14 +249,14 @@ class Loop:
             self.rollback.passed(self.progress.step)
 
     def _go_back(self) -> None:
-        """Go on from the last checkpoint, or the start, with half the learning rate; all ranks come here together."""
+        """Go back to the last checkpoint, or the start, with half the learning rate. All ranks call it together."""
         self.poll.forget()
-        progress, told = self.rollback.go(self.progress.step)
+        progress, message = self.rollback.go(self.progress.step)
         self._take_up(progress)
         self.wrong = False
         self.divergence.count(self._events())
         if self.control.rank == 0:
-            self._warn_loudly(told)
+            self._warn_loudly(message)
             if self.folder is not None:
                 try:
                     with self.control.flight.task("writing metrics.jsonl"):
@@ -338,7 +338,7 @@ class Loop:
         return float(loss_sum), int(sent + self.before[0]), int(received + self.before[1]), float(first)
 
     def _left_out(self) -> int:
-        """The samples of this epoch whose losses are not counted, on all ranks together; in the state, where it is."""
+        """Number of samples of this epoch in skipped steps, summed over ranks and stored in the state."""
         if LEFT_OUT not in self.method.scalars:
             return 0
         (count,) = self.control.total(np.array([float(self.numbers.left_out)]))
@@ -346,19 +346,19 @@ class Loop:
         return int(count)
 
     def _events(self) -> dict[str, int]:
-        """The ranks' counts of unusual events together; warns of each kind when it first happens."""
+        """Counts of unusual events, summed over ranks; prints a warning when a kind first happens."""
         events = self.method.events() | self.numbers.events(self.rollback.count)
         counts = self.control.total(np.array([float(n) for n in events.values()]))
-        found = {name: int(count) for name, count in zip(events, counts, strict=True)}
-        for name, count in found.items():
+        totals = {name: int(count) for name, count in zip(events, counts, strict=True)}
+        for name, count in totals.items():
             if count and name not in self.warned:
                 self.warned.add(name)
                 if self.control.rank == 0:
                     self.console.tell(f"warning: {name.replace('_', ' ')}: {count} so far")
-        told = self.numbers.report(self.control, found)
-        if told:
-            self.console.tell(told)
-        return found
+        lines = self.numbers.report(self.control, totals)
+        if lines:
+            self.console.tell(lines)
+        return totals
 
     def _save(self, best: bool = False) -> None:
         (loss_sum, sent, received, _), _ = self._totals(), self._left_out()

@@ -1,4 +1,4 @@
-"""Settings of the ranks that hold the weights, of methods in which masters and workers may be different ranks."""
+"""Settings of methods whose masters, which hold the weights, may be other ranks than the workers."""
 
 from __future__ import annotations
 

@@ -30,11 +30,12 @@ class Place:
 
 @dataclass(frozen=True)
 class Exactness:
-    """How far the weights of a training are the same on other numbers of ranks, and when it is resumed.
+    """A method's promise about the weights on other numbers of ranks (`ranks`) and after a resume (`resume`).
 
-    exact: to the bit; rounding: but for the order of sums; statistical: the accuracy of a task is, within `tolerance`.
-    options: of the command line, for that task; wide: those of a network whose weights are a good part of what ranks
-    hold. every: the steps after which a run may be stopped and be resumed so.
+    exact: the same bits; rounding: the same up to the order of sums; statistical: the accuracy on a task is the same
+    within `tolerance`. The conformance suite trains that task with `options`, and compares memory on a network with the
+    options `wide`, whose weights are a good part of a rank's memory. every: steps between two points at which a stop
+    and a resume keep the promise.
     """
 
     ranks: Literal["exact", "rounding", "statistical"] = "rounding"
@@ -48,9 +49,9 @@ class Exactness:
 class Method:
     """A training method on one rank. All ranks make the same calls in the same order.
 
-    A constructor declares vectors, tables and scalars to `state`, which is saved and restored; the weights are its
-    vector "weights". loss_sum: this rank's share of the sum of the minibatch losses times their sizes, of the epoch so
-    far; the shares of all ranks add up to it.
+    A constructor declares vectors, tables and scalars to `state`, which checkpoints hold; the weights are its vector
+    "weights". loss_sum: this rank's share of the sum, over the minibatches of the epoch so far, of loss times size; the
+    shares of all ranks add up to that sum.
     """
 
     # The method's name on the command line, and a phrase that follows it in the help.
@@ -58,21 +59,21 @@ class Method:
     summary: ClassVar[str]
     # The classes of its settings, see `psmpi.config.Settings`.
     settings: ClassVar[tuple[type[Any], ...]] = ()
-    # Options of psmpi.train that go before those given, where these say nothing of the network.
+    # Options that psmpi.train puts before the given ones where no given option names a data set or a network.
     usual_options: ClassVar[tuple[str, ...]] = ()
-    # Whether messages may go by NCCL.
+    # Whether --nccl may send messages of this method.
     nccl: ClassVar[bool] = False
-    # Whether partitioned quasi-Newton optimizers step here.
+    # Whether partitioned quasi-Newton optimizers can step the weights.
     partitioned: ClassVar[bool] = False
     # Whether `step` asks `Numbers.sound` before it changes anything, so that --on-nan skip can leave a step out.
     skips: ClassVar[bool] = False
-    # Whether losses can remember samples here.
+    # Whether --psl-weights remembered works with this method.
     remembers: ClassVar[bool] = False
-    # Whether the derivatives of all its losses are multiplied by the weights of classes.
+    # Whether --class-weights works: the method multiplies the derivatives of all losses by the weights of classes.
     weighs_classes: ClassVar[bool] = False
-    # Whether samples may be sequences: "" no, "labels" with a target each, "steps" also with one at each step.
+    # Sequences that the method trains on: "" none, "labels" those with one target each, "steps" also one at each step.
     sequences: ClassVar[Literal["", "labels", "steps"]] = ""
-    # Seconds within which ranks hear that one of them is asked to stop; none waits for one that is less behind.
+    # Seconds between two questions whether another rank was asked to stop; ranks that lag by less are not waited for.
     poll_seconds: ClassVar[float] = 0.2
     exactness: ClassVar[Exactness] = Exactness()
 
@@ -94,30 +95,30 @@ class Method:
 
     @classmethod
     def needed(cls, size: int, network: Network, dataset: Dataset, config: Config) -> Sequence[Need]:
-        """The bytes that each of `size` ranks needs at least by what for, in host memory; none where that is not known.
+        """The least host memory of each of `size` ranks, in bytes by purpose; empty where the method cannot say.
 
-        As `check`, it needs no MPI and no arrays of weights. A start is refused where it is more than there is.
+        The call needs no MPI and no arrays of weights. A start with more bytes than the hosts have is refused.
         """
         return ()
 
     @classmethod
     def private(cls, config: Config) -> bool:
-        """Whether each rank has a data set of its own, that no other rank reads."""
+        """Whether each rank has a data set of its own, which no other rank reads."""
         return False
 
     @classmethod
     def uses(cls, config: Config) -> frozenset[str]:
-        """Settings of optimizers that the method itself uses, whatever the optimizer."""
+        """Names of optimizer settings that the method itself uses, with any optimizer."""
         return frozenset()
 
     @classmethod
     def arrangements(cls, config: Config) -> Iterable[tuple[str, Config]]:
-        """Other ways of this method to train the same as `config` says: their options, and the configurations."""
+        """Other arrangements of the same training, as (options, configuration); `psmpi plan` compares them."""
         return ()
 
     @staticmethod
     def notes(size: int, network: Network, config: Config) -> Iterable[str]:
-        """What the user should know of what the method has chosen itself."""
+        """Notes for the user about choices that the method has made by itself."""
         return ()
 
     @staticmethod
@@ -126,45 +127,46 @@ class Method:
         return ()
 
     def told(self) -> Iterable[str]:
-        """Notes and warnings of what this rank has found when it was made; those of rank 0 are told."""
+        """Notes and warnings about this rank after its construction; rank 0 prints its own."""
         return ()
 
     def close(self) -> None:
-        """Free what only all ranks together can, when all is done. All ranks call it."""
+        """Free resources that ranks can only free together, at the end of the run. All ranks call it."""
 
     def run_epoch(self, steps: Iterable[tuple[Batch, float]]) -> None:
-        """Train on the minibatches of an epoch, each with its learning rate; whoever takes one has done those before.
+        """Train on the minibatches of an epoch, each with its learning rate.
 
-        Between two of them the loop may save.
+        The steps before a minibatch must be done when the method takes that minibatch from `steps`: the loop may save
+        a checkpoint at this point.
         """
         for batch, lr in steps:
             self.step(batch, lr)
 
     def step(self, batch: Batch, lr: float) -> None:
-        """One optimizer step on training samples, of which the batch has the ids."""
+        """Make one optimizer step. batch: ids of training samples; lr: the learning rate of this step."""
         raise NotImplementedError
 
     def drain(self) -> None:
-        """Bring the state to where it can be saved: nothing is on its way. All ranks call it together."""
+        """Finish all messages under way, so that the state can be saved. All ranks call it together."""
 
     def collect(self) -> None:
-        """Bring the state up to date in host memory, where it is saved from. All ranks call it together."""
+        """Copy the state to host memory, from which checkpoints are written. All ranks call it together."""
         self.drain()
         self.state.collect()
 
     def restored(self, tables: bool, fresh: Set[str]) -> None:
-        """Go on from a restored state. tables: whether these were in the checkpoint; fresh: vectors that were not."""
+        """Continue from a restored state. tables: whether the checkpoint had them; fresh: vectors that it had not."""
 
     def test(self) -> dict[str, float]:
         """The loss and the scores on the test split by name, see `Metric`; the same on all ranks."""
         raise NotImplementedError
 
     def diagnostics(self) -> dict[str, Any]:
-        """Further measurements after an epoch, for the metrics, the same on all ranks; all ranks call it."""
+        """Further entries of an epoch's row of metrics, the same on all ranks. All ranks call it."""
         return {}
 
     def work(self) -> tuple[str, str, int]:
-        """This rank's work: its role, of which classes or layers, and how many parameters it computes with."""
+        """This rank's role, its classes or layers, and the number of parameters that it computes with."""
         raise NotImplementedError
 
     def place(self) -> Place:
@@ -174,24 +176,24 @@ class Method:
         return Place(role, classes, held, owned, sum(self.memory().values()), self.ops.place)
 
     def memory(self) -> dict[str, int]:
-        """Bytes that this rank holds, by what for: the state's, and what else the method has put to `account`."""
+        """Bytes that this rank holds, by purpose: those of the state, and others that the method put to `account`."""
         return self.account.bytes()
 
     def messages(self, step: int, batch: int) -> list[Message] | None:
-        """The messages of step number `step`, from 0, on `batch` samples: those of this rank, and others it knows.
+        """Messages of step number `step` (from 0) on `batch` samples, as far as this rank knows them.
 
-        None where their number depends on the run, as that of a line search does.
+        None where their number depends on the run, as with a line search.
         """
         raise NotImplementedError
 
     @property
     def period(self) -> int:
-        """Steps after which messages repeat, the steps between epochs left out."""
+        """Number of steps after which the messages repeat, apart from messages between epochs."""
         return 1
 
     @property
     def lead(self) -> int:
-        """Steps after which those that follow do all that a step does."""
+        """Number of first steps that do less than a usual step, as with a pipeline that fills."""
         return 0
 
     def events(self) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""What is found of predicted samples, minibatch by minibatch: written and shown on rank 0."""
+"""Predictions of samples, collected minibatch by minibatch, written to a file and printed on rank 0."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from psmpi.nn.metric import TOP, largest
 from psmpi.output import tell
 from psmpi.training.findings import FIRST, confused, show_choices, show_values
 
-# Classes whose confusion is a matrix in JSON; of more it is a list of pairs.
+# Up to so many classes have a matrix of confusion in JSON; more classes have a list of pairs.
 MATRIX = 40
 
 
 def room(out: str) -> AbstractContextManager[IO[bytes] | None]:
-    """A file without a name for the values of all samples, beside the one that --out names; None where none does."""
+    """Open an unnamed file for the values of all samples, in the folder of --out; None without --out."""
     try:
         return tempfile.TemporaryFile(dir=Path(out).parent) if out else nullcontext()
     except OSError as error:
         raise _unwritable(Path(out), error) from None
 
 
-class Found:
-    """What is found of n samples, on rank 0.
+class Predictions:
+    """The predictions of n samples, on rank 0.
 
-    options: of psmpi.predict; targets: of the samples, None where they are not known; outputs: numbers of the classes
-    or values that are predicted, of `known` in all; file: where their values (n, outputs) of `dtype` go, if anywhere.
-    steps: where each step of sequences is predicted, their number; steps then stand for samples, those of a sequence
-    one after the other, and some may have a target that does not count, a label below 0 or values that are NaN.
-    characters: of a text, those that are the classes; else "". names: of the classes, () where these are numbers.
+    options: of psmpi.predict; targets: of the samples, None if unknown; outputs: indices of the predicted classes or
+    values, out of `known`; file: for the values (n, outputs) of `dtype`, or None. steps: number of steps of a sequence
+    if each step is predicted, else 0; then steps take the place of samples, in order, and a step whose label is below 0
+    or whose target is NaN does not count. characters: the classes of a text, else "". names: of the classes, () if they
+    go by number.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Found:
         self.outputs, self.known, self.path = np.array(outputs), known, Path(options.out)
 
     def keep(self, at: slice, values: Any) -> None:
-        """Put the values (b, outputs) of some samples into the file."""
+        """Write the values (b, outputs) of some samples to the file."""
         if self.file is None:
             return
         try:
@@ -72,14 +72,14 @@ class Found:
             raise _unwritable(self.path, error) from None
 
     def kept(self) -> Any:
-        """The values (n, outputs) of all samples, of which only what is looked at is in memory."""
+        """The values (n, outputs) of all samples, mapped from the file."""
         assert self.file is not None
         if not self.n:
             return np.empty((0, len(self.outputs)), self.dtype)
         return np.memmap(self.file, self.dtype, "r", shape=(self.n, len(self.outputs))).view(np.ndarray)
 
     def numbers(self, k: int) -> list[int]:
-        """The number of a sample, or of a sequence and of its step."""
+        """[sample], or [sequence, step], of prediction k."""
         return list(divmod(k, self.steps)) if self.steps else [k]
 
     @property
@@ -88,7 +88,7 @@ class Found:
         return ["sample", "step"] if self.steps else ["sample"]
 
     def shaped(self, arrays: dict[str, Any]) -> dict[str, Any]:
-        """Arrays of samples (n, ...), of each step of sequences (sequences, steps, ...); others as they are."""
+        """Reshape arrays (n, ...) of steps to (sequences, steps, ...); other arrays stay as they are."""
         if not self.steps:
             return arrays
         return {
@@ -97,23 +97,23 @@ class Found:
         }
 
     def summary(self) -> dict[str, Any]:
-        """What the options name."""
+        """The entries of the report that follow from the options."""
         o = self.options
-        found = {"checkpoint": o.checkpoint, "dataset": o.dataset, "split": o.split}
-        return found | {"samples": self.n // max(1, self.steps)} | ({"steps": self.steps} if self.steps else {})
+        summary = {"checkpoint": o.checkpoint, "dataset": o.dataset, "split": o.split}
+        return summary | {"samples": self.n // max(1, self.steps)} | ({"steps": self.steps} if self.steps else {})
 
 
-class Values(Found):
+class Values(Predictions):
     """Predicted values."""
 
     def __init__(self, *known: Any):
         super().__init__(*known)
-        # Of each output, sums over the samples seen: squared errors, targets, squared targets.
+        # Sums over the samples seen, for each output: squared errors, targets, squared targets.
         self.sums, self.seen = np.zeros((3, len(self.outputs))), 0
         self.first = np.zeros((min(self.n, FIRST), len(self.outputs)), self.dtype)
 
     def take(self, at: slice, values: Any) -> None:
-        """Take the values (b, outputs) of some samples."""
+        """Add the values (b, outputs) of the samples `at`."""
         self.keep(at, values)
         if at.start < FIRST:
             self.first[at.start : at.stop] = values[: FIRST - at.start]
@@ -125,17 +125,17 @@ class Values(Found):
             self.seen += len(off)
 
     def report(self) -> None:
-        """Write and print the values beside the targets, if these are known."""
-        found = self.summary() | {"outputs": self.outputs.tolist()}
+        """Write and print the values, with errors if targets are known."""
+        report = self.summary() | {"outputs": self.outputs.tolist()}
         if self.targets is not None:
-            found["rmse"] = sqrt(self.sums[0].sum() / max(1, self.seen * len(self.outputs)))
+            report["rmse"] = sqrt(self.sums[0].sum() / max(1, self.seen * len(self.outputs)))
         if self.options.out:
             self._write()
         if self.options.json:
-            tell(json.dumps(found))
+            tell(json.dumps(report))
             return
         rows = [[*self.numbers(k), *row] for k, row in enumerate(self.first)]
-        show_values(found, self.sums / max(1, self.seen), self.titles, rows)
+        show_values(report, self.sums / max(1, self.seen), self.titles, rows)
 
     def _write(self) -> None:
         values = self.kept()
@@ -152,8 +152,8 @@ class Values(Found):
         _save(self.path, self.shaped(arrays), [*self.titles, *columns], rows)
 
 
-class Choices(Found):
-    """Predicted classes: of each sample those of its largest scores."""
+class Choices(Predictions):
+    """Predicted classes: for each sample the classes of its largest scores."""
 
     def __init__(self, *known: Any):
         super().__init__(*known)
@@ -162,7 +162,7 @@ class Choices(Found):
         self.first = np.zeros((min(self.n, FIRST), self.choices.shape[1]), self.dtype)
 
     def take(self, at: slice, scores: Any, classes: Any = None) -> None:
-        """Take the scores (b, outputs) of some samples, or the largest with their classes (b, TOP)."""
+        """Add the scores (b, outputs) of the samples `at`, or the largest scores and their classes, (b, TOP) each."""
         if classes is None:
             self.keep(at, scores)
             best, places = largest(scores.T, TOP)
@@ -172,39 +172,39 @@ class Choices(Found):
             self.first[at.start : at.stop] = scores[: FIRST - at.start]
 
     def report(self) -> None:
-        """Write and print the predictions, and how good they are."""
+        """Write and print the predictions, with accuracies if labels are known."""
         labels, choices, known = self.labels, self.choices, self.known
         if self.options.out:
             self._write()
-        found = self.summary() | {"classes": self.outputs.tolist()}
+        report = self.summary() | {"classes": self.outputs.tolist()}
         if self.names:
-            found["names"] = [self.called(c) for c in found["classes"]]
+            report["names"] = [self.called(c) for c in report["classes"]]
         if self.steps and labels.max(initial=-1) >= 0:
             labels, choices = labels[labels >= 0], choices[labels >= 0]
         predicted = choices[:, 0]
-        # A part of the classes scores, and cannot choose among all.
+        # A part of a network has scores of some classes only, which give no accuracy.
         if len(labels) and labels.min() >= 0 and len(self.outputs) == known:
-            found["accuracy"] = float(np.count_nonzero(predicted == labels) / len(labels))
+            report["accuracy"] = float(np.count_nonzero(predicted == labels) / len(labels))
             if known > TOP:
-                found["top5"] = float(np.count_nonzero(choices == labels[:, None]) / len(labels))
+                report["top5"] = float(np.count_nonzero(choices == labels[:, None]) / len(labels))
             if known <= MATRIX:
                 confusion = np.zeros((known, known), int)
                 np.add.at(confusion, (labels, predicted), 1)
-                found["confusion"] = confusion.tolist()
+                report["confusion"] = confusion.tolist()
             else:
-                found["confused"] = confused(labels, predicted)
+                report["confused"] = confused(labels, predicted)
         if self.options.json:
-            tell(json.dumps(found))
+            tell(json.dumps(report))
         else:
             rows = [
                 (self.numbers(k), chosen, scores)
                 for k, (chosen, scores) in enumerate(zip(self.choices[:FIRST].tolist(), self.first, strict=True))
             ]
             names = [repr(one) for one in self.characters] or self.names
-            show_choices(found, labels, predicted, names, self.titles, rows)
+            show_choices(report, labels, predicted, names, self.titles, rows)
 
     def called(self, label: int) -> Any:
-        """A class as files have it: by its name, or number."""
+        """A class as it stands in files: its name, or its number."""
         return self.names[label] if self.names else label
 
     def _write(self) -> None:

@@ -1,4 +1,4 @@
-"""Scores of samples from weights of which each rank holds a part."""
+"""Scores of samples by a network of which each rank holds a part."""
 
 from __future__ import annotations
 
@@ -27,15 +27,16 @@ from psmpi.nn.network import Network
 from psmpi.nn.tiles import is_tiled, make_tail
 from psmpi.training.spans import check_tokens
 
-# As many as tests in training take their statistics from; the means of fewer are over 3 % of a standard deviation off.
+# Samples in a minibatch of tests, from which batch normalization takes statistics; means of fewer samples have a
+# standard error of over 3 %.
 FEW = 1000
 
 
 def known_targets(split: Split, contents: Contents, outputs: int, dataset: str, path: Path) -> npt.NDArray[Any] | None:
-    """The targets of samples that are to be predicted, None where they have none.
+    """The targets of samples to predict, None without targets.
 
-    dataset, path: the names of the samples and of the checkpoint, which predicts so many outputs. UserError for targets
-    of another kind than those that it was trained on.
+    outputs: number of outputs of the checkpoint; dataset, path: names of samples and checkpoint, for messages.
+    UserError for targets of another kind than those of the training.
     """
     targets = split.targets if split.task == "regression" or split.labels.max(initial=-1) >= 0 else None
     if targets is not None and split.task != contents.task:
@@ -70,9 +71,9 @@ def calibration_split(
 ) -> Split:
     """The training split of the data set that the checkpoint at `path` was trained on, for `--calibrate`.
 
-    dataset, data_dir: where the data set is now, both empty where it is still in its place. contents: of the
-    checkpoint. share: which part of the samples to compare, see `psmpi.data.identify_split`. UserError for other
-    samples than those that it was trained on.
+    dataset, data_dir: the place of the data set now, both empty if it has not moved. contents: of the checkpoint.
+    share: the part of the samples to compare, see `psmpi.data.identify_split`. UserError for other samples than those
+    of the training.
     """
     name = dataset or trained.dataset
     split = open_split(name, data_dir or trained.data_dir, "train", *trained.source[2:], names=contents.called)
@@ -126,11 +127,11 @@ def fetch(split: Split, ids: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 
 class Predictor:
-    """Scores of `classes` on one rank of `world`, where all ranks are workers of the score partition.
+    """One rank that computes scores of `classes`; all ranks of `world` are workers of the score partition.
 
-    The caller fills `w`, (part.size,), the weights of `part`. More ranks than classes share the samples; so do all
-    ranks where the network cannot be partitioned. top: how many of the largest scores of a sample are found, those of
-    very many classes tile by tile; 0: all scores, or the values of a regression.
+    The caller fills `w` (part.size,), the weights of `part`. More ranks than classes share the samples, and so do all
+    ranks if the network cannot be partitioned. top: number of largest scores to find for each sample, for very many
+    classes tile by tile; 0: all scores, or the values of a regression.
     """
 
     def __init__(
@@ -153,59 +154,58 @@ class Predictor:
         peers = [rank for rank, w in enumerate(grid) if w.row == self.place.row]
         counts = [min(top, len(grid[rank].classes)) if top else len(grid[rank].classes) for rank in peers]
         self.group, self.counts = Group(world, peers, Counter()), counts
-        # Numbers of a sample that rank 0 is told, and their types.
-        self.told = min(top, sum(counts)) if top else sum(counts)
+        # Number of values of a sample that rank 0 receives, and their types.
+        self.width = min(top, sum(counts)) if top else sum(counts)
         self.kinds: list[np.dtype] = [dtype, *([np.dtype(np.int64)] if top else [])]
-        # The ranks that gather what their row has found.
+        # The ranks that gather the results of their row.
         self.reporters = [rank for rank, w in enumerate(grid) if w.column == 0]
-        mine = classes[self.place.classes[0] : self.place.classes[-1] + 1]
-        self.mine = np.array(mine, np.int64)
-        self.part = layout.part(mine)
+        held = classes[self.place.classes[0] : self.place.classes[-1] + 1]
+        self.mine = np.array(held, np.int64)
+        self.part = layout.part(held)
         self.w = np.empty(self.part.size, dtype)
         most = max(at.stop - at.start for at in network.evaluation_batches(FEW))
         tail = tail_of(network)
-        # Statistics that are fixed are those of all classes.
+        # Fixed statistics are those of all classes, so that tiles do not apply.
         fixes = tail is not None and couples(network, tail)
-        tiled = top > 0 and not fixes and is_tiled(network, len(mine), most, ops, "classes")
-        self.model = Model(network, layout, self.w, None, ops, mine, tiled=tiled)
+        tiled = top > 0 and not fixes and is_tiled(network, len(held), most, ops, "classes")
+        self.model = Model(network, layout, self.w, None, ops, held, tiled=tiled)
         self.tail = make_tail(self.model) if tiled else None
 
     def run(self, split: Split, take: Callable[..., None] | None) -> None:
-        """Call take(at, scores), on rank 0 alone, for the samples `at`, a slice, of each minibatch, in any order.
+        """Call take(at, scores), on rank 0 alone, for the samples `at` (a slice) of each minibatch, in any order.
 
-        Where each step of sequences has scores, steps stand for samples: those of a sequence follow each other.
-
-        scores: (b, classes) of the dtype. With `top` the call is take(at, scores, classes), of the largest scores with
-        their classes, (b, top) each, as `largest` has them.
+        scores: (b, classes) of the dtype. With `top` the call is take(at, scores, classes) with the largest scores and
+        their classes, (b, top) each, see `largest`. If each step of sequences has scores, steps take the place of
+        samples, in order.
         """
         batches = self.network.evaluation_batches(split.n)
         dealt = [[batches[k] for k in some] for some in np.array_split(np.arange(len(batches)), self.rows)]
-        mine = dealt[self.place.row]
-        # Minibatch by minibatch, so that no rank holds more than one.
+        queue = dealt[self.place.row]
+        # One minibatch of each row at a time, so that no rank holds more than one.
         for turn in range(max(map(len, dealt))):
-            found = self._find(split, mine[turn]) if turn < len(mine) else []
+            arrays = self._find(split, queue[turn]) if turn < len(queue) else []
             if take is None:
-                for array in found:
+                for array in arrays:
                     self.control.send_to_first(array)
                 continue
             for rank, some in zip(self.reporters, dealt, strict=True):
                 if turn < len(some):
                     at = slice(some[turn].start * self.each, some[turn].stop * self.each)
-                    take(at, *(found if rank == 0 else self._receive(at, rank)))
+                    take(at, *(arrays if rank == 0 else self._receive(at, rank)))
 
     def _find(self, split: Split, at: slice) -> list[np.ndarray]:
-        """What the row's ranks find together, samples first; nothing on those that do not gather it."""
+        """The results (samples, ...) of the row for the samples `at`, on its first rank; [] on its other ranks."""
         ids = np.arange(at.start, at.stop)
         samples, x = Resident(split, ids, self.dtype), np.empty((split.features, len(ids)), self.dtype)
         check_tokens(self.network, samples, "given")
         samples.fetch(ids, x)
         span = span_of(split, ids)
-        found = [self._scores(x, span)] if self.top == 0 else self._largest(x, span)
-        b, first = found[0].shape[1], self.place.column == 0
-        gathered = [np.empty((sum(self.counts) if first else 0, b), array.dtype) for array in found]
+        arrays = [self._scores(x, span)] if self.top == 0 else self._largest(x, span)
+        b, first = arrays[0].shape[1], self.place.column == 0
+        gathered = [np.empty((sum(self.counts) if first else 0, b), array.dtype) for array in arrays]
         sizes = [n * b for n in self.counts]
         starts = np.cumsum([0, *sizes[:-1]]).tolist()
-        for own, room in zip(found, gathered, strict=True):
+        for own, room in zip(arrays, gathered, strict=True):
             if first:
                 room[: len(own)] = own
             if self.group.size > 1:
@@ -217,12 +217,12 @@ class Predictor:
         return [np.ascontiguousarray(array.T) for array in gathered]
 
     def _scores(self, x: np.ndarray, span: Span) -> np.ndarray:
-        """What the model makes of samples (features, b): (outputs, b), of each step of sequences (outputs, b steps)."""
+        """Scores (outputs, b) of samples (features, b); if each step has scores (outputs, b * steps)."""
         y: np.ndarray = self.model.forward(x, None, span).scores
         return np.ascontiguousarray(y.transpose(0, 2, 1)).reshape(len(y), -1) if self.model.steps else y
 
     def _largest(self, x: np.ndarray, span: Span) -> list[np.ndarray]:
-        """The largest of this rank's scores, with their classes."""
+        """The largest of this rank's scores, and their classes, (top, b) each."""
         y = self._scores(x, span)
         tiles = [(0, y)] if self.tail is None else self.tail.tiles(y.reshape(-1, x.shape[1]))
         scores, classes = np.empty((0, y.shape[-1]), self.dtype), np.empty((0, y.shape[-1]), np.int64)
@@ -235,8 +235,8 @@ class Predictor:
         return [scores, classes]
 
     def _receive(self, at: slice, rank: int) -> list[np.ndarray]:
-        """What another row has found of some samples."""
-        found: list[np.ndarray] = [np.empty((at.stop - at.start, self.told), kind) for kind in self.kinds]
-        for array in found:
+        """The results of another row for the samples `at`, from its first rank."""
+        arrays: list[np.ndarray] = [np.empty((at.stop - at.start, self.width), kind) for kind in self.kinds]
+        for array in arrays:
             self.control.receive_from(array, rank)
-        return found
+        return arrays

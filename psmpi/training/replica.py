@@ -1,4 +1,4 @@
-"""The base class of methods in which every rank has the whole network: weights, optimizer, samples, checkpoints."""
+"""The base class of methods in which each rank has the whole network."""
 
 from __future__ import annotations
 
@@ -47,69 +47,69 @@ class Sums:
 class Replica(Method):
     """One rank of such a method: w and g (all parameters,), a worker for its slice of each minibatch.
 
-    Of a vector that is the same on all ranks each writes an equal share into checkpoints, and reads it: see `keep`.
-    beside: numbers that are summed over ranks together with the gradient, behind it in `summed`.
+    Each rank writes and reads an equal share of vectors that are the same on all ranks, see `keep`. beside: how many
+    other numbers are summed over ranks together with the gradient; they follow it in `summed`.
     """
 
     nccl = True
     sequences = "steps"
-    # What helps where ranks that compute alike are given different sums.
+    # The advice for ranks that compute alike and receive different sums.
     advice: ClassVar[str] = "use another MPI library"
-    # Whether scores of many classes may be computed by tiles, and never be there all at once.
+    # Whether scores of many classes may be computed tile by tile.
     tiles: ClassVar[bool] = True
 
     def __init__(self, context: Context, beside: int = 0):
         roles = replicate(context.layout, context.size)
         super().__init__(context, roles.shards)
         self.world, self.aside = context.group(nccl=True), context.uncounted()
-        # What goes over the host in any case.
+        # Messages that go through host memory in any case.
         self.by_host = context.group(bridge=context.host_bridge)
-        everything = Runs(((0, self.layout.size),))
-        self.whole = Gather(self.aside, self.shards.runs, everything, self.dtype)
+        whole = Runs(((0, self.layout.size),))
+        self.whole = Gather(self.aside, self.shards.runs, whole, self.dtype)
         start, stop = next(iter(self.shards[self.rank].intervals), (0, 0))
         self.share = slice(start, stop)
         self.w = self.ops.zeros(self.layout.size, self.dtype)
         self.summed = self.ops.zeros(self.layout.size + beside, self.dtype)
         self.g = self.summed[: self.layout.size]
-        # Units that no score depends on have weights too, which lie last; nobody computes with them.
-        used, place = roles.parts[self.rank].inside(everything), roles.workers[self.rank]
+        # Weights of units that no score depends on lie at the end; no rank computes with them.
+        used, place = roles.parts[self.rank].inside(whole), roles.workers[self.rank]
         assert used is not None and place is not None
         self.unused = slice(used.stop, None)
-        alone = context.group([self.rank])
-        self.worker = ElementWorker(context, place, roles, alone, self.w[used], self.g[used], tiles=self.tiles)
-        self.descent = Descent(context, everything, world=self.world)
+        single = context.group([self.rank])
+        self.worker = ElementWorker(context, place, roles, single, self.w[used], self.g[used], tiles=self.tiles)
+        self.descent = Descent(context, whole, world=self.world)
         self.optimizer = self.descent.optimizer
         self.state.scalars = self.optimizer.scalars
         self.account.hold("weights", self.w)
         self.account.hold("gradients", self.summed)
         self.account.ask("optimizer", lambda: self.optimizer.arrays)
         self.account.include(self.worker.memory)
-        context.put_weights(everything, self.w)
-        # Ranks whose processors sum in other orders would scale and search otherwise, and part: one of them decides.
+        context.put_weights(whole, self.w)
+        # Processors of different kinds sum in different orders: then all ranks use the sums of rank 0.
         self.alike = self._sums_alike()
         if not self.alike:
             self.descent.allsum = self._of_first
 
     def _sums_alike(self) -> bool:
-        """Whether scalar products of the same vectors are the same bits on all ranks."""
+        """Whether scalar products of the same vectors have the same bits on all ranks."""
         sizes = [self.w.size - self.w.size * k // 16 for k in range(16)]
-        found = [(float(self.ops.dots([(self.w[:n], self.w[:n])])[0]), self.ops.abs_sum(self.w[:n])) for n in sizes]
-        return self.by_host.same_bits(np.array(found))
+        sums = [(float(self.ops.dots([(self.w[:n], self.w[:n])])[0]), self.ops.abs_sum(self.w[:n])) for n in sizes]
+        return self.by_host.same_bits(np.array(sums))
 
     def _of_first(self, values: np.ndarray) -> np.ndarray:
-        """Rank 0's values, in place, as sums over the shards of a vector that all ranks have."""
+        """Replace `values` by those of rank 0: the sums over shards of a vector that all ranks have."""
         self.by_host.bcast(values)
         return values
 
     def keep(self, name: str, vector: np.ndarray, *, own: bool = False) -> None:
-        """Let checkpoints hold this rank's share of a vector (all parameters,); restored, it is whole on all ranks."""
+        """Declare a vector (all parameters,) that is the same on all ranks: each saves a share, and restores all."""
         self.account.hold("weights", vector)
         share = vector[self.share]
         self.state.vector(name, share, own=own, after=partial(self.whole.forward, share, vector))
 
     @property
     def own_sums(self) -> bool:
-        """Whether large pieces are summed by psmpi's ring: --allreduce auto on several hosts."""
+        """Whether psmpi's ring sums large pieces: under --allreduce auto on several hosts."""
         kind = self.context.settings(Sums).allreduce
         return kind == "auto" and self.context.size > 1 and several_hosts(self.context.world)
 
@@ -151,7 +151,7 @@ class Replica(Method):
 def verify(group: Group, vector: np.ndarray, advice: str, alike: bool = True) -> None:
     """UserError unless all ranks of a group hold the same bits of a vector.
 
-    advice: what helps where they were given different sums; alike: whether their own scalar products are the same.
+    advice: for ranks that received different sums; alike: whether the ranks' own scalar products are the same.
     """
     if group.same_bits(vector):
         return

@@ -1,4 +1,4 @@
-"""The screen of a training: its ranks; a bar on a terminal, else a line every 30 s; a line an epoch."""
+"""The output of a training: the table of ranks, a bar on a terminal or a line every 30 s, and a line an epoch."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from psmpi.config import Config
 from psmpi.output import Screen
 from psmpi.training.method import Place
 
-# Seconds between two lines, and between two states of the bar.
+# Seconds between two lines, and between two updates of the bar.
 LINE, DRAW = 30.0, 0.1
-# What ranks give in passing: loss, seconds in communication, seconds, and samples of the loss, as `Report.numbers`.
+# Number of entries of `Report.numbers`, which the poll sums over ranks.
 NUMBERS = 4
 
 
 def show_places(console: Screen, places: list[tuple[int, str, Place]]) -> None:
-    """Print the placement table: what each rank does and holds."""
+    """Print the table of ranks: role, classes, parameters and memory."""
     table = Table(title="placement", title_justify="left")
     devices = any(place.device for _, _, place in places)
     for name in ("rank", "host", *(("device",) if devices else ()), "role", "classes"):
@@ -38,10 +38,10 @@ def show_places(console: Screen, places: list[tuple[int, str, Place]]) -> None:
 
 
 class Report:
-    """The account of a start, on every rank; it prints on rank 0 alone, whose screen is not quiet.
+    """The report of a start; all ranks have one, and rank 0 prints.
 
-    batch: samples in a minibatch; heard: where the sums over ranks of `numbers` are, as of some steps ago, zeros where
-    there are none yet; waited: seconds that this rank has been in communication, ever.
+    batch: samples in a minibatch; heard: the sums of `numbers` over ranks as of some steps ago, zeros at first; waited:
+    returns the seconds that this rank has spent in communication.
     """
 
     def __init__(
@@ -57,23 +57,23 @@ class Report:
         self.waited, self.clock = waited, clock
         self.brief, self.detailed = config.terminal.quiet, config.terminal.verbose
         self.total = self.first = 0
-        self.begun = self.told = self.drawn = clock()
+        self.begun = self.printed = self.drawn = clock()
         self.before = waited()
-        # The row of the epoch measured last, which may not be whole.
+        # The row of the last measured epoch, which may be unfinished.
         self.last: dict[str, Any] | None = None
         self.bar: Any = None
         self.task: Any = None
 
     @property
     def share(self) -> float:
-        """Of all ranks' seconds of this start, those in communication, as a share; 0 on one rank, or not known yet."""
+        """Share of communication in the time of all ranks since the start; 0 on one rank, and at first."""
         return float(self.heard[1] / self.heard[2]) if self.heard[2] else 0.0
 
     @contextmanager
     def showing(self, progress: Progress, total: int) -> Iterator[None]:
-        """The block in which a run of `total` steps trains on from `progress`."""
+        """Show the bar during the block, in which a run trains from `progress` to step `total`."""
         self.total, self.first = total, progress.step
-        self.begun = self.told = self.drawn = self.clock()
+        self.begun = self.printed = self.drawn = self.clock()
         self.before = self.waited()
         if self.brief or self.screen.console.quiet or not self.screen.live:
             yield
@@ -85,17 +85,17 @@ class Report:
         self.bar = None
 
     def numbers(self, loss: float, samples: float) -> tuple[float, float, float, float]:
-        """This rank's terms of the sums `heard`: its share of the loss, and the samples that it is of, besides."""
+        """This rank's terms of `heard`: loss, seconds in communication, seconds, and samples of the loss."""
         return loss, self.waited() - self.before, self.clock() - self.begun, samples
 
     def step(self, progress: Progress) -> None:
-        """After a step."""
+        """Update the bar, or print a line if it is time, after a step."""
         if self.brief or self.screen.console.quiet:
             return
         now = self.clock()
-        if now - (self.drawn if self.bar is not None else self.told) < (DRAW if self.bar is not None else LINE):
+        if now - (self.drawn if self.bar is not None else self.printed) < (DRAW if self.bar is not None else LINE):
             return
-        self.drawn = self.told = now
+        self.drawn = self.printed = now
         words, pace = self._state(progress)
         if self.bar is not None:
             self.screen.fit()
@@ -104,7 +104,7 @@ class Report:
             self.screen.tell(f"{words}  step {progress.step}  {pace}")
 
     def _state(self, progress: Progress) -> tuple[str, str]:
-        """The epoch of a run, and its pace."""
+        """Two texts: the epoch; loss, samples a second, time left and share of communication."""
         epochs, done, seconds = self.config.run.epochs, progress.step - self.first, self.clock() - self.begun
         words = f"epoch {min(progress.epoch + 1, epochs)}/{epochs}"
         loss, _, _, samples = self.heard
@@ -117,35 +117,35 @@ class Report:
         return words, "  ".join(pace)
 
     def epoch(self, row: dict[str, Any], shares: np.ndarray) -> None:
-        """After an epoch. row: of its metrics; shares: of each rank's time in it, what was communication."""
+        """Print the line of an epoch. row: of its metrics; shares: of communication in each rank's time."""
         self.last = row
         if self.brief:
             return
         self.screen.tell(metrics.describe(row, self.config.run.epochs))
         if not self.detailed:
             return
-        told = [
+        parts = [
             f"step {row['step']}",
             metrics.duration(row["seconds"]),
             f"{row['samples_per_second']:.0f} samples/s",
             f"{row['bytes_sent'] / 1e6:.1f} MB sent",
         ]
         if shares.any():
-            told.append(f"comm {_percent(shares)}")
-        self.screen.tell(f"  {'  '.join(told)}")
+            parts.append(f"comm {_percent(shares)}")
+        self.screen.tell(f"  {'  '.join(parts)}")
 
     def rows(self, progress: Progress) -> tuple[dict[str, Any], ...]:
-        """The rows of all epochs, that of the last one even where it is not whole."""
+        """The rows of all epochs, with that of an unfinished last one."""
         part = [] if self.last is None or self.last["epoch"] <= progress.epoch else [self.last]
         return (*progress.rows, *part)
 
     def detail(self, text: str) -> None:
-        """A line for --verbose."""
+        """Print a line under --verbose."""
         if self.detailed:
             self.screen.tell(text)
 
 
 def _percent(shares: np.ndarray) -> str:
-    """ "30 %", or from the rank that communicates least to the one that does most "12-58 %"."""
+    """ "30 %", or "12-58 %" for the least and the largest share of all ranks."""
     least, most = f"{100 * shares.min():.0f}", f"{100 * shares.max():.0f}"
     return f"{least} %" if least == most else f"{least}-{most} %"

@@ -1,4 +1,4 @@
-"""Going on from a checkpoint: with which settings and data, and which vectors, tables and scalars a method takes up."""
+"""Resuming a checkpoint: its settings, the comparison of the data, and the restored state of the method."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from psmpi.training.method import Method
 
 
 class Base(NamedTuple):
-    """The settings of a run that goes on, and the path that they are from: a checkpoint, or config.toml without one."""
+    """The settings of a resumed run, and their path: of the checkpoint, or of config.toml if there is none."""
 
     config: Config
     path: str
 
 
 def own_settings(resume: str, out: str) -> Base | None:
-    """The settings of the run that --resume goes on with, None where it is a fresh start after all.
+    """The settings of the run that --resume names; None for a fresh start.
 
-    Those of the checkpoint; before a run has written one, those of config.toml in its directory. UserError as that of
+    They are those of the checkpoint, or of config.toml in a run directory without checkpoints. UserError: see
     `psmpi.checkpoint.find`.
     """
     if not resume:
@@ -38,20 +38,20 @@ def own_settings(resume: str, out: str) -> Base | None:
     folder = expanded(out, "--out")
     path = checkpoint.find(resume if resume == "auto" else str(expanded(resume, "--resume")), folder, lambda _: None)
     if path is not None:
-        found = from_toml(checkpoint.read_contents(path).config, str(path), foreign=True)
+        config = from_toml(checkpoint.read_contents(path).config, str(path), foreign=True)
     elif out and (folder / CONFIG).is_file():
         path = folder / CONFIG
-        found = read_file(str(path))
+        config = read_file(str(path))
     else:
         return None
-    # A file does not say what is read or written elsewhere.
-    found = without_anew(found)
-    return Base(replace(found, run=replace(found.run, out=out, resume=resume, max_steps=0)), str(path))
+    # Files must not name other files to read or write.
+    config = without_anew(config)
+    return Base(replace(config, run=replace(config.run, out=out, resume=resume, max_steps=0)), str(path))
 
 
 @contextmanager
 def noting(own: str) -> Iterator[None]:
-    """Say in a UserError whose settings may be at fault: those not given are of the run that goes on, in `own`."""
+    """Add to UserErrors of the block that settings which are not given come from the file `own`."""
     try:
         yield
     except UserError as error:
@@ -61,9 +61,9 @@ def noting(own: str) -> Iterator[None]:
 def compare(
     contents: Contents, config: Config, dataset: Dataset, data: Identity, path: str, tell: Callable[[str], None]
 ) -> None:
-    """Tell which settings differ from those of a checkpoint; UserError where the run would not go on with the same.
+    """Print the settings that differ from a checkpoint's. UserError for a difference that cannot be resumed.
 
-    That is with other data, unless --new-data says so, and inside an epoch with another order of the samples.
+    Such are other data without --new-data, and inside an epoch another order of the samples.
     """
     saved, progress = from_toml(contents.config, path, foreign=True), contents.progress
     if contents.task != data.task:
@@ -73,30 +73,30 @@ def compare(
             f"are {means[data.task]}: use the data set it was made with, or start afresh without --resume"
         )
     inside = f" (it is {counted(progress.cursor, 'step')} into epoch {progress.epoch + 1})" if progress.cursor else ""
-    found = []
+    differing = []
     if contents.data:
-        found = differences(Identity.of(contents.data), data)
+        differing = differences(Identity.of(contents.data), data)
     elif contents.random.get("samples", data.train.samples) != data.train.samples:
-        # Of a file that does not say more.
-        found = [f"{contents.random['samples']:,} training samples, there {data.train.samples:,}"]
+        # Checkpoints without /data state the number of samples alone.
+        differing = [f"{contents.random['samples']:,} training samples, there {data.train.samples:,}"]
     seeds = (saved.data.split_seed, config.data.split_seed)
-    if len(set(seeds)) > 1 and dataset.held_out and (found or not contents.data) and not config.run.new_data:
+    if len(set(seeds)) > 1 and dataset.held_out and (differing or not contents.data) and not config.run.new_data:
         raise UserError(
             f"checkpoint {path} was made with --split-seed {seeds[0]}: with {seeds[1]} it would be tested on samples "
             "that it was trained on; use the same"
         )
-    if found and not (config.run.new_data and not progress.cursor):
+    if differing and not (config.run.new_data and not progress.cursor):
         fix = f"an epoch is to be ended with the same data{inside}" if config.run.new_data else "use the same data set"
         more = "" if progress.cursor else ", or add --new-data to go on with the other one"
         raise UserError(
             f"--dataset {config.data.dataset} is not the data set that checkpoint {path} was made with: in the "
-            f"checkpoint {'; '.join(found)}: {fix}{more}"
+            f"checkpoint {'; '.join(differing)}: {fix}{more}"
         )
     numbered = Identity.of(contents.data).numbering if contents.data else None
     if numbered is not None and (data.numbering is None or data.numbering[:2] != numbered[:2]):
         raise UserError(
             f"checkpoint {path} is of a text whose labels and features are numbered otherwise than those of --dataset "
-            f"{config.data.dataset} ({'; '.join(found)}): --new-data goes on with a text that numbers them alike"
+            f"{config.data.dataset} ({'; '.join(differing)}): --new-data goes on with a text that numbers them alike"
         )
     if contents.characters and dataset.train.characters != contents.characters:
         raise UserError(
@@ -109,9 +109,9 @@ def compare(
             f"{config.data.dataset} has {listed(dataset.train.names) or 'classes by number'}: --new-data goes on with "
             "samples of exactly the same ones"
         )
-    for difference in found:
+    for difference in differing:
         tell(f"note: other data than in the checkpoint: {difference}")
-    if found and dataset.held_out:
+    if differing and dataset.held_out:
         tell(
             "warning: the test samples are drawn from these other data, and some may be ones that were trained on: "
             "save those to test on as x_test and y_test"
@@ -129,28 +129,28 @@ def compare(
             )
     for name, before, now in changes(saved, config):
         if name == "split_seed":
-            # Where it matters it is told as other data.
+            # If it matters, the data differ, which is printed above.
             continue
         tell(f"note: {name} is {brief(now)}, in the checkpoint it was {brief(before)}")
 
 
 def restore(method: Method, path: Path, contents: Contents, config: Config, steps_per_epoch: int) -> list[str]:
-    """Fill a method's state from a checkpoint, of whatever method and optimizer; returns notes for the user.
+    """Fill a method's state from a checkpoint of any method and optimizer; returns notes for the user.
 
-    Weights are taken in any case, the optimizer's vectors where it has the same ones there, the method's own where they
-    are there.
+    Weights are always restored; vectors of the optimizer, if the checkpoint has the same ones; the method's own vectors
+    as far as the checkpoint has them. UserError for scalars out of their range.
     """
     state = method.state
-    # What is not in the checkpoint stays as it is.
+    # Values that the checkpoint does not have stay as they are.
     method.collect()
     vectors, reason = state.vectors, ""
     saved: str = from_toml(contents.config, str(path), foreign=True).optimization.optimizer
     if saved != config.optimization.optimizer:
         reason = f"the checkpoint is of {saved}, not of {config.optimization.optimizer}"
     else:
-        mine, theirs = vectors.keys() - {"weights"} - state.own, contents.vectors - contents.own
-        if mine != theirs:
-            has, want = (" ".join(sorted(names)) or "no vectors" for names in (theirs, mine))
+        declared, stored = vectors.keys() - {"weights"} - state.own, contents.vectors - contents.own
+        if declared != stored:
+            has, want = (" ".join(sorted(names)) or "no vectors" for names in (stored, declared))
             reason = f"the checkpoint's optimizer has {has}, these settings have {want}"
     there = {"weights"} if reason else contents.vectors | {"weights"}
     taken = {name: vector for name, vector in vectors.items() if name in there}
@@ -169,12 +169,12 @@ def restore(method: Method, path: Path, contents: Contents, config: Config, step
         checkpoint.load(path, method.layout, method.shards[method.rank], taken, contents.part)
         for name, space in spaces.items():
             checkpoint.load_space(path, name, space.layout, space.owned[method.rank], space.saved)
-        found = tables and checkpoint.load_tables(path, state.tables, state.rows, method.rank)
+        loaded = tables and checkpoint.load_tables(path, state.tables, state.rows, method.rank)
     if "steps" in state.scalars:
-        # A method that goes by the steps of epochs goes on with them, whatever the checkpoint is of.
+        # Steps count those of this data set's epochs, whichever method wrote the checkpoint.
         state.scalars["steps"] = contents.progress.epoch * steps_per_epoch + contents.progress.cursor
     state.restore()
-    method.restored(found, fresh)
+    method.restored(loaded, fresh)
     lost = [
         f"the checkpoint does not hold {one}"
         for one in dict.fromkeys(space.lost for name, space in state.spaces.items() if name in fresh)
@@ -183,5 +183,5 @@ def restore(method: Method, path: Path, contents: Contents, config: Config, step
         return [f"{reason}: the optimizer starts afresh", *lost]
     new = sorted(fresh - state.spaces.keys())
     notes = [f"the checkpoint has no {' '.join(new)}: these start afresh"] if new else []
-    notes += [f"the checkpoint does not hold {state.lost}"] if tables and not found else []
+    notes += [f"the checkpoint does not hold {state.lost}"] if tables and not loaded else []
     return [*notes, *lost]

@@ -1,4 +1,4 @@
-"""Going back: a training whose numbers went wrong goes on from its last checkpoint with half the learning rate."""
+"""The rollback of --on-nan: back to the last checkpoint, and on with half the learning rate."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from psmpi.training.method import Method
 from psmpi.training.numbers import ADVICE, Finding, NotFiniteError, first_of
 from psmpi.training.resume import restore
 
-# The scalar of the state that all learning rates are multiplied by; the samples that an epoch's loss lacks.
+# Scalars of the state: the factor of all learning rates, and the samples missing in an epoch's loss.
 FACTOR, LEFT_OUT = "lr_factor", "left_out_samples"
-# Times that a run goes back before it ends, without an epoch between them.
+# Rollbacks without a finished epoch between them, after which a run ends.
 MOST = 3
 
 
 class Rollback:
-    """Brings all ranks back to the last good checkpoint of this start, or to how it began where there is none yet.
+    """The return of all ranks to the last good checkpoint of this start, or to its initial state.
 
-    What a start begins from is kept in memory until a checkpoint is on disk. `count` is how often the run went back,
-    `tries` how often since an epoch ended beyond where it did so before.
+    The initial state is kept in memory until a checkpoint is on disk. count: rollbacks so far; tries: rollbacks since
+    an epoch ended beyond the furthest step reached before.
     """
 
     def __init__(self, control: Control, method: Method, config: Config, writer: Writer, steps_per_epoch: int):
@@ -39,7 +39,7 @@ class Rollback:
         self.declare({})
 
     def declare(self, scalars: Mapping[str, float | int]) -> None:
-        """Declare the run's own scalars to the state, where they are used, or those of a checkpoint have them."""
+        """Declare FACTOR and LEFT_OUT to the state, if they are used or among `scalars`, those of a checkpoint."""
         own: tuple[tuple[str, float | int, bool], ...] = (
             (FACTOR, 1.0, self.on),
             (LEFT_OUT, 0, self.numbers.mode == "skip"),
@@ -49,7 +49,7 @@ class Rollback:
                 self.method.state.scalar(name, value)
 
     def begin(self, progress: Progress) -> None:
-        """Keep what this start begins from, unless that is a checkpoint in its own directory."""
+        """Keep the initial state in memory, unless it is a checkpoint of the run directory."""
         if self.on and self.writer.last_good is None:
             self.method.collect()
             self.kept = {name: array.copy() for name, array in self._arrays()}, dict(self.method.scalars), progress
@@ -63,13 +63,13 @@ class Rollback:
         return float(self.method.scalars.get(FACTOR, 1.0))
 
     def passed(self, step: int) -> None:
-        """Take note of the end of an epoch, after `step` steps."""
+        """Reset `tries` after an epoch that ended at a new furthest `step`."""
         self.tries = 0 if step > self.furthest else self.tries
 
     def due(self, trouble: str = "") -> bool:
-        """Whether to go back: some rank has noted a number that is not finite, or has a trouble. All ranks hear it.
+        """Whether to go back, because a rank noted a number that is not finite, or has a `trouble`.
 
-        One sum over the ranks, where they go back at all.
+        The answer is the same on all ranks, by one sum; without --on-nan rollback False, without a message.
         """
         if not self.on:
             return False
@@ -83,9 +83,9 @@ class Rollback:
         return bool(wrong > 0)
 
     def sound(self) -> bool:
-        """Whether the vectors collected for a checkpoint are finite on all ranks; FloatingPointError without rollback.
+        """Whether the vectors collected for a checkpoint are finite on all ranks.
 
-        A rank notes what is not.
+        NotFiniteError for one that is not, unless --on-nan rollback is given, under which it is noted.
         """
         state, shard = self.method.state, self.method.shards[self.control.rank]
         places = dict.fromkeys(state.vectors, (self.method.layout, shard))
@@ -99,31 +99,31 @@ class Rollback:
         return not self.due()
 
     def go(self, step: int) -> tuple[Progress, str]:
-        """Go back after `step` steps, on all ranks; the progress to go on with, and what to tell.
+        """Go back after `step` steps, on all ranks. Returns the progress to continue from, and a message.
 
-        FloatingPointError after too many times, and where there is nothing to go back to any more.
+        NotFiniteError after MOST tries, and if there is no state to go back to.
         """
         factor, self.furthest = self.rate() / 2, max(self.furthest, step)
         first = first_of(self.control, self.numbers.noted) or Finding(0, "a loss is not a finite number")
         if self.control.rank == 0:
             self.writer.finish()
         good = self.writer.last_good if self.control.rank == 0 else None
-        found: str = str(good.absolute()) if good is not None and good.exists() else ""
-        found = json.loads(self.control.share(json.dumps(found)))
+        path: str = str(good.absolute()) if good is not None and good.exists() else ""
+        path = json.loads(self.control.share(json.dumps(path)))
         if self.tries == MOST:
             raise NotFiniteError(
                 f"{first.text}; the run went back {MOST} times without an epoch between them, the last time to go on "
                 f"with {2 * factor:g} times the learning rate: {first.advice}"
             )
-        if not found and self.kept is None:
+        if not path and self.kept is None:
             raise NotFiniteError(
                 f"{first.text}, and no checkpoint of this run is there any more to go back to: {first.advice}"
             )
         self.count, self.tries, self.numbers.noted = self.count + 1, self.tries + 1, None
-        progress = self._restore(Path(found)) if found else self._begin_again()
+        progress = self._restore(Path(path)) if path else self._begin_again()
         self.method.scalars[FACTOR] = factor
         return progress, (
-            f"{first.text}; back to {found or 'the start'}, step {progress.step}, and on with {factor:g} times the "
+            f"{first.text}; back to {path or 'the start'}, step {progress.step}, and on with {factor:g} times the "
             f"learning rate (time {self.tries} of {MOST} before an epoch ends)"
         )
 
@@ -136,7 +136,7 @@ class Rollback:
     def _begin_again(self) -> Progress:
         assert self.kept is not None
         arrays, scalars, progress = self.kept
-        # What is under way ends.
+        # Finishes messages under way.
         self.method.collect()
         for name, array in self._arrays():
             array[...] = arrays[name]

@@ -1,4 +1,4 @@
-"""Settings of methods whose ranks train alone in rounds."""
+"""Settings of methods whose ranks train apart from each other in rounds."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Rounds:
 
 
 def check_rounds(config: Config, what: str) -> None:
-    """UserError where a round, described by `what`, has no step."""
+    """UserError for --local-steps below 1; what: the end of the message."""
     steps = config.of(Rounds).local_steps
     if steps < 1:
         raise UserError(f"--local-steps {steps}: expected 1 or more steps {what}")

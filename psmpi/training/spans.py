@@ -1,4 +1,4 @@
-"""What passes need to know of the sequences of a minibatch, besides their values."""
+"""Spans of sequences: the steps of a minibatch that count, which passes need besides the values."""
 
 from __future__ import annotations
 
@@ -16,26 +16,29 @@ from psmpi.nn.network import Network
 
 
 def make_span(lengths: np.ndarray | None, ops: NumpyOps) -> Span:
-    """All steps of sequences of these lengths (b,), None for all alike, which go to where the backend computes."""
+    """The span of whole sequences with lengths (b,), put on the backend; None: all steps count."""
     return WHOLE if lengths is None else Span(ops.put(lengths))
 
 
 def chunk_spans(samples: Resident, ids: np.ndarray, edges: Sequence[tuple[int, int]], ops: NumpyOps) -> list[Span]:
-    """The steps that the sequences `ids` (b,) have in each chunk; edges: (first, behind the last) step of each."""
-    lengths, last, found = samples.lengths(ids), len(edges) - 1, []
+    """The span of each chunk of the sequences `ids` (b,); edges: (first, last + 1) step of each chunk."""
+    lengths, last, spans = samples.lengths(ids), len(edges) - 1, []
     for c, (a, b) in enumerate(edges):
         own = None if lengths is None else ops.put(np.clip(lengths - a, 0, b - a).astype(np.int32))
-        found.append(Span(own, begins=c == 0, ends=c == last))
-    return found
+        spans.append(Span(own, begins=c == 0, ends=c == last))
+    return spans
 
 
 def recorder(network: Network, ops: NumpyOps) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """What records a pass, see `NumpyOps.record`: nothing of sequences, whose lengths change."""
+    """`ops.record`, or for sequences, whose lengths change, a function that records nothing."""
     return as_it_is if network.sequences else ops.record
 
 
 def check_tokens(network: Network, samples: Resident, kind: str) -> None:
-    """UserError where samples are tokens and the network looks none up, or fewer than there are; kind: "training"."""
+    """UserError for tokens without an embedding, values with one, and tokens beyond the vocabulary.
+
+    kind: of the samples, for messages, as "training".
+    """
     first = network.layers[0]
     if isinstance(first, Embedding) and not samples.tokens:
         raise UserError(
@@ -57,5 +60,5 @@ def check_tokens(network: Network, samples: Resident, kind: str) -> None:
 
 
 def as_it_is(work: Callable[..., Any]) -> Callable[..., Any]:
-    """Work that is not recorded."""
+    """`work` itself, not recorded."""
     return work

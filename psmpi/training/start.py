@@ -1,4 +1,4 @@
-"""The start of a run: what rank 0 finds before the others come in, and what all ranks must agree on."""
+"""The start of a run: checks by rank 0 before the other ranks begin, and the agreement of all ranks on the data."""
 
 from __future__ import annotations
 
@@ -51,48 +51,48 @@ if TYPE_CHECKING:
 
 
 class Start(NamedTuple):
-    """What rank 0 has found before the others come in."""
+    """The results of the checks of rank 0."""
 
     dataset: Dataset
     identity: Identity
-    # The run directory, where it is there already.
+    # The run directory, if it existed before.
     folder: RunFolder | None
-    # The checkpoint to go on from, or "".
-    found: str
+    # The path of the checkpoint to resume, or "".
+    checkpoint: str
 
 
 def begin(
     control: Control, config: Config, own: str, tell: Callable[[str], None], layers: str, given: Dataset | None = None
 ) -> Start:
-    """Meet a missing file or a wrong setting first, on rank 0 alone; a run directory that is there is locked, and kept.
+    """Check files and settings on rank 0 alone, and lock an existing run directory. UserError for the first fault.
 
-    own: the path that the run's own settings are from; layers: that of the file that describes its layers; given: the
-    data set, where it is in memory.
+    own: path of the file with the run's own settings; layers: path of the file that describes the layers; given: the
+    data set, if it is in memory.
     """
     kind: Any = find_method(config.parallel.method)
     run, size = config.run, control.size
     prints: list[Prints] = []
     dataset, identity = _open(control, config, prints=prints, given=given)
     with control.flight.task(f"opening the run directory {run.out}"):
-        folder, found = RunFolder(Path(run.out), tell) if run.out and Path(run.out).exists() else None, ""
+        folder, checkpoint_path = RunFolder(Path(run.out), tell) if run.out and Path(run.out).exists() else None, ""
     try:
         if run.resume:
             with control.flight.task(f"looking for the checkpoint {run.resume} of {run.out}"):
-                found = str(checkpoint.find(run.resume, Path(run.out), tell) or "")
-        if run.resume == "auto" and found != own and (found or not own.endswith(".toml")):
+                checkpoint_path = str(checkpoint.find(run.resume, Path(run.out), tell) or "")
+        if run.resume == "auto" and checkpoint_path != own and (checkpoint_path or not own.endswith(".toml")):
             raise UserError(
-                f"--out {run.out}: another run wrote {found} there while this one waited for it: start this one again, "
-                "to go on with its settings"
+                f"--out {run.out}: another run wrote {checkpoint_path} there while this one waited: start "
+                "this one again, to go on with the settings of that one"
             )
-        if found:
-            with control.flight.task(f"reading the checkpoint {found}"):
-                contents = checkpoint.read_contents(Path(found))
+        if checkpoint_path:
+            with control.flight.task(f"reading the checkpoint {checkpoint_path}"):
+                contents = checkpoint.read_contents(Path(checkpoint_path))
             if not kind.private(config):
-                compare(contents, config, dataset, identity, found, tell)
+                compare(contents, config, dataset, identity, checkpoint_path, tell)
         elif run.resume == "auto":
             tell(f"note: there is no checkpoint in {run.out}: this is a fresh start")
         if folder is not None:
-            folder.check(Path(found) if found else None)
+            folder.check(Path(checkpoint_path) if checkpoint_path else None)
         with layers_in(layers):
             network = network_of(config, dataset)
         with noting(own):
@@ -104,7 +104,7 @@ def begin(
                 plan_steps(dataset, config)
         for note in (*notes(size, network, dataset, config.data.batch_size), *kind.notes(size, network, config)):
             tell(f"note: {note}")
-        # Of a private data set rank 0 has a part, in which much looks odd.
+        # Rank 0 has a part of private data sets only, of which doubts would say nothing.
         doubts = () if kind.private(config) else find_doubts(dataset, prints)
         if not kind.private(config):
             tell(describe(dataset))
@@ -114,11 +114,11 @@ def begin(
         if folder is not None:
             folder.close()
         raise
-    return Start(dataset, identity, folder, found)
+    return Start(dataset, identity, folder, checkpoint_path)
 
 
 def share_path(control: Control, path: str) -> str:
-    """Rank 0's path on all ranks; names of files need not be UTF-8."""
+    """Send rank 0's path to all ranks; names of files need not be UTF-8."""
     shared: str = json.loads(control.share(json.dumps(path)))
     return shared
 
@@ -131,11 +131,10 @@ def agree(
     tell: Callable[[str], None],
     given: Dataset | None = None,
 ) -> tuple[Dataset, Identity]:
-    """The data set and its identity, which are the same on all ranks; UserError where they are not.
+    """Open the data set and compare its identity over all ranks. UserError if it differs.
 
-    share: this rank's number among those of its host and how many these are, which look at the samples between them;
-    given: as of `begin`. Private data sets, of which each rank has its own, are put together; `tell` hears how they
-    differ from those of the checkpoint that rank 0 has found.
+    share: this rank's number on its host, and the number of ranks there, which compare the samples between them; given:
+    see `begin`. Private data sets are joined; tell: prints how they differ from those of the checkpoint.
     """
     if find_method(config.parallel.method).private(config):
         return _agree_private(control, config, start, tell)
@@ -153,14 +152,15 @@ def agree(
 def _agree_private(
     control: Control, config: Config, start: Start | None, tell: Callable[[str], None]
 ) -> tuple[Dataset, Identity]:
-    """The private data sets of all ranks together, see psmpi.data.private."""
+    """Join the private data sets of all ranks, see psmpi.data.private."""
     dataset, identity = (start.dataset, start.identity) if start is not None else _open(control, config)
     cards = control.collect_texts(card(identity), most=4000)
     if start is not None:
-        # Before the others go on: rank 0 alone speaks of what is wrong.
+        # The other ranks wait, so that rank 0 alone reports errors.
         whole, everyone = together(dataset, cards, 0)
-        if start.found:
-            compare(checkpoint.read_contents(Path(start.found)), config, whole, everyone, start.found, tell)
+        if start.checkpoint:
+            contents = checkpoint.read_contents(Path(start.checkpoint))
+            compare(contents, config, whole, everyone, start.checkpoint, tell)
         kind: Any = find_method(config.parallel.method)
         kind.check(control.size, network_of(config, whole), whole, config)
         plan_steps(whole, config)
@@ -181,9 +181,9 @@ def _open(
     prints: list[Prints] | None = None,
     given: Dataset | None = None,
 ) -> tuple[Dataset, Identity]:
-    """The data set and its identity; reading its files is an operation of this rank, then and later.
+    """Open the data set and identify it; the flight recorder records its reads, now and later.
 
-    share, prints: as of `identify`; given: as of `begin`.
+    share, prints: see `identify`; given: see `begin`.
     """
     if given is not None:
         if config.data.augment:
@@ -191,9 +191,9 @@ def _open(
         return given, identify(given, share, prints)
     with control.flight.task(f"reading the data set {config.data.dataset}"):
         name = of_rank(config.data.dataset, control.rank)
-        # Ranks with data of their own would number other classes.
+        # Names of classes would be numbered differently on ranks with data of their own.
         names = () if find_method(config.parallel.method).private(config) else None
-        # The first rank of a host lets another process look at a stranger's file.
+        # The first rank of a host has another process examine the file.
         with examined("not") if share[0] else nullcontext():
             dataset = open_dataset(*replace(config.data, dataset=name).source, names=names).for_training()
         if config.data.augment:
@@ -204,7 +204,7 @@ def _open(
 
 
 def _recorded(dataset: Dataset, control: Control) -> Dataset:
-    """The data set with sources that record what is read from files."""
+    """The data set with sources whose reads from files are recorded."""
     if control.size == 1:
         return dataset
     train, test = (
@@ -217,7 +217,7 @@ def _recorded(dataset: Dataset, control: Control) -> Dataset:
 
 
 class RecordedRows:
-    """A source of samples whose reads are recorded."""
+    """A source of samples whose reads the flight recorder records."""
 
     def __init__(self, source: RowSource, flight: Flight):
         self.source, self.flight = source, flight
@@ -251,7 +251,7 @@ class RecordedRows:
 
 
 def network_of(config: Config, dataset: Dataset) -> Any:
-    """The network that is asked for, in the shape of the data set."""
+    """The configured network, for the shape of the data set."""
     model = config.model
     return make_network(
         model.model, dataset.shape, dataset.outputs, **model.shape, by_step=dataset.train.by_step, task=dataset.task

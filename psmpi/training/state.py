@@ -21,8 +21,8 @@ Places = list[tuple[slice, slice]]
 class Entry:
     """A vector of the state: `saved` (shard's size,) in host memory is what checkpoints hold and restore.
 
-    mirrors: of the arrays that it is the image of; places: where each array's values lie, None where `saved` is the
-    image itself; after: what a restored array needs besides.
+    mirrors: host images of the arrays of the vector; places: where the values of each array lie in `saved`, None if
+    `saved` is the image itself; after: called when the arrays have been restored.
     """
 
     saved: np.ndarray
@@ -45,10 +45,10 @@ class Entry:
 
 @dataclass
 class Space:
-    """Tensors that are no parameters of the network, by their layout, and who has which of them.
+    """Tensors that are no parameters of the network: their layout, and the ownership of their elements.
 
-    `saved`, in host memory, is this rank's local vector, and what checkpoints hold and restore. lost: as of `State`;
-    of_optimizer: starts afresh with another optimizer.
+    saved: this rank's local vector, in host memory, which checkpoints hold and restore. lost: see `State`.
+    of_optimizer: whether the tensors start afresh with another optimizer.
     """
 
     saved: np.ndarray
@@ -76,12 +76,12 @@ class Space:
 
 
 class State:
-    """What a rank has that outlives a step, beside what it computes anew.
+    """Everything of a rank that outlives a step and cannot be computed anew.
 
-    shards: every rank's; the vectors of the state are local vectors of this rank's. own: the names of vectors and
-    scalars that are the method's and not the optimizer's; rows: which rows of the tables each rank has; lost: what is
-    said where a checkpoint has no such tables: "the checkpoint does not hold ...". spaces: tensors besides the
-    network's, by name. account: the memory of what is declared, to which a method adds what it keeps besides.
+    shards: of all ranks; each vector of the state is a local vector of this rank's shard. own: names of vectors and
+    scalars of the method, not of the optimizer; rows: the rows of the tables that each rank has; lost: the end of the
+    note "the checkpoint does not hold ..." for checkpoints without these tables. spaces: other tensors than parameters,
+    by name. account: memory of all that is declared; a method adds its other arrays.
     """
 
     def __init__(self, ops: NumpyOps, shards: Ownership, rank: int):
@@ -98,7 +98,7 @@ class State:
 
     @property
     def vectors(self) -> dict[str, np.ndarray]:
-        """This rank's shard of each vector by name, in host memory, as `collect` finds it and `restore` takes it up."""
+        """This rank's shard of each vector by name, in host memory: filled by `collect`, used by `restore`."""
         return {name: entry.saved for name, entry in self.entries.items()}
 
     @property
@@ -111,13 +111,13 @@ class State:
     ) -> None:
         """Declare an array of the backend, or of host memory, over this rank's shard.
 
-        own: it is the method's, not the optimizer's. after: called when the array has been restored.
+        own: whether the vector belongs to the method, not to the optimizer. after: called after the array is restored.
         """
         mirror = self.ops.mirror(array) if not isinstance(array, np.ndarray) else Mirror(array)
         self._add(name, Entry(mirror.host, [mirror], [None], after), own)
 
     def pieces(self, name: str, arrays: list[tuple[np.ndarray, Places]], *, own: bool = False) -> None:
-        """Declare arrays of the backend whose values lie at some places of this rank's shard."""
+        """Declare arrays of the backend that together are a vector; places: (slices of the shard, of the array)."""
         mirrors = [self.ops.mirror(array) for array, _ in arrays]
         if len(arrays) == 1 and all(there == here for there, here in arrays[0][1]):
             self._add(name, Entry(mirrors[0].host, mirrors, [None]), own)
@@ -136,7 +136,7 @@ class State:
         self.account.hold("optimizer" if optimizers else "weights", *(mirror.array for mirror in entry.mirrors))
 
     def optimizer(self, optimizer: Optimizer) -> None:
-        """Declare the vectors and the scalars of an optimizer of this rank's shard; scalars are shared with it."""
+        """Declare the vectors and scalars of the optimizer of this rank's shard; both share the scalars."""
         if self.scalars:
             raise ValueError(f"the optimizer is to be declared before {', '.join(self.scalars)}")
         for name, vector in optimizer.vectors.items():
@@ -145,7 +145,7 @@ class State:
         self.scalars, self.ranges = optimizer.scalars, optimizer.ranges
 
     def scalar(self, name: str, value: float | int) -> None:
-        """Declare a number of the method's, the same on every rank."""
+        """Declare a number of the method that is the same on every rank."""
         self.scalars[name] = value
         self.own.add(name)
 
@@ -168,10 +168,10 @@ class State:
         *,
         of_optimizer: bool = False,
     ) -> None:
-        """Declare arrays that are, one after the other, this rank's local vector of a space, all of one dtype.
+        """Declare arrays of one dtype whose concatenation is this rank's local vector of a space.
 
-        owned: for each rank, the elements of the layout that it has; what: of the account; lost, of_optimizer: see
-        `Space`.
+        owned: for each rank, its elements of the layout; what: the purpose in the account; lost, of_optimizer: see
+        `Space`. ValueError for arrays of another total size.
         """
         mirrors = [Mirror(a) if isinstance(a, np.ndarray) else self.ops.mirror(a) for a in arrays]
         size = owned[self.rank].size
@@ -211,9 +211,9 @@ class State:
                 entry.after()
 
     def update(self, scalars: Mapping[str, float | int], names: Collection[str]) -> None:
-        """Take the scalars of some names from a checkpoint, as far as both have them.
+        """Take the scalars called `names` from a checkpoint, as far as both sides have them.
 
-        ValueError for one that cannot be what it is called: a count that is not whole, or a number out of its range.
+        ValueError for a count that is no whole number, and for a number out of its range.
         """
         for name in names:
             if name in scalars and name in self.scalars:
@@ -226,7 +226,7 @@ class State:
 
 
 def fetch(mirrors: Collection[Mirror]) -> None:
-    """Bring images in host memory up to date, all of them under way at once."""
+    """Bring images in host memory up to date; all copies are under way at once."""
     for mirror in mirrors:
         mirror.fetch()
     for mirror in mirrors:

@@ -1,4 +1,4 @@
-"""The layers that all classes share, computed by each rank of a row on its slice of the minibatch's samples."""
+"""The trunk: the layers that all classes share, computed by each rank of a row on its slice of a minibatch."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from psmpi.nn.objective import GRADIENT_LIMIT
 from psmpi.training.context import Context
 from psmpi.training.spans import make_span, recorder
 
-# Seconds: the last of many ranks that meet an error at once speaks after 3 (psmpi.comm.world).
+# Seconds. Of many ranks with an error at once, the last one reports it after 3 s (psmpi.comm.world).
 PATIENCE = 4.0
 
 
 class Trunk:
     """The first `length` layers on one rank of `row`: a slice of each minibatch, and the exchange of features.
 
-    w, g: over the part of `classes`, as those of a `Model`. Features, the outputs of the trunk, are (units, b) of all
-    samples on all ranks; the gradients of a sample's features are summed over the row on the rank that made them. So g
-    holds this slice's share of the trunk's gradient for the elements of all ranks. Statistics of batch normalization
-    are those of the whole minibatch. A minibatch of fewer samples than ranks is computed whole by each of them.
+    w, g: weights and gradient of the part of `classes`, as in `Model`. All ranks receive the features (units, b), the
+    outputs of the trunk; the gradients of a sample's features are summed over the row to the rank that computed them.
+    So g holds this slice's share of the trunk's gradient, for the elements of all ranks. Batch normalization uses
+    statistics of the whole minibatch. Each rank computes a minibatch of fewer samples than ranks as a whole.
     """
 
     def __init__(self, context: Context, row: Group, length: int, classes: Sequence[int], w: np.ndarray, g: np.ndarray):
@@ -87,7 +87,7 @@ class Trunk:
         return int(self.gradient.nbytes + self.own.nbytes + self.slices.nbytes + self.model.buffer_bytes)
 
     def forward(self, samples: Resident, ids: np.ndarray) -> np.ndarray:
-        """The features (units, b) of the samples `ids` (b,), of which `samples` has at least this rank's share."""
+        """The features (units, b) of the samples `ids` (b,); `samples` must have this rank's share of them."""
         b = len(ids)
         self.reserve(b)
         self.batch, self.whole, self.slice = b, b < self.row.size, self.share(b)
@@ -101,30 +101,30 @@ class Trunk:
         return features
 
     def all(self, b: int) -> np.ndarray:
-        """The array (units, b) of the features of b samples."""
+        """Buffer (units, b) of the features of b samples."""
         return self.features[: self.units * b].reshape(self.units, b)
 
     def dx(self, b: int) -> np.ndarray:
-        """The array (units, b) for the gradient of the features of b samples, from this rank's elements."""
+        """Buffer (units, b) of the features' gradient from this rank's elements."""
         return self.gradient[: self.units * b].reshape(self.units, b)
 
-    def backward(self, b: int, alone: bool = False) -> None:
-        """Write this slice's share of the trunk's gradient, from `dx`, which is used up.
+    def backward(self, b: int, own_only: bool = False) -> None:
+        """Write this slice's share of the trunk's gradient, from `dx`, which is overwritten.
 
-        alone: without the gradients of other ranks' elements, and without messages.
+        own_only: leave out the gradients of other ranks' elements, and send no message.
         """
         dx, n = self.dx(b), self.slice.stop - self.slice.start
         own = self.own[: self.units * n].reshape(self.units, n)
-        if alone or self.whole:
+        if own_only or self.whole:
             own[...] = dx[:, self.slice]
         else:
             self.slices.backward(dx, own)
-        whole, self.whole = self.whole, self.whole or alone
+        whole, self.whole = self.whole, self.whole or own_only
         self.backward_pass(n)
         self.whole = whole
 
-    def let_others_speak(self) -> None:
-        """Wait a little where features of other ranks alone are not finite: these know why, and end the job."""
+    def await_error_of_others(self) -> None:
+        """Wait if only features of other ranks are not finite: their error, which names the cause, ends the job."""
         host = self.ops.host
         if np.isfinite(host(self.tape.scores)).all() and not np.isfinite(host(self.all(self.batch))).all():
             time.sleep(PATIENCE)
@@ -137,16 +137,16 @@ class Trunk:
         self.model.backward(self.tape, self.own[: self.units * n].reshape(scores.shape))
         limit = GRADIENT_LIMIT[self.dtype]
         for g in self.g:
-            # What ranks have limited can be large together.
+            # A sum of limited gradients of many ranks may exceed the limit.
             self.ops.bound(g, limit)
 
     def messages(self, batch: int) -> list[Message]:
         """The messages of the row in a training step on `batch` samples."""
         if batch < self.row.size:
             return []
-        found = [*self.slices.messages(Step(batch)), *self.slices.messages(Step(batch), back=True)]
+        messages = [*self.slices.messages(Step(batch)), *self.slices.messages(Step(batch), back=True)]
         if self.sums is not None:
             for part in self.model.walk():
                 for numbers in part.layer.restrict(part.shape[0], part.layer.in_shape).rank_sums:
-                    found += Sum(self.sums, numbers, np.dtype(np.float64)).messages(Step(), back=True)
-        return found
+                    messages += Sum(self.sums, numbers, np.dtype(np.float64)).messages(Step(), back=True)
+        return messages

@@ -1,4 +1,4 @@
-"""Epochs, minibatch, learning rate and vocabulary of a run that does not say them."""
+"""Default epochs, minibatch size, learning rate and vocabulary, which depend on the data set."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from psmpi.registry import find_method
 
 
 def usual(config: Config, tell: Callable[[str], None] | None = None, dataset: Dataset | None = None) -> Config:
-    """`config` with the usual numbers in the place of epochs, batch_size and lr that are None; `tell` hears of them.
+    """Fill in epochs, batch_size and lr that are None; tell: prints them.
 
-    The vocabulary of a recurrent network that does not say it is that of the data set, if this knows it. dataset: where
-    it is in memory. UserError where the data set cannot be opened.
+    A recurrent network without a vocabulary gets that of the data set. dataset: the data set, if it is in memory.
+    UserError if the data set cannot be opened.
     """
     private = find_method(config.parallel.method).private(config)
     looks_up = config.model.model in TOKENS and not config.model.vocabulary and not private
@@ -47,7 +47,7 @@ def usual(config: Config, tell: Callable[[str], None] | None = None, dataset: Da
 
 
 def _fill(config: Config, numbers: Numbers) -> Config:
-    """`config` with these numbers in the places of None."""
+    """`config` with these numbers in place of None."""
     run, data, optimization = config.run, config.data, config.optimization
     return replace(
         config,

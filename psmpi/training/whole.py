@@ -1,4 +1,4 @@
-"""The weights of the whole network on every rank, from those of which each rank has a shard."""
+"""The weights of the whole network on every rank, gathered from the shards."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from psmpi.layout import copy_runs
 
 
 def whole_weights(control: Control, records: Records, shard: np.ndarray) -> np.ndarray:
-    """The flat vector of the network, (records.total,), on all ranks, which all call it; shard: this rank's.
+    """The flat vector of the network, (records.total,), on all ranks; shard: this rank's. All ranks call it.
 
-    Takes twice the memory of the network on rank 0 for as long as it takes.
+    Rank 0 needs twice the memory of the network during the call.
     """
     flat = np.empty(records.total, shard.dtype)
     pieces = np.empty(records.total if control.rank == 0 else 0, shard.dtype)

@@ -28,10 +28,10 @@ def _library() -> tuple[Any, str]:
         path = here / f"_kernels{suffix}"
         if path.exists():
             try:
-                found = ctypes.CDLL(str(path))
-                found.psmpi_source.restype = ctypes.c_uint32
-                if found.psmpi_source() == crc32(text):
-                    return found, ""
+                library = ctypes.CDLL(str(path))
+                library.psmpi_source.restype = ctypes.c_uint32
+                if library.psmpi_source() == crc32(text):
+                    return library, ""
                 why = f"{path.name} was built from other sources: install psmpi again"
             except (OSError, AttributeError) as error:
                 why = f"{path.name} does not load ({error}): install psmpi again"
@@ -55,18 +55,18 @@ def missing() -> str:
 def function(name: str, dtype: np.dtype, arguments: str, instructions: int) -> Any:
     """A kernel for a dtype; `arguments` is a letter each: p pointer, i int, n size, d double."""
     types = {"p": ctypes.c_void_p, "i": ctypes.c_int, "n": ctypes.c_ssize_t, "d": ctypes.c_double}
-    found = _library()[0][f"{name}_{TYPES[dtype]}_{instructions}"]
-    found.argtypes, found.restype = [types[a] for a in arguments], None
-    return found
+    kernel = _library()[0][f"{name}_{TYPES[dtype]}_{instructions}"]
+    kernel.argtypes, kernel.restype = [types[a] for a in arguments], None
+    return kernel
 
 
 @cache
 def plain(name: str, arguments: str) -> Any:
     """A kernel of no floating point type, which returns an int; arguments as in `function`."""
     types = {"p": ctypes.c_void_p, "i": ctypes.c_int, "n": ctypes.c_ssize_t}
-    found = _library()[0][f"psmpi_{name}"]
-    found.argtypes, found.restype = [types[a] for a in arguments], ctypes.c_int
-    return found
+    kernel = _library()[0][f"psmpi_{name}"]
+    kernel.argtypes, kernel.restype = [types[a] for a in arguments], ctypes.c_int
+    return kernel
 
 
 def pointers(dtype: np.dtype, *arrays: np.ndarray) -> tuple[int, ...]:

@@ -38,14 +38,14 @@ class CompiledLosses(Arrays):
             return None
         classes, b = scores.shape
         labels = np.ascontiguousarray(labels, np.int64)
-        found = np.empty(2)
+        sums = np.empty(2)
         known = None if given is None else pointers(np.dtype(np.float64), given)[0]
         call = function("class_terms", scores.dtype, "iinpppdddpp", self.instructions)
         call(
             KINDS[name], classes, b, *pointers(scores.dtype, scores), labels.ctypes.data, known, scale, kappa, offset,
-            *pointers(np.dtype(np.float64), rest, found),
+            *pointers(np.dtype(np.float64), rest, sums),
         )  # fmt: skip
-        return float(found[0]), float(found[1])
+        return float(sums[0]), float(sums[1])
 
     def class_normalizers(self, scores: np.ndarray, top: np.ndarray, sums: np.ndarray) -> None:
         """Take up scores (classes, b) into the largest (b,) and the sums of exponentials relative to these (b,)."""

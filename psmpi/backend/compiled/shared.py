@@ -44,22 +44,22 @@ class CompiledShared(SharedUpdates):
         """`sparse_steps`, each under a lock of `make_lock`, where there is one: its kind and its memory."""
         call = function("sparse_steps", w.dtype, "nppppppppiddddiipp", self.instructions)
         kind, room = lock or ("none", None)
-        found = ctypes.c_double(0)
+        loss = ctypes.c_double(0)
         values, targets, weights, often = pointers(w.dtype, rows.values, rows.targets, w, rows.often)
         call(
             len(order), *pointers(COUNTS, order, rows.starts), *pointers(TOKENS, rows.columns), values, targets,
             weights, None if bias is None else pointers(w.dtype, bias)[0], often, SLOPES[how.loss], how.scale,
             how.lr, how.penalty, how.clip, atomic, LOCKS[kind], None if room is None else room.ctypes.data,
-            ctypes.addressof(found),
+            ctypes.addressof(loss),
         )  # fmt: skip
-        return how.scale * found.value
+        return how.scale * loss.value
 
     def sparse_blocks(
         self, order: np.ndarray, rows: Rows, w: np.ndarray, bias: np.ndarray | None, how: Descent, atomic: bool,
         block: int, room: Room,
     ) -> float:  # fmt: skip
         call = function("sparse_blocks", w.dtype, "nppppppppiddddinppppp", self.instructions)
-        found = ctypes.c_double(0)
+        loss = ctypes.c_double(0)
         values, targets, weights, often, own, base = pointers(
             w.dtype, rows.values, rows.targets, w, rows.often, room.own, room.base
         )
@@ -67,19 +67,19 @@ class CompiledShared(SharedUpdates):
         call(
             len(order), *pointers(COUNTS, order, rows.starts), columns, values, targets, weights,
             None if bias is None else pointers(w.dtype, bias)[0], often, SLOPES[how.loss], how.scale, how.lr,
-            how.penalty, how.clip, atomic, block, own, base, mark, touched, ctypes.addressof(found),
+            how.penalty, how.clip, atomic, block, own, base, mark, touched, ctypes.addressof(loss),
         )  # fmt: skip
-        return how.scale * found.value
+        return how.scale * loss.value
 
     def factor_steps(self, order: np.ndarray, pairs: Pairs, w: np.ndarray, how: Descent, atomic: bool) -> float:
         call = function("factor_steps", w.dtype, "nppppnnpdddip", self.instructions)
-        found = ctypes.c_double(0)
+        loss = ctypes.c_double(0)
         targets, weights, often = pointers(w.dtype, pairs.targets, w, pairs.often)
         call(
             len(order), *pointers(COUNTS, order), *pointers(TOKENS, pairs.tokens), targets, weights, *w.shape, often,
-            how.lr, how.penalty, how.clip, atomic, ctypes.addressof(found),
+            how.lr, how.penalty, how.clip, atomic, ctypes.addressof(loss),
         )  # fmt: skip
-        return found.value
+        return loss.value
 
     def count_rows(self, order: np.ndarray, rows: Rows, counts: np.ndarray, atomic: bool) -> None:
         call = plain("count_rows", "nppppi")
@@ -91,9 +91,9 @@ class CompiledShared(SharedUpdates):
     ) -> tuple[np.ndarray, int, int]:
         n = len(order)
         owner, parent = np.empty(n, np.int32), np.empty(n, np.int32)
-        load, found = np.empty(n + workers, np.int64), np.empty(2, np.int64)
+        load, totals = np.empty(n + workers, np.int64), np.empty(2, np.int64)
         call = plain("deal_components", "npppippppp")
-        ids, begins, sums, counts = pointers(COUNTS, order, starts, load, found)
+        ids, begins, sums, counts = pointers(COUNTS, order, starts, load, totals)
         places, marks, parents, owners = pointers(TOKENS, columns, seen, parent, owner)
         call(n, ids, begins, places, workers, marks, parents, sums, owners, counts)
-        return owner, int(found[0]), int(found[1])
+        return owner, int(totals[0]), int(totals[1])

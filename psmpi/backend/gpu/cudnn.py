@@ -126,7 +126,7 @@ class Cudnn:
 
     def choose(self, own: Convolution, shape: ConvolutionShape, batch: int, work: Work) -> CudnnConvolution | None:
         """cuDNN's convolution for minibatches of `batch` samples, or None; a line in `choices` says why."""
-        found: CudnnConvolution | None = None
+        chosen: CudnnConvolution | None = None
         taken, said, best = "psmpi", [], np.inf
         try:
             trial = Trial(self.ops, shape, batch, work)
@@ -152,14 +152,14 @@ class Cudnn:
                 if self.measured:
                     said.append(f"{name} {time:.3f} ms")
                 if time < best:
-                    found, taken, best = candidate, name, time
+                    chosen, taken, best = candidate, name, time
                 if not self.measured:
                     break
         except (MemoryError, *self.ops.failures) as error:
             said.append(f"not compared: {error}")
         why = f" ({'; '.join(said)})" if said else ""
         self.choices.append(f"{shape}, minibatch {batch}, {work}: {taken}{why}")
-        return found
+        return chosen
 
 
 class CudnnConvolution:

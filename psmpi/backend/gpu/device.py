@@ -101,13 +101,13 @@ class Device(Arrays):
 
     def small_mirror(self, name: str, size: int, dtype: np.dtype) -> Mirror:
         """A mirror of (size or more,) of this name."""
-        found = self.mirrors.get((name, dtype))
-        if found is None or found.host.size < size:
-            if found is not None:
+        mirror = self.mirrors.get((name, dtype))
+        if mirror is None or mirror.host.size < size:
+            if mirror is not None:
                 # Pinned memory is for others as soon as it is let go.
-                found.settle()
-            found = self.mirrors[name, dtype] = self.mirror(self.empty(size, dtype))
-        return found
+                mirror.settle()
+            mirror = self.mirrors[name, dtype] = self.mirror(self.empty(size, dtype))
+        return mirror
 
     def upload(self, name: str, values: np.ndarray) -> Any:
         """Values of host memory on the device, until the next of this name."""
@@ -135,8 +135,8 @@ class Device(Arrays):
         return Mirror(array) if isinstance(array, np.ndarray) else DeviceMirror(array, self.cupy, self.stream)
 
     def host(self, array: Any) -> np.ndarray:
-        found: np.ndarray = self.cupy.asnumpy(array)
-        return found
+        values: np.ndarray = self.cupy.asnumpy(array)
+        return values
 
     def put(self, values: np.ndarray) -> Any:
         mirror = self.mirror(self.empty(values.size, values.dtype).reshape(values.shape))

@@ -49,11 +49,11 @@ class DeviceCompressedSamples(CompressedSamples):
 
 def upload(ops: Device, values: np.ndarray) -> Any:
     """Values of host memory on the device, to stay there."""
-    found = ops.cupy.asarray(np.ascontiguousarray(values))
+    copy = ops.cupy.asarray(np.ascontiguousarray(values))
     # They went through pinned memory, which CuPy would keep.
     ops.synchronize()
     ops.cupy.get_default_pinned_memory_pool().free_all_blocks()
-    return found
+    return copy
 
 
 class DeviceSamples(Samples):
@@ -97,9 +97,9 @@ class DeviceRunCopies(RunCopies):
         begin, to, length = self.table.T
         edges = np.unique(np.concatenate([to, to + length]))
         # Runs are cut where another begins or ends, and what is long in pieces for a block each.
-        first, behind = np.searchsorted(edges, to), np.searchsorted(edges, to + length)
-        run = np.repeat(np.arange(len(to)), behind - first)
-        segment = np.arange(len(run)) - np.repeat(np.cumsum(behind - first) - behind, behind - first)
+        first, last = np.searchsorted(edges, to), np.searchsorted(edges, to + length)
+        run = np.repeat(np.arange(len(to)), last - first)
+        segment = np.arange(len(run)) - np.repeat(np.cumsum(last - first) - last, last - first)
         order = np.argsort(segment, kind="stable")
         run, segment = run[order], segment[order]
         sources = begin[run] + edges[segment] - to[run]

@@ -31,11 +31,11 @@ class Recording:
             self.made.clear()
             self.allocations = ops.allocations
         key = tuple(self._key(argument) for argument in args)
-        found = self.made.get(key)
-        if found is None:
+        recorded = self.made.get(key)
+        if recorded is None:
             return self._first(key, args)
         self.made.move_to_end(key)
-        graph, result = found
+        graph, result = recorded
         graph.launch(ops.stream)
         return result
 

@@ -23,8 +23,8 @@ def load_cupy() -> Any:
         try:
             folder.mkdir(mode=0o700, exist_ok=True)
             # Kernels are loaded from there: nobody else may have put them there.
-            found = folder.lstat()
-            if found.st_uid == os.getuid() and not found.st_mode & 0o077:
+            status = folder.lstat()
+            if status.st_uid == os.getuid() and not status.st_mode & 0o077:
                 os.environ["CUPY_CACHE_DIR"] = str(folder)
         except OSError:
             # CuPy's own choice, in the home directory.

@@ -64,8 +64,8 @@ class Arrays:
         """(size,), its contents undefined, beginning at a cache line."""
         memory = np.empty(size * np.dtype(dtype).itemsize + 64, np.uint8)
         first = -memory.ctypes.data % 64
-        found: np.ndarray = memory[first : first + size * np.dtype(dtype).itemsize].view(dtype)
-        return found
+        array: np.ndarray = memory[first : first + size * np.dtype(dtype).itemsize].view(dtype)
+        return array
 
     def zeros(self, size: int, dtype: np.dtype) -> np.ndarray:
         """(size,) zeros."""
@@ -73,10 +73,10 @@ class Arrays:
 
     def scratch(self, name: str, size: int, dtype: np.dtype) -> np.ndarray:
         """Scratch (size or more,) of this name, valid until the next of the same."""
-        found = self.buffers.get((name, dtype))
-        if found is None or found.size < size:
-            found = self.buffers[name, dtype] = self.empty(size, dtype)
-        return found
+        array = self.buffers.get((name, dtype))
+        if array is None or array.size < size:
+            array = self.buffers[name, dtype] = self.empty(size, dtype)
+        return array
 
     def view(self, array: np.ndarray, start: int, shape: Sequence[int], steps: Sequence[int]) -> np.ndarray:
         """The elements of a contiguous array from `start` on, in this shape and at these steps, in elements."""

@@ -186,6 +186,6 @@ class Im2col:
         batch, one = x.shape[-1], np.empty(dkernels.shape[:-1], dkernels.dtype)
         for k in range(batch):
             # Minibatches of one sample: slow, and as right as the sum.
-            alone, out = (np.ascontiguousarray(a[..., k : k + 1]) for a in (x, dy))
-            self.backward(alone, out, one, one, None)
+            single, out = (np.ascontiguousarray(a[..., k : k + 1]) for a in (x, dy))
+            self.backward(single, out, one, one, None)
             dkernels[..., k] = one

@@ -273,11 +273,11 @@ class Pointwise(Arrays):
 
 def row_dots(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """The scalar products (n,) float64 of the rows of a and b (n, m): plain sums of pieces, theirs in float64."""
-    found = np.zeros(len(a))
+    dots = np.zeros(len(a))
     for first in range(0, a.shape[1], SHORT):
         at = slice(first, first + SHORT)
-        found += np.einsum("ij,ij->i", a[:, at], b[:, at])
-    return found
+        dots += np.einsum("ij,ij->i", a[:, at], b[:, at])
+    return dots
 
 
 def _ends(lengths: np.ndarray) -> np.ndarray:

@@ -100,12 +100,12 @@ class Products(Pointwise):
 
 def whole(tokens: np.ndarray) -> np.ndarray:
     """Tokens as int64."""
-    found: np.ndarray = np.rint(tokens).astype(np.int64)
-    return found
+    numbers: np.ndarray = np.rint(tokens).astype(np.int64)
+    return numbers
 
 
 def add_columns(at: np.ndarray, values: np.ndarray, out: np.ndarray) -> None:
     """out[:, t] = the sum of the columns of values where at (n,) is t, for each t that is there."""
     order = at.argsort(kind="stable")
-    found, firsts = np.unique(at[order], return_index=True)
-    out[:, found] = np.add.reduceat(values[:, order], firsts, axis=1)
+    columns, firsts = np.unique(at[order], return_index=True)
+    out[:, columns] = np.add.reduceat(values[:, order], firsts, axis=1)

@@ -85,8 +85,8 @@ class SparseProduct:
 
 def _entries(starts: np.ndarray, places: np.ndarray) -> np.ndarray:
     """(entries,) int64: where the weight of each entry is."""
-    found: np.ndarray = np.arange(starts[-1]) + np.repeat(places - starts[:-1], np.diff(starts))
-    return found
+    entries: np.ndarray = np.arange(starts[-1]) + np.repeat(places - starts[:-1], np.diff(starts))
+    return entries
 
 
 def _add_products(starts: np.ndarray, weights: np.ndarray, columns: np.ndarray, x: np.ndarray, out: np.ndarray) -> None:

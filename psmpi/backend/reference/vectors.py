@@ -63,21 +63,21 @@ class Vectors(Arrays):
         All vectors are (n,) of one dtype. Pairs that share their first array should follow each other: it is then
         brought to the cache once a piece.
         """
-        found = np.zeros(len(pairs))
+        dots = np.zeros(len(pairs))
         scratch = self._two_pieces(np.dtype(np.float64))
         for at in _pieces(pairs[0][0].size if pairs else 0):
             left, right = scratch[:, : at.stop - at.start]
             last: np.ndarray | None = None
             for k, (a, b) in enumerate(pairs):
                 if a.dtype == np.float64:
-                    found[k] += np.dot(a[at], b[at])
+                    dots[k] += np.dot(a[at], b[at])
                     continue
                 if a is not last:
                     np.copyto(left, a[at])
                     last = a
                 np.copyto(right, b[at])
-                found[k] += np.dot(left, right)
-        return found
+                dots[k] += np.dot(left, right)
+        return dots
 
     def abs_sum(self, x: np.ndarray) -> float:
         """The sum of |x|, x (n,), accumulated in float64."""

@@ -1,4 +1,4 @@
-"""Ways of moving vectors between ranks, one a file: forward, its adjoint backward, and an account of the messages.
+"""Transfers of vectors between ranks, one a file: forward, its adjoint backward, and its messages.
 
 Transfers know arrays through their group's bridge; they know no layers and no losses.
 """

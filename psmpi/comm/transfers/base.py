@@ -1,4 +1,4 @@
-"""The base classes of transfers: linear maps between vectors of ranks, their adjoints and accounts of messages."""
+"""The base classes of transfers: linear maps between vectors of ranks, their adjoints, and their messages."""
 
 from __future__ import annotations
 
@@ -11,68 +11,68 @@ import numpy as np
 from psmpi.comm.group import all_done, wait_all
 from psmpi.comm.protocol import Request
 
-# Source and destination, ranks of the job, and the bytes that go from one to the other.
+# (source, destination, bytes); ranks of the job.
 Message = tuple[int, int, int]
-# Numbers of minibatches in flight become tags below this, which every MPI has.
+# MPI guarantees tags below this; a tag is the number of a minibatch in flight modulo this.
 TAGS = 1 << 15
 
 
 @dataclass(frozen=True)
 class Step:
-    """The step whose messages are asked for: samples of its minibatch, number of its round."""
+    """A step, as an argument of `Transfer.messages`: samples of its minibatch, and number of its round."""
 
     batch: int = 1
     round: int = 0
 
 
 class Transfer:
-    """A move of values from `src`, this rank's vector on the side of the owners, to `dst`, on the side of the users.
+    """A movement of values from `src`, this rank's vector as an owner, to `dst`, its vector as a user.
 
-    Vectors are contiguous arrays, or None on a rank that has none there; where both are the same memory, nothing is
-    copied. All ranks of the transfer make the same calls in the same order.
+    Vectors are contiguous arrays, or None on a rank without one. If both share memory, nothing is copied. All ranks of
+    the transfer make the same calls in the same order.
     """
 
     def forward(self, src: Any, dst: Any) -> None:
-        """dst = F src: every user gets the values that it needs. What is not moved stays as it is."""
+        """dst = F src: each user receives the values that it needs. Other elements of dst keep their values."""
         raise NotImplementedError
 
     def backward(self, dst: Any, src: Any) -> None:
-        """src = F* dst: every element that forward moves becomes the sum over all places that it went to.
+        """src = F* dst: each element that forward moves becomes the sum over all its destinations.
 
-        <F x, y> = <x, F* y> for all x and y, over the elements that are moved; one that several ranks have in `src`
-        has the same value on each, and counts once. `dst` may be used up.
+        <F x, y> = <x, F* y> for all x and y, over the moved elements. An element that several ranks have in `src` has
+        the same value on each, and counts once. `dst` may be overwritten.
         """
         raise NotImplementedError
 
     def messages(self, step: Step, back: bool = False) -> list[Message]:
-        """The messages of `forward`, or `backward`, of all ranks in a step, from plans that every rank knows.
+        """All ranks' messages of `forward` (or with `back` of `backward`) in a step, from plans that each rank has.
 
-        Collectives count as `Group` counts them: from and to the root, all-to-all ones from each rank to each other,
-        an all-reduce around a ring. What stays on a rank is no message.
+        Collectives count as in `Group`: rooted ones from or to the root, all-to-all ones from each rank to each other,
+        an all-reduce around a ring. Values that stay on their rank are no message.
         """
         raise NotImplementedError
 
     def stage(self, src: Any) -> None:
-        """Begin to get ready what forward sends from here, so that transfers made one after the other overlap."""
+        """Begin to prepare the messages of forward, so that consecutive transfers overlap."""
 
     def stage_back(self, dst: Any, src: Any) -> None:
-        """Begin to get ready what backward sends from here."""
+        """Begin to prepare the messages of backward."""
 
 
 class Handle:
-    """A transfer under way. Its vectors are not to be touched until `poll` is true or `finish` has returned."""
+    """A transfer under way. Do not touch its vectors before `poll` returns True or `finish` returns."""
 
     def __init__(self, requests: Sequence[Request], arrive: Callable[[], None] | None = None):
         self.requests, self.arrive, self.done = requests, arrive, False
 
     def poll(self) -> bool:
-        """Whether it is done; drives it on without waiting."""
+        """Whether the transfer is done; makes progress without waiting."""
         if not self.done and all_done(self.requests):
             self._end()
         return self.done
 
     def finish(self) -> None:
-        """Wait until it is done."""
+        """Wait until the transfer is done."""
         if not self.done:
             wait_all(self.requests)
             self._end()
@@ -84,9 +84,9 @@ class Handle:
 
 
 class Overlapping(Transfer):
-    """A transfer that goes on beside other work, several of them at once.
+    """A transfer that overlaps with other work; several may be under way at once.
 
-    number: of the minibatch. Between two ranks it tells those in flight apart; all ranks begin in the same order.
+    number: of the minibatch, which tells transfers between two ranks apart. All ranks begin them in the same order.
     """
 
     def begin(self, src: Any, dst: Any, number: int = 0) -> Handle:
@@ -105,18 +105,18 @@ class Overlapping(Transfer):
 
 
 def keep(values: np.ndarray | None, into: np.ndarray | None) -> None:
-    """Copy what stays on a rank, unless one of the two is not there or they are one array."""
+    """Copy values that stay on their rank, unless one array is None or both are the same."""
     if values is not None and into is not None and values is not into:
         into[...] = values
 
 
 def to_others(ranks: Sequence[int], rank: int, nbytes: int) -> list[Message]:
-    """The same to each of the other ranks."""
+    """Messages of `nbytes` from `rank` to each other rank."""
     return [(rank, other, nbytes) for other in ranks if other != rank]
 
 
 def around(ranks: Sequence[int], nbytes: int) -> list[Message]:
-    """An all-reduce of so many bytes as `Group` counts it: around a ring."""
+    """Messages of an all-reduce of `nbytes`, counted as a ring."""
     size = len(ranks)
     moved = 2 * (size - 1) * nbytes // size
     return [(rank, ranks[(k + 1) % size], moved) for k, rank in enumerate(ranks) if size > 1]

@@ -1,4 +1,4 @@
-"""Between two ranks that hold consecutive layers: activations up, their gradients down."""
+"""The transfer between ranks of consecutive layers: activations forward, their gradients backward."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from psmpi.comm.transfers.base import TAGS, Handle, Message, Overlapping, Step, 
 
 
 class Boundary(Overlapping):
-    """src (units, b) on rank `source` of a group to dst (units, b) on rank `target`; the two may be one rank."""
+    """A transfer of src (units, b) on rank `source` of a group to dst (units, b) on `target`; both may be one rank."""
 
     def __init__(self, group: Group, source: int, target: int, units: int, dtype: np.dtype):
         self.group, self.source, self.target = group, source, target

@@ -1,4 +1,4 @@
-"""From one rank to others, each of which needs a run of its own: a scatter out, a gather back."""
+"""The transfer of disjoint runs from one rank to the others: scatter forward, gather backward."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from psmpi.comm.transfers.base import Message, Step, Transfer, keep, turned
 
 
 class Deal(Transfer):
-    """Run [starts[k], + counts[k]) of the root's src, that of rank 0 of a group, is rank k's dst.
+    """A transfer of run [starts[k], starts[k] + counts[k]) of src on rank 0 of a group to dst on rank k.
 
-    Runs do not overlap. starts need be known to the root alone.
+    Runs do not overlap. Only rank 0 needs `starts`.
     """
 
     def __init__(self, group: Group, counts: Sequence[int], starts: Sequence[int], dtype: np.dtype):

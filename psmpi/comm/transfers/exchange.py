@@ -1,4 +1,4 @@
-"""Weights from shards to parts, gradients back: spreads, deals and sums for a plan of roles, in one order."""
+"""The exchange between shards and parts: the spreads, deals and sums of a plan of roles, in one order."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from psmpi.layout import Move, Roles, Runs, plan_moves
 
 @dataclass(frozen=True)
 class Placed:
-    """A transfer, and the slices of this rank's shard and part that are its src and dst; None where it has none."""
+    """A transfer with its src, a slice of this rank's shard, and its dst, a slice of its part; None without."""
 
     transfer: Transfer
     src: slice | None
@@ -32,10 +32,10 @@ class Placed:
 
 
 class Exchange(Transfer):
-    """U_e of all ranks at once: forward brings parts U_e w, backward brings shards sum_e U_e^T g_e.
+    """The U_e of all ranks: forward fills parts with U_e w, backward fills shards with sum_e U_e^T g_e.
 
-    A rank has two local vectors of each quantity, one over its shard and one over its part; where the shard is a slice
-    of the part they share memory. All buffers are contiguous slices of these, nothing is packed.
+    A rank has two local vectors of each quantity, one over its shard and one over its part, which share memory if the
+    shard is a slice of the part. All messages are contiguous slices of them, without packing.
     """
 
     def __init__(
@@ -96,13 +96,13 @@ class Exchange(Transfer):
         return (Sum if move.kind == "sum" else Spread)(group, counts[0], self.dtype)
 
     def make_vectors(self) -> tuple[np.ndarray, np.ndarray]:
-        """(part vector, shard vector), zeros; the shard is a view of the part where it can be."""
+        """Make two vectors of zeros, over the part and over the shard; the shard is a view of the part if possible."""
         part = self.ops.zeros(self.part.size, self.dtype)
         shard = self.ops.zeros(self.shard.size, self.dtype) if self.inside is None else part[self.inside]
         return part, shard
 
     def forward(self, src: np.ndarray, dst: np.ndarray) -> None:
-        """Every part gets its weights from the shards: U_e w."""
+        """Fill the parts with weights of the shards: U_e w."""
         vectors = [(placed.transfer, *placed.vectors(src, dst)) for placed in self.placed]
         for transfer, shard, _ in vectors:
             transfer.stage(shard)
@@ -112,7 +112,7 @@ class Exchange(Transfer):
             dst[of_part] = src[of_shard]
 
     def backward(self, dst: np.ndarray, src: np.ndarray) -> None:
-        """Every shard gets the sum of the parts' gradients: sum_e U_e^T g_e."""
+        """Fill the shards with sums of the parts' gradients: sum_e U_e^T g_e."""
         for run in self.cleared:
             src[run] = 0
         for of_shard, of_part in self.copies:
@@ -127,12 +127,12 @@ class Exchange(Transfer):
         return [message for transfer in self.transfers for message in transfer.messages(step, back)]
 
     def use_nccl(self, stream: Any) -> None:
-        """Let the sums over replicas go from device to device; all ranks make this call."""
+        """Let NCCL sum over replicas. All ranks call it."""
         for group in dict.fromkeys(group for group, _ in self.sums):
             group.use_nccl(stream)
 
     def verify(self, shard: np.ndarray) -> None:
-        """UserError unless all owners of a run hold the same bits of it, as they must after the same steps."""
+        """UserError unless all owners of a run hold the same bits, which they must after the same steps."""
         for group, run in self.sums:
             if not group.same_bits(self.ops.host(shard[run])):
                 raise UserError(

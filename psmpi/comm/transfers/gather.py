@@ -1,4 +1,4 @@
-"""A sharded vector whole on every rank: an all-gather out, a reduce-scatter back."""
+"""The transfer of a sharded vector to every rank: all-gather forward, reduce-scatter backward."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from psmpi.layout import Runs
 
 @dataclass
 class Span:
-    """[start, stop) of dst, in which the ranks follow each other with `counts` elements each.
+    """A slice [start, stop) of dst, made of counts[k] elements of each rank k in order.
 
-    own: of this rank's elements the slice of src, that of dst, and that at the front of the span.
+    own: slices of this rank's elements: in src, in dst, and at the front of the span.
     """
 
     start: int
@@ -28,10 +28,10 @@ class Span:
 
 
 class Gather(Transfer):
-    """The elements of `runs`, from disjoint `shards` to all ranks of a group; dst is a local vector of the runs.
+    """A transfer of the elements of `runs` from disjoint `shards` to all ranks of a group; dst is a vector of the runs.
 
-    src, over this rank's shard, may be a view of dst. A collective fills a span: of a vector in equal consecutive
-    shards that is all of it.
+    src, over this rank's shard, may be a view of dst. One collective fills one span; equal consecutive shards make a
+    single span.
     """
 
     def __init__(self, group: Group, shards: Sequence[Runs], runs: Runs, dtype: np.dtype):

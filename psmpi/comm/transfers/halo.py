@@ -1,4 +1,4 @@
-"""Units of a graph from the ranks that have them to those that use them, row by row."""
+"""The halo transfer: outputs of units of a graph, from the ranks that own them to the ranks that use them."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from psmpi.comm.transfers.base import TAGS, Handle, Message, Overlapping, Step, 
 
 
 class Halo(Overlapping):
-    """src (own units, b) to dst (needed units, b) on each rank, units increasing: a unit goes once to each other rank.
+    """A transfer of src (own units, b) to dst (needed units, b), both in increasing order of units.
 
     owners: (units,) the rank of the group that has each unit; needs: for each rank of the group the units that it uses,
-    increasing, its own ones among them. Backward adds up what all users have of a unit. Rows that lie side by side are
-    sent from where they are, and received where they belong; others are packed.
+    increasing, its own ones among them. A unit goes once to each other rank. Backward sums over all users of a unit.
+    Adjacent rows are sent and received in place; others are packed.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class Halo(Overlapping):
         self.coming: list[Rows] = []
         self.free: list[Any] = []
         own = np.flatnonzero(owners == group.rank)
-        mine = here = np.empty(0, np.int64)
+        places = here = np.empty(0, np.int64)
         for user, units in enumerate(needs):
             sources = owners[units]
             for source in np.unique(sources).tolist():
@@ -43,15 +43,15 @@ class Halo(Overlapping):
                 if source != user:
                     self.counts[source, user] = len(at)
                 if user == group.rank == source:
-                    mine, here = np.searchsorted(own, units[at]), at
+                    places, here = np.searchsorted(own, units[at]), at
                 elif source == group.rank:
                     self.out.append(Rows(user, np.searchsorted(own, units[at]), self.ops))
                 elif user == group.rank:
                     self.coming.append(Rows(source, at, self.ops))
         # Whether this rank uses all that it has.
-        self.all = len(mine) == len(own)
+        self.all = len(places) == len(own)
         # What stays on this rank.
-        self.kept, self.back = self.ops.row_copies(mine, here), self.ops.row_copies(here, mine)
+        self.kept, self.back = self.ops.row_copies(places, here), self.ops.row_copies(here, places)
 
     def begin(self, src: Any, dst: Any, number: int = 0) -> Handle:
         group, tag, b = self.group, number % TAGS, dst.shape[-1]
@@ -106,24 +106,24 @@ class Halo(Overlapping):
         self.free.append(self._room(b))
 
     def _room(self, b: int) -> Any:
-        """Room for all rows that come and go."""
+        """A buffer for all rows that are sent and received."""
         size = b * sum(rows.count for rows in (*self.out, *self.coming))
         room = self.free.pop() if self.free else None
         return self.ops.empty(size, self.dtype) if room is None or room.size < size else room
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the rooms that no transfer uses now."""
+        """Bytes of buffers that no transfer uses at the moment."""
         return sum(int(room.nbytes) for room in self.free)
 
     def messages(self, step: Step, back: bool = False) -> list[Message]:
         ranks, nbytes = self.group.ranks, step.batch * self.dtype.itemsize
-        found = [(ranks[a], ranks[b], count * nbytes) for (a, b), count in self.counts.items()]
-        return turned(found) if back else found
+        messages = [(ranks[a], ranks[b], count * nbytes) for (a, b), count in self.counts.items()]
+        return turned(messages) if back else messages
 
 
 class Rows:
-    """Rows of an array that come from, or go to, another rank."""
+    """Rows of an array that another rank sends or receives."""
 
     def __init__(self, rank: int, at: np.ndarray, ops: NumpyOps):
         self.rank, self.count = rank, len(at)
@@ -133,23 +133,23 @@ class Rows:
         self.packed, self.spread = ops.row_copies(at, order), ops.row_copies(order, at)
 
     def place(self, array: Any, room: Any, at: int) -> tuple[Any, int]:
-        """The rows in the array, or a place for them in `room` from `at` on; and where the next ones begin there."""
+        """Adjacent rows in the array, or a place for packed rows in `room` from `at` on; and the next free place."""
         if self.slice is not None:
             return array[self.slice], at
         b = array.shape[-1]
-        behind = at + self.count * b
-        return room[at:behind].reshape(self.count, b), behind
+        stop = at + self.count * b
+        return room[at:stop].reshape(self.count, b), stop
 
     def pack(self, array: Any, values: Any) -> None:
-        """Bring the rows together in `values`, their place."""
+        """Pack the rows into `values`, unless they are adjacent."""
         if self.slice is None:
             self.packed.copy(array, values)
 
     def unpack(self, values: Any, array: Any) -> None:
-        """Bring what has come to the array's rows."""
+        """Copy received rows to their places in the array, unless they are adjacent."""
         if self.slice is None:
             self.spread.copy(values, array)
 
     def add(self, values: Any, array: Any) -> None:
-        """Add what has come to the array's rows."""
+        """Add received rows to the array."""
         self.spread.add(values, array)

@@ -1,5 +1,6 @@
-"""Along the edges of a directed graph of places, several of which may lie on a rank: each place's vector to those it
-points to."""
+"""The transfer along the edges of a directed graph of places: the vector of each place goes to its out-neighbours.
+
+Several places may lie on one rank."""
 
 from __future__ import annotations
 
@@ -16,12 +17,12 @@ Edge = tuple[int, int]
 
 
 class Neighbours(Overlapping):
-    """src (places of this rank, size) to dst (in-neighbours of these on other ranks, size), both ordered by place.
+    """A transfer of src (places of this rank, size) to dst (in-neighbours on other ranks, size), in order of places.
 
     edges: (source, target), numbers of different places, the same on all ranks. owners: for each place its rank in the
-    group, growing; by default every rank is a place. Between two places of one rank nothing is moved, and a place that
-    points to several of one rank is sent there once. As many of the backward transfers as were ever open at once keep
-    room for what they receive.
+    group, increasing; by default each rank is a place. Places of one rank exchange nothing, and a place with several
+    out-neighbours on a rank is sent there once. The largest number of backward transfers open at once determines the
+    receive buffers.
     """
 
     def __init__(
@@ -41,7 +42,7 @@ class Neighbours(Overlapping):
         self.plan(edges)
 
     def plan(self, edges: Iterable[Edge]) -> None:
-        """Move along these edges from now on; all ranks make this call between the same transfers."""
+        """Replace the edges. All ranks call it between the same transfers."""
         every = sorted(set(edges))
         if any(a == b for a, b in every):
             raise ValueError("an edge goes from a place to another: what a place has itself is not sent")
@@ -83,7 +84,7 @@ class Neighbours(Overlapping):
         return Handle(requests, arrive)
 
     def _own(self, src: Any) -> Any:
-        """The vectors of this rank's places, of which one may come without its own axis."""
+        """The vectors (places, size) of this rank's places; a single one may have the shape (size,)."""
         return None if src is None else src.reshape(self.here, self.size)
 
     def messages(self, step: Step, back: bool = False) -> list[Message]:

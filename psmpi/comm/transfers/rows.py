@@ -1,4 +1,4 @@
-"""From every rank of a group to all: what each has of every sample, such as the scores of its classes."""
+"""The transfer of rows from each rank of a group to all: its values of every sample, such as scores of its classes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from psmpi.comm.transfers.base import Handle, Message, Overlapping, Step, keep, 
 
 
 class RowExchange(Overlapping):
-    """src (counts[k], b) of rank k to all ranks of a group: dst (sum of counts, b), in the order of the ranks.
+    """A transfer of src (counts[k], b) on rank k to dst (sum of counts, b) on all ranks of a group, in order of ranks.
 
     Forward is an all-gather, backward a reduce-scatter.
     """
@@ -55,6 +55,6 @@ class RowExchange(Overlapping):
 
 
 def gathered(ranks: Sequence[int], own: Sequence[int], back: bool) -> list[Message]:
-    """The messages of an all-gather of own[k] bytes of each rank, or of the sums of these back to it."""
+    """Messages of an all-gather of own[k] bytes of each rank k, or of the reduce-scatter back."""
     out = [message for rank, nbytes in zip(ranks, own, strict=True) for message in to_others(ranks, rank, nbytes)]
     return turned(out) if back else out

@@ -1,4 +1,4 @@
-"""From every rank of a group to all: what each has computed of its slice of a minibatch's samples."""
+"""The transfer of columns from each rank of a group to all: values of its slice of a minibatch."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ from psmpi.layout import even_edges
 
 
 class Slices(Transfer):
-    """src (units, b_k) of rank k to all ranks of a group: dst (units, b), the samples in the order of the ranks.
+    """A transfer of src (units, b_k) on rank k to dst (units, b) on all ranks of a group, samples in order of ranks.
 
     Slices are consecutive and nearly equal, see `even_edges`. In round k a rank sends to the k-th rank after it and
-    receives from the k-th before it. (Collectives would copy the rank's own slice, and the others' once more.) Arrays
-    are those of `ops`.
+    receives from the k-th before it, without the copies that a collective would need. Arrays are arrays of `ops`.
     """
 
     def __init__(self, group: Group, units: int, dtype: np.dtype, ops: NumpyOps | None = None):
@@ -27,7 +26,7 @@ class Slices(Transfer):
         self.sent = self.received = self.ops.empty(0, self.dtype)
 
     def reserve(self, batch: int) -> None:
-        """Make room for minibatches of up to `batch` samples: a slice that is sent and one that is received."""
+        """Make room for minibatches of up to `batch` samples: one slice to send, and one to receive."""
         if batch > self.capacity:
             self.capacity = batch
             size = self.units * -(-batch // self.group.size)
@@ -38,7 +37,7 @@ class Slices(Transfer):
         return int(self.sent.nbytes + self.received.nbytes)
 
     def of_rank(self, batch: int, rank: int) -> slice:
-        """The samples of a rank of the group in a minibatch of `batch`."""
+        """The slice of a rank of the group in a minibatch of `batch` samples."""
         edges = even_edges(batch, self.group.size)
         return slice(edges[rank], edges[rank + 1])
 
@@ -49,41 +48,41 @@ class Slices(Transfer):
             dst[...] = src
         for k in range(1, group.size):
             to, source = (group.rank + k) % group.size, (group.rank - k) % group.size
-            theirs = self.of_rank(b, source)
-            values = self._block(self.received, theirs)
+            columns = self.of_rank(b, source)
+            values = self._block(self.received, columns)
             begun = [group.irecv(values, source), group.isend(src, to)]
             if k == 1:
                 # While the first messages are under way.
                 dst[:, self.of_rank(b, group.rank)] = src
             wait_all(begun)
             group.bridge.arrived(values)
-            dst[:, theirs] = values
+            dst[:, columns] = values
 
     def backward(self, dst: Any, src: Any) -> None:
         b, group = dst.shape[-1], self.group
         self.reserve(b)
-        mine = self.of_rank(b, group.rank)
-        found = src.reshape(self.units, -1)
+        own_columns = self.of_rank(b, group.rank)
+        gradient = src.reshape(self.units, -1)
         if group.size == 1:
-            found[...] = dst[:, mine]
+            gradient[...] = dst[:, own_columns]
         for k in range(1, group.size):
             to, source = (group.rank + k) % group.size, (group.rank - k) % group.size
-            theirs = self.of_rank(b, to)
-            values, others = self._block(self.received, mine), self._block(self.sent, theirs)
-            others[...] = dst[:, theirs]
+            columns = self.of_rank(b, to)
+            values, others = self._block(self.received, own_columns), self._block(self.sent, columns)
+            others[...] = dst[:, columns]
             begun = [group.irecv(values, source), group.isend(others, to)]
             if k == 1:
                 # While the first messages are under way.
-                found[...] = dst[:, mine]
+                gradient[...] = dst[:, own_columns]
             wait_all(begun)
             group.bridge.arrived(values)
-            found += values
+            gradient += values
 
     def _block(self, room: np.ndarray, samples: slice) -> np.ndarray:
-        """The front of a room, for a slice of samples (units, n)."""
+        """The front of a buffer, as a slice of samples (units, n)."""
         count = samples.stop - samples.start
-        found: np.ndarray = room[: self.units * count].reshape(self.units, count)
-        return found
+        block: np.ndarray = room[: self.units * count].reshape(self.units, count)
+        return block
 
     def messages(self, step: Step, back: bool = False) -> list[Message]:
         counts = [at.stop - at.start for at in (self.of_rank(step.batch, k) for k in range(self.group.size))]

@@ -1,4 +1,4 @@
-"""From one rank to all others that need the same: a broadcast out, a sum back."""
+"""The transfer of one vector from one rank to all: broadcast forward, sum backward."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from psmpi.comm.transfers.base import Handle, Message, Overlapping, Step, keep, 
 
 
 class Spread(Overlapping):
-    """`size` elements, or with `per_sample` so many a sample, of rank `root` of a group to all ranks of it.
+    """A transfer of `size` elements (with `per_sample` of each sample) from rank `root` of a group to all its ranks.
 
-    src is on the root alone. The root may have a dst too, and without one its own share of the sum lies in src.
+    src is on the root alone. The root may have a dst, too; without one its own share of the sum lies in src.
     """
 
     def __init__(self, group: Group, size: int, dtype: np.dtype, root: int = 0, per_sample: bool = False):

@@ -72,8 +72,8 @@ class Strip:
 
 
 def shard_rows(layout: Layout, holders: int) -> list[Runs]:
-    """The flat vector dealt to `holders` ranks: each has a group of consecutive units of every parameter."""
-    found: list[list[tuple[int, int]]] = [[] for _ in range(holders)]
+    """Deal the flat vector to `holders` ranks: each has consecutive units of every parameter."""
+    rows: list[list[tuple[int, int]]] = [[] for _ in range(holders)]
     for piece in layout.pieces():
         parameter = layout.parameters[piece.parameter]
         edges = even_edges(parameter.units, holders)
@@ -81,42 +81,42 @@ def shard_rows(layout: Layout, holders: int) -> list[Runs]:
             first, last = max(piece.first, edges[k]), min(piece.last, edges[k + 1])
             if first < last:
                 begin = piece.offset + (first - piece.first) * parameter.unit_size
-                found[k].append((begin, begin + (last - first) * parameter.unit_size))
-    return [Runs.union(intervals) for intervals in found]
+                rows[k].append((begin, begin + (last - first) * parameter.unit_size))
+    return [Runs.union(intervals) for intervals in rows]
 
 
 def find_strips(
     layout: Layout, shard: Runs, holder: tuple[int, int], own: Layout, shares: Shares, worker: int
 ) -> list[Strip]:
-    """The strips of the shard of `holder`, (number, how many), in a worker's subnetwork with the layout `own`."""
+    """The strips of a shard in a worker's subnetwork with the layout `own`. holder: (number, number of holders)."""
     numbers = {p.name: k for k, p in enumerate(layout.parameters)}
-    found, at = [], 0
+    strips, at = [], 0
     for piece in own.pieces():
-        mine = own.parameters[piece.parameter]
-        share = shares[mine.name]
+        parameter = own.parameters[piece.parameter]
+        share = shares[parameter.name]
         source = layout.parameters[numbers[share.source]]
         rows = np.arange(source.units) if share.rows is None else share.rows
         rows = rows[piece.first : piece.last]
         edges = even_edges(source.units, holder[1])
-        for theirs, first, last in _pieces(layout, numbers[share.source], *edges[holder[0] : holder[0] + 2]):
+        for begin, first, last in _pieces(layout, numbers[share.source], *edges[holder[0] : holder[0] + 2]):
             a, b = (int(np.searchsorted(rows, edge)) for edge in (first, last))
             if a == b:
                 continue
             count = last - first
-            start = shard.local(theirs, theirs + count * source.unit_size).start
+            start = shard.local(begin, begin + count * source.unit_size).start
             some = rows[a:b] - first
             strip = Strip(
                 start, count, source.unit_size, None if b - a == count else some, share.columns,
-                (b - a, mine.unit_size), at, piece.offset + a * mine.unit_size, share.owners.index(worker),
+                (b - a, parameter.unit_size), at, piece.offset + a * parameter.unit_size, share.owners.index(worker),
                 len(share.owners),
             )  # fmt: skip
-            found.append(strip)
+            strips.append(strip)
             at += strip.size
-    return found
+    return strips
 
 
 def _pieces(layout: Layout, parameter: int, first: int, last: int) -> Iterator[tuple[int, int, int]]:
-    """(offset, first unit, behind the last) of the pieces of a parameter's units [first, last)."""
+    """(offset, first unit, last unit + 1) of each piece of a parameter's units [first, last)."""
     size = layout.parameters[parameter].unit_size
     for piece in layout.by_parameter[parameter]:
         a, b = max(piece.first, first), min(piece.last, last)
@@ -125,5 +125,5 @@ def _pieces(layout: Layout, parameter: int, first: int, last: int) -> Iterator[t
 
 
 def strips_size(strips: Sequence[Strip]) -> int:
-    """Elements of a message."""
+    """Number of elements of the message of these strips."""
     return sum(strip.size for strip in strips)

@@ -43,11 +43,11 @@ class Subnets(Transfer):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the messages, where they are apart from the vectors."""
+        """Bytes of message buffers apart from the vectors."""
         return self.sending.nbytes + self.arriving.nbytes
 
     def plan(self, number: int) -> None:
-        """Find what goes between this rank and the others in round `number`: the one that is moved from now on."""
+        """Plan the messages of this rank in round `number`, for the next transfers."""
         shares = self.deal(number)
         rank, every = self.group.rank, range(len(self.workers))
         self.out = [self._strips(self.holders.index(rank), w, shares) for w in every] if rank in self.holders else []
@@ -65,7 +65,7 @@ class Subnets(Transfer):
         return find_strips(self.layout, shard, at, self.layouts[worker], shares[worker], worker)
 
     def _message(self, dst: Any) -> np.ndarray:
-        """The array of a worker's messages."""
+        """The buffer of a worker's messages."""
         return self.arriving if dst is None or len(self.holders) > 1 else dst
 
     def forward(self, src: Any, dst: Any) -> None:
@@ -84,7 +84,7 @@ class Subnets(Transfer):
         self._back(dst, src, mean=False)
 
     def average(self, dst: Any, src: Any) -> None:
-        """Backward with the mean in place of the sum where several workers have an element: what weights become."""
+        """Backward of weights: the mean, in place of the sum, of elements that several workers have."""
         self._back(dst, src, mean=True)
 
     def _back(self, dst: Any, src: Any, mean: bool) -> None:
@@ -97,17 +97,17 @@ class Subnets(Transfer):
             strip.put(message, src, mean)
 
     def messages(self, step: Step, back: bool = False) -> list[Message]:
-        shares, ranks, found = self.deal(step.round), self.group.ranks, []
+        shares, ranks, messages = self.deal(step.round), self.group.ranks, []
         for k, holder in enumerate(self.holders):
             for number, worker in enumerate(self.workers):
                 nbytes = strips_size(self._strips(k, number, shares)) * self.dtype.itemsize
                 if holder != worker:
-                    found.append((ranks[holder], ranks[worker], nbytes))
-        return turned(found) if back else found
+                    messages.append((ranks[holder], ranks[worker], nbytes))
+        return turned(messages) if back else messages
 
 
 def _messages(strips: list[list[Strip]], buffer: np.ndarray) -> Iterator[tuple[Strip, np.ndarray]]:
-    """Every strip of several messages, and where in the buffer its message is: one after the other."""
+    """All strips of several messages, each with the slice of the buffer of its message."""
     at = 0
     for some in strips:
         size = strips_size(some)

@@ -1,4 +1,4 @@
-"""A vector that all ranks of a group own: nothing goes out, gradients are summed on every rank."""
+"""The transfer of a vector that all ranks of a group own: nothing forward, an all-reduce of gradients backward."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from psmpi.comm.transfers.base import Message, Step, Transfer, around, keep
 
 
 class Sum(Transfer):
-    """`size` elements, or with `per_sample` so many a sample, that all ranks of a group have."""
+    """A transfer of `size` elements (with `per_sample` of each sample) that all ranks of a group have."""
 
     def __init__(self, group: Group, size: int, dtype: np.dtype, per_sample: bool = False):
         self.group, self.per_sample, self.nbytes = group, per_sample, size * np.dtype(dtype).itemsize

@@ -1,1 +1,1 @@
-"""What each rank does, and the naming of ranks that stand still: records, heartbeats, and who waits for whom."""
+"""The watch over ranks that stand still: records of operations, heartbeats, and the ranks that others wait for."""

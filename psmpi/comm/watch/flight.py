@@ -1,7 +1,7 @@
 """The flight recorder: the last operations of a rank, kept by communicators that record what goes through them.
 
-Neither transfers nor methods know of it: `recorded` wraps the communicator of all ranks, and those made of it record
-too. One rank alone records nothing.
+`recorded` wraps the communicator of all ranks, and communicators made from it record, too; transfers and methods do not
+know of it. A single rank records nothing.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ now = time.monotonic
 
 
 class Task:
-    """An operation outside MPI, on files for instance, as a block; not to be nested with other operations."""
+    """A block that is recorded as one operation outside MPI, as reading a file. Operations do not nest."""
 
     __slots__ = ("flight", "name", "record")
 
@@ -61,7 +61,7 @@ class Flight:
         self.made: dict[tuple[str, tuple[int, ...]], int] = {}
 
     def begin(self, record: Record) -> Record:
-        """Put a record of an operation that begins in the place of the oldest."""
+        """Record the begin of an operation, in place of the oldest record."""
         self.past = self.spent()
         # The count last: who reads it finds the record there.
         self.ring[self.count % self.room] = record
@@ -69,7 +69,7 @@ class Flight:
         return record
 
     def begin_wait(self, begun: Record) -> Record:
-        """`begin` for the wait for what an earlier record has begun."""
+        """Record the begin of the wait for an operation that an earlier record began."""
         name, group, number, peer, nbytes, *_ = begun
         return self.begin([WAITS[name], group, number, peer, nbytes, self.step, now(), 0.0])
 
@@ -78,25 +78,25 @@ class Flight:
         return Task(self, name)
 
     def spent(self) -> float:
-        """Seconds in all operations between ranks that have ended, waits included."""
+        """Seconds in all finished operations between ranks, waits included."""
         last = self.ring[(self.count - 1) % self.room]
         if last is None or last[GROUP] == NO_GROUP or not last[ENDED]:
             return self.past
         return self.past + float(last[ENDED] - last[BEGUN])
 
     def last(self) -> Record | None:
-        """The operation begun last; it goes on while its end is 0."""
+        """The last operation that began; it is under way while its end is 0."""
         return self.ring[(self.count - 1) % self.room]
 
     def records(self) -> list[Record]:
-        """Copies of the records, the oldest first."""
+        """Copies of the records, oldest first."""
         end = self.count
         ring = list(self.ring)
         order = ring[end % self.room :] + ring[: end % self.room]
         return [list(record) for record in order if record is not None]
 
     def key(self, kind: str, ranks: tuple[int, ...]) -> str:
-        """A name for a new communicator, the same on all of its ranks, as they make those among them in one order."""
+        """The key of a new communicator, the same on all its ranks, which make communicators in one order."""
         number = self.made[kind, ranks] = self.made.get((kind, ranks), 0) + 1
         return f"{kind} {number} {spans(ranks)}"
 
@@ -114,13 +114,13 @@ class RecordedRequest:
 
     def Wait(self) -> object:
         record = self.flight.begin_wait(self.record)
-        found = self.request.Wait()
+        result = self.request.Wait()
         record[ENDED] = now()
-        return found
+        return result
 
 
 class Members:
-    """A group of ranks that remembers which they are."""
+    """A group of ranks that knows its members."""
 
     def __init__(self, group: RankGroup, ranks: Sequence[int]):
         self.group, self.ranks = group, tuple(ranks)
@@ -133,7 +133,7 @@ class Members:
 
 
 class Recorded:
-    """A communicator whose operations are recorded. ranks: its members, as ranks of the job; calls: its collectives."""
+    """A communicator that records its operations. ranks: its members, as ranks of the job; calls: its collectives."""
 
     def __init__(self, comm: Any, flight: Flight, kind: str, ranks: Sequence[int]):
         self.comm, self.flight, self.ranks, self.calls = comm, flight, tuple(ranks), 0
@@ -301,19 +301,19 @@ class Recorded:
 
 
 def _nbytes(sent: Sent, other: Any) -> int:
-    """Bytes of the buffer that is an array: the other one where `sent` is MPI.IN_PLACE."""
-    found = getattr(sent, "nbytes", None)
-    return int(getattr(other, "nbytes", 0) if found is None else found)
+    """Bytes of `sent`, or of `other` if `sent` is MPI.IN_PLACE."""
+    nbytes = getattr(sent, "nbytes", None)
+    return int(getattr(other, "nbytes", 0) if nbytes is None else nbytes)
 
 
 def spans(ranks: Sequence[int]) -> str:
-    """Rising ranks in few characters: "rank 3", "ranks 0-2 5"; others one by one."""
+    """Increasing ranks in short form: "rank 3", "ranks 0-2 5"."""
     texts = [str(a) if a == b else f"{a}-{b}" for a, b in ranges(ranks)]
     return f"rank{'s' if len(ranks) != 1 else ''} {' '.join(texts)}"
 
 
 def ranges(ranks: Sequence[int]) -> list[list[int]]:
-    """Ranks as pairs of the first and the last of those that follow each other."""
+    """Ranks as pairs (first, last) of consecutive ones."""
     parts: list[list[int]] = []
     for rank in ranks:
         if parts and rank == parts[-1][1] + 1:
@@ -324,18 +324,18 @@ def ranges(ranks: Sequence[int]) -> list[list[int]]:
 
 
 def recorded(world: World, flight: Flight | None = None) -> World:
-    """The communicator of all ranks with a flight recorder, a new one by default; one rank's as it is."""
+    """Wrap the communicator of all ranks in a flight recorder, a new one by default; a single rank is not wrapped."""
     return Recorded(world, flight or Flight(), "world", range(world.size)) if world.size > 1 else world
 
 
 def flight_of(comm: Communicator) -> Flight:
-    """The recorder of a communicator; of one that does not record, a new one that keeps one operation."""
+    """The recorder of a communicator; a new recorder of one operation if it has none."""
     return comm.flight if isinstance(comm, Recorded) else Flight(1)
 
 
 @contextmanager
 def receiving(comm: Communicator, source: int) -> Iterator[None]:
-    """A block in which this rank looks, in its own way, for what another one is to do: recorded as a receive."""
+    """A block in which this rank waits for another one without MPI; it is recorded as a receive."""
     record = comm._message("Recv", 0, source) if isinstance(comm, Recorded) else None
     yield
     if record is not None:
@@ -343,8 +343,8 @@ def receiving(comm: Communicator, source: int) -> Iterator[None]:
 
 
 def bare(comm: Communicator) -> Any:
-    """The communicator itself, of mpi4py, for libraries that ask for it."""
-    found: Any = comm
-    while isinstance(found, (Recorded, Patient)):
-        found = found.comm
-    return found
+    """The communicator of mpi4py inside the wrappers, for libraries that need it."""
+    inner: Any = comm
+    while isinstance(inner, (Recorded, Patient)):
+        inner = inner.comm
+    return inner

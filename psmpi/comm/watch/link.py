@@ -1,6 +1,6 @@
 """Short messages between the watches of ranks, beside MPI: datagrams, or files where no datagram arrives.
 
-Every message ends in a code that only who knows the token of the job can make; others are dropped unread.
+Each message ends in a code made with the token of the job; messages with another code are dropped unread.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def pack(message: Message, token: bytes) -> bytes:
 
 
 def unpack(data: bytes, token: bytes, size: int) -> Message | None:
-    """The message in these bytes, None where they are not one from a rank of this job of `size` ranks."""
+    """Parse a message; None for bytes that are no message from a rank of this job of `size` ranks."""
     if not HEAD.size + CODE <= len(data) <= LONGEST + HEAD.size + CODE:
         return None
     content, code = data[:-CODE], data[-CODE:]
@@ -58,7 +58,7 @@ def unpack(data: bytes, token: bytes, size: int) -> Message | None:
 
 
 class Datagrams:
-    """A UDP socket, which neither waits nor raises. local: for messages of this host alone."""
+    """A UDP socket that neither blocks nor raises. local: for messages within this host."""
 
     def __init__(self, local: bool = False):
         self.socket: socket.socket | None = None
@@ -75,7 +75,7 @@ class Datagrams:
 
     @property
     def addresses(self) -> list[Address]:
-        """Where other ranks may reach this socket."""
+        """Addresses at which other ranks may reach this socket."""
         if self.socket is None:
             return []
         port = int(self.socket.getsockname()[1])
@@ -87,7 +87,7 @@ class Datagrams:
                 self.socket.sendto(data, to)
 
     def receive(self, most: int = 1000) -> Iterator[tuple[bytes, Address]]:
-        """What has arrived, `most` datagrams at a time."""
+        """Messages that have arrived, at most `most`."""
         for _ in range(most if self.socket is not None else 0):
             try:
                 assert self.socket is not None
@@ -106,10 +106,10 @@ class Datagrams:
 
 
 class Courier:
-    """Messages as files of a folder that ranks share: one of each kind from each rank to each other, the newest.
+    """Messages as files in a shared folder: the newest of each kind from each rank to each other.
 
-    A thread of its own reads and writes them: a folder that does not answer holds up nobody else. clears: whether this
-    rank makes the folder, and removes it in the end.
+    A thread reads and writes them, so that a folder which does not answer blocks nothing else. clears: whether this
+    rank makes the folder, and removes it at the end.
     """
 
     def __init__(self, folder: Path, rank: int, interval: float, clears: bool = False):
@@ -123,16 +123,16 @@ class Courier:
         self.thread.start()
 
     def send(self, data: bytes, message: Message) -> None:
-        """Have a message written, in the place of an earlier one of its kind."""
+        """Queue a message for writing, in place of an earlier one of its kind."""
         self.leaving[f"{message.to}-{message.sender}-{message.kind}"] = data
 
     def receive(self) -> Iterator[bytes]:
-        """What has arrived; each message once."""
+        """Messages that have arrived; each is returned once."""
         while self.come:
             yield self.come.popleft()
 
     def close(self, patience: float = 2.0) -> None:
-        """Write what is to be written, and remove what nobody reads, if the folder answers in time."""
+        """Write queued messages and remove unread ones, if the folder answers in time."""
         self.stopping.set()
         self.thread.join(patience)
 
@@ -149,7 +149,7 @@ class Courier:
                 break
 
     def turn(self) -> None:
-        """Write and read once, through no link."""
+        """Write and read once; symbolic links are not followed."""
         with contextlib.suppress(OSError):
             if self.folder.is_symlink():
                 return
@@ -168,11 +168,11 @@ class Courier:
 
 
 def own_addresses() -> list[str]:
-    """The IPv4 addresses of this host: of its loopback, of its name, of its interfaces."""
-    found = {"127.0.0.1": None}
+    """IPv4 addresses of this host: of the loopback, the host name and the interfaces."""
+    addresses = {"127.0.0.1": None}
     with contextlib.suppress(OSError):
         for *_, address in socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET, socket.SOCK_DGRAM):
-            found.setdefault(str(address[0]))
+            addresses.setdefault(str(address[0]))
     with contextlib.suppress(OSError, ImportError, AttributeError):
         import fcntl
 
@@ -181,5 +181,5 @@ def own_addresses() -> list[str]:
                 # SIOCGIFADDR of Linux; an interface without an address is an OSError.
                 with contextlib.suppress(OSError):
                     answer = fcntl.ioctl(one.fileno(), 0x8915, struct.pack("256s", name.encode()[:15]))
-                    found.setdefault(socket.inet_ntoa(answer[20:24]))
-    return list(found)
+                    addresses.setdefault(socket.inet_ntoa(answer[20:24]))
+    return list(addresses)

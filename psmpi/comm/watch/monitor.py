@@ -1,4 +1,4 @@
-"""The monitor of a job: hears what every rank does, finds out who stands still, and says so."""
+"""The monitor of a job: it receives heartbeats of all ranks, and reports ranks that stand still."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ ASKED = 4
 
 
 class Patience(NamedTuple):
-    """Seconds: until a stall is told, and until it ends the job (0: never); between heartbeats; until all are heard."""
+    """Seconds until a stall is reported and until it ends the job (0: never), between heartbeats, and for answers."""
 
     warn: float
     abort: float = 0.0
@@ -58,19 +58,19 @@ class Patience(NamedTuple):
 
     @property
     def jump(self) -> float:
-        """Seconds between two looks after which this process itself stood still, or the whole job did."""
+        """Seconds between two looks that show that this process, or the whole job, was stopped."""
         return max(4 * self.interval, 2.0)
 
 
 def heartbeat(flight: Flight) -> bytes:
-    """What a rank does, for its monitors."""
+    """The heartbeat of a rank: its current operation."""
     last, state = flight.last(), state_of(flight)
     name = str(last[0]) if last is not None else ""
     return HEARTBEAT.pack(flight.count, flight.step, DOING.index(state)) + name.encode()[:200]
 
 
 def pack_flight(table: dict[str, Any], limit: int) -> bytes:
-    """A rank's flight in at most so many bytes, with as many of the newest operations as fit."""
+    """Pack a rank's flight into at most `most` bytes, with as many of the newest operations as fit."""
     operations = table["operations"]
     while True:
         data = zlib.compress(json.dumps({**table, "operations": operations}, separators=(",", ":")).encode())
@@ -80,7 +80,7 @@ def pack_flight(table: dict[str, Any], limit: int) -> bytes:
 
 
 def unpack_flight(data: bytes) -> dict[str, Any]:
-    """The table of such bytes; ValueError where they are none."""
+    """Unpack a flight to a table. ValueError for other bytes."""
     try:
         text = zlib.decompressobj().decompress(data, UNPACKED)
     except zlib.error as error:
@@ -92,7 +92,7 @@ def unpack_flight(data: bytes) -> dict[str, Any]:
 
 @dataclass
 class Seen:
-    """What a monitor has heard of a rank, and when by its own clock: of it at all, and of another operation."""
+    """A monitor's knowledge of a rank, with the times, by its own clock, of the last message and the last change."""
 
     at: float
     changed: float
@@ -107,7 +107,7 @@ class Seen:
 
 
 class Ending(NamedTuple):
-    """The end of the job: when ranks are no longer waited for, which ones have not shown their stacks, the silent."""
+    """The end of the job: its deadline, the ranks that have not yet shown their stacks, and the silent ranks."""
 
     until: float
     lacking: set[int]
@@ -115,7 +115,7 @@ class Ending(NamedTuple):
 
 
 class Monitor:
-    """Watches the ranks of a job from one of them. first: the rank that speaks as long as it is not silent itself.
+    """The watch over all ranks from one of them. first: the rank that reports unless it is silent itself.
 
     post(kind, to, body) sends a message, to this rank too; tell(lines) prints; keep(tables) writes the flights and
     returns a line on where they are; condition(rank) is what can be seen of a process. All of it is called by the
@@ -152,7 +152,7 @@ class Monitor:
         self.ending: Ending | None = None
 
     def hear(self, message: Message, now: float) -> None:
-        """Take a message of a rank."""
+        """Process a message of a rank."""
         seen, rank = self.seen[message.sender], message.sender
         # What was not heard of is no measure of how long it computes.
         even = now - seen.at < self.patience.quiet
@@ -183,7 +183,7 @@ class Monitor:
         seen.count, seen.step, seen.state, seen.name = count, step, state, name
 
     def tick(self, now: float) -> None:
-        """Look at all ranks; now: seconds of a clock that goes evenly."""
+        """Look at all ranks. now: seconds of a monotonic clock."""
         if now - self.ticked > self.patience.jump:
             self._forget_times(now)
         self.ticked = now
@@ -211,7 +211,7 @@ class Monitor:
             self._ask(now)
 
     def _forget_times(self, now: float) -> None:
-        """This process stood still, and with it perhaps all: nothing is known of the time that has passed."""
+        """Reset all times after a stop of this process, during which heartbeats were not heard."""
         for one in self.seen:
             one.at = one.changed = now
         self.begun, self.collecting = now, False
@@ -222,19 +222,19 @@ class Monitor:
         return self.rank == self.first or silent
 
     def _stuck(self, now: float) -> frozenset[Any]:
-        """Ranks that have been in one operation, or silent, for long."""
-        patience, found = self.patience, set()
+        """Ranks that have long been in one operation, or silent."""
+        patience, ranks = self.patience, set()
         for rank, one in enumerate(self.seen):
             if one.gone or not one.heard:
                 continue
             if now - one.at >= max(patience.warn, patience.quiet):
-                found.add((rank, SILENT, one.count))
+                ranks.add((rank, SILENT, one.count))
             elif one.state != COMPUTING and now - one.changed >= patience.warn:
-                found.add((rank, one.state, one.count))
-        return frozenset(found)
+                ranks.add((rank, one.state, one.count))
+        return frozenset(ranks)
 
     def _ask(self, now: float) -> None:
-        """Ask for the flights that are missing, some at a time, in smaller pieces each time; then conclude."""
+        """Ask for missing flights, some at a time and in smaller pieces each time; then conclude."""
         wait = max(0.5, self.patience.interval)
 
         def is_open(rank: int) -> bool:
@@ -254,14 +254,14 @@ class Monitor:
             self._conclude(now)
 
     def _rank(self, rank: int, now: float) -> Rank:
-        """What is known of a rank."""
+        """The state of a rank as far as it is known."""
         seen, host = self.seen[rank], self.hosts[rank]
         known = Rank(rank, host, seen.state, now - seen.changed, seen.count, seen.step, seen.name)
         if seen.gone:
             known.state = GONE
         elif rank in self.flights:
-            found = from_table(self.flights[rank])
-            known.calls, known.operations = found.calls, found.operations
+            flight = from_table(self.flights[rank])
+            known.calls, known.operations = flight.calls, flight.operations
         elif not seen.heard:
             known.state, known.seconds = UNWATCHED, now - self.begun
         elif now - seen.at >= self.patience.quiet:
@@ -270,7 +270,7 @@ class Monitor:
         return known
 
     def _conclude(self, now: float) -> None:
-        """Say who is waited for, where that has not been said; end the job where it is time."""
+        """Report the ranks that others wait for, once; end the job if it is time."""
         patience = self.patience
         if self.rank != self.first and self.first in self.flights:
             return
@@ -314,8 +314,8 @@ class Monitor:
         """A rank's line of the file of flights."""
         empty: Mapping[str, Any] = {"groups": [], "fields": [], "operations": []}
         table = {**empty, **self.flights.get(one.rank, {})}
-        found = {name: getattr(one, name) for name in TABLE}
-        return {**table, **found, "seconds": round(one.seconds, 3), "warn": self.patience.warn, "written": time.time()}
+        fields = {name: getattr(one, name) for name in TABLE}
+        return {**table, **fields, "seconds": round(one.seconds, 3), "warn": self.patience.warn, "written": time.time()}
 
     def _goes_on(self, now: float) -> None:
         if self.told is not None:

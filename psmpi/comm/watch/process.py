@@ -1,4 +1,4 @@
-"""The processes of ranks: who they are, what their threads do, and their end where they are stopped."""
+"""The processes of ranks: their identity, the stacks of their threads, and their end if they are stopped."""
 
 from __future__ import annotations
 
@@ -52,11 +52,11 @@ class Process(NamedTuple):
 
     @property
     def lives(self) -> bool:
-        """Whether it is there, as far as this host can tell; its number may be another process's by now."""
+        """Whether the process lives, as far as this host can tell."""
         return bool(self.start) and start_of(self.pid) == self.start
 
     def condition(self, other: Process) -> str:
-        """What can be seen of another process from here, in words; "" where it is out of sight."""
+        """The visible condition of another process, in words; "" if it cannot be seen."""
         if self.processes != other.processes or not other.start:
             return ""
         state, start, _ = _fields(other.pid)
@@ -69,19 +69,19 @@ class Process(NamedTuple):
 
 
 def start_of(pid: int) -> str:
-    """When a process was started, which tells it from a later one of the same number; "" where that is not known."""
+    """Start time of a process, which distinguishes it from a later one of the same number; "" if unknown."""
     return _fields(pid)[1]
 
 
 def _fields(pid: int | str) -> tuple[str, str, str]:
-    """State, start and parent of a process, as /proc has them."""
+    """State, start time and parent of a process, from /proc."""
     # The name of the program, in brackets, may have blanks.
     fields = _read(f"/proc/{pid}/stat").rpartition(")")[2].split()
     return (fields[0], fields[19], fields[1]) if len(fields) > 19 else ("", "", "")
 
 
 def wake_children() -> None:
-    """Let stopped children of this process go on, where /proc shows them: they end with what they read from it."""
+    """Continue stopped children of this process, which end when their input ends."""
     for folder in Path("/proc").glob("[0-9]*"):
         state, _, parent = _fields(folder.name)
         if parent == str(os.getpid()) and state == "T":
@@ -92,7 +92,8 @@ def wake_children() -> None:
 def kill_later(processes: Sequence[Process], seconds: float = LATER) -> None:
     """Kill processes of this host after some seconds, from a process that outlives this one.
 
-    A stopped process takes no milder signal. Not at once: a launcher's status may be that of the first to end.
+    SIGKILL is the only signal that ends a stopped process. The delay lets another process end first, whose status the
+    launcher may report.
     """
     words = [word for one in processes for word in (str(one.pid), one.start)]
     subprocess.Popen(
@@ -127,7 +128,7 @@ def show_stacks(rank: int, size: int, host: str) -> None:
 
 
 def _nameless() -> IO[bytes]:
-    """A file in memory, or one that goes away when it is closed."""
+    """An unnamed file, in memory if possible."""
     if hasattr(os, "memfd_create"):
         return os.fdopen(os.memfd_create("stacks"), "w+b")
     return tempfile.TemporaryFile()

@@ -1,4 +1,4 @@
-"""Who is waited for when ranks stand still: found from what every rank was doing, without any message."""
+"""The diagnosis of a stall: the ranks that others wait for, from the last operations of all ranks."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Operation(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """The call that began it, where it is a wait."""
+        """The name of the call, for a wait that of the call that began it."""
         return self.name.removeprefix("Wait(").removesuffix(")")
 
     def __str__(self) -> str:
@@ -65,7 +65,7 @@ class Operation(NamedTuple):
 
 @dataclass
 class Rank:
-    """What one rank was doing, and for how many seconds nothing else. calls: collectives begun, by the group's key."""
+    """The last operation of a rank, and for how many seconds. calls: number of collectives begun, by group key."""
 
     rank: int
     host: str
@@ -85,12 +85,12 @@ class Rank:
 
     @property
     def action(self) -> str:
-        """The operation done last, in words."""
+        """The last operation, in words."""
         return str(self.last) if self.last is not None else self.doing
 
 
 def state_of(flight: Flight) -> str:
-    """What a rank is doing by its own recorder."""
+    """The state of a rank by its own recorder."""
     last = flight.last()
     if last is None or last[ENDED]:
         return COMPUTING
@@ -117,7 +117,7 @@ def to_table(flight: Flight, rank: int, host: str, newest: int | None = None) ->
 
 
 def from_table(table: Mapping[str, Any]) -> Rank:
-    """The rank of such a table; ValueError where it is none."""
+    """The rank in a table of `to_table`. ValueError for other tables."""
     try:
         groups = [(str(key), _expanded(pairs), int(calls)) for key, pairs, calls in table["groups"]]
         operations = [_operation(row, groups) for row in table["operations"]]
@@ -133,13 +133,13 @@ def from_table(table: Mapping[str, Any]) -> Rank:
 
 
 def _expanded(pairs: Sequence[Sequence[int]]) -> tuple[int, ...]:
-    """The ranks of such pairs as `ranges` makes."""
-    found: list[int] = []
+    """The ranks in pairs of `ranges`."""
+    numbers: list[int] = []
     for first, last in pairs:
-        if not 0 <= first <= last <= first + MOST_RANKS - len(found):
+        if not 0 <= first <= last <= first + MOST_RANKS - len(numbers):
             raise ValueError(f"ranks {first} to {last}")
-        found += range(int(first), int(last) + 1)
-    return tuple(found)
+        numbers += range(int(first), int(last) + 1)
+    return tuple(numbers)
 
 
 def _operation(row: Sequence[Any], groups: Sequence[tuple[str, tuple[int, ...], int]]) -> Operation:
@@ -154,18 +154,18 @@ def _operation(row: Sequence[Any], groups: Sequence[tuple[str, tuple[int, ...], 
 
 
 def seconds(value: Any) -> float:
-    """A time or a stretch of it; ValueError for what no clock shows."""
-    found = float(value)
-    if not 0 <= found < LAST_TIME:
-        raise ValueError(f"a time of {found} s")
-    return found
+    """A time or duration as a number. ValueError out of the range of clocks."""
+    number = float(value)
+    if not 0 <= number < LAST_TIME:
+        raise ValueError(f"a time of {number} s")
+    return number
 
 
 @dataclass
 class Finding:
-    """Why ranks stand still: the ranks that are waited for, those that wait, and the calls that are missing, in words.
+    """A diagnosis: the ranks that others wait for (`culprits`), the waiting ranks, and the missing calls, in words.
 
-    seconds: for how long; waited: for how long somebody has waited, 0 where nobody has. Without `culprits` ranks wait
+    seconds: duration of the stall; waited: longest wait of a rank, 0 if none waits. Without `culprits` the ranks wait
     for each other, in `missing` calls.
     """
 
@@ -177,15 +177,15 @@ class Finding:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What is the same as long as the stall is."""
+        """The key of the stall, which stays the same as long as it lasts."""
         return tuple((one.rank, one.state) for one in self.culprits), () if self.culprits else tuple(self.missing)
 
 
 def diagnose(ranks: Sequence[Rank], warn: float, longest: Mapping[int, float] | None = None) -> Finding | None:
-    """Who is waited for, None where nobody has stood still for `warn` seconds.
+    """Find the ranks that others wait for; None if no rank has stood still for `warn` seconds.
 
-    ranks: all of the job, in order. longest: seconds that a rank has computed at a stretch before; one that computes is
-    not suspected before twice as long. A rank that goes on, however slowly, is waited for rightly.
+    ranks: all of the job, in order. longest: longest time in seconds that a rank has computed between two operations; a
+    computing rank is suspected after twice that time only. Ranks that make progress, however slowly, are no culprits.
     """
     longest = longest or {}
 
@@ -204,20 +204,20 @@ def diagnose(ranks: Sequence[Rank], warn: float, longest: Mapping[int, float] | 
             if ranks[rank].state == WAITING:
                 near += waits_for(ranks[rank], ranks)
     ends = [ranks[rank] for rank in sorted(seen) if ranks[rank].state != WAITING]
-    alone = [one for one in ranks if one.state in (SILENT, BUSY) and one.seconds >= warn]
+    silent = [one for one in ranks if one.state in (SILENT, BUSY) and one.seconds >= warn]
     # Ranks wait long already for one that has just become silent.
-    culprits = {one.rank: one for one in (*ends, *alone) if stands(one) or one.state == SILENT}
+    culprits = {one.rank: one for one in (*ends, *silent) if stands(one) or one.state == SILENT}
     # Those that nothing is known of, where nobody else is to blame.
     culprits = culprits or {one.rank: one for one in ends if one.state in (GONE, UNWATCHED)}
     if culprits:
-        found = [culprits[rank] for rank in sorted(culprits)]
+        named = [culprits[rank] for rank in sorted(culprits)]
         longest_wait = max((one.seconds for one in waiting), default=0.0)
-        seconds = max([longest_wait, *(one.seconds for one in found if one.state in (SILENT, BUSY))])
-        if all(one.state == COMPUTING for one in found):
-            seconds = min(seconds, max(one.seconds for one in found))
+        seconds = max([longest_wait, *(one.seconds for one in named if one.state in (SILENT, BUSY))])
+        if all(one.state == COMPUTING for one in named):
+            seconds = min(seconds, max(one.seconds for one in named))
         # A silent rank that nobody waits for may go on: its messages may be what is lost.
         waited = longest_wait if seen & culprits.keys() else 0.0
-        return Finding(found, waiting, _missing(waiting, ranks), seconds, min(seconds, waited))
+        return Finding(named, waiting, _missing(waiting, ranks), seconds, min(seconds, waited))
     stuck = [ranks[rank] for rank in sorted(seen)]
     if ends or not stuck or any(one.seconds < warn for one in stuck):
         # Some rank goes on, or is not known.
@@ -227,7 +227,7 @@ def diagnose(ranks: Sequence[Rank], warn: float, longest: Mapping[int, float] | 
 
 
 def waits_for(one: Rank, ranks: Sequence[Rank]) -> list[int]:
-    """The ranks without which the operation that a rank is in cannot end."""
+    """The ranks that a rank's operation needs to end."""
     last = one.last
     if last is None or not last.group:
         return []
@@ -244,8 +244,8 @@ def waits_for(one: Rank, ranks: Sequence[Rank]) -> list[int]:
 
 
 def _missing(waiting: Iterable[Rank], ranks: Sequence[Rank]) -> list[str]:
-    """The calls that ranks wait in and others have not made, or have made as another one."""
-    found: dict[str, None] = {}
+    """Collectives that some ranks wait in, and other ranks have not called, or called as another one."""
+    missing: dict[str, None] = {}
     for one in waiting:
         last = one.last
         if last is None or not last.group:
@@ -253,23 +253,23 @@ def _missing(waiting: Iterable[Rank], ranks: Sequence[Rank]) -> list[str]:
         if not last.number:
             back = "Recv" if last.kind in ("Send", "Isend") else "Send"
             text = f"{_listed([one.rank])} is in {last}: the {back} of rank {last.peer} for it is missing"
-            found.setdefault(text)
+            missing.setdefault(text)
             continue
         lacking = [rank for rank in waits_for(one, ranks) if ranks[rank].state not in (SILENT, UNWATCHED)]
         unknown = [rank for rank in waits_for(one, ranks) if rank not in lacking]
         for group, verb in ((lacking, "not made by"), (unknown, "perhaps not made by")):
             if group:
-                found.setdefault(f"{last.kind}, {str(last).partition(', ')[2]}: {verb} {_listed(group)}")
+                missing.setdefault(f"{last.kind}, {str(last).partition(', ')[2]}: {verb} {_listed(group)}")
         for rank in last.ranks:
             other = _same_call(ranks[rank], last) if rank < len(ranks) else None
             if other is not None and (other.kind, other.peer) != (last.kind, last.peer):
                 first, second = sorted([(one.rank, last), (rank, other)], key=lambda pair: pair[0])
-                found.setdefault(f"rank {first[0]} makes {first[1]}, where rank {second[0]} makes {second[1]}")
-    return list(found)
+                missing.setdefault(f"rank {first[0]} makes {first[1]}, where rank {second[0]} makes {second[1]}")
+    return list(missing)
 
 
 def _same_call(rank: Rank, last: Operation) -> Operation | None:
-    """The operation of a rank that meets this collective."""
+    """The operation of a rank that belongs to this collective."""
     for one in reversed(rank.operations):
         if (one.group, one.number) == (last.group, last.number):
             return one
@@ -281,11 +281,11 @@ def _listed(ranks: Sequence[int]) -> str:
 
 
 def describe(finding: Finding, now: float) -> list[str]:
-    """The finding in lines for people; now: seconds since 1970."""
-    told = [_of(one, now) for one in finding.culprits[:MOST_TOLD]]
+    """The diagnosis as lines of text. now: seconds since 1970."""
+    named = [_of(one, now) for one in finding.culprits[:MOST_TOLD]]
     if len(finding.culprits) > MOST_TOLD:
-        told.append(f"and so do {spans([one.rank for one in finding.culprits[MOST_TOLD:]])}")
-    lines = [f"no progress for {finding.seconds:.0f} s: {'; '.join(told)}"]
+        named.append(f"and so do {spans([one.rank for one in finding.culprits[MOST_TOLD:]])}")
+    lines = [f"no progress for {finding.seconds:.0f} s: {'; '.join(named)}"]
     if not finding.culprits:
         lines = [f"no progress for {finding.seconds:.0f} s: ranks wait for each other"]
     by_call: dict[tuple[str, int], list[Rank]] = {}

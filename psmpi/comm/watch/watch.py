@@ -1,7 +1,7 @@
-"""The watch of a rank: a thread that tells monitors what the rank does, without MPI, which ends the job at most.
+"""The watch of a rank: a thread that sends heartbeats to the monitors, without MPI, and may end the job.
 
-Ranks 0 and a deputy, on another host where there is one, have a monitor. Messages go by datagrams, or by files of the
-run directory where none arrives. The thread neither raises into the training nor keeps the process alive.
+Rank 0 and a deputy, on another host if there is one, have a monitor. Messages are datagrams, or files in the run
+directory if datagrams do not arrive. The thread neither raises into the training nor keeps the process alive.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ FLIGHTS, FOLDER = "flight.jsonl", ".watch"
 
 
 class Watch:
-    """One rank's watch. monitors: the ranks that have one, the first of which speaks, and where they may be reached.
+    """One rank's watch. monitors: addresses of the ranks that have a monitor; the first of these ranks reports.
 
     folder: the run directory, once it is known. show(rank, size, host) prints this process's stacks; leave(status) ends
     it at once.
@@ -101,7 +101,7 @@ class Watch:
         self.thread = threading.Thread(target=self._run, name=f"watch of rank {rank}", daemon=True)
 
     def start(self) -> None:
-        """Begin the thread; a RuntimeError where the system has none left."""
+        """Start the thread. RuntimeError if the system has no thread left."""
         try:
             self.thread.start()
         except RuntimeError:
@@ -110,7 +110,7 @@ class Watch:
             raise
 
     def close(self) -> None:
-        """Tell monitors that this rank leaves, and end the thread."""
+        """Announce the end of this rank to the monitors, and end the thread."""
         self.stopping.set()
         with contextlib.suppress(OSError):
             os.write(self.waker, b"x")
@@ -139,13 +139,13 @@ class Watch:
                 self.courier.close()
 
     def _leave(self, reason: bytes) -> None:
-        """Tell the monitors that no more comes."""
+        """Announce the end of this rank to the monitors."""
         for monitor in self.monitors:
             if monitor != self.rank:
                 self.post(BYE, monitor, reason)
 
     def _wait(self) -> None:
-        """Until a datagram comes, or it is time for the next look."""
+        """Wait for a datagram, or for the time of the next look."""
         busy = self.monitor is not None and (self.monitor.collecting or self.monitor.ending is not None)
         seconds = min(max(0.0, self.next - self.clock()), 0.1 if busy else self.patience.interval)
         # Not select: it cannot take the large descriptors that a rank with many connections has.
@@ -156,7 +156,7 @@ class Watch:
         waiting.poll(1000 * seconds + 1)
 
     def turn(self) -> None:
-        """Take what has come, and tell what this rank does where it is time to."""
+        """Process received messages, and send a heartbeat if it is time."""
         for data, address in self.datagrams.receive():
             self._take(data, address)
         now = self.clock()
@@ -173,7 +173,7 @@ class Watch:
             self.leave(1)
 
     def _use_folder(self, now: float) -> None:
-        """Take messages from the run directory, if there is need to: it may be what does not answer."""
+        """Use files in the run directory if datagrams do not arrive: the directory itself may not answer."""
         if self.folder is None:
             return
         if self.monitor is not None and self.settled is None:
@@ -188,7 +188,7 @@ class Watch:
             self._take(data, None)
 
     def _find_monitors(self, now: float) -> None:
-        """Try all addresses of the monitors that have not answered; after a while, files."""
+        """Try all addresses of monitors that have not answered; after a while use files."""
         for monitor, addresses in self.monitors.items():
             if monitor in self.routes or monitor in self.by_files or monitor == self.rank:
                 continue
@@ -209,7 +209,7 @@ class Watch:
             self.courier.send(pack(message, self.token), message)
 
     def _take(self, data: bytes, address: Address | None) -> None:
-        """Take the bytes of a message, which anybody may have sent."""
+        """Process the bytes of a message, whose sender is not trusted."""
         message = unpack(data, self.token, self.size)
         if message is None or message.to != self.rank or message.sender == self.rank:
             return
@@ -236,7 +236,7 @@ class Watch:
             self.monitor.hear(message, self.clock())
 
     def _show(self, monitor: int, body: bytes) -> None:
-        """Print this process's stacks, and wake stopped ones of its host, which are asked for theirs too."""
+        """Print the stacks of this process, and continue stopped processes of its host, which are asked, too."""
         if self.ends == float("inf"):
             self.ends = self.clock() + LEFT
             for other in self._reachable(body):
@@ -248,21 +248,21 @@ class Watch:
         self.post(DUMPED, monitor)
 
     def _end(self, monitor: int, body: bytes) -> None:
-        """End the job, on the monitor that says so; on others it has some seconds, before they end by themselves.
+        """End the job from the monitor that decides it; other ranks end by themselves after some seconds.
 
         Silent processes of this host are killed if the launcher does not.
         """
-        found = self._reachable(body)
-        if found:
+        answer = self._reachable(body)
+        if answer:
             with contextlib.suppress(OSError):
-                kill_later(found)
+                kill_later(answer)
         if monitor == self.rank:
             self.leave(1)
         else:
             self.ends = min(self.ends, self.clock() + ENDED)
 
     def _reachable(self, body: bytes) -> list[Process]:
-        """Those of the ranks in a message whose processes this one may send signals, as far as it is known."""
+        """Processes of the ranks in a message to which this process may send signals."""
         try:
             ranks = [int(rank) for rank in json.loads(body)]
         except (ValueError, TypeError):
@@ -272,11 +272,11 @@ class Watch:
         return [one for one in others if one.processes == own.processes and one.pid != own.pid and one.lives]
 
     def _condition(self, rank: int) -> str:
-        """What can be seen of a rank's process."""
+        """The visible condition of a rank's process."""
         return self.processes[self.rank].condition(self.processes[rank])
 
     def _keep(self, tables: list[dict[str, Any]]) -> str:
-        """Write the flights of all ranks into the run directory; a line on where they are."""
+        """Write the flights of all ranks to the run directory; returns a line with the path."""
         folder = self.folder
         if folder is None:
             return ""
@@ -311,7 +311,7 @@ def _complain(lines: list[str]) -> None:
 
 @contextlib.contextmanager
 def watched(control: Control, warn: float, abort: float) -> Iterator[Watch | None]:
-    """A block in which the ranks of a job are watched; None with one rank, or without `warn`. All ranks enter it."""
+    """A block in which the ranks of a job are watched; it yields None with one rank or `warn` 0. All ranks enter it."""
     watch = _connect(control, warn, abort) if control.size > 1 and warn > 0 else None
     if watch is None:
         yield None
@@ -329,7 +329,7 @@ def watched(control: Control, warn: float, abort: float) -> Iterator[Watch | Non
 
 
 def _connect(control: Control, warn: float, abort: float) -> Watch:
-    """This rank's watch, which knows all others: addresses and the token of the job go by MPI."""
+    """Make this rank's watch; addresses and the token of the job are exchanged by MPI."""
     rows = control.collect_texts(json.dumps(Process.own()))
     rows = json.loads(control.share(json.dumps(rows)))
     processes = [Process(*json.loads(row)) for row in rows]
@@ -343,11 +343,11 @@ def _connect(control: Control, warn: float, abort: float) -> Watch:
         own = datagrams.addresses[:20] if control.rank in ranks else []
         texts = control.collect_texts(json.dumps(own))
         said = [os.urandom(32).hex(), [texts[rank] for rank in ranks]] if control.rank == 0 else []
-        token, found = json.loads(control.share(json.dumps(said)))
+        token, address = json.loads(control.share(json.dumps(said)))
         unused.pop_all()
     monitors = {
         rank: [(str(host), int(port)) for host, port in json.loads(text)]
-        for rank, text in zip(ranks, found, strict=True)
+        for rank, text in zip(ranks, address, strict=True)
     }
     interval = max(min(1.0, warn / 4), control.size / 200)
     patience = Patience(warn, abort, interval, max(15.0, 5 * interval))

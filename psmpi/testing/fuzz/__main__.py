@@ -88,7 +88,7 @@ def fuzz(
     chosen = kinds or tuple(KINDS)
     # Kinds in turn, so that each has its share of the time.
     parts = [(kind, at) for at in range(first, first + count, BATCH) for kind in chosen]
-    found = {kind: Found() for kind in chosen}
+    tallies = {kind: Found() for kind in chosen}
     end = time.monotonic() + seconds if seconds else None
 
     def work(part: tuple[str, int]) -> tuple[str, Found]:
@@ -100,11 +100,11 @@ def fuzz(
 
     with ThreadPoolExecutor(jobs) as pool:
         for kind, one in pool.map(work, parts):
-            found[kind].join(one)
-    return _report(found, seed, json)
+            tallies[kind].join(one)
+    return _report(tallies, seed, json)
 
 
-def _batch(kind: str, seed: int, first: int, count: int, keep: str, found: Found, end: float | None) -> None:
+def _batch(kind: str, seed: int, first: int, count: int, keep: str, tally: Found, end: float | None) -> None:
     """Try files in a process, and in another one from where it died."""
     at, stop = first, first + count
     while at < stop:
@@ -112,20 +112,20 @@ def _batch(kind: str, seed: int, first: int, count: int, keep: str, found: Found
         with subprocess.Popen(
             [*command, *([keep] if keep else [])], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         ) as process:
-            at, stage, size = _listen(process, found, at, end)
+            at, stage, size = _listen(process, tally, at, end)
         if end is not None and time.monotonic() > end:
             return
         if at < stop and process.returncode:
             # What looks at a file may be lost: it is another process in earnest.
             waits = process.returncode == -signal.SIGALRM
             outcome = "slow" if waits else "lost" if stage == "looking" else "crash"
-            found.add(outcome, at, f"status {process.returncode}, {stage}", 0.0, 0, size)
+            tally.add(outcome, at, f"status {process.returncode}, {stage}", 0.0, 0, size)
             at += 1
         elif at < stop:
             raise UserError(f"the process that tries files of the kind {kind} ended at file {at}")
 
 
-def _listen(process: subprocess.Popen[str], found: Found, at: int, end: float | None) -> tuple[int, str, int]:
+def _listen(process: subprocess.Popen[str], tally: Found, at: int, end: float | None) -> tuple[int, str, int]:
     """Take a process's lines; the number of the file that it is at, what it does with it, and the file's size."""
     assert process.stdout is not None
     stage, size = "", 0
@@ -136,7 +136,7 @@ def _listen(process: subprocess.Popen[str], found: Found, at: int, end: float | 
         elif "stage" in said:
             stage = said["stage"]
         else:
-            found.add(said["outcome"], at, said["text"], said["seconds"], said["grown"], size)
+            tally.add(said["outcome"], at, said["text"], said["seconds"], said["grown"], size)
             at, stage = at + 1, ""
             if end is not None and time.monotonic() > end:
                 process.kill()
@@ -145,24 +145,24 @@ def _listen(process: subprocess.Popen[str], found: Found, at: int, end: float | 
     return at, stage, size
 
 
-def _report(found: dict[str, Found], seed: int, as_json: bool) -> int:
+def _report(tallies: dict[str, Found], seed: int, as_json: bool) -> int:
     whole = Found()
-    for one in found.values():
+    for one in tallies.values():
         whole.join(one)
     outcomes = ("sound", "refused", "lost", *FAILURES)
     if as_json:
         from psmpi.inspect.output import print_json
 
-        print_json({kind: {**vars(one), "counts": dict(one.counts)} for kind, one in found.items()})
+        print_json({kind: {**vars(one), "counts": dict(one.counts)} for kind, one in tallies.items()})
     else:
         table = Table()
         for name in ("kind", "files", *outcomes, "longest s", "most MB"):
             table.add_column(name, justify="left" if name == "kind" else "right")
-        for kind, one in [*found.items(), ("all", whole)]:
+        for kind, one in [*tallies.items(), ("all", whole)]:
             counts = [str(one.counts[outcome]) for outcome in outcomes]
             table.add_row(kind, str(one.counts.total()), *counts, f"{one.seconds:.2f}", f"{one.grown / 1e6:.0f}")
         Screen().print(table)
-    for kind, one in found.items():
+    for kind, one in tallies.items():
         for failure in one.failures[:20]:
             complain(f"{kind} --seed {seed} --first {failure['number']}: {failure['outcome']}\n{failure['text']}")
     return int(bool(whole.failures))

@@ -103,9 +103,9 @@ def toml_text(rng: Rng, text: str) -> str:
             del lines[at]
         if not lines:
             return ""
-    found = "\n".join(lines)
+    joined = "\n".join(lines)
     if rng.random() < 0.1:
-        return mutate(rng, found.encode()).decode("utf-8", "replace")
+        return mutate(rng, joined.encode()).decode("utf-8", "replace")
     if rng.random() < 0.02:
-        return found + "\nlayers = " + "[" * int(rng.choice([90, 2000, 20000]))
-    return found
+        return joined + "\nlayers = " + "[" * int(rng.choice([90, 2000, 20000]))
+    return joined

@@ -111,8 +111,8 @@ def use_resealed(path: Path) -> None:
     """Read all that verify, show, a prediction and a resume read."""
     contents = checkpoint.validate(path)
     with redirect_stdout(io.StringIO()):
-        found, problem = state(path)
-        assert found == "whole" or problem
+        changed, problem = state(path)
+        assert changed == "whole" or problem
         show(path)
         show(path, json=True)
     model = from_toml(contents.config, str(path), foreign=True).model

@@ -15,9 +15,9 @@ def crash(path: Path) -> None:
 
 def fill(path: Path) -> None:
     """Take memory until there is none."""
-    found = [bytes(1)]
+    blocks = [bytes(1)]
     while True:
-        found.append(b"x" * (64 << 20))
+        blocks.append(b"x" * (64 << 20))
 
 
 def spin(path: Path) -> None:

@@ -24,50 +24,50 @@ VALUES: tuple[Any, ...] = (
 
 def mutate(rng: Rng, data: bytes) -> bytes:
     """Some changes of `data`: bits, bytes, numbers, blocks moved, doubled or left out, the end off."""
-    found = bytearray(data)
+    changed = bytearray(data)
     for _ in range(int(rng.integers(1, 8))):
-        if not found:
-            found += bytes(8)
-        at = int(rng.integers(len(found)))
+        if not changed:
+            changed += bytes(8)
+        at = int(rng.integers(len(changed)))
         kind = int(rng.integers(8))
-        size = int(min(len(found) - at, 2 ** rng.integers(0, 9)))
+        size = int(min(len(changed) - at, 2 ** rng.integers(0, 9)))
         if kind == 0:
-            found[at] ^= 1 << int(rng.integers(8))
+            changed[at] ^= 1 << int(rng.integers(8))
         elif kind == 1:
-            found[at] = int(rng.integers(256))
+            changed[at] = int(rng.integers(256))
         elif kind == 2:
             width = int(rng.choice([1, 2, 4, 8]))
             number = int(NUMBERS[rng.integers(len(NUMBERS))]) % (1 << 8 * width)
-            found[at : at + width] = number.to_bytes(width, "little" if rng.random() < 0.7 else "big")
+            changed[at : at + width] = number.to_bytes(width, "little" if rng.random() < 0.7 else "big")
         elif kind == 3:
-            del found[at : at + size]
+            del changed[at : at + size]
         elif kind == 4:
-            found[at:at] = found[at : at + size]
+            changed[at:at] = changed[at : at + size]
         elif kind == 5:
-            found[at : at + size] = bytes(rng.integers(0, 256, size, np.uint8))
+            changed[at : at + size] = bytes(rng.integers(0, 256, size, np.uint8))
         elif kind == 6:
-            to = int(rng.integers(len(found)))
-            found[to : to + size] = found[at : at + size]
+            to = int(rng.integers(len(changed)))
+            changed[to : to + size] = changed[at : at + size]
         elif kind == 7 and rng.random() < 0.3:
-            del found[at:]
-    return bytes(found)
+            del changed[at:]
+    return bytes(changed)
 
 
 def mutate_near(rng: Rng, data: bytes, places: list[tuple[int, int]]) -> bytes:
     """As `mutate`, of some bytes in one of the places [first, last) alone, the length kept."""
-    found = bytearray(data)
+    changed = bytearray(data)
     first, last = places[rng.integers(len(places))]
     for _ in range(int(rng.integers(1, 5))):
         at = int(rng.integers(first, max(first + 1, last)))
-        if at >= len(found):
+        if at >= len(changed):
             continue
         if rng.random() < 0.5:
-            found[at] ^= 1 << int(rng.integers(8))
+            changed[at] ^= 1 << int(rng.integers(8))
         else:
             width = int(rng.choice([1, 2, 4, 8]))
             number = int(NUMBERS[rng.integers(len(NUMBERS))]) % (1 << 8 * width)
-            found[at : at + width] = number.to_bytes(width, "little")[: len(found) - at]
-    return bytes(found)
+            changed[at : at + width] = number.to_bytes(width, "little")[: len(changed) - at]
+    return bytes(changed)
 
 
 def mutate_plain(rng: Rng, value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The page from a table of one's own to a network: its very commands, in an empty folder, one after the other."""
+"""Every command of the tutorial, in its order, in an empty folder."""
 
 import csv
 import json
@@ -14,17 +14,18 @@ import onnxruntime
 from helpers.paths import ROOT
 from helpers.terminal import CTRL_C, lines, on_terminal
 
-PAGE = (ROOT / "docs" / "first_hour.md").read_text()
-BLOCKS = re.findall(r"^```(bash|python)\n(.*?)^```$", PAGE, re.M | re.S)
+PAGE = (ROOT / "docs" / "tutorial.md").read_text()
+BLOCKS = re.findall(r"^```(bash|python|toml)\n(.*?)^```$", PAGE, re.M | re.S)
 INSTALL, *COMMANDS = [line for kind, block in BLOCKS if kind == "bash" for line in block.splitlines()]
 TABLE, NOTEBOOK = [block for kind, block in BLOCKS if kind == "python"]
+(NETWORK,) = [block for kind, block in BLOCKS if kind == "toml"]
 
 
 def typed(command: str) -> list[str]:
     """The words of a command; psmpi, and mpirun, are those of this Python."""
     beside = Path(sys.executable).parent
-    found = {"psmpi": [sys.executable, "-m", "psmpi"], "mpirun": [str(beside / "mpirun")]}
-    return [word for given in shlex.split(command) for word in found.get(given, [given])]
+    programs = {"psmpi": [sys.executable, "-m", "psmpi"], "mpirun": [str(beside / "mpirun")]}
+    return [word for given in shlex.split(command) for word in programs.get(given, [given])]
 
 
 def test_what_is_installed_is_there_to_install():
@@ -45,9 +46,10 @@ def test_the_commands_lead_from_a_table_to_a_network(tmp_path):
         return done.stdout
 
     run([sys.executable, "-c", TABLE])
-    said = {}
+    (tmp_path / "own.toml").write_text(NETWORK)
+    output = {}
     for command in COMMANDS:
-        if command.startswith("mpirun -n 3 psmpi train"):
+        if "--dataset flowers.csv --label species" in command:
             # As a person types it, and Ctrl-C in its midst.
             keys = [(rb"epoch +5/300", CTRL_C, 0.0)]
             status, raw = on_terminal(typed(command), tmp_path, keys=keys, timeout=200, TERM="xterm", **environ)
@@ -56,23 +58,26 @@ def test_the_commands_lead_from_a_table_to_a_network(tmp_path):
             assert status != 0 and "runs/flowers" in again, shown
             assert any("144 training and 36 test samples" in line for line in shown), shown
         else:
-            said[command] = run(typed(command))
-    first, second = (text for command, text in said.items() if " doctor" in command)
+            output[command] = run(typed(command))
+    first, second = (text for command, text in output.items() if " doctor" in command)
     assert " 0 errors" in first and " 0 errors" in second and "latency" in second
-    trained = next(text for command, text in said.items() if "--resume auto" in command)
+    trained = next(text for command, text in output.items() if "--resume auto" in command)
+    own = next(text for command, text in output.items() if "--config own.toml --lr" in command)
+    assert "model custom: 339 parameters" in own and re.search(r"epoch 60/60 .*accuracy (9\d|100)", own)
+    assert all((tmp_path / "runs" / name / "metrics.jsonl").exists() for name in ("dp", "ist"))
     assert "epoch 300/300" in trained and "best test accuracy" in trained
     assert float(re.search(r"best.* accuracy ([\d.]+) %", trained)[1]) > 90
-    predicted = next(text for command, text in said.items() if command == "psmpi predict runs/flowers")
-    assert all(name in predicted for name in ("setosa", "versicolor", "virginica", "confusion"))
-    with (tmp_path / "found.csv").open() as file:
-        found = [row["predicted"] for row in csv.DictReader(file)]
-    assert len(found) == 12 and set(found) <= {"setosa", "versicolor", "virginica"}
-    assert (tmp_path / "curve.png").stat().st_size > 1000
+    tested = next(text for command, text in output.items() if command == "psmpi predict runs/flowers")
+    assert all(name in tested for name in ("setosa", "versicolor", "virginica", "confusion"))
+    with (tmp_path / "predictions.csv").open() as file:
+        predicted = [row["predicted"] for row in csv.DictReader(file)]
+    assert len(predicted) == 12 and set(predicted) <= {"setosa", "versicolor", "virginica"}
+    assert all((tmp_path / name).stat().st_size > 1000 for name in ("curve.png", "both.png"))
     x = np.loadtxt(tmp_path / "new.csv", delimiter=",", skiprows=1, dtype=np.float32)
     session = onnxruntime.InferenceSession(tmp_path / "flowers.onnx")
-    (scores,), said_there = session.run(None, {"x": x}), session.get_modelmeta().custom_metadata_map
-    names = np.array(json.loads(said_there["classes"]))
-    assert json.loads(said_there["columns"]) == ["length", "width", "area"]
-    assert names[scores.argmax(1)].tolist() == found
+    (scores,), metadata = session.run(None, {"x": x}), session.get_modelmeta().custom_metadata_map
+    names = np.array(json.loads(metadata["classes"]))
+    assert json.loads(metadata["columns"]) == ["length", "width", "area"]
     out = run([sys.executable, "-c", NOTEBOOK])
-    assert all(f"'{name}'" in out for name in set(found)) and float(out.split()[-1]) > 0.3
+    # The exported network is the one that Python loads.
+    assert re.findall(r"'(\w+)'", out) == names[scores.argmax(1)].tolist() and float(out.split()[-1]) > 0.3
