@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial, wraps
 from importlib import import_module
 from inspect import Signature, signature
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from psmpi.launcher import announced_size
+from psmpi.launcher import announced_rank, announced_size
 from psmpi.output import dress_help, wide_help
 
 if TYPE_CHECKING:
     from psmpi.config import Config
+    from psmpi.config.help import Page
 
 # Module whose `main` takes the remaining words, and what the command does.
 COMMANDS = {
@@ -60,6 +61,11 @@ def answer(command: Callable[[], int]) -> int:
     return run(go)
 
 
+def answer_help(parse: Callable[[], Any]) -> int:
+    """The exit status of a command whose words ask for help; parse: prints the help, as `parsed` does, without MPI."""
+    return answer(lambda: int(parse() is None))
+
+
 def with_training_options(work: Callable[..., int], default: Config, words: Sequence[str]) -> Callable[..., int]:
     """Return a command that takes the options of training and those of `work`.
 
@@ -80,22 +86,30 @@ def with_training_options(work: Callable[..., int], default: Config, words: Sequ
             return work(usual(found), **more)
 
     command.__name__, command.__doc__ = work.__name__, work.__doc__
+    # For the help.
+    vars(command)["training"] = default
     first, *others = signature(work).parameters.values()
     command.__annotations__ = {**work.__annotations__, "config": tree}
     command.__signature__ = Signature([first.replace(default=by_default), *others])  # type: ignore[attr-defined]
     return command
 
 
-def parsed(kind: Any, words: Sequence[str], name: str, description: str | None = None) -> Any:
+def parsed(kind: Any, words: Sequence[str], name: str, page: Callable[..., Page] | None = None) -> Any:
     """Parse `words` for `kind`: return an instance of a dataclass, or the result of a function called with them.
 
-    name: the command's name, as `program` takes it. Raises SystemExit as argparse does.
+    name: the command's name, as `program` takes it. page(program, long=...): the help, made from `kind` if None. Raises
+    SystemExit as argparse does, with status 0 after help.
     """
+    from psmpi.config.help import LONG, command_page, wants_help
+
+    if wants_help(words):
+        long = LONG in words
+        _show(page(program(name), long=long) if page is not None else command_page(kind, program(name), long))
     import tyro
 
     config = (tyro.conf.OmitArgPrefixes,)
     with wide_help():
-        return tyro.cli(kind, prog=program(name), description=description, args=words, config=config)
+        return tyro.cli(kind, prog=program(name), args=words, config=config)
 
 
 def chosen(
@@ -105,6 +119,14 @@ def chosen(
 
     name: the name of the group of commands, as `program` takes it. Raises SystemExit as argparse does.
     """
+    from psmpi.config.help import LONG, command_page, commands_page, wants_help
+
+    commands = tuple(commands)
+    if wants_help(words):
+        named = [command for command in commands if command.__name__.rstrip("_") == words[0]]
+        if named:
+            _show(command_page(named[0], f"{program(name)} {words[0]}", LONG in words))
+        _show(commands_page(commands, program(name), description))
     from tyro.conf import OmitArgPrefixes
     from tyro.extras import SubcommandApp
 
@@ -116,6 +138,15 @@ def chosen(
             prog=program(name), description=description, args=words, config=(OmitArgPrefixes,)
         )
     return found
+
+
+def _show(page: Page) -> NoReturn:
+    """Print help, on the launcher's first rank only, and raise SystemExit."""
+    from psmpi.config.help import show
+
+    if announced_rank(os.environ) == 0:
+        show(page)
+    raise SystemExit(0)
 
 
 def _with_options(command: Callable[..., int]) -> Callable[..., Callable[[], int]]:
@@ -159,8 +190,9 @@ def usage() -> str:
             "",
             *(f"  {command:{width}}  {does}" for command, (_, does) in COMMANDS.items()),
             "",
-            f"  {name} COMMAND --help  lists the options of a command.",
-            f"  {name} --version       prints the version.",
+            f"  {name} COMMAND --help      lists the options of a command that most people need.",
+            f"  {name} COMMAND --help-all  lists all of them.",
+            f"  {name} --version           prints the version.",
         ]
     )
 
@@ -168,7 +200,6 @@ def usage() -> str:
 def _answer(words: list[str]) -> int:
     """Print help or the version on rank 0, known from the launcher's variables; UserError for an unknown command."""
     from psmpi.errors import UserError
-    from psmpi.launcher import announced_rank
     from psmpi.output import tell
 
     if not words:

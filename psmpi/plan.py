@@ -49,21 +49,20 @@ def plan(
     goal: str = "",
     json: bool = False,
 ) -> int:
-    """Say what a training would be on so many ranks: memory, bytes and time of a step.
+    """Predict memory, bytes and time of a training step on a number of ranks.
 
-    Takes the options of psmpi.train. Nothing is trained, and no samples are read. What each rank does in a step is
-    rehearsed here, one after the other, on samples that are zeros; messages are simulated on the network that is told.
-    Times are those of this machine's processor, each rank with cores of its own.
+    Nothing is trained, and no samples are read. The command rehearses the step of each rank here, one after the other,
+    on samples of zeros, and simulates the messages on the given network. Times are those of this machine's processor,
+    with cores of its own for each rank.
 
     Args:
-        ranks: Processes of the training.
-        ranks_per_host: Ranks of a host; 0: all are on one.
-        gigabits: Gbit/s of each host's link.
-        latency_us: Microseconds of a short message between two hosts.
-        links: File of measured links, which `psmpi bench links --save` writes, in place of these two.
-        others: Also try other arrangements, on up to 32 ranks, and say which one would be fastest.
-        goal: Also write what ranks compute and send in some steps into this file, in the GOAL format, which
-            simulators of networks read.
+        ranks: Number of ranks.
+        ranks_per_host: Ranks of a host. 0: all ranks are on one.
+        gigabits: Bandwidth of each host's link, in Gbit/s.
+        latency_us: Latency of a short message between two hosts, in microseconds.
+        links: File of measured links from psmpi bench links --save, in place of these two.
+        others: Try other arrangements too, on up to 32 ranks, and name the fastest.
+        goal: File for the computations and messages of some steps, in the GOAL format of network simulators.
         json: Print JSON.
     """
     from psmpi.cost.estimate import SMALL, estimate, network_of

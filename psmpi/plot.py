@@ -52,15 +52,15 @@ def plot(
     high: float | None = None,
     title: str = "",
 ) -> int:
-    """Draw the curves of runs: for each label the mean of its runs, and the band between the least and the most.
+    """Draw the curves of runs: for each label the mean of its runs, and the range between least and most.
 
     Args:
-        runs: Run directories; those with the same label before = are runs of one thing, such as several seeds.
+        runs: Run directories. Those with the same label before = belong together, such as several seeds.
         out: Picture to write: .png, .svg or .pdf.
-        x: What goes along.
-        y: What goes up; if not given the first of test and validation accuracy and RMSE that the runs have measured.
-        low: Where the vertical axis starts.
-        high: Where it ends.
+        x: Horizontal axis.
+        y: Vertical axis. If not given: the first of test and validation accuracy and RMSE that the runs have.
+        low: Lower end of the vertical axis.
+        high: Upper end of the vertical axis.
         title: Title of the picture.
     """
     if not out.suffix:

@@ -20,53 +20,67 @@ from psmpi.output import complain, printable
 
 @dataclass(frozen=True)
 class Options:
-    """Predict the classes of a data set's samples, or in a regression their values, from a checkpoint.
+    """Predict classes, or the values of a regression, for the samples of a data set from a checkpoint.
 
-    Every rank reads the weights of some classes' subnetworks alone; more ranks than classes share the samples. With
-    --prompt, and a checkpoint of a training on a text, print the prompt and characters that go on with it, on one
-    process.
+    Every rank reads the weights of some classes' subnetworks only. If there are more ranks than classes, the ranks
+    share the samples. With --prompt and a network that was trained on a text, print the prompt and its continuation, on
+    one process.
     """
 
     checkpoint: Positional[Annotated[str, arg(metavar="CHECKPOINT")]]
     """Checkpoint file, or a run directory for its newest one."""
     dataset: str = ""
-    """digits, peaks, mnist, cifar10, or an .npz or .h5 file with x and perhaps y, a .svm file, or a .txt file of
-    characters that were trained on; that of the training if not given."""
+    """Data set, or a file, as in psmpi train; labels are optional. A text needs characters that were trained on. If not
+    given: that of the training."""
     data_dir: str = ""
-    """Folder that holds the data set's files; the one of the training if not given."""
+    """Folder of the data set's files. If not given: that of the training."""
     label: str = ""
-    """Column of the labels of a table, by its name or its number from 1; that of the training if not given."""
+    """Column of a table's labels, by name, or by number from 1. If not given: that of the training."""
     layout: Literal["", "nchw", "nhwc"] = ""
-    """Axes of images of a file of your own; those of the training if not given."""
+    """Axes of images in a file of your own. If not given: those of the training.
+
+    nchw: samples, channels, rows, columns
+    nhwc: samples, rows, columns, channels
+    """
     allow_external: bool = False
-    """Let arrays of an HDF5 file lie in other files, which it names: for files of your own alone."""
+    """Let an HDF5 file refer to arrays in other files. Use it for files of your own only."""
     split: Literal["test", "train", "validation", "all"] = "test"
-    """Which samples; validation: those that --validation of the training left out; all: every sample x of a file of
-    your own, which then needs no labels."""
+    """Samples to predict.
+
+    test: the test samples
+    train: the training samples
+    validation: those that --validation of the training held out
+    all: every sample x of a file of your own, which needs no labels
+    """
     out: str = ""
-    """File for predictions and scores, .csv or .npz."""
+    """File for predictions and scores: .csv or .npz."""
     calibrate: int = 0
-    """Of networks with batch normalization: how many samples of the training split's give the statistics for all
-    predictions; 0: those of the predicted samples themselves, about 1,000 at a time, as tests in training do."""
+    """Samples of the training split that give the statistics of batch normalization for all predictions. 0: those of
+    the predicted samples, about 1,000 at a time, as in the tests of a training."""
     prompt: str = ""
-    """Text to go on with, of characters that were trained on."""
+    """Text to continue, of characters that were trained on."""
     characters: int = 200
-    """How many characters follow the prompt."""
+    """Characters to add to the prompt."""
     temperature: float = 1.0
-    """What scores are divided by before a character is drawn from their softmax; 0: always the most probable one."""
+    """Divisor of the scores before a character is drawn from their softmax. 0: always the most probable character."""
     seed: int = 0
-    """Seed of the characters that are drawn."""
+    """Seed of the drawn characters."""
     threads: int = 0
-    """Threads a rank; 0: the host's cores over its ranks, at least 1."""
+    """Threads of each rank; 0: cores / ranks of the host, at least 1."""
     json: bool = False
-    """Print JSON instead of tables."""
+    """Print JSON in place of tables."""
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status, 0 done, 1 error."""
     from psmpi.comm.world import run
+    from psmpi.command import answer_help, parsed
+    from psmpi.config.help import wants_help
 
-    return run(lambda: _main(sys.argv[1:] if argv is None else argv))
+    words = sys.argv[1:] if argv is None else argv
+    if wants_help(words):
+        return answer_help(lambda: parsed(Options, words, "predict"))
+    return run(lambda: _main(words))
 
 
 def _main(argv: list[str]) -> int:

@@ -95,3 +95,8 @@ def all_methods() -> dict[str, Kind]:
         with suppress(UserError):
             found[name] = find_method(name)
     return found
+
+
+def summaries() -> dict[str, str]:
+    """One line on each training method, by name."""
+    return {name: method.summary for name, method in all_methods().items()}

@@ -21,16 +21,15 @@ if TYPE_CHECKING:
 # Exit status of a run that a signal stopped and that can be resumed.
 GO_ON = 85
 
-DESCRIPTION = """Train a neural network whose loss is a sum of element losses, each rank computing its own.
-
-Run it under mpirun or srun; one process does all the work where there is no launcher."""
-
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status: 0 done, 1 error, 85 stopped by a signal and saved."""
     from psmpi.comm.world import run
+    from psmpi.command import answer_help
+    from psmpi.config.help import wants_help
 
-    return run(lambda: _main(sys.argv[1:] if argv is None else argv))
+    words = sys.argv[1:] if argv is None else argv
+    return answer_help(lambda: parse(words)) if wants_help(words) else run(lambda: _main(words))
 
 
 def parse(argv: list[str]) -> Config:
@@ -44,18 +43,12 @@ def parse(argv: list[str]) -> Config:
 def _parse(argv: list[str]) -> tuple[Config, str]:
     """The configuration, and the path of the file with the settings of the resumed run; "" for a new run."""
     from dataclasses import replace
+    from functools import partial
 
     from psmpi.command import parsed
-    from psmpi.config import (
-        Config,
-        command_line,
-        defaults,
-        from_command_line,
-        given,
-        given_names,
-        with_usual,
-        without_unused,
-    )
+    from psmpi.config import Config, command_line, defaults, from_command_line, given, given_names
+    from psmpi.config.carried import with_usual, without_unused
+    from psmpi.config.help import training_page
     from psmpi.config.unknown import tables_of, unknown_options
     from psmpi.training.resume import own_settings
 
@@ -71,8 +64,9 @@ def _parse(argv: list[str]) -> tuple[Config, str]:
             # The data set's file may have moved to --data-dir.
             own = replace(own, data=replace(own.data, dataset=Path(own.data.dataset).name))
         start = defaults(argv, own)
+    method = given(argv, "--method") or (start.parallel.method if "method" in said else "")
     try:
-        tree = parsed(command_line(start), words, "train", DESCRIPTION)
+        tree = parsed(command_line(start), words, "train", partial(training_page, config=start, method=method))
     except SystemExit as end:
         for hint in unknown_options(argv, tables_of(Config())) if end.code else ():
             print(f"psmpi.train: {hint}", file=sys.stderr)

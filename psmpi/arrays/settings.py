@@ -41,7 +41,7 @@ def check_names(settings: Mapping[str, Any]) -> None:
             )
         if name not in _owners():
             meant = nearest(name, _owners())
-            hint = f"did you mean {meant}?" if meant else "psmpi train --help lists all, with - in the place of _"
+            hint = f"did you mean {meant}?" if meant else "psmpi train --help-all lists all, with - in the place of _"
             raise UserError(f"unknown setting {name!r}; {hint}")
 
 

@@ -31,26 +31,27 @@ def characters(
     plot: str = "",
     json: str = "",
 ) -> int:
-    """Train networks of slabs on characters of rising resolution, by spann with steps in place.
+    """Train networks of slabs on characters of rising resolution, with the method spann.
 
-    The published network had 2 billion weights on 1,000 processors, and identified all 48 characters.
+    Weights are stepped in place (--in-place). The published network had 2 billion weights on 1,000 processors, and
+    identified all 48 characters.
 
     Args:
-        sides: Pixels of a side of the images.
-        variations: Training images of each character, and half as many for tests; 0: as many as is usual.
-        ranks: Ranks.
+        sides: Sides of the images, in pixels.
+        variations: Training images of each character; tests have half as many. 0: the number of --dataset characters.
+        ranks: Number of ranks.
         domains: Domains of each layer.
         layers: Hidden layers.
         share: Neurons of a hidden layer for each pixel.
-        halo: As of psmpi.train.
+        halo: Halo of a domain, as in psmpi train.
         epochs: Passes over the training samples.
         batch_size: Samples of a minibatch.
         lr: Learning rate of sgd.
-        max_steps: Steps at most; 0: no such limit.
-        options: More options of psmpi.train, in one word: --options="--activation relu".
+        max_steps: Largest number of steps. 0: no limit.
+        options: Further options of psmpi train, in one word: --options="--activation relu".
         limit: Seconds after which a run is ended.
-        plot: Also draw time and memory against weights into this file (.png, .pdf or .svg); needs psmpi[plot].
-        json: Also write the figures into this file.
+        plot: File for a plot of time and memory against weights: .png, .pdf or .svg. Needs psmpi[plot].
+        json: File for the figures, in JSON.
     """
     for name, value in (("ranks", ranks), ("domains", domains), ("layers", layers), ("epochs", epochs)):
         if value < 1:

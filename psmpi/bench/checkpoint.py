@@ -31,19 +31,20 @@ def checkpoint(
     gzip: int = 0,
     json: bool = False,
 ) -> int:
-    """Measure the pause that a checkpoint puts into training, and its speed, alone or under mpirun.
+    """Measure the speed of checkpoints, and the pause that one puts into training.
 
-    Between two checkpoints training is played by Adam's arithmetic on the shards. The pause is to be compared with a
-    plain copy of the same bytes in memory, and the time until a checkpoint is on the disk with that of a plain file of
-    the same bytes in the same folder, written and synced just before; both are measured in the same run.
+    Adam's arithmetic on the shards stands for the training between two checkpoints. The pause is compared with a copy
+    of the same bytes in memory. The time until a checkpoint is on disk is compared with that of a plain file of the
+    same bytes in the same folder, written and synced just before. Runs on one process or under mpirun.
 
     Args:
-        megabytes: Size of the weights and of Adam's two moments together.
-        classes: Classes of a single dense layer, whose features follow from --megabytes; 0: ten with private layers.
+        megabytes: Size of the weights and Adam's two moments together, in MB.
+        classes: Classes of a single dense layer, whose features follow from --megabytes. 0: ten classes with private
+            layers.
         repeats: Checkpoints to write, after one to warm up.
-        placement: master or owner.
-        folder: Where to write; the system's folder for temporary files if not given.
-        gzip: Compression, 0 to 9.
+        placement: Placement of the weights: master or owner.
+        folder: Folder for the checkpoints. If not given: the system's folder for temporary files.
+        gzip: Compression level, 0 to 9.
         json: Print JSON.
     """
     from psmpi.comm.world import start

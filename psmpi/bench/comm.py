@@ -25,17 +25,17 @@ def comm(
     pairs: int = 9,
     json: str = "",
 ) -> int:
-    """Time each transfer beside the bare MPI calls that move as many bytes, in turn; run it under mpirun.
+    """Time each transfer beside the bare MPI calls that move as many bytes, in turn.
 
-    A ratio of 1: the transfer costs no more than MPI does. Bare calls neither pack nor copy: the ratio shows what it
-    costs to take rows and columns for a message (subnets), or to copy what a rank both owns and computes with
-    (exchange). A time is that of the slowest rank. Ranks need a core each.
+    Run it under mpirun, with a core for each rank. A ratio of 1 means that the transfer costs no more than MPI does.
+    Bare calls neither pack nor copy. The ratio so shows the cost of taking rows and columns for a message (subnets),
+    and of copying values that a rank both owns and computes with (exchange). Times are those of the slowest rank.
 
     Args:
-        transfers: Names of transfers; by default all.
-        kilobytes: Size of what a transfer moves from or to one rank, about.
+        transfers: Names of transfers. If not given: all.
+        kilobytes: Approximate bytes that a transfer moves from or to one rank, in kB.
         pairs: Measurements of each, transfer and bare calls in turn.
-        json: Also write the figures into this file.
+        json: File for the figures, in JSON.
     """
     from psmpi.bench.moves import DTYPE, MOVES
     from psmpi.comm.control import Control

@@ -122,23 +122,22 @@ def compute(
     json: str = "",
     plot: str = "",
 ) -> int:  # fmt: skip
-    """Measure a training step (forward, loss, backward, Adam) beside PyTorch's, in alternation.
+    """Measure a training step (forward, loss, backward, Adam) beside PyTorch's, in turn.
 
-    PyTorch with images in its default layout and with channels last, which is often faster.
-
-    Needs psmpi[torch]. GFLOP/s count the operations of the network as it is written, whatever is really computed.
+    PyTorch takes images in its default layout, and with channels last, which is often faster. GFLOP/s count the
+    operations of the network as written. Needs psmpi[torch].
 
     Args:
-        networks: What to measure.
-        batch_size: Samples in the minibatch.
+        networks: Networks to measure.
+        batch_size: Samples of a minibatch.
         pairs: Measurements of each, psmpi and PyTorch in turn, after a warm-up.
         threads: Threads of both.
-        backend: psmpi's array library; with cupy PyTorch computes on the same GPU.
-        compute: What matrix products on the GPU compute with; PyTorch does as much by itself (autocast, TF32).
-        convolution: psmpi's convolutions on the GPU: its own, cuDNN's, or the faster of these.
-        compiled: Also against torch.compile, where it works.
-        json: Also write the figures into this file.
-        plot: Also draw the ratios into this file (.png, .pdf or .svg); needs psmpi[plot].
+        backend: Backend of psmpi. With cupy, PyTorch computes on the same GPU.
+        compute: Arithmetic of matrix products on the GPU, of PyTorch too (autocast, TF32).
+        convolution: Convolutions of psmpi on the GPU: its own, cuDNN's, or the faster of both.
+        compiled: Measure torch.compile too, where it works.
+        json: File for the figures, in JSON.
+        plot: File for a plot of the ratios: .png, .pdf or .svg. Needs psmpi[plot].
     """
     from threadpoolctl import threadpool_limits
 

@@ -32,26 +32,27 @@ def decoupled(
     plot: str = "",
     json: str = "",
 ) -> int:
-    """Time minibatches of decoupled blocks, --method dni, and of the same blocks as a lock-step pipeline.
+    """Time minibatches of decoupled blocks (--method dni), and of the same blocks as a lock-step pipeline.
 
-    A block a rank. The pipeline is back-propagation: a minibatch goes up through all blocks, and its
-    gradients come down, before the next one. Both in one run, in turn. Rates other than 0 need root, iproute2 and
-    MPICH. Ranks need a core each, unless they sleep in place of computing.
+    Each rank has a block, and needs a core unless --sleep-ms replaces the computation. The pipeline is
+    back-propagation: a minibatch goes up through all blocks, and its gradients come down, before the next one starts.
+    Both take turns in one run.
 
     Args:
-        ranks: Processes of a run, and blocks: one run for each.
-        ahead: Minibatches that blocks may be ahead of the one above.
+        ranks: Numbers of ranks, and of blocks; a run for each.
+        ahead: Minibatches that a block may be ahead of the one above.
         width: Units of each hidden layer.
         layers: Layers of a block.
         batch_size: Samples of a minibatch.
-        dataset: digits, mnist, cifar10, or a file, as in psmpi.train.
+        dataset: Data set, as in psmpi train.
         data_dir: Folder of the data set's files.
-        rates: Mbit/s of each host's link, 0 for this machine as it is.
-        delay_ms: Milliseconds by which messages between hosts arrive later.
-        sleep_ms: Milliseconds that each pass of a block, forward and backward, sleeps besides, as if it were larger.
+        rates: Bandwidths of each host's link in Mbit/s, 0 for this machine as it is. Others need root, iproute2 and
+            MPICH.
+        delay_ms: Additional latency of messages between hosts, in ms.
+        sleep_ms: Additional sleep of each forward and backward pass of a block, in ms. It stands for a larger block.
         limit: Seconds after which a run is ended.
-        plot: Also draw minibatches a second into this file (.png, .pdf or .svg); needs psmpi[plot].
-        json: Also write the figures into this file.
+        plot: File for a plot of minibatches a second: .png, .pdf or .svg. Needs psmpi[plot].
+        json: File for the figures, in JSON.
     """
     if not all(2 <= n <= 250 for n in ranks) or not ranks:
         raise UserError(f"--ranks {' '.join(map(str, ranks))}: expected numbers from 2 to 250")

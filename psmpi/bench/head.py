@@ -42,23 +42,22 @@ def head(
     threads: int = 1,
     json: str = "",
 ) -> int:
-    """Measure a step (scores, loss, gradients, Adam) of a head of many classes beside PyTorch's cross-entropy.
+    """Measure a step of a head of many classes beside PyTorch's cross-entropy.
 
-    PyTorch: Linear, cross_entropy, fused Adam; both take the gradient of the features too. Where the loss allows it
-    Adam steps the rows of a tile while these are in the cache (--clip 0 in a training): both ways are measured. Memory
-    is what a process of its own needs at most, beyond what it had with its libraries loaded.
-
-    Needs psmpi[torch].
+    A step has scores, loss, gradients, also of the features, and Adam. PyTorch takes Linear, cross_entropy and fused
+    Adam. Where the loss allows it, Adam can step the rows of a tile while these are in the cache (--clip 0 in a
+    training); both ways are measured. Memory is the peak of a separate process, less the memory of its loaded
+    libraries. Needs psmpi[torch].
 
     Args:
         classes: Rows of weights.
-        features: Inputs of each.
-        batch_size: Samples in the minibatch.
-        losses: What psmpi computes; PyTorch always cross-entropy.
-        scale: Scores are this times cosines, of both; 0: products.
+        features: Inputs of each row.
+        batch_size: Samples of a minibatch.
+        losses: Losses of psmpi; PyTorch has cross-entropy.
+        scale: Factor of cosine scores, of both. 0: plain products.
         pairs: Measurements of each, psmpi and PyTorch in turn, after a warm-up.
         threads: Threads of both.
-        json: Also write the figures into this file.
+        json: File for the figures, in JSON.
     """
     from threadpoolctl import threadpool_limits
 

@@ -41,24 +41,24 @@ def hogwild(
     plot: str = "",
     json: str = "",
 ) -> int:
-    """Count updates of shared weights a second in several ways, which take turns, on one worker and on all.
+    """Count updates of shared weights a second in several ways, on one worker and on all, in turn.
 
-    Ranks need a core each that nobody else uses: with others on them the figures are of these. Which of them share
-    caches decides as much as the ways do.
+    Each rank needs a core that nothing else uses. Figures also depend on which ranks share caches.
 
     Args:
-        ranks: Processes, on one host.
-        task: Logistic regression on sparse rows, by default of RCV1's sizes, or completion of a matrix of low rank.
+        ranks: Ranks, on one host.
+        task: Task: logistic regression on sparse rows, by default of RCV1's sizes, or completion of a matrix of low
+            rank.
         samples: Rows, or entries of the matrix.
         features: Features, or rows and columns of the matrix together.
-        entries: Features of a row that are not 0, or the rank of the matrix.
-        lr: Length of steps.
-        updates: Updates that are timed at a time; under MPI's lock a twentieth.
-        rounds: Times that each way is measured.
-        epochs: Passes over all samples after which the loss is shown; 0: none.
-        limit: Seconds after which it is ended.
-        plot: Also draw the updates a second into this file (.png, .pdf or .svg); needs psmpi[plot].
-        json: Also write the figures into this file.
+        entries: Non-zero features of a row, or the rank of the matrix.
+        lr: Learning rate.
+        updates: Updates of one measurement. With MPI's locks it has a twentieth.
+        rounds: Measurements of each way.
+        epochs: Passes over all samples before the loss is shown. 0: no loss.
+        limit: Seconds after which the measurement is ended.
+        plot: File for a plot of updates a second: .png, .pdf or .svg. Needs psmpi[plot].
+        json: File for the figures, in JSON.
     """
     numbers = {"--samples": samples, "--features": features, "--entries": entries, "--updates": updates,
                "--rounds": rounds, "--limit": limit, "--ranks": ranks}  # fmt: skip

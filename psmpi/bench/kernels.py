@@ -26,18 +26,18 @@ SEQUENCES = 512, 32, 64
 
 
 def kernels(backend: Backend = "auto", megabytes: int = 64, repeats: int = 20, threads: int = 1, json: str = "") -> int:
-    """Measure the operations whose time is that of reading and writing their arrays, and recurrent cells, in float32.
+    """Measure memory-bound operations and recurrent cells, in float32.
 
-    Bytes are those that must move, each array read or written once. A copy of as many is measured in turn with each. Of
-    recurrent cells the operations of their products count; they are measured in turn with the product that such a
-    layer's input needs.
+    Bytes count each array once for a read or write. Each operation is measured in turn with a copy of as many bytes.
+    Recurrent cells count the operations of their products, and are measured in turn with the product for such a layer's
+    input.
 
     Args:
-        backend: The array library.
-        megabytes: Size of the largest array of an operation; small ones are in the caches.
-        repeats: Measurements of each, the operation and a copy in turn, after a warm-up.
+        backend: Backend.
+        megabytes: Size of the largest array of an operation, in MB. Small arrays stay in the caches.
+        repeats: Measurements of each, operation and copy in turn, after a warm-up.
         threads: Threads of the processor.
-        json: Also write the figures into this file.
+        json: File for the figures, in JSON.
     """
     from threadpoolctl import threadpool_limits
 

@@ -31,14 +31,14 @@ def layers(
     plot: str = "",
     json: str = "",
 ) -> int:
-    """Time passes of --method layer_parallel, exact ones on the same ranks, and what the cost model says of both.
+    """Time passes of --method layer_parallel and exact passes, and compare both with the cost model.
 
-    The model counts the evaluations of layers that follow one another, and takes the mean time of one in the same
-    pass. Ranks need a core each, unless layers sleep in place of computing.
+    The model counts the evaluations of layers that follow one another, and takes the mean time of one in the same pass.
+    Each rank needs a core, unless --sleep-ms replaces the computation.
 
     Args:
-        ranks: Processes of a run: one run for each.
-        coarsening: Layers of a level that are one of the next: one run for each.
+        ranks: Numbers of ranks; a run for each.
+        coarsening: Layers of a level for each layer of the next level; a run for each number.
         depth: Residual layers.
         levels: Levels of the multigrid.
         relaxations: C-relaxations of a cycle.
@@ -46,11 +46,11 @@ def layers(
         adjoint_cycles: Cycles of an adjoint pass.
         width: Units of a layer.
         batch_size: Samples of a minibatch.
-        sleep_ms: Milliseconds that each evaluation of a layer sleeps besides, as if it were larger.
-        rounds: Times that each pass is timed; the medians count.
+        sleep_ms: Additional sleep of each evaluation of a layer, in ms. It stands for a larger layer.
+        rounds: Measurements of each pass; the median counts.
         limit: Seconds after which a run is ended.
-        plot: Also draw speed-ups into this file (.png, .pdf or .svg); needs psmpi[plot].
-        json: Also write the figures into this file.
+        plot: File for a plot of speed-ups: .png, .pdf or .svg. Needs psmpi[plot].
+        json: File for the figures, in JSON.
     """
     if not ranks or not all(1 <= n <= 250 for n in ranks):
         raise UserError(f"--ranks {' '.join(map(str, ranks))}: expected numbers from 1 to 250")

@@ -14,12 +14,13 @@ if TYPE_CHECKING:
 
 
 def links(save: str = "") -> int:
-    """Time messages between two ranks; run it under mpirun, on two hosts for the link between them.
+    """Time messages between two ranks of a host, and of two hosts.
 
-    Messages go there and back between rank 0 and the first other rank of its host, and of another host.
+    Run it under mpirun, on two hosts for the link between them. Messages go there and back between rank 0 and the first
+    other rank of its host, and of another host.
 
     Args:
-        save: Also write the times into this file, which psmpi plan --links reads.
+        save: File for the times, which psmpi plan --links reads.
     """
     from psmpi.comm.control import Control
     from psmpi.comm.world import start

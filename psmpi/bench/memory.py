@@ -17,11 +17,10 @@ KINDS = ("weights", "gradients", "optimizer", "curvature", "activations", "buffe
 
 
 def memory(config: Config, json: bool = False) -> int:
-    """Count the bytes that each rank holds after a few steps, beside what its part of the network needs.
+    """Count the bytes that each rank holds after a few steps, beside the need of its part of the network.
 
-    Takes the options of psmpi.train; run it on as many ranks. `needed` follows from the network, the roles and the
-    minibatch alone; `held` is the sum of the arrays; `traced` is what Python and NumPy have allocated for the run in
-    all.
+    Run it on as many ranks as the training has. `needed` follows from the network, the roles and the minibatch; `held`
+    is the sum of the arrays; `traced` is the total that Python and NumPy have allocated for the run.
 
     Args:
         json: Print JSON.

@@ -13,9 +13,10 @@ import tempfile
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from psmpi.bench.hosts import ENVIRONMENT, check_hosts, slow_hosts, wrapper
+from psmpi.config import Choices
 from psmpi.data import open_dataset
 from psmpi.errors import UserError, counted
 from psmpi.output import Screen, tell
@@ -93,10 +94,11 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "hogwild": ("--method", "hogwild"),
     "hogwild-server": ("--method", "hogwild", "--updates", "server"),
 }
+OF_VARIANTS = Choices(lambda: {name: " ".join(words) for name, words in VARIANTS.items()})
 
 
 def network(
-    methods: tuple[Variant, ...] = ("psl", "psl-owner", "data_parallel", "local_sgd"),
+    methods: Annotated[tuple[Variant, ...], OF_VARIANTS] = ("psl", "psl-owner", "data_parallel", "local_sgd"),
     ranks: int = 4,
     rates: tuple[float, ...] = (0.0, 100.0),
     delay_ms: float = 0.0,
@@ -115,30 +117,31 @@ def network(
     pytorch: bool = False,
     json: str = "",
 ) -> int:
-    """Train by several methods, one after the other, and compare accuracy, time, bytes and memory.
+    """Train with several methods in turn, and compare accuracy, time, bytes and memory.
 
-    Times are those of training and testing, without the start. Bytes are what the rank that sends most has sent,
-    memory what the rank that holds most holds.
+    Times are those of training and testing, without the start. Bytes and memory are those of the rank that sends or
+    holds most.
 
     Args:
-        methods: What to compare, each an abbreviation of options of psmpi.train.
-        ranks: Ranks, each a host of its own where the rate is limited.
-        rates: Mbit/s of each host's link, 0 for this machine as it is; others need root, iproute2 and MPICH.
-        delay_ms: Milliseconds by which messages between hosts arrive later, as between sites.
-        dataset: digits, mnist, cifar10, or a file, as in psmpi.train.
+        methods: Methods to compare.
+        ranks: Number of ranks, each a host of its own where the rate is limited.
+        rates: Bandwidths of each host's link in Mbit/s, 0 for this machine as it is. Others need root, iproute2 and
+            MPICH.
+        delay_ms: Additional latency of messages between hosts, in ms.
+        dataset: Data set, as in psmpi train.
         data_dir: Folder of the data set's files.
-        model: Network, as in psmpi.train; spann needs slabs, radix or mlp.
-        widths: Widths of --model mlp, or of another that has some.
-        loss: Loss, as in psmpi.train.
+        model: Network, as in psmpi train. spann needs slabs, radix or mlp.
+        widths: Widths of the model, as in psmpi train.
+        loss: Loss, as in psmpi train.
         epochs: Passes over the training samples.
-        batch_size: Samples of a minibatch, of all ranks together.
+        batch_size: Samples of a minibatch, over all ranks.
         lr: Learning rate of Adam.
-        target: Accuracy, 0 to 1, whose time is shown: until the end of the first epoch that reaches it.
-        options: More options of psmpi.train for all methods, in one word: --options="--batch-norm --init pytorch".
-        repeats: Runs of each; their median time counts.
+        target: Accuracy from 0 to 1. The table shows the time until the end of the first epoch that reaches it.
+        options: Further options of psmpi train for all methods, in one word: --options="--batch-norm --init pytorch".
+        repeats: Runs of each method; the median of their times counts.
         limit: Seconds after which a run is ended.
-        pytorch: Also time steps of PyTorch's DistributedDataParallel (gloo); needs psmpi[torch].
-        json: Also write the figures into this file.
+        pytorch: Time PyTorch's DistributedDataParallel (gloo) too. Needs psmpi[torch].
+        json: File for the figures, in JSON.
     """
     for option, value, least in (("--ranks", ranks, 1), ("--epochs", epochs, 1), ("--repeats", repeats, 1)):
         if value < least:

@@ -21,11 +21,12 @@ STEPS = 30
 
 
 def optimizer(config: Config, json: bool = False) -> int:
-    """Time steps of a partitioned quasi-Newton method, by what they do: median of 30, 10th and 90th percentile.
+    """Time the parts of a partitioned quasi-Newton step: median of 30, 10th and 90th percentile.
 
-    Takes the options of psmpi.train; run it on as many ranks. `gradients` are those of the elements before and after
-    the step, `values` the loss at trial lengths, `products` those of conjugate gradients on the elements, `pairs` the
-    update of the elements' matrices; `communication` is slices and sums of scalars, waiting for other ranks included.
+    Run it on as many ranks as the training has. `gradients` are those of the elements before and after the step,
+    `values` the loss at trial lengths, `products` those of conjugate gradients on the elements, `pairs` the update of
+    the elements' matrices. `communication` is the exchange of slices and sums of scalars, with the wait for other
+    ranks.
 
     Args:
         json: Print JSON.

@@ -32,22 +32,24 @@ def partition(
     run: str = "",
     json: str = "",
 ) -> int:
-    """Cut the neurons of sparse networks into parts, and count the values that these send each other.
+    """Cut the neurons of sparse networks into parts, and count the values that the parts exchange.
 
-    A value is one word a sample, forward and again backward; inputs are not counted, for each part reads its own. The
-    work of a part is its connections: above the mean by so much in all, and where parts wait for each other in each
-    layer. Networks: radix, 1024 neurons a layer with 32 connections each in a mixed-radix system; pruned, the hidden
-    layers of a network with 1024 units each, trained here and pruned to 5 % of its weights; slabs, 8 layers of 8
+    A value is one word a sample, forward and again backward. Inputs do not count, since each part reads its own. The
+    work of a part is its number of connections; the table shows its excess over the mean, in all and for parts that
+    wait for each other in each layer.
+
+    Networks: radix has 1024 neurons a layer with 32 connections each in a mixed-radix system. pruned has the hidden
+    layers of a network with 1024 units each, trained here and pruned to 5 % of its weights. slabs has 8 layers of 8
     domains of 128 neurons with a halo of 16.
 
     Args:
         parts: Numbers of parts.
-        modes: Ways to cut, of slab, contiguous, random, graph, hypergraph and layered; those whose package is missing
-            are left out with a note.
-        networks: Which of radix, pruned and slabs.
+        modes: Ways to cut: slab, contiguous, random, graph, hypergraph or layered. A way whose package is missing is
+            left out with a note.
+        networks: Networks: radix, pruned or slabs.
         depth: Layers of radix.
-        run: Checkpoint or run directory, whose sparse layers are taken for pruned.
-        json: Also write the figures into this file.
+        run: Checkpoint or run directory whose sparse layers stand for pruned.
+        json: File for the figures, in JSON.
     """
     for option, given, known in (("modes", modes, tuple(MODES)), ("networks", networks, ("radix", "pruned", "slabs"))):
         wrong = [name for name in given if name not in known]

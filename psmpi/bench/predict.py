@@ -30,24 +30,24 @@ def predict(
     limit: int = 600,
     json: str = "",
 ) -> int:
-    """Predict the time of a step by several methods, and measure it: both in one run, three times in turn.
+    """Predict the time of a step of several methods, and measure it, three times in turn.
 
-    A prediction knows what each rank computes by rehearsing it without the others, and links by timing messages
-    between two of them. Rates other than 0 need root, iproute2 and MPICH. Ranks need a core each, unless they sleep in
-    place of computing.
+    A prediction rehearses the computation of each rank without the others, and times messages between two ranks for the
+    links. Each rank needs a core, unless --sleep-ms replaces the computation.
 
     Args:
-        methods: Methods, as in `bench network`.
-        ranks: Processes of each run.
-        rates: Mbit/s of each host's link, 0 for this machine as it is.
-        delay_ms: Milliseconds by which messages between hosts arrive later, as between sites.
-        dataset: digits, mnist, cifar10, or a file, as in psmpi.train.
+        methods: Methods, as in psmpi bench network.
+        ranks: Ranks of each run.
+        rates: Bandwidths of each host's link in Mbit/s, 0 for this machine as it is. Others need root, iproute2 and
+            MPICH.
+        delay_ms: Additional latency of messages between hosts, in ms.
+        dataset: Data set, as in psmpi train.
         data_dir: Folder of the data set's files.
-        model: Network, as in psmpi.train.
-        options: More options of psmpi.train for all methods, in one word: --options="--batch-size 100".
-        sleep_ms: Milliseconds that each pass through layers sleeps besides, as if they were larger.
+        model: Network, as in psmpi train.
+        options: Further options of psmpi train for all methods, in one word: --options="--batch-size 100".
+        sleep_ms: Additional sleep of each pass through layers, in ms. It stands for larger layers.
         limit: Seconds after which a run is ended.
-        json: Also write the figures into this file.
+        json: File for the figures, in JSON.
     """
     if not 2 <= ranks <= 250:
         raise UserError(f"--ranks {ranks}: expected 2 to 250")

@@ -43,20 +43,21 @@ def private(
     pytorch: bool = False,
     json: str = "",
 ) -> int:
-    """Measure a step (passes, loss, Adam) of a PSNet of many classes, all at once and by tiles of classes, in turn.
+    """Measure a step of a PSNet of many classes, all classes at once and by tiles of classes, in turn.
 
-    A training takes tiles where private layers of all its classes would not fit the caches. Memory is that of weights,
-    gradients, optimizer, activations and buffers. PyTorch, with channels last, has psl and nll.
+    A step has passes, loss and Adam. A training uses tiles where the private layers of all its classes would not fit
+    the caches. Memory is that of weights, gradients, optimizer, activations and buffers. PyTorch, with channels last,
+    has psl and nll.
 
     Args:
-        images: Shape of the images, and with it the PSNet.
+        images: Shape of the images, and of the PSNet.
         classes: Classes of the network.
-        batch_size: Samples in the minibatch.
+        batch_size: Samples of a minibatch.
         losses: Losses to measure.
         pairs: Measurements of each way, in turn, after a warm-up.
-        threads: Threads.
-        pytorch: Also steps of PyTorch; needs psmpi[torch].
-        json: Also write the figures into this file.
+        threads: Number of threads.
+        pytorch: Measure PyTorch too. Needs psmpi[torch].
+        json: File for the figures, in JSON.
     """
     from threadpoolctl import threadpool_limits
 

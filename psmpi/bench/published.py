@@ -98,18 +98,18 @@ def published(
     jobs: int = 1,
     report: bool = False,
 ) -> int:  # fmt: skip
-    """Train with the published protocol and compare the accuracies with the published ones.
+    """Train with the published protocol, and compare the accuracies with the published ones.
 
-    Runs that were cut short are gone on with. A figure passes if the median over the seeds is not below the published
-    mean by more than three standard errors. Exit status 1 if one fails.
+    Interrupted runs are resumed. A figure passes if the median over the seeds is at most three standard errors below
+    the published mean. The exit status is 1 if one fails.
 
     Args:
-        settings: Data set, minibatch and loss.
-        data_dir: Folder that holds the data set's files.
+        settings: Data set, minibatch size and loss.
+        data_dir: Folder of the data set's files.
         out: Folder of the runs.
-        seeds: Runs of each setting, seeds 0, 1, ...
+        seeds: Runs of each setting, with seeds 0, 1, ...
         jobs: Runs at a time, each with one process and one thread.
-        report: Train nothing; report the runs that are there.
+        report: Train nothing, and report the existing runs.
     """
     for option, value in (("--seeds", seeds), ("--jobs", jobs)):
         if value < 1:

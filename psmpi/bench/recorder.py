@@ -23,11 +23,11 @@ QUANTILE = 0.05
 def recorder(config: Config, json: bool = False) -> int:
     """Time steps with and without the flight recorder, in blocks of 5 that alternate for 30 s.
 
-    Takes the options of psmpi.train; run it on two ranks or more, under mpirun. Both trainings are in one job, so that
-    they see the same machine. Times are those that one of 20 blocks stays below, and their ratio; `low` and `high`
-    are the least and the largest ratio of ten parts of the measurement. `call_us` is what a recorded call takes longer
-    than one that is not, `wait_us` a request with its wait, on a communicator that does nothing: least of many times.
-    `watch_ms` is the processor time of the watch, which goes on beside both, in a second: of the rank with the most.
+    Run it on two ranks or more, under mpirun. Both trainings share one job, and so the same machine. A time is the 5th
+    percentile of the blocks. `low` and `high` are the least and the largest ratio of ten parts of the measurement.
+    `call_us` is the additional time of a recorded call, `wait_us` that of a request and its wait, on a communicator
+    that does nothing: the least of many. `watch_ms` is the processor time of the watch in a second, on the rank with
+    the most.
 
     Args:
         json: Print JSON.

@@ -33,20 +33,20 @@ def recurrent(
 ) -> int:
     """Time forward and backward passes of stacked recurrent layers in one process, float32.
 
-    Beside them the time that their matrix products would take at the speed of one large product, measured in the same
-    run, and with --pytorch the same passes of torch.nn.LSTM, GRU and RNN. All take turns.
+    They take turns with their matrix products at the speed of one large product, and with --pytorch with the same
+    passes of torch.nn.LSTM, GRU and RNN.
 
     Args:
-        kinds: Layers to time.
-        layers: Layers, each on the outputs of the one below.
+        kinds: Kinds of layers.
+        layers: Number of layers.
         steps: Steps of a sequence.
         units: Units of a layer, and features of the samples.
         batch_size: Samples of a minibatch.
-        chunk_steps: Steps of a chunk, all if not given: psmpi's passes then go over the layers chunk by chunk.
+        chunk_steps: Steps of a chunk; the passes of psmpi then go over the layers chunk by chunk. 0: all steps.
         threads: Threads of psmpi and of PyTorch.
-        rounds: Times that each is timed; the medians count, and the least and the largest are shown.
-        pytorch: Time PyTorch too; needs psmpi[torch].
-        json: Also write the figures into this file.
+        rounds: Measurements of each; the median counts, and the least and the largest are shown.
+        pytorch: Time PyTorch too. Needs psmpi[torch].
+        json: File for the figures, in JSON.
     """
     from threadpoolctl import threadpool_limits
 

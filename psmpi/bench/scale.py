@@ -29,20 +29,19 @@ def scale(
     plot: str = "",
     json: str = "",
 ) -> int:
-    """Predict steps on more and more ranks, and say from where on more of them do not help.
+    """Predict steps on growing numbers of ranks, and the number from which more ranks do not help.
 
-    Takes the options of psmpi.train; nothing is trained, see psmpi plan. A rank is busy with messages while its host's
-    link sends or receives its own.
+    Nothing is trained, see psmpi plan. A rank is busy with messages while its host's link sends or receives its own.
 
     Args:
-        ranks: Numbers of processes, growing.
-        weak: Weak scaling: as many samples a rank as on the fewest ranks, and not the same minibatch on all.
-        ranks_per_host: Ranks of a host; 0: all are on one.
-        gigabits: Gbit/s of each host's link.
-        latency_us: Microseconds of a short message between two hosts.
-        links: File of measured links, which `psmpi bench links --save` writes, in place of these two.
-        plot: Also draw samples a second into this file (.png, .pdf or .svg); needs psmpi[plot].
-        json: Also write the figures into this file.
+        ranks: Growing numbers of ranks.
+        weak: Weak scaling: the minibatch grows with the ranks. Without it, the minibatch is the same on all.
+        ranks_per_host: Ranks of a host. 0: all ranks are on one.
+        gigabits: Bandwidth of each host's link, in Gbit/s.
+        latency_us: Latency of a short message between two hosts, in microseconds.
+        links: File of measured links from psmpi bench links --save, in place of these two.
+        plot: File for a plot of samples a second: .png, .pdf or .svg. Needs psmpi[plot].
+        json: File for the figures, in JSON.
     """
     from psmpi.cost.estimate import estimate, network_of
     from psmpi.cost.rehearsal import blank

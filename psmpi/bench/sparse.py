@@ -30,21 +30,21 @@ def sparse(
     rounds: int = 15,
     json: str = "",
 ) -> int:
-    """Time a step of sparse layers with ReLU, forward, backward and all gradients, in one process, float32.
+    """Time a step of sparse layers with ReLU in one process, float32.
 
-    Beside it the same step by products of SciPy and of PyTorch with matrices in compressed rows, where these are
-    installed: ahead W x, back W^T dy by a matrix of its own, and of each weight the product of a row of dy with one of
-    x, by SciPy's way from gathered rows, by PyTorch's the products that its pattern samples. All take turns.
+    A step is forward, backward and all gradients. SciPy's and PyTorch's products with matrices in compressed rows take
+    turns with it, where they are installed: W x, W^T dy by a matrix of its own, and for each weight the product of a
+    row of dy with one of x. SciPy gathers these rows, PyTorch samples the products of the pattern.
 
     Args:
         units: Units of a layer.
-        depth: Layers.
+        depth: Number of layers.
         fan_in: Connections of a unit.
-        pattern: radix, the layers of mixed-radix systems in turn, or random.
+        pattern: Pattern of the connections: radix, the layers of mixed-radix systems in turn, or random.
         batch_size: Samples of a minibatch.
-        threads: Threads of psmpi and of PyTorch; SciPy's products have one.
-        rounds: Times that each is timed; the medians count, and the least and the largest are shown.
-        json: Also write the figures into this file.
+        threads: Threads of psmpi and of PyTorch. SciPy's products have one.
+        rounds: Measurements of each; the median counts, and the least and the largest are shown.
+        json: File for the figures, in JSON.
     """
     from threadpoolctl import threadpool_limits
 

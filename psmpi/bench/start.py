@@ -34,16 +34,16 @@ def start(
     repeats: int = 3,
     json: bool = False,
 ) -> int:
-    """Measure how long psmpi.train takes to be ready for its first step, and how much memory its ranks need.
+    """Measure the time until a training's first step, and the memory of its ranks.
 
-    The network is one dense layer of as many units as classes, stepped by Adam. Times count from the launch of the
-    program: its imports are in them.
+    The network is one dense layer with a unit for each class, stepped by Adam. Times count from the launch of the
+    program, imports included.
 
     Args:
         classes: Classes, and units of the layer.
         features: Features of a sample.
-        ranks: Ranks; more than one are started by mpirun.
-        method: psl, where each rank owns the rows of its classes, or data_parallel, where each has all.
+        ranks: Number of ranks. Several are started by mpirun.
+        method: Method: psl, each rank owns the rows of its classes, or data_parallel, each rank holds all rows.
         repeats: Starts; the median counts.
         json: Print JSON.
     """

@@ -65,17 +65,17 @@ class Tracing(Flight):
 
 
 def step(config: Config, steps: int = 20, trace: str = "", plot: str = "", json: bool = False) -> int:
-    """Time steps of a training, and say what each rank does in them: compute, optimize, wait, transfer.
+    """Time steps of a training, and split each rank's time: compute, optimize, wait, transfer.
 
-    Takes the options of psmpi.train; run it under mpirun. An operation between ranks waits until the ranks that it
-    needs have begun theirs, and transfers from then on; clocks of hosts are compared first. Figures are means over
-    steps; of a method that exchanges once in a round of steps, time some rounds. On a GPU the time is that of the
-    host, which waits where it needs results.
+    Run it under mpirun. An operation between ranks waits until the ranks that it needs have started theirs, and
+    transfers from then on; the clocks of hosts are compared first. Figures are means over steps. For a method that
+    exchanges once in a round of steps, time some rounds. On a GPU the time is that of the host, which waits where it
+    needs results.
 
     Args:
         steps: Steps to time, after 10 others.
-        trace: Also write all operations into this file (.json), a Chrome trace, which ui.perfetto.dev opens.
-        plot: Also draw shares of the time, and a step of median length, into this file (.png, .pdf or .svg); needs
+        trace: File for all operations (.json), a Chrome trace for ui.perfetto.dev.
+        plot: File for a plot of the shares of the time and a step of median length: .png, .pdf or .svg. Needs
             psmpi[plot].
         json: Print JSON.
     """

@@ -35,22 +35,23 @@ def tensor(
     plot: str = "",
     json: str = "",
 ) -> int:
-    """Time training steps of --method tensor on grids of so many ranks, with and without prefetching in turn.
+    """Time training steps of --method tensor on several grids, with and without prefetching in turn.
 
     Args:
-        ranks: Ranks, each a host of its own where the rate is limited.
-        grids: What --grid of psmpi.train takes, one run for each.
-        rates: Mbit/s of each host's link, 0 for this machine as it is; others need root, iproute2 and MPICH.
+        ranks: Number of ranks, each a host of its own where the rate is limited.
+        grids: Grids, as --grid of psmpi train; a run for each.
+        rates: Bandwidths of each host's link in Mbit/s, 0 for this machine as it is. Others need root, iproute2 and
+            MPICH.
         model: Dense layers of one width, or a transformer on sequences of random tokens.
-        width: Units of a layer; of the transformer's hidden layers four times as many.
-        layers: Dense layers before the one of scores, or blocks of the transformer.
+        width: Units of a layer; the transformer's hidden layers have four times as many.
+        layers: Dense layers before the scores, or blocks of the transformer.
         steps: Steps of a sequence.
         batch_size: Samples, or sequences, of a minibatch.
-        saved: What passes keep, as in psmpi.train.
-        rounds: Steps that are timed; the medians count.
+        saved: Tensors that passes keep, as in psmpi train.
+        rounds: Steps to time; the median counts.
         limit: Seconds after which a run is ended.
-        plot: Also draw bytes and times into this file (.png, .pdf or .svg); needs psmpi[plot].
-        json: Also write the figures into this file.
+        plot: File for a plot of bytes and times: .png, .pdf or .svg. Needs psmpi[plot].
+        json: File for the figures, in JSON.
     """
     for option, value in (("--ranks", ranks), ("--width", width), ("--layers", layers), ("--steps", steps),
                           ("--batch-size", batch_size), ("--rounds", rounds), ("--limit", limit)):  # fmt: skip

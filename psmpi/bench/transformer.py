@@ -29,21 +29,22 @@ def transformer(
     pytorch: bool = False,
     json: str = "",
 ) -> int:
-    """Time forward and backward passes of transformer blocks and a dense layer of scores in one process, float32.
+    """Time forward and backward passes of transformer blocks in one process, float32.
 
-    Beside them the products of their dense layers alone, at whose speed attention's are counted too, and with --pytorch
-    the same passes of torch.nn.TransformerEncoderLayer and Linear. All take turns.
+    A dense layer of scores follows the blocks. They take turns with the products of their dense layers, at whose speed
+    the products of attention are counted too, and with --pytorch with the same passes of
+    torch.nn.TransformerEncoderLayer and Linear.
 
     Args:
         blocks: Blocks of attention and two dense layers, of 4 times the width between them.
-        steps: Steps of a sequence; each looks at those up to its own.
+        steps: Steps of a sequence; each attends to those up to itself.
         width: Units of a step.
         heads: Heads of attention.
         batch_size: Samples of a minibatch.
         threads: Threads of psmpi and of PyTorch.
-        rounds: Times that each is timed; the medians count, and the least and the largest are shown.
-        pytorch: Time PyTorch too; needs psmpi[torch].
-        json: Also write the figures into this file.
+        rounds: Measurements of each; the median counts, and the least and the largest are shown.
+        pytorch: Time PyTorch too. Needs psmpi[torch].
+        json: File for the figures, in JSON.
     """
     from threadpoolctl import threadpool_limits
 

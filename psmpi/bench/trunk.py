@@ -32,25 +32,26 @@ def trunk(
     pytorch: bool = False,
     json: str = "",
 ) -> int:
-    """Time steps of the same training on one process and on several ranks of this machine, one after the other.
+    """Time steps of one training on one process and on several ranks of this machine, in turn.
 
-    The ranks share the classes with a trunk that each computes whole (replicated) or on a slice of the minibatch
-    (split), or the samples (replica rows, data_parallel). As many processes that train apart show what the machine has
-    for several. Speed-ups are medians of ratios to the one process of the same round, with quartiles. A way that the
-    network or the options do not allow is left out, and it is said why.
+    The ranks share the classes, with a trunk that each computes whole (replicated) or on a slice of the minibatch
+    (split), or they share the samples (replicas, data_parallel). Independent processes of the same number show the
+    capacity of the machine. Speed-ups are medians of ratios to the one process of the same round, with quartiles. A way
+    that the network or the options do not allow is left out, with the reason.
 
     Args:
-        ranks: Ranks, and processes apart, of a thread each.
-        dataset: digits, mnist, cifar10, or a file, as in psmpi.train.
+        ranks: Number of ranks, and of independent processes, with one thread each.
+        dataset: Data set, as in psmpi train.
         data_dir: Folder of the data set's files.
-        model: Network, as in psmpi.train.
-        widths: Widths of --model mlp and head.
-        loss: Loss, as in psmpi.train.
-        batch_size: Samples of a minibatch, of all ranks together.
+        model: Network, as in psmpi train.
+        widths: Widths of the model, as in psmpi train.
+        loss: Loss, as in psmpi train.
+        batch_size: Samples of a minibatch, over all ranks.
         rounds: Rounds, in each of which every way is timed once.
-        options: More options of psmpi.train for all, in one word: --options="--optimizer momentum --dtype float64".
-        pytorch: Also steps of PyTorch's DistributedDataParallel (gloo); needs psmpi[torch].
-        json: Also write the figures into this file.
+        options: Further options of psmpi train for all ways, in one word: --options="--optimizer momentum --dtype
+            float64".
+        pytorch: Time PyTorch's DistributedDataParallel (gloo) too. Needs psmpi[torch].
+        json: File for the figures, in JSON.
     """
     for option, value, least in (("--ranks", ranks, 2), ("--rounds", rounds, 1), ("--batch-size", batch_size, ranks)):
         if value < least:

@@ -35,26 +35,26 @@ def wavefront(
     plot: str = "",
     json: str = "",
 ) -> int:
-    """Time training steps of --method wavefront on several numbers of ranks, which take turns.
+    """Time training steps of --method wavefront on several numbers of ranks, in turn.
 
-    Of M chunks and R ranks, each way takes at least M + R - 1 times that of a chunk on one rank; with --sleep-ms the
-    time of that is known, and shown beside. Ranks need a core each, unless chunks sleep in place of computing.
+    A pass of M chunks over R ranks takes at least M + R - 1 times the time of a chunk on one rank. With --sleep-ms that
+    time is known, and shown. Each rank needs a core, unless --sleep-ms replaces the computation.
 
     Args:
-        ranks: Processes of a run: one run for each.
-        kind: Recurrent layers.
-        layers: Layers, dealt to the ranks.
+        ranks: Numbers of ranks; a run for each.
+        kind: Kind of the recurrent layers.
+        layers: Number of layers, shared by the ranks.
         steps: Steps of a sequence.
         chunk_steps: Steps of a chunk.
         units: Units of a layer, and features of the samples.
         batch_size: Samples of a minibatch.
         skew: Threads of a rank, each with some of its layers.
-        sleep_ms: Milliseconds that a chunk sleeps besides, each way, in each rank's layers, as if they were larger.
-        rounds: Steps that are timed in a run.
+        sleep_ms: Additional sleep of a chunk in each rank's layers, each way, in ms. It stands for larger layers.
+        rounds: Steps to time in a run.
         repeats: Runs of each number of ranks; the median of all their steps counts.
         limit: Seconds after which a run is ended.
-        plot: Also draw speed-ups into this file (.png, .pdf or .svg); needs psmpi[plot].
-        json: Also write the figures into this file.
+        plot: File for a plot of speed-ups: .png, .pdf or .svg. Needs psmpi[plot].
+        json: File for the figures, in JSON.
     """
     if not ranks or not all(1 <= n <= 250 for n in ranks):
         raise UserError(f"--ranks {' '.join(map(str, ranks))}: expected numbers from 1 to 250")

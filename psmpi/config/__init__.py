@@ -1,7 +1,7 @@
 """The settings of a run; the command line, the TOML file and the help are made from their dataclasses."""
 
 from psmpi.config.carried import changes, given_names, used_settings, with_usual, without_anew, without_unused
-from psmpi.config.ranges import Least, check_ranges, listed, option
+from psmpi.config.ranges import Choices, Least, check_ranges, listed, option
 from psmpi.config.sections import Data, LossSettings, NetworkSettings, Optimization, Parallel, Run
 from psmpi.config.terminal import Terminal
 from psmpi.config.text import defaults, from_table, from_toml, given, parse_toml, read_file, tables_in, to_toml
@@ -9,6 +9,7 @@ from psmpi.config.tree import Config, Settings, check, command_line, from_comman
 from psmpi.config.usual import Numbers, usual_numbers
 
 __all__ = [
+    "Choices",
     "Config",
     "Data",
     "Least",

@@ -1,9 +1,9 @@
-"""Ranges of settings, beside their types: `parts: Annotated[int, Least(0)] = 0`."""
+"""Ranges and choices of settings, beside their types: `parts: Annotated[int, Least(0)] = 0`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from functools import cache
 from math import isfinite
 from typing import Any, NamedTuple, get_type_hints
@@ -17,6 +17,13 @@ class Least(NamedTuple):
     bound: int
 
 
+@dataclass(frozen=True, eq=False)
+class Choices:
+    """Choices of a setting whose names are in a registry; lines: a function that returns a line of text for each."""
+
+    lines: Callable[[], Mapping[str, str]]
+
+
 def option(name: str) -> str:
     """The option of the command line that gives the setting called `name`."""
     return f"--{name.replace('_', '-')}"
@@ -28,8 +35,8 @@ def listed(names: Sequence[str]) -> str:
 
 
 def hints_of(section: Any) -> Mapping[str, Any]:
-    """The types of a section's settings by name, with their bounds."""
-    kind: Any = type(section)
+    """The types of the settings of a section, an instance or its class, by name, with their bounds."""
+    kind: Any = section if isinstance(section, type) else type(section)
     return _hints(kind)
 
 

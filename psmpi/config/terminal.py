@@ -10,15 +10,19 @@ from psmpi.errors import UserError
 
 @dataclass(frozen=True)
 class Terminal:
-    """Amount and form of what is printed."""
+    """Output of a training."""
 
     quiet: bool = False
-    """Print warnings and the last line alone."""
+    """Print warnings and the last line only."""
     verbose: bool = False
-    """Print more: what takes memory, bytes and the ranks' shares of time in communication each epoch, checkpoints."""
+    """Print memory, bytes, communication, and checkpoints too."""
     progress: Literal["auto", "bar", "lines"] = "auto"
-    """bar: a progress bar, also where no terminal can be seen, as behind srun; lines: one every 30 s; auto: a bar where
-    there is a terminal, behind mpirun too."""
+    """Form of the progress report.
+
+    auto: a bar on a terminal, also behind mpirun; else a line every 30 s
+    bar: a progress bar, also where no terminal can be seen, as behind srun
+    lines: a line every 30 s
+    """
 
 
 def check_terminal(given: Terminal) -> None:

@@ -226,22 +226,13 @@ def _check_used(config: Config, said: Collection[str]) -> None:
         raise UserError(f"--clip {o.clip} is not for --optimizer {o.optimizer}, which bounds its steps: leave it out")
 
 
-def _title(section: Any) -> str:
-    """The docstring of some settings, and of a method's what it trains where no network is named."""
-    words = next((kind.usual_options for kind in all_methods().values() if type(section) in kind.settings[:1]), ())
-    usual = f" Where no network is named: {' '.join(words)}." if words else ""
-    return f"{section.__doc__}{usual}"
-
-
 def command_line(default: Config) -> Any:
-    """A tree of dataclasses from which tyro makes the options and the help, with defaults; see `from_command_line`."""
-    methods = all_methods()
+    """A tree of dataclasses from which tyro makes the parser, with defaults; see `from_command_line`."""
     # Before a parser complains in its own words.
     find_method(default.parallel.method)
-    told = "; ".join(f"{name}, {method.summary}" for name, method in methods.items())
     sections: dict[str, Any] = dict(default.sections)
-    # The names to choose from, broken ones too: what is wrong with these is told by `check`.
-    choice = Annotated[Literal[tuple(method_names())], arg(help=f"Training method: {told}.")]  # type: ignore[valid-type]
+    # The names to choose from, broken ones too: `check` says what is wrong with these.
+    choice = Literal[tuple(method_names())]  # type: ignore[valid-type]
     kind = make_dataclass(
         "Parallel", [("method", choice)], bases=(Parallel,), frozen=True, namespace={"__doc__": Parallel.__doc__}
     )
@@ -254,14 +245,14 @@ def command_line(default: Config) -> Any:
     sections.update(last)
     file = Annotated[str, arg(metavar="FILE.toml", help=FILE)]
     given: list[Any] = [
-        # Without help of its own, tyro looks for one in the source.
-        (name, type(value), field(default_factory=partial(replace, value), metadata={"help": _title(value)}))
+        # Without a help text, tyro looks for one in the source.
+        (name, type(value), field(default_factory=partial(replace, value), metadata={"help": name}))
         for name, value in sections.items()
     ]
     return make_dataclass("Options", [*given, ("config", file, "")], frozen=True, namespace={"layers": layers})
 
 
-FILE = "TOML file with any of these settings, in tables named as the groups here; the command line goes before it."
+FILE = "TOML file of settings. Options on the command line override it."
 
 
 def from_command_line(tree: Any) -> Config:

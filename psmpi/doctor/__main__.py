@@ -27,18 +27,18 @@ LATE = 10.0
 
 @dataclass(frozen=True)
 class Options:
-    """Say of software, machine, folders and MPI what is good, what is not, and what to do about it.
+    """Check software, machine, folders and MPI, and print the fix of each problem.
 
-    Under mpirun or srun also of the ranks: where they are, which share cores, and latency and bandwidth between them,
-    which takes about 4 seconds. Exit status 1 where there is an error, 0 with warnings alone.
+    Under mpirun or srun it also checks the ranks: their hosts, shared cores, and latency and bandwidth between them,
+    which takes about 4 seconds. The exit status is 1 after an error, 0 with warnings only.
     """
 
     data_dir: str = ""
-    """Folder of data sets to look into; data if not given."""
+    """Folder of data sets to check. If not given: data."""
     out: str = ""
-    """Folder that runs are to be made in; runs if not given."""
+    """Folder for runs to check. If not given: runs."""
     json: bool = False
-    """Print JSON instead of lines."""
+    """Print JSON in place of lines."""
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -23,10 +23,10 @@ Checkpoints = Positional[Annotated[tuple[Path, ...], arg(metavar="CHECKPOINT")]]
 
 
 def average(files: Checkpoints, /, out: Path) -> int:
-    """Write the mean of the weights of several checkpoints of one model; the optimizer's state is left out.
+    """Write the mean of the weights of several checkpoints of one model, without optimizer state.
 
     Args:
-        files: Checkpoint files or run directories. Configuration and progress are those of the last one.
+        files: Checkpoint files or run directories. The last one gives configuration and progress.
         out: File to write.
     """
     opened = [Opened(path) for path in files]
@@ -52,11 +52,11 @@ def average(files: Checkpoints, /, out: Path) -> int:
 
 def cut(checkpoint: Positional[Annotated[Path, arg(metavar="CHECKPOINT")]], /, classes: tuple[int, ...], out: Path,
         weights_only: bool = False) -> int:  # fmt: skip
-    """Write the part of some classes: what a device must hold to compute their scores.
+    """Write the part of some classes: the tensors that a device needs to compute their scores.
 
     Args:
-        checkpoint: Checkpoint file or run directory.
-        classes: Classes whose scores the part is to give.
+        checkpoint: Checkpoint file, or a run directory for its newest one.
+        classes: Classes of the part.
         out: File to write.
         weights_only: Leave the optimizer's state out. Tables and other tensors are left out in any case.
     """
@@ -78,10 +78,10 @@ def cut(checkpoint: Positional[Annotated[Path, arg(metavar="CHECKPOINT")]], /, c
 
 
 def join(files: Checkpoints, /, out: Path) -> int:
-    """Put parts of one checkpoint together again, bit for bit.
+    """Join parts of one checkpoint, bit for bit.
 
     Args:
-        files: Files that `cut` wrote; together they must hold all classes.
+        files: Files from psmpi inspect cut; together they must hold all classes.
         out: File to write.
     """
     opened = [Opened(path) for path in files]
@@ -107,8 +107,8 @@ def prune(run: Positional[Annotated[Path, arg(metavar="RUN")]], /, keep: int, dr
 
     Args:
         run: Run directory.
-        keep: How many to keep, at least 1.
-        dry_run: Only say what would be removed.
+        keep: Number of checkpoints to keep, at least 1.
+        dry_run: Print the files that would be removed, and remove none.
     """
     if keep < 1:
         raise UserError(f"prune --keep {keep}: expected a whole number from 1 up")

@@ -15,11 +15,11 @@ from psmpi.output import Screen, tell
 
 
 def diff(first: Checkpoint, second: Checkpoint, /, json: bool = False) -> int:
-    """Compare two checkpoints: relative distance of each tensor and table, largest first, and settings that differ.
+    """Compare two checkpoints: relative distances, largest first, and settings that differ.
 
     Args:
-        first: Checkpoint file or run directory, the reference of the relative distances.
-        second: Another one.
+        first: Checkpoint file, or a run directory for its newest one. It is the reference of the relative distances.
+        second: Checkpoint file, or a run directory, to compare with it.
         json: Print JSON.
     """
     a, b = Opened(first), Opened(second)

@@ -45,23 +45,25 @@ def export(
     data_dir: str = "",
     allow_external: bool = False,
 ) -> int:
-    """Write the weights for other programs: .npz or .safetensors (named tensors), or .onnx (the network itself).
+    """Export the weights (.npz, .safetensors) or the network (.onnx) for other programs.
 
-    Its metadata have the names of classes and of a table's columns, JSON lists, in the order of scores and inputs.
+    The metadata hold the names of the classes and of a table's columns, JSON lists in the order of scores and inputs.
 
-    The ONNX network takes x (batch, *shape of a sample), float32, scaled as in training (pixels to 0..1), and gives raw
-    scores (batch, classes). Of sequences it takes x (batch, steps, features), or tokens int64 (batch, steps), and
-    lengths int32 (batch,); scores of each step are (batch, steps, classes). It is run with onnxruntime, sample by
-    sample and on several at once, and refused if it differs from psmpi's own scores by more than 1e-5 of the largest.
+    The ONNX network takes x (batch, *shape of a sample), float32, scaled as in training (pixels to 0..1), and returns
+    raw scores (batch, classes). For sequences it takes x (batch, steps, features), or tokens int64 (batch, steps), and
+    lengths int32 (batch,); scores of each step are (batch, steps, classes). Before it is kept, onnxruntime runs it
+    sample by sample and on several samples at once. It is refused if its scores differ from those of psmpi by more than
+    1e-5 of the largest.
 
     Args:
-        checkpoint: Checkpoint file or run directory; may be a part.
-        out: File to write; its ending says the format.
-        calibrate: Of networks with batch normalization: how many samples of the training split give the statistics
-            that are written with the weights, as those of psmpi.predict; .onnx needs them.
-        dataset: The data set of the training, if its file has moved; for --calibrate.
-        data_dir: Folder that holds the data set's files; the one of the training if not given.
-        allow_external: Let arrays of that data set lie in other files, which it names: for files of your own alone.
+        checkpoint: Checkpoint file, or a run directory for its newest one. It may be a part.
+        out: File to write; its ending gives the format.
+        calibrate: Samples of the training split that give the statistics of batch normalization, to be written with the
+            weights. Such networks need them for .onnx.
+        dataset: Data set of the training for --calibrate, if its file has moved.
+        data_dir: Folder of the data set's files. If not given: that of the training.
+        allow_external: Let the data set's arrays lie in other files, which its file names. Use it for files of your own
+            only.
     """
     writers: dict[str, Callable[[Export], str]] = {".npz": _npz, ".safetensors": _safetensors, ".onnx": _onnx}
     if out.suffix not in writers:

@@ -74,12 +74,12 @@ class Moments:
 
 
 def stats(checkpoint: Checkpoint, /, vector: str = "weights", plot: str = "", json: bool = False) -> int:
-    """Statistics of each tensor and of each part: mean, spread, norm, not-a-number count, histogram.
+    """Show statistics of each tensor and part: mean, spread, norm, not-a-number count, histogram.
 
     Args:
-        checkpoint: Checkpoint file or run directory.
-        vector: weights, a vector of the optimizer (m, v, ...), or the name of other tensors of the file.
-        plot: Also draw the histograms into this file (.png, .pdf or .svg); needs psmpi[plot].
+        checkpoint: Checkpoint file, or a run directory for its newest one.
+        vector: Vector: weights, one of the optimizer (m, v, ...), or the name of other tensors of the file.
+        plot: File for a plot of the histograms: .png, .pdf or .svg. Needs psmpi[plot].
         json: Print JSON.
     """
     if plot and not Path(plot).suffix:

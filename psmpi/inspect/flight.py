@@ -20,7 +20,7 @@ from psmpi.output import Screen
 
 
 def flight(run: Positional[Annotated[Path, arg(metavar="RUN")]], /, last: int = 10, json: bool = False) -> int:
-    """Show what each rank did last when ranks stood still, who was waited for, and the calls that were missing.
+    """Show the last operations of each rank of a stalled run, the rank to wait for, and missing calls.
 
     Args:
         run: Run directory, or the file flight.jsonl of one.

@@ -28,10 +28,10 @@ from psmpi.output import Screen, tell
 
 
 def show(checkpoint: Checkpoint, /, json: bool = False) -> int:
-    """Show what a checkpoint holds: tensors with shapes, sizes and norms, the configuration, the score so far.
+    """Show the tensors of a checkpoint (shapes, sizes, norms), its configuration and score.
 
     Args:
-        checkpoint: Checkpoint file or run directory.
+        checkpoint: Checkpoint file, or a run directory for its newest one.
         json: Print JSON.
     """
     opened = Opened(checkpoint)
@@ -170,7 +170,7 @@ def list_(run: Positional[Annotated[Path, arg(metavar="RUN")]], /, json: bool = 
 
 
 def verify(files: Positional[Annotated[tuple[Path, ...], arg(metavar="CHECKPOINT")]], /, json: bool = False) -> int:
-    """Read checkpoints whole and compare them with their digests; exit status 1 if one is damaged.
+    """Read checkpoints whole and compare them with their digests. Exit status 1 if one is damaged.
 
     Args:
         files: Checkpoint files, or run directories for all of theirs.

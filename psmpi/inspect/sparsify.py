@@ -34,18 +34,18 @@ def sparsify(
     scope: Literal["global", "layer"] = "global",
     layers: tuple[str, ...] = (),
 ) -> int:
-    """Write a network of which the smallest weights of dense layers are gone: sparse layers, which can train on.
+    """Prune a network: remove the smallest weights of dense layers, which become sparse layers.
 
-    The weights of least magnitude of all these layers together are left out (global magnitude pruning), or of each by
-    itself. Weights that stay, biases and other layers are as they were; the optimizer's state is left out. Train on by
-    psmpi.train --resume FILE --epochs N --out DIR, with other settings where wished; N counts the epochs done too.
+    The weights of least magnitude of all these layers together are removed (global magnitude pruning), or those of each
+    layer. The other weights, biases and layers stay the same; the optimizer's state is left out. To continue the
+    training: psmpi train --resume FILE --epochs N --out DIR, where N includes the past epochs.
 
     Args:
-        checkpoint: Checkpoint file or run directory, of a whole network.
-        sparsity: Part of the weights of these layers that is left out, above 0 and below 1.
+        checkpoint: Checkpoint file, or a run directory for its newest one. It must hold a whole network.
+        sparsity: Share of the weights of these layers to remove, above 0 and below 1.
         out: File to write.
-        scope: global: the weights of all these layers compete; layer: each layer loses the same part.
-        layers: Dense layers by name; all but the layer of scores if not given.
+        scope: Weights that compete: global, those of all these layers, or layer, those of each layer.
+        layers: Names of dense layers. If not given: all but the layer of scores.
     """
     if not 0 < sparsity < 1:
         raise UserError(f"sparsify --sparsity {sparsity}: expected a number above 0 and below 1, for instance 0.95")

@@ -35,20 +35,29 @@ class Settings:
     results: ClassVar[bool] = True
 
     bucket_megabytes: float = 25.0
-    """Size of the pieces in which a gradient is summed, the first one a 25th of it."""
+    """Size of the buckets in which a gradient is summed, in MB. The first bucket has a 25th of it."""
     overlap: bool = True
-    """Begin to sum a piece as soon as backward has filled it (on the host; not by doubling and halving)."""
+    """Start the all-reduce of a bucket as soon as the backward pass has filled it. It needs gradients on the host, and
+    another --allreduce than doubling and halving."""
     compression: Literal["none", "float16", "topk", "dgc", "sign", "qsgd", "powersgd"] = "none"
-    """Part of a gradient that is sent: all; half the bits; the largest components, plain or summed up with --momentum
-    (dgc); a bit each; random multiples of a fraction of the norm; two thin matrices for each matrix."""
+    """Compression of the gradients that ranks send.
+
+    none: no compression
+    float16: half precision
+    topk: the largest components
+    dgc: the largest components, after local accumulation with --momentum
+    sign: the sign of each component
+    qsgd: random multiples of a fraction of the norm
+    powersgd: two thin matrices for each weight matrix
+    """
     error_feedback: bool = True
-    """Remember what compression left out, and add it to the next gradient."""
+    """Add the error of the compression to the next gradient."""
     density: float = 0.01
     """Share of the components that topk and dgc send."""
     powersgd_rank: int = 2
-    """Columns of powersgd's matrices."""
+    """Columns of the matrices of powersgd."""
     qsgd_levels: int = 15
-    """Multiples that qsgd rounds to, 1 to 127."""
+    """Levels that qsgd rounds to, 1 to 127."""
 
 
 # The kinds of compression that use a setting.
@@ -59,7 +68,7 @@ class DataParallel(Replica):
     """The method on one rank. What compression has left out is a row of the tables, for other ranks its mean."""
 
     name = "data_parallel"
-    summary = "each rank the whole network and a slice of each minibatch"
+    summary = "whole network on every rank, gradients summed"
     settings = (Settings, Sums)
     skips = weighs_classes = True
     advice = "use --allreduce ring, and no --compression"

@@ -45,11 +45,16 @@ class Settings:
     results: ClassVar[bool] = True
 
     feedback: Literal["normal", "uniform", "shared"] = "normal"
-    """Random matrices that bring the error to hidden layers: normal, uniform (Noekland), or rows of one (Launay)."""
+    """Random feedback matrices, from the error to each hidden layer.
+
+    normal: normal entries
+    uniform: uniform entries (Noekland 2016)
+    shared: rows of one matrix for all layers (Launay et al.)
+    """
     feedback_seed: Annotated[int, Least(0)] = 0
-    """Seed of these matrices."""
+    """Seed of the feedback matrices."""
     feedback_scale: float = 1.0
-    """Factor of these matrices: in effect one of the hidden layers' learning rate."""
+    """Factor on the feedback matrices. It acts as a learning rate of the hidden layers."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,7 @@ class DirectFeedback(Method):
     """The method on one rank: a run of layers, the weights and optimizer state of these alone."""
 
     name = "dfa"
-    summary = "direct feedback alignment, each rank some layers, which learn from the error of the scores alone"
+    summary = "layers on ranks, direct feedback of the error"
     settings = (Settings,)
     skips = True
     exactness = Exactness(options=("--model", "mlp", "--widths", "20", "20", "20", "20"))

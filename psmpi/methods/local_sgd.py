@@ -30,16 +30,16 @@ class Settings:
     results: ClassVar[bool] = True
 
     outer_lr: float = 1.0
-    """Learning rate of the outer optimizer; 1 without momentum is the mean. DiLoCo: 0.7."""
+    """Learning rate of the outer optimizer. 1 without momentum is the mean of the weights. DiLoCo uses 0.7."""
     outer_momentum: float = 0.0
-    """Nesterov momentum of the outer optimizer. DiLoCo: 0.9."""
+    """Nesterov momentum of the outer optimizer. DiLoCo uses 0.9."""
 
 
 class LocalSGD(Copies):
     """The method on one rank, whose weights and optimizer state are its own between two averages."""
 
     name = "local_sgd"
-    summary = "local SGD, each rank a copy of the network that it trains alone, averaged now and then"
+    summary = "whole network on every rank, weights averaged in rounds"
     settings = (Settings, Rounds, Sums)
     weighs_classes = True
     exactness = replace(Copies.exactness, options=(*Copies.exactness.options, "--local-steps", "4"))

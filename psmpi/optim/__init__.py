@@ -3,7 +3,7 @@
 from psmpi.optim.base import AllSum, Closure, Optimizer
 from psmpi.optim.curvature.settings import NewtonSettings
 from psmpi.optim.norms import clip_by_global_norm
-from psmpi.optim.registry import ALL_OPTIMIZERS, FIRST_ORDER, OPTIMIZERS, find_optimizer, make_optimizer
+from psmpi.optim.registry import ALL_OPTIMIZERS, FIRST_ORDER, OPTIMIZERS, SUMMARIES, find_optimizer, make_optimizer
 from psmpi.optim.schedules import SCHEDULES, Schedule, ScheduleSettings, make_schedule
 from psmpi.optim.settings import Hyper, given
 from psmpi.optim.unused import Unused, unused_settings
@@ -13,6 +13,7 @@ __all__ = [
     "FIRST_ORDER",
     "OPTIMIZERS",
     "SCHEDULES",
+    "SUMMARIES",
     "AllSum",
     "Closure",
     "Hyper",

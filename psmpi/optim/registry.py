@@ -41,6 +41,23 @@ OPTIMIZERS: dict[str, type[Optimizer]] = {
 }
 # All of them.
 ALL_OPTIMIZERS: dict[str, type[Optimizer]] = {**OPTIMIZERS, "plbfgs": PLBFGS, "plsr1": PLSR1, "plse": PLSE}
+# One line on each, for the help.
+SUMMARIES = {
+    "sgd": "stochastic gradient descent",
+    "momentum": "gradient descent with momentum (Polyak 1964)",
+    "nesterov": "gradient descent with Nesterov's momentum",
+    "adam": "moments of the gradient (Kingma and Ba 2015)",
+    "adamw": "Adam, decoupled weight decay (Loshchilov and Hutter 2019)",
+    "rmsprop": "gradient over its root mean square (Tieleman and Hinton 2012)",
+    "lion": "sign of a momentum (Chen et al. 2023)",
+    "muon": "orthogonalized momentum of matrices, AdamW for other weights",
+    "lbfgs": "L-BFGS with a line search; needs large minibatches",
+    "lbfgs-tr": "L-BFGS in a trust region",
+    "lsr1-tr": "L-SR1 in a trust region",
+    "plbfgs": "partitioned L-BFGS of each element, for --partition pairs",
+    "plsr1": "partitioned L-SR1 of each element, for --partition pairs",
+    "plse": "L-BFGS of each element, L-SR1 where its curvature is negative",
+}
 # Those whose step is a function of one gradient and their state: no searches, no pairs of steps.
 FIRST_ORDER = frozenset(name for name, kind in OPTIMIZERS.items() if issubclass(kind, FirstOrder))
 # Those that count their steps, with a count for each weight.

@@ -101,15 +101,20 @@ class ScheduleSettings:
     """The course of the learning rate."""
 
     schedule: ScheduleName = "constant"
-    """Course of the learning rate; cosine falls from --lr to --min-lr over all --epochs."""
+    """Learning rate schedule.
+
+    constant: --lr throughout
+    step: multiply by --gamma every --step-size steps
+    cosine: fall from --lr to --min-lr over all --epochs
+    """
     warmup_steps: int = 0
-    """Steps over which the learning rate rises linearly from 0, before the schedule."""
+    """Steps of a linear rise of the learning rate from 0, before the schedule."""
     step_size: int = 0
-    """Steps after which the `step` schedule multiplies the learning rate by gamma."""
+    """Steps between two reductions by --schedule step."""
     gamma: float = 0.1
-    """Factor of the `step` schedule."""
+    """Factor of each reduction by --schedule step."""
     min_lr: float = 0.0
-    """Learning rate at the end of the `cosine` schedule."""
+    """Learning rate at the end of --schedule cosine."""
 
 
 def find_schedule(kind: str) -> type[Schedule]:

@@ -17,22 +17,22 @@ class Hyper:
     """Settings of all optimizers; each uses those its formula has. `make_optimizer` checks all of them."""
 
     momentum: float | None = None
-    """Momentum of momentum, nesterov and --extrapolation constant, 0.9 if not given; of muon, 0.95 if not given."""
+    """Momentum of momentum, nesterov, muon and --extrapolation constant. If not given: 0.9, for muon 0.95."""
     beta1: float = 0.9
-    """Decay of the first moment in adam, adamw and muon's AdamW, and in lion's step."""
+    """Decay of the first moment in adam, adamw and muon's AdamW, and of the interpolation in lion's step."""
     beta2: float | None = None
-    """Decay of the second moment in adam, adamw and muon's AdamW, and of --scaling moments, 0.999 if not given; of
-    lion's moment, 0.99 if not given."""
+    """Decay of the second moment in adam, adamw, muon's AdamW and --scaling moments, and of lion's moment. If not
+    given: 0.999, for lion 0.99."""
     eps: float = 1e-8
-    """Added to the root in adam, adamw, muon's AdamW, rmsprop and --scaling moments."""
+    """Term added to the root in adam, adamw, muon's AdamW, rmsprop and --scaling moments."""
     alpha: float = 0.99
-    """Decay of rmsprop's mean square."""
+    """Decay of the mean square in rmsprop."""
     weight_decay: float = 0.0
-    """L2 penalty added to the gradient; decoupled in adamw, lion and muon."""
+    """L2 penalty. It is decoupled in adamw, lion and muon."""
     history: int = 10
     """Pairs that lbfgs, lbfgs-tr and lsr1-tr remember."""
     max_evals: int = 20
-    """Function evaluations of the line search of lbfgs at most."""
+    """Largest number of function evaluations in a line search of lbfgs."""
 
 
 def given(hyper: Hyper, name: str) -> float:

@@ -16,10 +16,14 @@ MARK = ". Written by:\n"
 
 @dataclass(frozen=True)
 class Submission(Job):
-    """Write the script of a job that trains, and submit it to SLURM. Options of psmpi train follow behind --."""
+    """Write the script of a job that trains, and submit it to SLURM.
+
+    The options of the training, those of psmpi train, follow after --. Example: psmpi submit --ranks 4 --time 04:00:00
+    -- --dataset mnist --epochs 20
+    """
 
     script: str = ""
-    """File that the script is written to; NAME.sh if not given."""
+    """File for the script. If not given: NAME.sh."""
     dry_run: bool = False
     """Print the script, and write and submit nothing."""
 

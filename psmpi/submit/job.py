@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from tyro.conf import arg
-
 from psmpi.config.ranges import Least
 from psmpi.errors import UserError
 
@@ -28,39 +26,45 @@ class Job:
     """A job, or an array of jobs, that trains. Words behind -- are options of psmpi train."""
 
     name: str = "psmpi"
-    """Name of the job; its run directory is runs/NAME, in which a job of the same name goes on."""
+    """Name of the job. Its run directory is runs/NAME; a job of the same name continues the run in it."""
     ranks: Annotated[int, Least(1)] = 2
-    """MPI ranks, on all nodes together."""
+    """MPI ranks, over all nodes."""
     nodes: Annotated[int, Least(1)] = 1
-    """Nodes; ranks are spread over them."""
+    """Number of nodes, over which the ranks are spread."""
     cores: Annotated[int, Least(1)] = 1
-    """Cores a rank, of which it makes as many threads."""
+    """Cores of each rank, and its threads."""
     gpus: Annotated[int, Least(0)] = 0
-    """GPUs a node; ranks of a node share them in turn. Training needs --backend cupy then."""
+    """GPUs of a node; the ranks of a node take them in turn. The training then needs --backend cupy."""
     memory: str = ""
-    """Memory a node, such as 16G; if not given the batch system's usual amount."""
+    """Memory of a node, such as 16G. If not given: the batch system's default."""
     time: str = "01:00:00"
     """Time limit of a start, such as 30 (minutes), 04:00:00 or 2-00:00:00."""
     save_before: Annotated[int, Least(0)] = 120
-    """Seconds before the time limit at which training is stopped and saved; 0: no such warning."""
+    """Seconds before the time limit at which the training is stopped and saved. 0: no warning, and no save."""
     requeue: bool = False
-    """Start again after the time limit, until training is done."""
+    """Start again after the time limit, until the training is done."""
     seeds: Annotated[int, Least(0)] = 0
-    """An array of jobs, one for each of so many seeds, from 0 on."""
+    """Jobs of an array, with seeds 0, 1, ... 0: no array."""
     grid: str = ""
-    """An array of jobs, one for each combination of the settings in this TOML file: lr = [0.01, 0.001], for example."""
+    """TOML file of lists, such as lr = [0.01, 0.001]; an array has a job for each combination."""
     partition: str = ""
-    """Partition, or queue; if not given the batch system's usual one."""
+    """Partition, or queue. If not given: the batch system's default."""
     account: str = ""
-    """Account that the job is charged to."""
+    """Account to charge."""
     ask: tuple[str, ...] = ()
     """Further options of the batch system, such as --mail-type=END."""
     modules: tuple[str, ...] = ()
     """Environment modules to load, such as the site's MPI."""
     activate: str | None = None
-    """Script that makes the Python environment; if not given that of this Python's virtual environment, "" for none."""
-    mpi: Annotated[Interface, arg(help_behavior_hint="(default: fits this MPI)")] = "auto"
-    """How the batch system starts ranks: pmi2 for MPICH, pmix for Open MPI."""
+    """Script that activates the Python environment, "" for none. If not given: that of the present virtual
+    environment."""
+    mpi: Interface = "auto"
+    """Interface by which the batch system starts ranks.
+
+    auto: the one of the present MPI
+    pmi2: for MPICH
+    pmix: for Open MPI
+    """
 
     def check(self) -> None:
         """Raise UserError for a job that no batch system could start or that would not be saved in time."""

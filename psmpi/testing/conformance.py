@@ -261,7 +261,7 @@ def metrics_are_complete(case: Case) -> None:
 
 def settings_are_in_help_and_checkpoint(case: Case) -> None:
     """Every setting is in the help, and the configuration in a checkpoint is read back."""
-    text = case.end(1, "--help", out=case.folder / "none").stdout
+    text = case.end(1, "--help-all", out=case.folder / "none").stdout
     out = case.run(case.ranks[0], "--max-steps", "1")
     with h5py.File(newest(out)) as file:
         saved = from_toml(str(file["config"].asstr()[0]), "checkpoint")

@@ -14,8 +14,12 @@ class Masters:
     results: ClassVar[bool] = False
 
     placement: Literal["master", "owner"] = "master"
-    """Holders of the weights that a worker computes with: the masters, or the workers themselves."""
+    """Holders of weights.
+
+    master: master ranks hold shards of the weights; workers get copies of their parts
+    owner: workers hold the weights of their own parts
+    """
     masters: int = 1
-    """Ranks, from rank 0 on, that share the weights and the optimizer state."""
+    """Number of master ranks, from rank 0 on. Masters share the weights and the optimizer state."""
     colocate: bool = False
-    """Masters are workers too."""
+    """Let masters be workers too."""

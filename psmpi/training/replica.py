@@ -28,14 +28,20 @@ from psmpi.training.need import Need, added, vectors_needed, worker_needed
 
 @dataclass(frozen=True)
 class Sums:
-    """Sums over ranks that have the whole network each."""
+    """All-reduce over ranks that hold the whole network."""
 
     table: ClassVar[str] = "sums"
     results: ClassVar[bool] = False
 
     allreduce: Literal["auto", "mpi", "ring", "doubling", "halving"] = "auto"
-    """What sums gradients, or averages weights, over ranks: MPI's choice, or messages of psmpi's own. auto: a ring for
-    large pieces between hosts, else MPI's choice."""
+    """Algorithm of the all-reduce of gradients or weights.
+
+    auto: ring for large buckets between hosts, else mpi
+    mpi: MPI's choice
+    ring: ring, by messages of psmpi
+    doubling: recursive doubling, by messages of psmpi
+    halving: recursive halving, by messages of psmpi
+    """
 
 
 class Replica(Method):

@@ -11,14 +11,14 @@ from psmpi.errors import UserError
 
 @dataclass(frozen=True)
 class Rounds:
-    """Rounds in which ranks train alone."""
+    """Rounds of local training."""
 
     table: ClassVar[str] = "rounds"
     results: ClassVar[bool] = True
 
     local_steps: int = 20
-    """Steps of a rank alone between two averages, or in a round of subnets, which also ends with an epoch, at a
-    checkpoint and at --max-steps."""
+    """Steps of a rank between two exchanges. A round of subnetworks also ends with an epoch, at a checkpoint and at
+    --max-steps."""
 
 
 def check_rounds(config: Config, what: str) -> None:

@@ -244,14 +244,14 @@ def test_a_terminal_of_few_columns_still_shows_the_table(columns, tmp_path):
 
 @pytest.mark.parametrize("module", ["train", "predict", "inspect", "inspect show", "plot", "bench", "bench compute"])
 def test_help_is_as_wide_on_a_terminal_of_few_columns(module, monkeypatch):
-    """On so few that a word does not fit, tyro breaks it letter by letter, and on one it goes on for ever."""
+    """Lines have HELP_WIDTH columns at least, so that no word is broken."""
     given, (name, *words) = shutil.get_terminal_size, module.split()
     shown = ""
     for columns in (str(HELP_WIDTH), "20", "1"):
         monkeypatch.setitem(TERMINAL, "COLUMNS", columns)
         ended = run_program(1, f"psmpi.{name}", [*words, "--help"])
         shown = shown or ended.stdout
-        assert ended.status == 0 and ended.stdout == shown and "show this help message" in shown
+        assert ended.status == 0 and ended.stdout == shown and "--help " in shown
     assert shutil.get_terminal_size is given
     monkeypatch.setitem(TERMINAL, "COLUMNS", "100")
     assert max(map(len, run_program(1, "psmpi.train", ["--help"]).stdout.splitlines())) > HELP_WIDTH

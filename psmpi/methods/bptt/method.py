@@ -70,7 +70,7 @@ class TruncatedBackPropagation(Replica):
     """
 
     name = "bptt"
-    summary = "truncated back-propagation through time, with synthetic gradients of the future if asked for"
+    summary = "truncated back-propagation through time, data parallel"
     settings = (Settings, Sums)
     tiles = False
     advice = "use --allreduce ring"

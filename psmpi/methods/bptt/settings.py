@@ -26,17 +26,21 @@ class Settings:
     results: ClassVar[bool] = True
 
     unroll: Annotated[int, Least(1)] = 20
-    """Steps of a window: forward and backward within it, then an optimizer step; the last window of a sequence may be
-    shorter. From the steps of a sequence on it is plain back-propagation."""
+    """Steps of a window. The pass goes forward and backward within a window, and an optimizer step follows. The last
+    window of a sequence may be shorter. With the steps of a whole sequence this is plain back-propagation."""
     future: Literal["none", "synthetic"] = "none"
-    """Gradient of a window's last states from the windows behind it: none, 0, plain truncation; synthetic, predicted
-    from these states by a small network that learns from what the next window sends back (Jaderberg et al. 2017)."""
+    """Gradient of a window's last states from later windows (Jaderberg et al. 2017).
+
+    none: zero, plain truncation
+    synthetic: predicted from the states by a small network, which learns from what the next window sends back
+    """
     future_hidden: tuple[int, ...] = ()
-    """Widths of hidden layers of ReLU in that network; none: it is linear."""
+    """Widths of the hidden ReLU layers in the network of --future synthetic. If not given: no hidden layer, the network
+    is linear."""
     future_lr: float = 0.0
-    """Learning rate of that network, changed over the run as --lr is; 0: --lr, but with sgd, momentum and nesterov at
-    most what a linear network of so many states bears. It has to follow what the recurrent layers learn: several times
-    --lr is often better."""
+    """Learning rate of the network of --future synthetic, changed over the run as --lr is. 0: --lr, but with sgd,
+    momentum and nesterov at most the stable rate of a linear network of these states. Several times --lr is often
+    better."""
 
 
 def windows(network: Network, s: Settings) -> list[tuple[int, int]]:

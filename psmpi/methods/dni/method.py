@@ -51,7 +51,7 @@ class DecoupledInterfaces(Method):
     """
 
     name = "dni"
-    summary = "decoupled neural interfaces, each rank some layers, which update at once from synthetic gradients"
+    summary = "blocks of layers on ranks, synthetic gradients"
     settings = (Settings,)
     exactness = Exactness(options=OPTIONS)
 

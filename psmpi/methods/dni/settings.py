@@ -35,25 +35,34 @@ class Settings:
     results: ClassVar[bool] = True
 
     layer_blocks: Annotated[int, Least(0)] = 0
-    """Blocks of consecutive layers, a multiple of the ranks; 0: one a rank, at least 2."""
+    """Blocks of consecutive layers, a multiple of the ranks. 0: one block a rank, at least 2."""
     synthetic: Literal["cdni", "dni"] = "cdni"
-    """Inputs of a gradient synthesizer: cdni, a block's outputs and the targets; dni, the outputs alone."""
+    """Inputs of a gradient synthesizer.
+
+    cdni: outputs of the block, and the targets
+    dni: outputs of the block
+    """
     synthesizer_hidden: tuple[int, ...] = ()
-    """Widths of a synthesizer's hidden layers, each with batch normalization and ReLU; none: a linear synthesizer."""
+    """Widths of the hidden layers of a synthesizer, each with batch normalization and ReLU. If not given: no hidden
+    layer, the synthesizer is linear."""
     synthesizer_lr: float = 0.0
-    """Learning rate of synthesizers and local losses, changed over the run as --lr is; 0: that of the blocks, but with
-    sgd, momentum and nesterov at most what a linear synthesizer of these inputs bears."""
+    """Learning rate of synthesizers and local losses, changed over the run as --lr is. 0: --lr, but with sgd, momentum
+    and nesterov at most the stable rate of a linear synthesizer."""
     ahead: Annotated[int, Least(1)] = 2
-    """Minibatches a block may start before the gradient of the first comes back; a synthesizer learns from a gradient
-    exactly this many minibatches later, so results depend neither on timing nor on ranks."""
+    """Minibatches that a block may start before the gradient of the first one returns. A synthesizer learns from a
+    gradient exactly this many minibatches later, so results depend neither on timing nor on ranks."""
     bp_lambda: float = 0.0
-    """BP(lambda): share of the returned gradient in a block's update, the rest is synthetic; 1 is back-propagation as a
-    lock-step pipeline. Above 0 needs --ahead 1."""
+    """Share of the returned gradient in a block's update; the rest is synthetic (BP(lambda)). 1 is back-propagation as
+    a lock-step pipeline. Values above 0 need --ahead 1."""
     synthetic_inputs: bool = False
-    """Also synthesize the inputs of each block from the samples, so that no block waits for the one below."""
+    """Synthesize the inputs of each block from the samples too, so that no block waits for the one below."""
     local_loss: Literal["none", "greedy", "predsim"] = "none"
-    """Local losses in place of synthetic gradients: greedy, --loss of a linear classifier on the block's outputs;
-    predsim, that and a similarity loss (Nokland and Eidnes 2019)."""
+    """Local losses in place of synthetic gradients.
+
+    none: synthetic gradients
+    greedy: --loss of a linear classifier on the block's outputs
+    predsim: greedy, and a similarity loss (Nokland and Eidnes 2019)
+    """
 
     @property
     def predicts(self) -> bool:

@@ -37,7 +37,7 @@ class Hogwild(Method):
     """The method on one rank."""
 
     name = "hogwild"
-    summary = "updates of shared weights that nobody waits for, by ranks with minibatches of their own"
+    summary = "asynchronous updates of shared weights"
     settings = (Settings,)
     sequences = "steps"
     usual_options = (

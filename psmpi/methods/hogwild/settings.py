@@ -25,29 +25,43 @@ SHARED = ("raw", "atomic", "cyclades")
 
 @dataclass(frozen=True)
 class Settings:
-    """Updates of shared weights that nobody waits for (hogwild)."""
+    """Asynchronous updates of shared weights (hogwild)."""
 
     table: ClassVar[str] = "hogwild"
     results: ClassVar[bool] = True
 
     updates: Literal["auto", "raw", "atomic", "accumulate", "server", "cyclades"] = "auto"
-    """How ranks add to the weights. raw: plain stores to memory that the ranks of a host share, of which a few get
-    lost; atomic: additions there; accumulate: additions to MPI windows, on any hosts; server: messages to rank 0, which
-    only adds; cyclades: raw, of samples that have no weights in common, as one rank would one after the other. auto: on
-    one host raw for sparse samples and else atomic, on several accumulate, or server where MPI's windows fail."""
+    """Updates of the weights.
+
+    auto: on one host raw for sparse samples and atomic for others; on several hosts accumulate, or server where MPI's
+        windows fail
+    raw: plain stores to shared memory of a host; a few get lost
+    atomic: atomic additions to shared memory of a host
+    accumulate: additions to MPI windows, on any hosts
+    server: messages to rank 0, which only adds them
+    cyclades: raw, with samples that share no weights; equals the updates of one rank in turn
+    """
     staleness: str = "auto"
-    """Minibatches that a rank may begin ahead of the slowest one: none, for any number, or a number; 0: all wait for
-    each other. auto: none on one host, else 4."""
+    """Minibatches that a rank may be ahead of the slowest rank: a number, or a word below. 0 makes all ranks wait for
+    each other.
+
+    auto: none on one host, 4 on several
+    none: any number
+    """
     hand_out: Literal["turns", "tickets"] = "turns"
-    """Who takes a minibatch: the ranks in turn, or whoever comes first (by a counter in a window)."""
+    """Order in which ranks take minibatches.
+
+    turns: ranks in turn
+    tickets: first come, first served, by a counter in a window
+    """
     update_samples: Annotated[int, Least(0)] = 0
-    """Samples of an update; 0: the whole minibatch, but one of sparse samples of a linear model in shared memory. More
-    of these are stepped on a copy of their weights, which keeps caches of processors apart."""
+    """Samples of an update. 0: the whole minibatch, but 1 for sparse samples of a linear model in shared memory.
+    Several of these samples are stepped on a copy of their weights, which separates the caches of processors."""
     elements: bool = False
-    """Make an update of each element of the loss, a pair of classes: of partially-separable networks it reads and
-    changes the weights of two classes alone."""
+    """Update once for each element of the loss, a pair of classes. In partially-separable networks an update then reads
+    and changes the weights of two classes only."""
     flush_every: Annotated[int, Least(1)] = 1
-    """Minibatches after which a rank waits until its additions to MPI windows are there."""
+    """Minibatches after which a rank waits for the completion of its additions to MPI windows."""
 
     @property
     def bound(self) -> int | None:

@@ -34,22 +34,30 @@ from psmpi.training.state import fetch
 
 @dataclass(frozen=True)
 class Settings:
-    """Independent subnets (ist)."""
+    """Independent subnetworks (ist)."""
 
     table: ClassVar[str] = "ist"
     results: ClassVar[bool] = True
 
     deal: Literal["units", "blocks"] = "units"
-    """Shares that are dealt to the workers each round: neurons and channels of each layer, or residual blocks
-    (ResIST)."""
+    """Units that are dealt to the workers in each round.
+
+    units: neurons and channels of each layer
+    blocks: residual blocks (ResIST)
+    """
     strata: bool = False
-    """Deal out each of as many equal groups of units as there are workers on its own: equal messages."""
+    """Split the units into as many equal groups as workers, and deal each group separately. All messages then have the
+    same size."""
     subnet_seed: Annotated[int, Least(0)] = 0
     """Seed of the deals."""
     min_blocks: int = 1
-    """Residual blocks of a worker at least; where there are fewer, workers share some, and these are averaged."""
+    """Least number of residual blocks of a worker. Where there are fewer, workers share blocks, which are averaged."""
     optimizer_state: Literal["reset", "travel"] = "reset"
-    """A fresh optimizer each round, or its state goes with the weights, of Adam with a count of each one's steps."""
+    """Optimizer state of a dealt weight.
+
+    reset: fresh in each round
+    travel: moves with the weight; Adam counts the steps of each weight
+    """
 
 
 # A task for tests: a network that is wide enough for five workers.
@@ -66,7 +74,7 @@ class IndependentSubnets(Method):
     """
 
     name = "ist"
-    summary = "independent subnets, each worker a random part of all layers, new each round"
+    summary = "random subnetworks on workers, new in each round"
     settings = (Settings, Rounds, Masters)
     skips = weighs_classes = True
     exactness = Exactness("statistical", "exact", 0.05, OPTIONS, every=4)

@@ -51,7 +51,7 @@ class LayerParallel(Method):
     """
 
     name = "layer_parallel"
-    summary = "residual layers, each rank some, solved at once by multigrid in layer time"
+    summary = "residual layers on ranks, multigrid in layer time"
     settings = (Settings,)
     usual_options = ("--model", "deep", "--epochs", "20")
     skips = True

@@ -29,36 +29,41 @@ class Settings:
     results: ClassVar[bool] = True
 
     levels: Annotated[int, Least(1)] = 2
-    """Levels of the multigrid in layer time; 1: exact passes, one rank after the other."""
+    """Levels of the multigrid in layer time. 1 gives exact passes, one rank after the other."""
     coarsening: Annotated[int, Least(2)] = 4
-    """Layers of a level that are one of the next; its (levels - 1)th power divides the layers of a rank."""
+    """Layers of a level for each layer of the next level. Its power (levels - 1) divides the layers of a rank."""
     relaxations: Annotated[int, Least(0)] = 1
-    """C-relaxations of a cycle, each followed by an F-relaxation: 0, F alone; 1, FCF."""
+    """C-relaxations of a cycle, each followed by an F-relaxation. 0 is F-relaxation alone, 1 is FCF."""
     forward_cycles: Annotated[int, Least(1)] = 2
     """Cycles of a forward pass."""
     adjoint_cycles: Annotated[int, Least(1)] = 1
     """Cycles of an adjoint pass."""
     warm_start: Literal["auto", "none", "states", "both"] = "auto"
-    """What passes begin with the values of the step before, in place of copies of the first state: states, those of
-    forward passes; both, adjoints too. auto: states where a minibatch is all samples, else none, as they would be those
-    of other samples."""
+    """Initial values of the passes.
+
+    auto: states where a minibatch is all samples, else none
+    none: copies of the first state
+    states: forward passes start from the values of the last step
+    both: adjoint passes too
+    """
     serial_ends: Annotated[int, Least(0)] = 0
-    """Residual layers at each end that are computed one after the other, on the first and on the last rank."""
+    """Residual layers at each end that the first and the last rank compute one after the other."""
     layer_replicas: Annotated[int, Least(1)] = 1
-    """Rows of ranks, each with all layers and a slice of each minibatch; a divisor of the ranks."""
+    """Rows of ranks, each with all layers and a slice of each minibatch. Must divide the ranks."""
     gamma_tik: float = 0.0
-    """Factor of half the squared weights of the residual layers, added to the loss."""
+    """Factor of a penalty in the loss: half the squared weights of the residual layers."""
     gamma_ddt: float = 0.0
-    """Factor of half the squared change of their weights from layer to layer over the step size, added to the loss."""
+    """Factor of a penalty in the loss: half the squared change of these weights from layer to layer, over the step
+    size."""
     adapt_every: Annotated[int, Least(0)] = 0
-    """Steps after which the gradient is compared with that of one more cycle; 0: never."""
+    """Steps between two comparisons of the gradient with that of one more cycle. 0: never."""
     adapt_bound: float = 0.05
-    """Relative difference from which passes take a cycle more from then on, up to exact ones."""
+    """Relative difference above which passes take one more cycle from then on, up to exact passes."""
     nested_depths: tuple[int, ...] = ()
-    """Nested iteration: layers that are trained first, every so manieth of those solved in parallel with a larger step,
-    from few to many, each a divisor of the next; their weights then are those of the layers between."""
+    """Depths of nested iteration, from few layers to many, each a divisor of the next. A shallow network is trained
+    first, with a larger step between its layers. Its weights then start the layers between."""
     nested_epochs: tuple[int, ...] = ()
-    """Epochs of each of --nested-depths; the rest of --epochs train all layers."""
+    """Epochs of each of --nested-depths. The rest of --epochs trains all layers."""
 
     @property
     def factors(self) -> tuple[int, ...]:

@@ -52,7 +52,7 @@ class InNetwork(Method):
     """The method on one rank: some agents, rows of `w`, `g` and of the rule's vectors, (agents, all parameters)."""
 
     name = "next"
-    summary = "in-network training, agents on a graph with samples of their own, each on a rank or several on one"
+    summary = "agents on a graph, each with samples of its own"
     settings = (Settings, Rounds)
     exactness = Exactness(options=("--agents", "6", "--model", "mlp", "--widths", "20"))
 

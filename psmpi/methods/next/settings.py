@@ -32,46 +32,79 @@ class Settings:
     results: ClassVar[bool] = True
 
     agents: Annotated[int, Least(1)] = 8
-    """Agents, each with weights and samples of its own, dealt to the ranks: as many as these, or more."""
+    """Agents, each with weights and samples of its own. Ranks share them: as many ranks as agents, or fewer."""
     graph: str = "ring"
-    """Links between agents: ring, grid, exponential (to those 1, 2, 4, ... places on), complete, erdos:P (each pair
-    with probability P), or a text file with two agents' numbers a line."""
+    """Links between the agents: a name below, or a text file with two numbers of agents a line.
+
+    ring: two neighbours for each agent
+    grid: neighbours on a rectangular grid
+    exponential: links to the agents 1, 2, 4, ... places on
+    complete: links between all agents
+    erdos:P: each pair of agents with probability P
+    """
     graph_seed: Annotated[int, Least(0)] = 0
-    """Seed of erdos:P and of links that fail."""
+    """Seed of erdos:P and of failing links."""
     link_probability: float = 1.0
-    """Probability with which each link works in an iteration; 1: all do."""
+    """Probability that a link works in an iteration. 1: all links work."""
     split: str = "iid"
-    """Training samples of the agents: iid, at random; sorted, by class or value; skewed:K, about K classes each."""
+    """Training samples of the agents.
+
+    iid: dealt at random
+    sorted: dealt by class or value
+    skewed:K: about K classes for each agent
+    """
     private_data: bool = False
-    """Let each rank open the file --dataset on its own host, whose samples no other rank reads; {rank} in its name
-    stands for the number of the rank. A rank's agents share its samples."""
+    """Let each rank open the file --dataset on its own host. No other rank reads its samples; agents of a rank share
+    them. {rank} in the name stands for the number of the rank."""
     rule: Literal["tracking", "next", "dgd", "extra", "choco", "kgt"] = "tracking"
-    """What an agent does. tracking: the optimizer's step along a tracked mean of all agents' gradients; next: the step
-    to the minimum of a convex model with the tracked gradient; dgd: the optimizer's step along its own gradient;
-    extra: dgd corrected by what was sent before; choco: dgd that sends the largest changes; kgt: local steps with
-    tracking."""
+    """Rule of an agent's step.
+
+    tracking: the optimizer's step along a tracked mean of all agents' gradients
+    next: step to the minimum of a convex model with the tracked gradient
+    dgd: the optimizer's step along the agent's own gradient
+    extra: dgd, corrected by the messages before
+    choco: dgd that sends only the largest changes
+    kgt: local steps with tracking
+    """
     tracking: Literal["full", "minibatch"] = "full"
-    """Gradients of a step: over all samples of an agent, where the size of minibatches only says how many steps an
-    epoch has; or over its share of a minibatch."""
+    """Gradients of a step.
+
+    full: over all samples of an agent; the minibatch size only sets the number of steps of an epoch
+    minibatch: over the agent's share of a minibatch
+    """
     tau: float = 1.0
     """Curvature of the convex model of --rule next, added to that of the regularizer."""
     mu: float = 0.0
-    """How fast the step of --rule next shrinks: the learning rate a becomes a (1 - mu a) after each iteration."""
+    """Decrease of the step of --rule next: the learning rate a becomes a (1 - mu a) after each iteration."""
     regularizer: Literal["none", "l2", "l1"] = "none"
-    """What --rule next adds to the loss: --regularizer-weight times the squares of all weights, or their magnitudes."""
+    """Term that --rule next adds to the loss, times --regularizer-weight.
+
+    none: no term
+    l2: squares of all weights
+    l1: magnitudes of all weights
+    """
     regularizer_weight: float = 0.0
     """Factor of the regularizer."""
     linearization: Literal["full", "partial"] = "full"
-    """What the convex model of --rule next makes linear: full, the loss; partial, the network inside the loss, which
-    takes fewer iterations, and more work in each; up to 10,000 weights."""
+    """Linearization in the convex model of --rule next.
+
+    full: of the loss
+    partial: of the network inside the loss; fewer iterations with more work each, up to 10,000 weights
+    """
     inner_blocks: Annotated[int, Least(1)] = 1
-    """Blocks of weights in which --linearization partial solves its convex model, one on a core."""
+    """Blocks of weights in which --linearization partial solves its convex model, one for each core."""
     constraint: str = "none"
-    """Set that --rule next keeps weights in: none; box:B, each between -B and B; ball:R, of length R together."""
+    """Constraint on the weights of --rule next.
+
+    none: no constraint
+    box:B: each weight between -B and B
+    ball:R: vector of weights of length up to R
+    """
     gossip_density: float = 0.1
-    """Share of the components that --rule choco sends, values and places: above 0.5 it sends more than all values."""
+    """Share of the components that --rule choco sends, as values and places. Above 0.5 it sends more than all
+    values."""
     gossip_rate: float = 0.3
-    """How far agents of --rule choco go to what they know of their neighbours; above 0, up to 1."""
+    """Rate at which agents of --rule choco approach their neighbours, above 0 and up to 1."""
 
     @property
     def terms(self) -> Terms:

@@ -37,7 +37,7 @@ class PartiallySeparable(Method):
     """The method on one rank: a shard to optimize, a part to compute with, and the exchange between the two."""
 
     name = "psl"
-    summary = "the partially-separable loss, each rank its part of the network"
+    summary = "partially-separable loss, class subnetworks on ranks"
     settings = (Settings, Masters)
     nccl = True
     partitioned = skips = remembers = weighs_classes = True

@@ -38,13 +38,21 @@ class Settings:
     results: ClassVar[bool] = False
 
     partition: Literal["scores", "pairs"] = "scores"
-    """Part of a worker: the subnetwork of some scores, or the element losses of some pairs of classes."""
+    """Work of a worker.
+
+    scores: scores of some classes, by their subnetworks
+    pairs: element losses of some pairs of classes
+    """
     replicas: Annotated[int, Least(0)] = 0
-    """Rows of workers that split each minibatch; 0: as few as give every worker work, or what --trunk auto takes."""
+    """Rows of workers that split each minibatch. 0: as few rows as give every worker work, or the choice of --trunk
+    auto."""
     trunk: Literal["replicated", "split", "auto"] = "replicated"
-    """Who computes the first layers, which all classes share. replicated: each worker of a row, on all of its samples;
-    split: each on a slice of these, and the row exchanges what comes out; auto: what costs least by counted operations
-    and bytes, --replicas too where not given (memory does not count: --replicas 1 keeps one row)."""
+    """Computation of the first layers, which all classes share.
+
+    replicated: every worker of a row computes them on all samples of the row
+    split: every worker computes them on a slice of the samples; the row exchanges the outputs
+    auto: the cheapest of both by counted operations and bytes, and the cheapest --replicas if these are not given
+    """
 
 
 @dataclass(frozen=True)

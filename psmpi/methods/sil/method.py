@@ -58,9 +58,7 @@ class SyntheticLabels(Method):
     """
 
     name = "sil"
-    summary = (
-        "synthetic intermediate labels, each rank some layers, which learn random vectors that stand for the classes"
-    )
+    summary = "runs of layers on ranks, synthetic intermediate labels"
     settings = (Settings,)
     nccl = skips = True
     exactness = Exactness(options=OPTIONS)

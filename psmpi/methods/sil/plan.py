@@ -33,24 +33,34 @@ class Settings:
     results: ClassVar[bool] = True
 
     parts: Annotated[int, Least(0)] = 0
-    """Runs of layers that are trained apart, the ranks a divisor or a multiple of them; 0: as many as ranks, and 2 at
-    least where there are two layers."""
+    """Runs of layers that are trained separately. The ranks must be a divisor or a multiple of them. 0: one for each
+    rank, at least 2 if there are two layers."""
     labels: Literal["uniform", "gaussian", "sign", "orthogonal"] = "uniform"
-    """Law of the vectors that stand for the classes: U(0, 1), N(0, 1), -1 or 1, or orthogonal to each other."""
+    """Distribution of the vectors that stand for the classes.
+
+    uniform: U(0, 1)
+    gaussian: N(0, 1)
+    sign: -1 or 1
+    orthogonal: orthogonal vectors
+    """
     labels_seed: Annotated[int, Least(0)] = 0
     """Seed of these vectors."""
     labels_scale: float = 1.0
-    """Factor of these vectors, the paper's kappa; the loss is divided by its square."""
+    """Factor kappa on these vectors. The loss is divided by its square."""
     hand_over: Literal["stored", "recompute", "stale", "labels"] = "stored"
-    """Inputs that a part learns from. One part after the other: stored, the outputs of the finished part before, kept
-    in memory; recompute, these anew for each minibatch. All at once: stale, the outputs that the part before had at the
-    end of the epoch before; labels, its labels with noise."""
+    """Inputs from which a part learns.
+
+    stored: outputs of the finished part before, kept in memory; parts train one after the other
+    recompute: the same, computed anew for each minibatch
+    stale: outputs of the part before at the end of the last epoch; parts train at once
+    labels: labels of the part before, with noise; parts train at once
+    """
     labels_noise: float = 0.1
-    """Standard deviation of the noise of --hand-over labels, over --labels-scale."""
+    """Standard deviation of the noise of --hand-over labels, relative to --labels-scale."""
     part_epochs: tuple[int, ...] = ()
-    """Epochs of each part, one after the other; equal shares if not given."""
+    """Epochs of each part, in turn. If not given: equal shares."""
     recovery_epochs: Annotated[int, Least(0)] = 0
-    """How many of the --epochs, at the end, train all parts together as one network."""
+    """Last epochs in which all parts train together as one network, of --epochs."""
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ class SpatialDomains(Method):
     """
 
     name = "spann"
-    summary = "layers cut into domains, or a sparse network into parts, with halos between ranks"
+    summary = "domains of layers on ranks, halos between them"
     settings = (Settings,)
     skips = weighs_classes = True
     usual_options = ("--model", "slabs", "--loss", "nll")

@@ -28,16 +28,24 @@ class Settings:
     results: ClassVar[bool] = False
 
     cut: Literal["auto", "slab", "random", "layered", "graph", "hypergraph"] = "auto"
-    """What units of sparse layers a rank has. slab: neighbours of each layer; random; layered: those that the fewest
-    values go between, layer by layer (Mt-KaHyPar); graph and hypergraph: the same over the whole network, where ranks
-    may have more of some layers than others, by METIS and by Mt-KaHyPar. auto: layered, or slab where Mt-KaHyPar is not
-    installed (pip install 'psmpi[partition]'). Layers of slabs are cut by domains."""
+    """Partition of the units of sparse layers. Layers of slabs are cut by their domains.
+
+    auto: layered, or slab if Mt-KaHyPar is not installed (pip install 'psmpi[partition]')
+    slab: neighbouring units of each layer
+    random: random units of each layer
+    layered: least communication, layer by layer (Mt-KaHyPar)
+    graph: least communication over the whole network (METIS); layers may be unbalanced
+    hypergraph: least communication over the whole network (Mt-KaHyPar); layers may be unbalanced
+    """
     scores: Literal["reduced", "distributed"] = "reduced"
-    """How the layer of scores is cut. reduced: by its inputs, and every rank has the sums of all scores; distributed:
-    by scores, for very many classes, and every rank gathers all of its inputs."""
+    """Partition of the layer of scores.
+
+    reduced: by inputs; all ranks get the sums of all scores
+    distributed: by scores, for very many classes; all ranks gather all inputs
+    """
     in_place: bool = False
-    """Step the weights of a layer as soon as its gradient is there, which then lasts no longer: ranks hold no gradient
-    of all weights. Needs --clip 0, as the norm of the gradient is never known."""
+    """Step the weights of a layer as soon as its gradient is complete. Ranks then never hold the gradient of all
+    weights. Needs --clip 0, since the norm of the gradient is not known."""
 
 
 def plan_of(size: int, network: Network, config: Config, owners: Mapping[str, np.ndarray] | None = None) -> Plan:

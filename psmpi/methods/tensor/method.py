@@ -41,7 +41,7 @@ class TensorParallel(Method):
     """
 
     name = "tensor"
-    summary = "weight matrices, and what goes through them, cut into tiles on a grid of ranks"
+    summary = "tiles of weight matrices on a grid of ranks"
     settings = (Settings,)
     skips = weighs_classes = True
     sequences = "steps"

@@ -26,14 +26,23 @@ class Settings:
     results: ClassVar[bool] = True
 
     grid: str = "auto"
-    """I,J,L, ranks along three axes: samples are dealt over I, units over J and L, or L and J, in turn; auto: those of
-    least bytes; 1d: every other activation is whole on all ranks; 1d-sharded: none is; 2d: products by broadcasts on a
-    square of ranks; 3d: a cube."""
+    """Numbers I,J,L of ranks along three axes, or a name below. Samples are split over I, units over J and L or L and J
+    in turn.
+
+    auto: the grid of least communication
+    1d: one axis; every other activation is whole on all ranks
+    1d-sharded: one axis; no activation is whole
+    2d: a square of ranks; products by broadcasts
+    3d: a cube of ranks
+    """
     saved: Literal["shards", "gathered"] = "shards"
-    """What a forward pass keeps for its backward pass: shards, each rank its own; gathered, what products needed, which
-    is more, in place of gathering it again."""
+    """Tensors that a forward pass keeps for the backward pass.
+
+    shards: the shards of each rank, to be gathered again
+    gathered: the gathered tensors, which take more memory
+    """
     prefetch: bool = True
-    """Begin to gather the next layer's weights, or panels, while a product is made, and to sum the last one's."""
+    """Gather the next layer's weights or panels, and sum the last layer's, during a product."""
 
 
 def plan_of(size: int, network: Network, config: Config) -> Plan:

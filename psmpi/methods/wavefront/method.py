@@ -44,7 +44,7 @@ class Wavefront(Method):
     """
 
     name = "wavefront"
-    summary = "recurrent layers over ranks, which hand sequences on chunk by chunk"
+    summary = "recurrent layers on ranks, sequences in chunks"
     settings = (Settings,)
     skips = True
     sequences = "steps"

@@ -29,12 +29,12 @@ class Settings:
     results: ClassVar[bool] = True
 
     chunk_steps: Annotated[int, Least(0)] = 0
-    """Steps of a sequence that a rank computes before it hands them on; 0: a quarter of the steps over the ranks and
-    threads that go over layers, at least 1, or all steps where there is one. Fewer let ranks begin earlier, and make
-    more, smaller messages and products. No result depends on it but through rounding."""
+    """Steps of a chunk of sequences that a rank computes before it sends them on. 0: a quarter of the steps over the
+    ranks and threads that go over layers, at least 1, or all steps if there is only one. Short chunks let ranks start
+    earlier, and make more and smaller messages and products. Results change by rounding only."""
     skew: Annotated[int, Least(1)] = 1
-    """Threads of a rank that go over its recurrent layers in the same order, each some of them; with the kernels in C
-    or NumPy, best with --threads 1. At most as many as a rank's recurrent layers."""
+    """Threads of a rank that go over its recurrent layers in turn, each over some. At most the number of these layers.
+    Works with the compiled and the numpy backend, best with --threads 1."""
 
 
 @dataclass(frozen=True)

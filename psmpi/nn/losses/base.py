@@ -68,7 +68,7 @@ class OverflowsError(FloatingPointError):
 class Loss:
     """value += scale * sum over samples of l(scores, targets); and d value / d scores.
 
-    formula: l in a line, for people. A `pairwise` loss is a sum over ordered pairs (label, other class), so any set of
+    formula: l in a line, for help. A `pairwise` loss is a sum over ordered pairs (label, other class), so any set of
     pairs can be computed apart; constant: what it adds to these for each sample.
     sums: the names in SUMS of what has to be known of all classes' scores of a sample: with these numbers and a class's
     own score, whether it is the label's or not, the derivative with respect to that score follows. The value is the sum

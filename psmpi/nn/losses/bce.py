@@ -18,7 +18,7 @@ class BinaryCrossEntropy(Loss):
     """
 
     name = "bce"
-    formula = "sum_j log(1 + exp(z_j)) - z_y, z = c - log(C - 1) of C classes, with --scale S also - S/2"
+    formula = "binary cross-entropy of each class against the others"
 
     immediate = True
 

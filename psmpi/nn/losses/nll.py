@@ -32,7 +32,7 @@ class CrossEntropy(Loss):
     score, 0 where another rank has it; that of fewer is their scores themselves, which are less.
     """
 
-    name, formula = "nll", "cross-entropy"
+    name, formula = "nll", "cross-entropy of the softmax of the scores"
     # The label's for the value.
     sums = ("largest", "exponentials", "label")
     gathers = immediate = True

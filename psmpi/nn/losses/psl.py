@@ -38,7 +38,7 @@ class PSL(PairwiseLoss):
     """
 
     name, constant = "psl", 1.0
-    formula = "sum_j exp(kappa (c_j - c_y))"
+    formula = "partially-separable loss: sum_j exp(kappa (c_j - c_y))"
     settings = ("kappa", "exp_clip", "psl_weights")
 
     def diverged(self, mean: float, clipped: float, size: float = 1.0) -> bool:

@@ -10,7 +10,7 @@ from psmpi.nn.losses.base import HOPELESS, PEAK, Loss, own_labels
 class SquaredError(Loss):
     """sum_j (c_j - t_j)^2, with t_j = [j = y] of a label y."""
 
-    name, formula = "squared", "sum_j (c_j - t_j)^2, t_j the values to learn, or [j = y] of classes"
+    name, formula = "squared", "sum_j (c_j - t_j)^2 with targets t, or t_j = [j = y]"
     tasks = ("classes", "regression")
 
     def diverged(self, mean: float, clipped: float, size: float = 1.0) -> bool:
