@@ -118,10 +118,7 @@ OF_TEXT = ("characters", "temperature", "seed")
 
 
 def _check_options(options: Options, option_names: Collection[str]) -> None:
-    """Raise UserError for a value out of range, and for an option that does not apply.
-
-    option_names: names of the options on the command line.
-    """
+    """UserError for a value out of range, and for one of the given `option_names` that does not apply."""
     from psmpi.config import option
     from psmpi.errors import UserError
 

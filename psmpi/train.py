@@ -64,7 +64,7 @@ def _parse(argv: list[str]) -> tuple[Config, str]:
             # The data set's file may have moved to --data-dir.
             own = replace(own, data=replace(own.data, dataset=Path(own.data.dataset).name))
         start = defaults(argv, own)
-    method = given(argv, "--method") or (start.parallel.method if "method" in said else "")
+    method = given(argv, "--method") or (start.parallel.method if "method" in option_names else "")
     try:
         tree = parsed(command_line(start), words, "train", partial(training_page, config=start, method=method))
     except SystemExit as end:
