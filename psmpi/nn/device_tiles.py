@@ -65,7 +65,7 @@ class DeviceTiledObjective(Objective):
         self.g_weights = self.tail.g_weights
         self.g_biases = self.tail.g_biases if self.tail.part.bias else None
         # Whether backward passes continue below the head.
-        self.below = model.hands_on or model.chain.lowest < len(model.parts)
+        self.below = model.gives_dx or model.chain.lowest < len(model.parts)
         self.terms = "terms" in loss.sums
         # Operations that only the device's backend has.
         self.device: Any = model.ops

@@ -112,7 +112,7 @@ def find_cause(model: Model, tail: Tail | None = None) -> Cause:
     weights = find_parameters(model.layout, model.part, ops.host(model.w))
     if weights:
         return Cause("weights", weights)
-    if model.alone:
+    if model.no_sums:
         everyone = model.classes if model.ends or not model.begins else ()
         features = x
         for part, features in model.trace(x):

@@ -79,9 +79,9 @@ class Model:
             layers = first, stop
         self.begins, self.ends = first == 0, stop == len(network.layers)
         # Whether backward passes compute the gradient of the inputs.
-        self.hands_on = beside and not self.begins
+        self.gives_dx = beside and not self.begins
         # Whether passes need no sums over ranks.
-        self.alone = total is None and across is None
+        self.no_sums = total is None and across is None
         self.shared = space is not None
         self.space = space or Workspace(ops, self.dtype)
         stages = network.stages(self.classes, fold=fold, layers=layers)
@@ -100,7 +100,7 @@ class Model:
         # The last pass through the model's room.
         self.last: Tape | None = None
         # A gradient that is added to g, and its views.
-        self.more: tuple[np.ndarray, list[object]] | None = None
+        self.added: tuple[np.ndarray, list[object]] | None = None
 
     @property
     def slices(self) -> dict[int, slice]:
@@ -157,7 +157,7 @@ class Model:
         self.room, self.last = Room(0), None
         self.room = self.open(batch)
         if self.g is not None:
-            self.chain.reserve_backward(batch, self.hands_on)
+            self.chain.reserve_backward(batch, self.gives_dx)
 
     def open(self, batch: int) -> Room:
         """Return a new room for a pass of up to `batch` samples that is open together with other passes."""
@@ -196,7 +196,7 @@ class Model:
         """Bytes of all other arrays except weights: arrays of parts, and the workspace unless it is shared."""
         arrays = [array for part in self.parts for array in part.arrays()]
         kept = room_bytes(self.room)[1] + sum(int(a.nbytes) for a in arrays)
-        return kept + (0 if self.shared else self.space.nbytes) + (self.more[0].nbytes if self.more else 0)
+        return kept + (0 if self.shared else self.space.nbytes) + (self.added[0].nbytes if self.added else 0)
 
     def forward(self, x: np.ndarray, room: Room | None = None, span: Span = WHOLE) -> Tape:
         """Return the tape of a forward pass of x (features, b); its scores are (len(classes), b).
@@ -251,19 +251,19 @@ class Model:
         """
         into: object = sums
         if weights and sums is None:
-            into = self._more()[1] if add else [part.g for part in self.parts]
+            into = self._cleared_gradient()[1] if add else [part.g for part in self.parts]
         self.space.turn = 1
         self.chain.backward(tape, dy, into, first=first, last=last, dx=dx)
-        if add and self.more is not None and self.g is not None and into is self.more[1]:
-            self.ops.combine(self.g, (1.0, self.g), (1.0, self.more[0]))
+        if add and self.added is not None and self.g is not None and into is self.added[1]:
+            self.ops.combine(self.g, (1.0, self.g), (1.0, self.added[0]))
 
-    def _more(self) -> tuple[np.ndarray, list[object]]:
+    def _cleared_gradient(self) -> tuple[np.ndarray, list[object]]:
         """Return a vector of zeros for a gradient that is added, and its views; skipped parts thus add nothing."""
-        if self.more is None:
+        if self.added is None:
             vector = self.ops.zeros(self.part.size, self.dtype)
-            self.more = vector, self.chain.views(vector)
-        self.more[0].fill(0)
-        return self.more
+            self.added = vector, self.chain.views(vector)
+        self.added[0].fill(0)
+        return self.added
 
     def calibrate(self, minibatches: Iterable[np.ndarray], spans: Iterable[Span] | None = None) -> None:
         """Normalize by the joint statistics of `minibatches` (features, b) from now on, not by each minibatch's.

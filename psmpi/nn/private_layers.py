@@ -170,18 +170,18 @@ class Labelled:
         self.couples = couples(private.network, private.layers)
         weights, features = self.few * size, whole.size * batch
         # Weights of FEW classes, the labels' share in their gradients, and the sum of both gradients.
-        self.rows, self.more, self.sum = (empty(weights, private.dtype).reshape(-1, size) for _ in range(3))
+        self.rows, self.label_gradients, self.sum = (empty(weights, private.dtype).reshape(-1, size) for _ in range(3))
         # Features of a pass, and their gradient; `private.dx` is not in use at that time.
         self.x, self.dx = empty(features, private.dtype), private.dx
         self.dy = empty(self.few * batch, private.dtype)
-        self.model = private.make_model(self.rows.reshape(-1), self.more.reshape(-1))
+        self.model = private.make_model(self.rows.reshape(-1), self.label_gradients.reshape(-1))
         self.model.reserve(batch)
         self.model.chain.reserve_backward(batch, True)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays except activations."""
-        arrays = self.rows, self.more, self.sum, self.x, self.dy
+        arrays = self.rows, self.label_gradients, self.sum, self.x, self.dy
         return self.model.buffer_bytes + sum(array.nbytes for array in arrays)
 
     def scores(self, features: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -204,7 +204,7 @@ class Labelled:
             dx = None if dh is None else self.dx[: x.size].reshape(x.shape)
             self.model.backward(tape, dy, dx=None if dx is None else dx.reshape(*self.model.in_shape, -1))
             gradient = np.take(self.g, classes, axis=0, out=self.sum, mode="clip")[: rows.max() + 1]
-            gradient += self.more[: len(gradient)]
+            gradient += self.label_gradients[: len(gradient)]
             self.g[classes[: len(gradient)]] = gradient
             if dh is None or dx is None:
                 continue

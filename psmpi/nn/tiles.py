@@ -65,7 +65,7 @@ class TiledObjective(Objective):
         # Labels' scores (b,) with the loss's margin, if it has one.
         self.with_margin: np.ndarray | None = None
         # Whether backward passes continue below the tail.
-        self.below = model.hands_on or model.chain.lowest < len(model.parts)
+        self.below = model.gives_dx or model.chain.lowest < len(model.parts)
 
     def reserve(self, outputs: int, batch: int) -> None:
         self.tile = self.tail.tile(batch)

@@ -18,7 +18,7 @@ __all__ = ["CHUNK", "AllSum", "Closure", "Hyper", "Optimizer", "check_eps", "che
 # Partial sums (k,) float64 of a rank -> their sums over all shards, in place and in the same array. Every rank gets the
 # same sums.
 AllSum = Callable[[np.ndarray], np.ndarray]
-# Recomputes the loss (the same number on every rank) and fills the shard's gradient, at the present weights.
+# Function that recomputes the loss (the same number on every rank) and fills the shard's gradient, at the current w.
 Closure = Callable[[], float]
 
 # Elements that an update takes through the cache at a time. OpenBLAS splits a dot product over threads from 10,000

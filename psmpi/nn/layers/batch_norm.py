@@ -73,10 +73,10 @@ class BatchNormPart(Part):
         assert isinstance(self.layer, BatchNorm)
         self.units, self.affine, self.total = int(stage.kept.sum()), self.layer.affine, site.total
         self.runs = affine_runs(self.layer, site.layout, site.part, stage.kept)
-        # fixed: means and scales (units,) to use instead of the minibatch's. seen: while statistics are gathered, means
-        # and variances (2, units) of each minibatch.
+        # fixed: means and scales (units,) to use instead of the minibatch's. gathered: means and variances (2, units)
+        # of each minibatch, while statistics are gathered.
         self.fixed: tuple[np.ndarray, np.ndarray] | None = None
-        self.seen: list[np.ndarray] | None = None
+        self.gathered: list[np.ndarray] | None = None
         # Scales 1 and shifts 0 of a layer without parameters, and unused arrays for their gradients.
         count = 0 if self.affine else self.units
         self.ones, self.zeros, self.dones, self.dzeros = (self.ops.zeros(count, self.dtype) for _ in range(4))
@@ -117,14 +117,14 @@ class BatchNormPart(Part):
         else:
             # The normalized values may overwrite x, so its means are computed first.
             means = None
-            if self.seen is not None:
+            if self.gathered is not None:
                 means = self.ops.host(x.reshape(normal.shape).mean(axis=1, dtype=np.float64))
             if self.total is None:
                 self.ops.normalize(x.reshape(normal.shape), EPS, normal, scale)
             else:
                 count = self._normalize_together(x.reshape(normal.shape), normal, scale)
-            if self.seen is not None and means is not None:
-                self.seen.append(np.stack([means, self.ops.host(scale).astype(np.float64) ** -2.0 - EPS]))
+            if self.gathered is not None and means is not None:
+                self.gathered.append(np.stack([means, self.ops.host(scale).astype(np.float64) ** -2.0 - EPS]))
         rows = y.reshape(normal.shape)
         for (units, *_), (gamma, beta) in zip(self.runs, self.w, strict=True):
             self.ops.affine(normal[units], gamma, beta, self.activation, rows[units])
@@ -184,14 +184,14 @@ class BatchNormPart(Part):
         return [(self.space.take("dgamma", len(gamma)), self.space.take("dbeta", len(gamma))) for gamma, _ in self.w]
 
     def gather_statistics(self) -> None:
-        self.fixed, self.seen = None, []
+        self.fixed, self.gathered = None, []
 
     def fix_statistics(self) -> None:
-        assert self.seen
-        means, variances = np.stack(self.seen, axis=1)
+        assert self.gathered
+        means, variances = np.stack(self.gathered, axis=1)
         mean, variance = means.mean(axis=0), variances.mean(axis=0) + means.var(axis=0)
         mean, scale = (values.astype(self.dtype) for values in (mean, 1 / np.sqrt(variance + EPS)))
-        self.fixed, self.seen = (self.ops.put(mean), self.ops.put(scale)), None
+        self.fixed, self.gathered = (self.ops.put(mean), self.ops.put(scale)), None
 
     def statistics(self) -> dict[str, np.ndarray]:
         if self.fixed is None:

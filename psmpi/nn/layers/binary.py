@@ -28,7 +28,7 @@ class Binary(Layer):
     def read(cls, table: Table, label: str, shape: tuple[int, ...]) -> list[Layer]:
         if shape[0] != 1 or len(shape) > 2:
             raise UserError(
-                f"{table.where}: binary makes scores of two classes from one number, and its input has shape {shape}: "
+                f"{table.where}: binary makes scores of two classes from one number, but its input has shape {shape}: "
                 'put {type = "dense", units = 1} before it'
             )
         return [cls(label, shape, (2, *shape[1:]))]

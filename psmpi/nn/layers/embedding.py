@@ -32,8 +32,8 @@ class Embedding(Layer):
         features, steps = table.sequence(shape)
         if features != 1:
             raise UserError(
-                f"{table.where}: embedding needs tokens, (1, steps), its input has shape {shape}: let it be the first "
-                "layer, and save the tokens as integers (samples, steps)"
+                f"{table.where}: embedding needs tokens, (1, steps), but its input has shape {shape}: let it be the "
+                "first layer, and save the tokens as integers (samples, steps)"
             )
         return [cls(label, shape, (table.whole("units"), steps), table.whole("vocabulary"))]
 

@@ -84,7 +84,7 @@ class LinearPart(Part):
         self.inputs, self.units = int(stage.inputs.sum()), int(stage.kept.sum())
         self.segments = find_segments(self.layer, site.layout, site.part, stage.kept, np.cumsum(stage.inputs) - 1)
         # Zeros as biases of a layer without biases, and an unused array for their gradient.
-        self.no_biases = [self.ops.zeros(0 if self.bias else self.units, site.dtype) for _ in range(2)]
+        self.zero_biases = [self.ops.zeros(0 if self.bias else self.units, site.dtype) for _ in range(2)]
         # The array that `rows` was last called with, and its views.
         self.summed: tuple[np.ndarray | None, Views] = (None, [])
         # A product can write directly into dx if every input belongs to exactly one stripe.
@@ -97,7 +97,7 @@ class LinearPart(Part):
         )
 
     def bind(self, w: np.ndarray, g: np.ndarray | None) -> None:
-        zeros, unused = self.no_biases
+        zeros, unused = self.zero_biases
         self.w = self._views(w, zeros)
         self.g = None if g is None else self._views(g, unused)
 

@@ -121,7 +121,7 @@ class RecurrentPart(Part):
         # States after the latest chunk of a forward pass, and gradient of the states before the latest chunk of a
         # backward pass.
         self.state = self.carry = self.ops.empty(0, site.dtype)
-        self.none = self.ops.zeros(self.rows, site.dtype)
+        self.zeros = self.ops.zeros(self.rows, site.dtype)
 
     def views(self, vector: np.ndarray) -> Any:
         """Return the layer's parameters, by name without the layer's name."""
@@ -222,7 +222,7 @@ class RecurrentPart(Part):
 
         def turned(parameter: str, *shape: int) -> np.ndarray:
             """Return a parameter with its gates in the order of ONNX."""
-            values = self.w.get(parameter, self.none)
+            values = self.w.get(parameter, self.zeros)
             return np.asarray(values).reshape(gates, units, *shape)[list(order)].reshape(1, gates * units, *shape)
 
         biases = np.concatenate([turned("bias"), turned("recurrent_bias")], axis=1)

@@ -101,7 +101,7 @@ class Slab(Layer):
     def of(self, numbers: Sequence[int]) -> Slab:
         """Return the layer of the domains `numbers`."""
         some = replace(self, numbers=tuple(numbers))
-        return replace(some, in_shape=(len(some.needs),), out_shape=(len(some.makes),))
+        return replace(some, in_shape=(len(some.needs),), out_shape=(len(some.all_outputs),))
 
     @cached_property
     def windows(self) -> np.ndarray:
@@ -120,14 +120,14 @@ class Slab(Layer):
         return numbers[numbers >= 0]
 
     @cached_property
-    def makes(self) -> np.ndarray:
+    def all_outputs(self) -> np.ndarray:
         """Outputs of all domains, (outputs,) int64, increasing."""
         return np.sort(self.cells, axis=None)
 
     @cached_property
     def in_order(self) -> bool:
         """Whether the outputs lie in memory domain by domain."""
-        return bool((self.cells.reshape(-1) == self.makes).all())
+        return bool((self.cells.reshape(-1) == self.all_outputs).all())
 
     @cached_property
     def spans(self) -> list[tuple[slice, slice, int, int]]:
@@ -224,7 +224,7 @@ class SlabPart(Part):
         self.biases = place(site, f"{layer.name}.bias") if layer.bias else -1
         # Zeros as biases of a layer without biases, and an unused array for their gradient.
         missing = 0 if layer.bias else count * rows
-        self.none, self.nowhere = (self.ops.zeros(missing, site.dtype).reshape(-1, rows) for _ in range(2))
+        self.zeros, self.unused = (self.ops.zeros(missing, site.dtype).reshape(-1, rows) for _ in range(2))
         neurons = layer.windows.reshape(-1)
         inside = np.flatnonzero(neurons >= 0)
         local = np.searchsorted(layer.needs, neurons[inside])
@@ -236,19 +236,19 @@ class SlabPart(Part):
         # Permutations between the order of the outputs and the order of the domains.
         cells = order = np.empty(0, np.int64)
         if not layer.in_order:
-            cells = np.searchsorted(layer.makes, layer.cells.reshape(-1))
+            cells = np.searchsorted(layer.all_outputs, layer.cells.reshape(-1))
             order = np.arange(len(cells))
         self.untile, self.tile = self.ops.row_copies(order, cells), self.ops.row_copies(cells, order)
 
     def arrays(self) -> list[Any]:
-        return [self.none, self.nowhere, self.gather, self.spread, self.tile, self.untile]
+        return [self.zeros, self.unused, self.gather, self.spread, self.tile, self.untile]
 
     def views(self, vector: np.ndarray) -> Any:
         """Return weights (domains, outputs, window) and biases (domains, outputs)."""
-        return self._views(vector, self.none)
+        return self._views(vector, self.zeros)
 
     def bind(self, w: np.ndarray, g: np.ndarray | None) -> None:
-        self.w, self.g = self._views(w, self.none), None if g is None else self._views(g, self.nowhere)
+        self.w, self.g = self._views(w, self.zeros), None if g is None else self._views(g, self.unused)
 
     def _views(self, vector: np.ndarray, biases: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         count, rows, _ = self.counts
