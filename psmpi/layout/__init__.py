@@ -1,4 +1,4 @@
-"""Index arithmetic of partitioned networks: layouts, runs, grids, and who owns what.
+"""Index arithmetic of partitioned networks: layouts, runs, grids and ownerships.
 
 Everything here is pure data about the flat vector: no arrays of weights, no devices, no messages.
 """

@@ -1,4 +1,4 @@
-"""Boxes: a range on each axis of one parameter, and where they lie in it."""
+"""Boxes: ranges on the axes of one parameter, and the runs of elements that they cover."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from psmpi.layout.split import even_edges
 
 @dataclass(frozen=True)
 class Box:
-    """Elements [first, last) on each axis of the parameter of this name: rows, columns, a tile, a slab.
+    """A range [first, last) on each axis of one parameter: rows, columns, a tile or a slab.
 
-    An axis without a range, behind those that have one, is whole. A box of whole rows is a *run*.
+    ranges: one for each leading axis; trailing axes without a range are whole. A box of whole rows is a *run*.
     """
 
     parameter: str
     ranges: tuple[tuple[int, int], ...] = ()
 
     def of(self, shape: Sequence[int]) -> tuple[tuple[int, int], ...]:
-        """The range on every axis of `shape`; ValueError where the box is not inside it."""
+        """Return the range on every axis of `shape`; raise ValueError if the box is not inside `shape`."""
         if len(self.ranges) > len(shape):
-            raise ValueError(f"{self.parameter}: a box of {len(self.ranges)} axes, the parameter has {len(shape)}")
+            raise ValueError(f"{self.parameter}: a box of {len(self.ranges)} axes, but the parameter has {len(shape)}")
         for axis, ((first, last), length) in enumerate(zip(self.ranges, shape, strict=False)):
             if not 0 <= first <= last <= length:
                 raise ValueError(
@@ -35,21 +35,21 @@ class Box:
 
 
 def tile(parameter: str, shape: Sequence[int], grid: Sequence[int], place: Sequence[int]) -> Box:
-    """The box at `place` of a grid that cuts the leading axes of `shape` evenly, longer pieces first.
+    """Return the box at `place` of a grid that cuts the leading axes of `shape` evenly, longer pieces first.
 
-    Rows are tiles of the grid (ranks,), columns of (1, ranks). Axes of the grid that the shape lacks cut nothing: all
-    places along them have the same box.
+    The grid (ranks,) cuts rows, the grid (1, ranks) cuts columns. Grid axes beyond the axes of `shape` cut nothing:
+    all places along them have the same box.
     """
     edges = [even_edges(length, pieces) for length, pieces in zip(shape, grid, strict=False)]
     return Box(parameter, tuple((cuts[k], cuts[k + 1]) for cuts, k in zip(edges, place, strict=False)))
 
 
 def box_runs(shape: Sequence[int], ranges: Sequence[tuple[int, int]]) -> tuple[np.ndarray, int]:
-    """The runs of a box in a flattened tensor of `shape`: first elements (runs,) int64 of runs of one length, and that.
+    """Return the runs of a box in a flattened tensor of `shape`: their first elements (runs,) int64 and their length.
 
-    Runs are in the order of the elements, and may touch where the last axis that is cut is also the first.
+    All runs have the same length and are in the order of the elements.
     """
-    # Behind the last axis that is cut, everything is contiguous.
+    # Axes after the last cut axis are whole, so a run continues across them.
     cut = max((k for k, (n, r) in enumerate(zip(shape, ranges, strict=True)) if r != (0, n)), default=0)
     strides = [prod(shape[k + 1 :]) for k in range(len(shape))]
     starts = np.zeros(1, np.int64)

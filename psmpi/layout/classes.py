@@ -12,13 +12,13 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Classes(Set[int]):
-    """A set of classes: ranges (first, behind the last), sorted, with gaps between them."""
+    """A set of classes: ranges [first, last), sorted, with gaps between them."""
 
     ranges: tuple[tuple[int, int], ...] = ()
 
     @staticmethod
     def of(classes: Iterable[int] | Classes) -> Classes:
-        """The set of some classes, in any order; a range of step 1 takes no time."""
+        """Return the set of `classes`, given in any order; a range of step 1 takes constant time."""
         if isinstance(classes, Classes):
             return classes
         if isinstance(classes, range) and classes.step == 1:
@@ -34,14 +34,14 @@ class Classes(Set[int]):
 
     @staticmethod
     def union(sets: Iterable[Classes]) -> Classes:
-        """The classes that are in any of the sets."""
-        found: list[tuple[int, int]] = []
+        """Return the union of the sets."""
+        merged: list[tuple[int, int]] = []
         for first, last in sorted(chain.from_iterable(one.ranges for one in sets)):
-            if found and first <= found[-1][1]:
-                found[-1] = (found[-1][0], max(last, found[-1][1]))
+            if merged and first <= merged[-1][1]:
+                merged[-1] = (merged[-1][0], max(last, merged[-1][1]))
             else:
-                found.append((first, last))
-        return Classes(tuple(found))
+                merged.append((first, last))
+        return Classes(tuple(merged))
 
     def __len__(self) -> int:
         return sum(last - first for first, last in self.ranges)
@@ -53,17 +53,17 @@ class Classes(Set[int]):
         return any(c in range(first, last) for first, last in self.ranges)
 
     def within(self, first: int, last: int) -> list[tuple[int, int]]:
-        """The ranges of its classes that are in [first, last)."""
+        """Return the ranges of the set's classes inside [first, last)."""
         return [(max(a, first), min(b, last)) for a, b in self.ranges if a < last and first < b]
 
     def meets(self, other: Classes) -> bool:
-        """Whether the two have a class in common."""
+        """Return whether the two sets have a class in common."""
         return any(self.within(first, last) for first, last in other.ranges)
 
 
 @dataclass(frozen=True)
 class Each:
-    """The classes [first, last), each of which is by itself: the k-th uses the k-th of as many equal runs."""
+    """Classes [first, last) with private runs of equal length: class first + k uses the k-th run."""
 
     first: int
     last: int
@@ -77,12 +77,12 @@ class Each:
         return Classes(((self.first, self.last),))
 
 
-# Users of a run of units: all of these classes, or each of them its own share.
+# Users of a run of units: classes that all use the whole run, or classes that each use an equal share of the run.
 Users = Classes | Each
 
 
 def as_users(classes: Users | Collection[int]) -> Users:
-    """One class is by itself, several are a set."""
+    """Return one class as an `Each`, and any other number of classes as a set."""
     if isinstance(classes, Each):
         return classes
     some = Classes.of(classes)

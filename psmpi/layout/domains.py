@@ -1,4 +1,4 @@
-"""Fields of neurons cut into domains, as a grid cuts a plane: the neurons of each, and those that a halo adds."""
+"""Domains of a field of neurons: the neurons of each tile, and the neurons of its halo."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Domains:
-    """A field (channels, height, width) of neurons, each of whose planes a grid (rows, columns) cuts into equal tiles.
+    """A field (channels, height, width) of neurons that a grid (rows, columns) cuts into equal tiles, channels uncut.
 
-    Neurons are numbered as the field lies in memory, domains row by row. A line of neurons is a field (1, 1, width).
+    Neurons are numbered in C order of the field, domains row by row. A line of neurons is a field (1, 1, width).
     """
 
     field: tuple[int, int, int]
@@ -29,26 +29,26 @@ class Domains:
 
     @property
     def size(self) -> int:
-        """Neurons of a domain."""
+        """Number of neurons of a domain."""
         return self.field[0] * prod(self.tile)
 
     def margins(self, halo: int) -> tuple[int, int]:
-        """How far windows go beyond a tile, in height and in width: not at all where one domain has the whole axis."""
+        """Return the halo rows and halo columns on each side of a tile: 0 on an axis that the grid does not cut."""
         return halo * (self.grid[0] > 1), halo * (self.grid[1] > 1)
 
     def window_size(self, halo: int) -> int:
-        """Neurons of a window, those beyond the field's edges counted."""
+        """Return the number of places of a window, including places beyond the field's edges."""
         (height, width), (down, right) = self.tile, self.margins(halo)
         return self.field[0] * (height + 2 * down) * (width + 2 * right)
 
     def cells(self, domain: int) -> np.ndarray:
-        """The neurons of a domain, (size,) int64, increasing."""
+        """Return the neurons of a domain, (size,) int64, increasing."""
         return self.window(domain, 0)
 
     def window(self, domain: int, halo: int) -> np.ndarray:
-        """The neurons of a domain and of the `halo` rows and columns around it, (window_size,) int64.
+        """Return the neurons of a domain and of the `halo` rows and columns around it, (window_size,) int64.
 
-        In the order channel, row, column; -1 beyond the edges of the field.
+        The order is channel, row, column. Places beyond the edges of the field hold -1.
         """
         channels, height, width = self.field
         row, column = divmod(domain, self.grid[1])
@@ -58,5 +58,5 @@ class Domains:
         inside = ((rows >= 0) & (rows < height))[:, None] & ((columns >= 0) & (columns < width))
         plane = np.where(inside, rows[:, None] * width + columns, -1)
         shifts = np.arange(channels)[:, None, None] * (height * width)
-        found: np.ndarray = np.where(inside, plane + shifts, -1).reshape(-1).astype(np.int64)
-        return found
+        neurons: np.ndarray = np.where(inside, plane + shifts, -1).reshape(-1).astype(np.int64)
+        return neurons

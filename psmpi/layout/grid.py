@@ -1,4 +1,4 @@
-"""Workers on replica rows and columns: who computes which scores, or which pairs of classes."""
+"""Grids of workers: the replica row, the column, and the scores or class pairs of each worker."""
 
 from __future__ import annotations
 
@@ -37,26 +37,26 @@ def all_pairs(classes: int) -> int:
 
 
 def score_columns(classes: int, columns: int) -> list[Worker]:
-    """One replica row of the score partition: consecutive groups of classes (row 0)."""
+    """Return the workers of one replica row (row 0) of the score partition: consecutive groups of classes."""
     return [Worker(0, k, range(a, b)) for k, (a, b) in enumerate(pairwise(even_edges(classes, columns)))]
 
 
 def pair_columns(classes: int, columns: int) -> list[Worker]:
-    """One replica row of the pair partition: every unordered pair of classes belongs to exactly one worker (row 0).
+    """Return the workers of one replica row (row 0) of the pair partition: each pair of classes {i, j} has one worker.
 
     The classes form G groups; a worker owns the pairs between two groups, and the pairs inside group g go to the groups
-    (g, g+1 mod G). Where there are more workers than pairs of groups, the largest sets are cut in two. G is the one
-    that makes the largest set smallest, by its classes (the slice) and then its pairs.
+    (g, g+1 mod G). If there are more workers than pairs of groups, the largest sets are cut in two. G is chosen to
+    make the largest set smallest, first by its number of classes (the worker's part), then by its number of pairs.
     """
     most = max(g for g in range(2, max(2, classes) + 1) if all_pairs(g) <= columns)
-    # Fewer groups with more cuts can win by a little, never by much.
+    # Slightly fewer groups with more cuts sometimes balance better, so a few smaller G are tried as well.
     tried = [_cut(group_pairs(classes, number), columns) for number in range(most, max(1, most - 4), -1)]
     best = min(tried, key=lambda sets: max(map(_weight, sets)))
     return [Worker(0, k, tuple(sorted(_classes(pairs))), frozenset(pairs)) for k, pairs in enumerate(best)]
 
 
 def group_pairs(classes: int, number: int) -> list[list[Pair]]:
-    """The pairs of classes that belong to each pair of `number` groups of consecutive classes."""
+    """Return the pairs of classes that belong to each pair of `number` groups of consecutive classes."""
     groups = split_evenly(range(classes), number)
     owned: dict[Pair, set[Pair]] = {
         (a, b): {_pair(i, j) for i in groups[a] for j in groups[b]} for a, b in combinations(range(number), 2)
@@ -75,21 +75,21 @@ def _weight(pairs: Sequence[Pair]) -> tuple[int, int]:
 
 
 def _cut(sets: list[list[Pair]], columns: int) -> list[list[Pair]]:
-    """Halve the largest set of pairs until there are `columns`."""
+    """Halve the largest set of pairs until there are `columns` sets."""
     heap = [(tuple(-n for n in _weight(pairs)), pairs) for pairs in sets]
     heapify(heap)
-    alone: list[list[Pair]] = []
-    while len(heap) + len(alone) < columns:
+    single_pairs: list[list[Pair]] = []
+    while len(heap) + len(single_pairs) < columns:
         _, pairs = heappop(heap)
         if len(pairs) == 1:
-            alone.append(pairs)
+            single_pairs.append(pairs)
             continue
         for half in (pairs[: len(pairs) // 2], pairs[len(pairs) // 2 :]):
             heappush(heap, (tuple(-n for n in _weight(half)), half))
-    return sorted(alone + [pairs for _, pairs in heap])
+    return sorted(single_pairs + [pairs for _, pairs in heap])
 
 
-# One replica row of so many classes and columns, and the most columns for so many classes.
+# For each partition: the workers of one replica row, from (classes, columns), and the most columns, from (classes).
 PARTITIONS: dict[str, tuple[Callable[[int, int], list[Worker]], Callable[[int], int]]] = {
     "scores": (score_columns, lambda classes: classes),
     "pairs": (pair_columns, all_pairs),
@@ -100,8 +100,8 @@ def make_grid(partition: str, classes: int, workers: int, replicas: int = 0) -> 
     """Spread `workers` over replica rows and, in each row, over the partition's columns.
 
     Rows may differ by one in their number of columns, so any number of workers is used in full. `replicas` = 0 takes
-    the smallest number of rows that has work for every worker. UserError where a row would have more columns than the
-    partition has (it says which number of replicas would do).
+    the smallest number of rows that has work for every worker. UserError for too few classes, for more rows than
+    workers, and for more columns in a row than the partition has.
     """
     columns_of, most = PARTITIONS[partition]
     limit = most(classes)
@@ -126,12 +126,12 @@ def make_grid(partition: str, classes: int, workers: int, replicas: int = 0) -> 
 
 
 def private_runs(layout: Layout, grid: Sequence[Worker]) -> list[Runs]:
-    """For each worker, the runs that no other worker of its own row holds, in every row: those it can own."""
+    """Return for each worker the runs that it can own: of its part, the runs that one worker of every row holds."""
     used = [layout.part(worker.classes) for worker in grid]
-    alone = Runs.union([(0, layout.size)])
+    private = Runs.union([(0, layout.size)])
     for row in sorted({w.row for w in grid}):
         parts = [part for worker, part in zip(grid, used, strict=True) if worker.row == row]
         edges, spans, _ = holders([Ownership(tuple(parts))])
         once = np.flatnonzero(np.bincount(spans, minlength=max(0, len(edges) - 1)) == 1)
-        alone &= Runs.covering(edges[once], edges[once + 1])
-    return [part & alone for part in used]
+        private &= Runs.covering(edges[once], edges[once + 1])
+    return [part & private for part in used]

@@ -1,4 +1,4 @@
-"""Layouts: the places of parameters in the flat vector, ordered by which classes use them."""
+"""Layouts: the places of parameters in the flat vector, ordered by the classes that use them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from psmpi.layout.stretch import Stretch, spelled
 
 @dataclass(frozen=True)
 class Parameter:
-    """A named tensor of the network; its leading axes count `units` rows that are used or unused as a whole."""
+    """A named tensor of the network; its leading axes number `units` rows, each used or unused as a whole."""
 
     name: str
     shape: tuple[int, ...]
@@ -33,8 +33,7 @@ class Parameter:
 class Piece:
     """Units [first, last) of one parameter, in `count` equal pieces.
 
-    Each is contiguous in the flat vector: the first from `offset` on, each of the others `step` elements behind the one
-    before it.
+    Each piece is contiguous in the flat vector. The first one starts at `offset`, each next one `step` elements later.
     """
 
     parameter: int
@@ -46,20 +45,20 @@ class Piece:
 
     @property
     def units(self) -> int:
-        """Units of each of the pieces."""
+        """Number of units of each piece."""
         return (self.last - self.first) // self.count
 
     def single(self, k: int) -> Piece:
-        """The k-th of the pieces by itself."""
+        """Return the k-th piece as an object with count 1."""
         first = self.first + k * self.units
         return Piece(self.parameter, first, first + self.units, self.offset + k * self.step)
 
     def singles(self) -> Iterator[Piece]:
-        """Its pieces, an object each."""
+        """Iterate over the pieces, one object each."""
         return map(self.single, range(self.count))
 
     def stretch(self, size: int) -> Stretch:
-        """Where the elements of its parameter lie in the flat vector; size: elements of a unit."""
+        """Return the places of the piece's elements in the flat vector; size: elements of a unit."""
         return Stretch(self.first * size, self.units * size, self.offset, self.count, self.step)
 
 
@@ -67,8 +66,8 @@ class Piece:
 class Block:
     """The run [start, stop) of the flat vector that exactly `users` use.
 
-    Of `Each` class its own: as many equal runs one after the other, in the order of the classes, where every piece has
-    its share of each.
+    If `users` are an `Each`, the block is one run of equal length for each class, in the order of the classes. The run
+    of class first + k consists of the k-th single of every piece.
     """
 
     users: Users
@@ -86,11 +85,11 @@ class Block:
 
     @property
     def step(self) -> int:
-        """Elements from the run of a class to that of the next."""
+        """Elements from the start of one class's run to the start of the next class's run."""
         return (self.stop - self.start) // self.count
 
     def singles(self) -> Iterator[Block]:
-        """The blocks of the single classes, an object each."""
+        """Iterate over the blocks of the single classes, one object each."""
         if not isinstance(self.users, Each) or self.count == 1:
             yield self
             return
@@ -104,8 +103,8 @@ class Layout:
     """The places of parameters in the flat vector: [shared by all | shared by some and private, by class | dead].
 
     A block that all classes use comes first, blocks of no class last; in between, blocks follow their smallest and
-    then their largest class, so that the part of neighbouring classes is a few runs. Blocks of neighbouring classes
-    that are laid out alike are one object of `bands`, however many they are.
+    then their largest class, so that the part of neighbouring classes is a few runs. Equally laid-out blocks of
+    neighbouring classes form a single object of `bands`, however many classes there are.
     """
 
     parameters: tuple[Parameter, ...]
@@ -114,7 +113,7 @@ class Layout:
 
     @cached_property
     def blocks(self) -> tuple[Block, ...]:
-        """The blocks of the bands, an object each."""
+        """Blocks of the bands, with one object for each class of an `Each`."""
         return tuple(block for band in self.bands for block in band.singles())
 
     @property
@@ -122,7 +121,7 @@ class Layout:
         return self.bands[-1].stop if self.bands else 0
 
     def part(self, classes: Iterable[int] | Classes) -> Runs:
-        """The runs that the scores of `classes` depend on (V_i for one class, U_ij for two)."""
+        """Return the runs that the scores of `classes` depend on (V_i for one class, U_ij for two)."""
         firsts, lasts, starts, stops, steps = self._ranges
         begins, ends = [starts[:0]], [starts[:0]]
         for first, last in Classes.of(classes).ranges:
@@ -134,14 +133,15 @@ class Layout:
 
     @cached_property
     def dead(self) -> Runs:
-        """The runs that no score depends on."""
+        """Runs that no score depends on."""
         return Runs.union((b.start, b.stop) for b in self.bands if not b.classes)
 
     @cached_property
     def _ranges(self) -> np.ndarray:
-        """(5, ranges) int64: first class and class behind the last, start and stop of the block that they use.
+        """Bands as (5, ranges) int64, one column for each range of classes of a band.
 
-        Last, elements from one class to the next, 0 where all of them use all of the block.
+        Rows: first class, class after the last, start and stop of the band, and elements from one class to the next
+        (0 if all classes use the whole band).
         """
         rows = [
             (first, last, b.start, b.stop, b.step if isinstance(b.users, Each) else 0)
@@ -152,15 +152,15 @@ class Layout:
         return columns
 
     def runs_of_parameters(self, names: Collection[str]) -> Runs:
-        """The runs that the parameters of these names are together."""
+        """Return the runs of the parameters in `names`."""
         own = {k for k, parameter in enumerate(self.parameters) if parameter.name in names}
         starts, stops = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
         for block in self.bands:
-            mine = [piece for piece in block.pieces if piece.parameter in own]
-            if len(mine) == len(block.pieces):
+            named = [piece for piece in block.pieces if piece.parameter in own]
+            if len(named) == len(block.pieces):
                 begins, ends = np.array([block.start]), np.array([block.stop])
             else:
-                first, last, begins = spelled([p.stretch(self.parameters[p.parameter].unit_size) for p in mine])
+                first, last, begins = spelled([p.stretch(self.parameters[p.parameter].unit_size) for p in named])
                 ends = begins + last - first
             starts.append(begins)
             stops.append(ends)
@@ -168,14 +168,14 @@ class Layout:
 
     @cached_property
     def _elements(self) -> Mapping[str, tuple[Parameter, np.ndarray, np.ndarray, np.ndarray]]:
-        """Of each parameter the spans [first, last) of its elements, in order, and where each lies."""
+        """By parameter name: the parameter, and its spans of elements, in order: first, last (exclusive), offset."""
         return {
             parameter.name: (parameter, *spelled([piece.stretch(parameter.unit_size) for piece in pieces]))
             for parameter, pieces in zip(self.parameters, self.banded, strict=True)
         }
 
     def runs_of(self, boxes: Box | Iterable[Box]) -> Runs:
-        """The runs that boxes of parameters are; ValueError names the parameter of one that is not in the layout."""
+        """Return the runs of boxes of parameters; raise ValueError for a parameter that the layout does not have."""
         starts, stops = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
         for box in [boxes] if isinstance(boxes, Box) else boxes:
             if box.parameter not in self._elements:
@@ -190,20 +190,20 @@ class Layout:
 
     @cached_property
     def banded(self) -> list[list[Piece]]:
-        """The pieces of each parameter in the bands, in the order of its units."""
-        found: list[list[Piece]] = [[] for _ in self.parameters]
+        """Pieces of each parameter in the bands, in the order of its units."""
+        grouped: list[list[Piece]] = [[] for _ in self.parameters]
         for band in self.bands:
             for piece in band.pieces:
-                found[piece.parameter].append(piece)
-        return [sorted(pieces, key=lambda piece: piece.first) for pieces in found]
+                grouped[piece.parameter].append(piece)
+        return [sorted(pieces, key=lambda piece: piece.first) for pieces in grouped]
 
     @cached_property
     def by_parameter(self) -> list[list[Piece]]:
-        """The pieces of each parameter, in the order of its units, an object each."""
+        """Pieces of each parameter, in the order of its units, each with count 1."""
         return [[one for piece in pieces for one in piece.singles()] for pieces in self.banded]
 
     def pieces(self) -> Iterator[Piece]:
-        """The pieces of the blocks, an object each."""
+        """Iterate over the pieces of all blocks, each with count 1."""
         for block in self.blocks:
             yield from block.pieces
 
@@ -211,32 +211,32 @@ class Layout:
 def make_layout(
     parameters: Sequence[Parameter], uses: Sequence[Iterable[tuple[int, int, Users | Collection[int]]]], classes: int
 ) -> Layout:
-    """Lay out `parameters` by who uses them; `uses[k]` are runs (first unit, last unit, users) of parameter k.
+    """Lay out `parameters` by their users; `uses[k]` are runs (first unit, unit after the last, users) of parameter k.
 
     Units with the same set of using classes form one block (the general rule of partial separability: shared, private
-    or dead coordinates), parameters in their given order inside a block.
+    or dead coordinates). Inside a block, parameters keep their given order.
     """
     shared: dict[Classes, list[tuple[int, int, int]]] = {}
     own: list[tuple[int, int, int, Each]] = []
     for k, runs in enumerate(uses):
-        for first, last, given in runs:
-            users = as_users(given)
+        for first, last, run_users in runs:
+            users = as_users(run_users)
             if isinstance(users, Each):
                 own.append((k, first, (last - first) // users.count, users))
             else:
                 shared.setdefault(users, []).append((k, first, last))
-    # Between two of these edges the classes are laid out alike, and nothing that several share lies between them.
+    # Classes between two consecutive edges have the same layout, and no shared block lies between their blocks.
     edges = {edge for *_, each in own for edge in (each.first, each.last)}
     edges |= {some.ranges[0][0] + 1 for some in shared if 0 < len(some) < classes}
     order = sorted(edges)
     number = {edge: k for k, edge in enumerate(order)}
-    alone: list[list[tuple[int, int, int]]] = [[] for _ in order]
+    private: list[list[tuple[int, int, int]]] = [[] for _ in order]
     for k, first, units, each in own:
         for at in range(number[each.first], number[each.last]):
             a, b = (first + (order[edge] - each.first) * units for edge in (at, at + 1))
-            alone[at].append((k, a, b))
+            private[at].append((k, a, b))
     groups: list[tuple[Users, list[tuple[int, int, int]]]] = list(shared.items())
-    groups += [(Each(a, b), some) for (a, b), some in zip(pairwise(order), alone, strict=False) if some]
+    groups += [(Each(a, b), some) for (a, b), some in zip(pairwise(order), private, strict=False) if some]
     bands, offset = [], 0
     for users, members in sorted(groups, key=lambda group: _order(group[0], classes)):
         count = users.count if isinstance(users, Each) else 1
@@ -252,7 +252,7 @@ def make_layout(
 
 
 def _order(users: Users, classes: int) -> tuple[int | tuple[tuple[int, int], ...], ...]:
-    """The place of a block among the others: all classes first, none last, else by smallest, largest and then all."""
+    """Return a block's sort key: all classes first, no class last, others by smallest, largest, then all classes."""
     ranges = (users.classes if isinstance(users, Each) else users).ranges
     if not ranges:
         return (2,)
@@ -260,11 +260,11 @@ def _order(users: Users, classes: int) -> tuple[int | tuple[tuple[int, int], ...
         return (0,)
     if isinstance(users, Each):
         return (1, users.first, users.first, ())
-    # As lists of all classes compare: of two that begin alike, the longer range has the smaller next class.
+    # The order of the full lists of classes: of two ranges with the same first class, the longer one comes first.
     return (1, ranges[0][0], ranges[-1][1] - 1, tuple((first, -last) for first, last in ranges))
 
 
 def plain_layout(tensors: Mapping[str, tuple[int, ...]]) -> Layout:
-    """The layout of named tensors that are no weights of classes, by shape: one after the other, in one block."""
+    """Return the layout of tensors that belong to no class: consecutive, in one block; tensors: shape by name."""
     parameters = [Parameter(name, tuple(shape), shape[0]) for name, shape in tensors.items()]
     return make_layout(parameters, [[(0, p.units, Each(0, 1))] for p in parameters], 1)

@@ -1,4 +1,4 @@
-"""Whole weight matrices of a local vector, for optimizers that step a matrix as one thing."""
+"""Whole weight matrices of a local vector, for optimizers that step each matrix as a whole."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ class Matrix:
 
 
 def hidden_weights(layout: Layout) -> tuple[Parameter, ...]:
-    """The weights of hidden layers: parameters of more than one number a unit, without the first and the last."""
+    """Return the weights of hidden layers: parameters of more than one number per unit, without the first and last."""
     return tuple(p for p in layout.parameters if p.unit_size > 1)[1:-1]
 
 
 def whole_matrices(layout: Layout, runs: Runs) -> tuple[Matrix, ...]:
-    """The matrices of hidden layers that the local vector of `runs` has, in its order.
+    """Return the matrices of hidden layers in the local vector of `runs`, in the order of that vector.
 
-    A matrix is the units of one parameter that the same classes use, a row each: (units, unit size) of a layer that all
-    classes use, convolutions included. Those of a block-diagonal layer are a matrix each group. So matrices are of the
-    network, whatever the ranks. UserError where `runs` have some rows of a matrix without the others.
+    A matrix has one row for each unit of a parameter that the same classes use: (units, unit size) for a layer that
+    all classes use, convolutions included. A block-diagonal layer has one matrix for each group. The matrices depend
+    on the network alone, not on the number of ranks. UserError if `runs` have only some rows of a matrix.
     """
-    found = []
+    matrices = []
     hidden = {p.name for p in hidden_weights(layout)}
     for parameter, pieces in zip(layout.parameters, layout.by_parameter, strict=True):
         if parameter.name not in hidden:
@@ -49,23 +49,23 @@ def whole_matrices(layout: Layout, runs: Runs) -> tuple[Matrix, ...]:
                 start = piece.offset + (first - piece.first) * size
                 begin, end = _places(runs, start, start + (last - first) * size)
                 if end - begin == (last - first) * size:
-                    found.append(Matrix(begin, last - first, size))
+                    matrices.append(Matrix(begin, last - first, size))
                 elif end > begin:
                     raise UserError(
                         f"units {first} to {last} of {parameter.name} are a matrix that one rank has to step as a "
-                        "whole, and a shard has a part of it: use --masters 1 or --placement owner, or an "
+                        "whole, but a shard has only a part of it: use --masters 1 or --placement owner, or an "
                         "--optimizer that steps each weight by itself"
                     )
-    return tuple(sorted(found, key=lambda matrix: matrix.start))
+    return tuple(sorted(matrices, key=lambda matrix: matrix.start))
 
 
 def _groups(parameter: Parameter) -> int:
-    """The groups of a block-diagonal layer: the first axis, where the units are on the first two."""
+    """Return the number of groups: the first axis of a block-diagonal layer, whose units are on two axes, else 1."""
     return parameter.shape[0] if parameter.shape[0] < parameter.units else 1
 
 
 def _places(runs: Runs, *edges: int) -> tuple[int, ...]:
-    """The number of elements of `runs` before each of these elements of the flat vector."""
+    """Return the number of elements of `runs` before each of the elements `edges` of the flat vector."""
     at = np.array(edges, np.int64)
     if not len(runs.starts):
         return (0,) * len(edges)

@@ -1,4 +1,4 @@
-"""The collectives that bring weights from shards to parts, and gradients back."""
+"""Collectives that move weights from shards to parts, and gradients back."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from psmpi.layout.roles import Roles
 
 @dataclass(frozen=True)
 class Move:
-    """One collective on runs of the flat vector: weights go from `root` out, gradients come back to it.
+    """One collective on runs of the flat vector: weights go out from `root`, gradients come back to `root`.
 
     kind `spread`: [start, stop) of `slices` is needed by all other `ranks` (Bcast out, Reduce back);
-    kind `deal`: rank k of `ranks` needs slice k alone (Scatterv out, Gatherv back; the root's own slice is empty);
-    kind `sum`: all `ranks` own the slice: nothing out, an Allreduce of the gradients.
+    kind `deal`: only rank k of `ranks` needs slice k (Scatterv out, Gatherv back; the root's own slice is empty);
+    kind `sum`: all `ranks` own the slice, so no weights move (Allreduce of the gradients).
     """
 
     kind: str
@@ -31,9 +31,9 @@ class Move:
 
 @lru_cache(maxsize=4)
 def plan_moves(roles: Roles) -> tuple[Move, ...]:
-    """The collectives that one step needs, in an order that all ranks follow (so that none waits for ever)."""
+    """Return the collectives of one step, in the same order for all ranks, so that no rank deadlocks."""
     moves: list[Move] = []
-    # By root and rank, the slices that it alone needs.
+    # By root, then by rank: slices of the root that only this rank needs.
     deals: dict[int, dict[int, list[tuple[int, int]]]] = {}
     for start, stop, owners, needing in _spans(roles):
         if len(owners) > 1:
@@ -45,7 +45,7 @@ def plan_moves(roles: Roles) -> tuple[Move, ...]:
         elif others:
             moves.append(Move("spread", (owners[0], *others), ((start, stop),)))
     for root, dealt in deals.items():
-        # The k-th deal of a root has the k-th slice of each rank that has one.
+        # The k-th deal of a root takes the k-th slice of each rank that has more than k slices.
         for k in range(max(map(len, dealt.values()))):
             ranks = sorted(rank for rank, slices in dealt.items() if k < len(slices))
             moves.append(Move("deal", (root, *ranks), ((0, 0), *(dealt[r][k] for r in ranks))))
@@ -53,16 +53,19 @@ def plan_moves(roles: Roles) -> tuple[Move, ...]:
 
 
 def _spans(roles: Roles) -> list[tuple[int, int, tuple[int, ...], tuple[int, ...]]]:
-    """The flat vector cut where its owners or holders change: start, stop, ranks that own it, ranks that need it."""
+    """Return the spans between changes of owners or holders: start, stop, ranks that own it, ranks that need it."""
     edges, spans, ranks = holders([roles.shards, roles.parts])
     order = np.lexsort((ranks, spans))
     ranks = ranks[order]
     begins = spans[order].searchsorted(np.arange(len(edges)))
-    found: list[tuple[int, int, tuple[int, ...], tuple[int, ...]]] = []
+    merged: list[tuple[int, int, tuple[int, ...], tuple[int, ...]]] = []
     for k, (start, stop) in enumerate(zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True)):
-        of = ranks[begins[k] : begins[k + 1]].tolist()
-        owners, needing = tuple(r for r in of if r < roles.size), tuple(r - roles.size for r in of if r >= roles.size)
-        if found and found[-1][2:] == (owners, needing):
-            start = found.pop()[0]
-        found.append((start, stop, owners, needing))
-    return found
+        span_ranks = ranks[begins[k] : begins[k + 1]].tolist()
+        owners, needing = (
+            tuple(r for r in span_ranks if r < roles.size),
+            tuple(r - roles.size for r in span_ranks if r >= roles.size),
+        )
+        if merged and merged[-1][2:] == (owners, needing):
+            start = merged.pop()[0]
+        merged.append((start, stop, owners, needing))
+    return merged

@@ -16,20 +16,21 @@ from psmpi.layout.runs import Runs
 
 @dataclass(frozen=True)
 class Ownership:
-    """Of each rank the runs of the flat vector that it has; several ranks may have the same ones."""
+    """Runs of the flat vector that each rank has; several ranks may have the same runs."""
 
     runs: tuple[Runs, ...]
 
     @staticmethod
     def of_boxes(layout: Layout, boxes: Iterable[Iterable[Box]]) -> Ownership:
-        """Of each rank its boxes of parameters; ValueError names the parameter of one that is not in the layout."""
-        return Ownership(tuple(layout.runs_of(mine) for mine in boxes))
+        """Return the ownership of each rank's boxes; raise ValueError for a parameter that the layout does not have."""
+        return Ownership(tuple(layout.runs_of(rank_boxes) for rank_boxes in boxes))
 
     @staticmethod
     def tiles(layout: Layout, grid: Sequence[int]) -> Ownership:
-        """Rank r has, of every parameter, the tile at place r of `grid`, counted along the last axis first.
+        """Return the ownership in which rank r has tile r of every parameter, numbered in C order of `grid`.
 
-        The grid (ranks,) deals rows, (1, ranks) columns, (rows, columns) tiles; see `tile` for other parameters.
+        The grid (ranks,) deals rows, (1, ranks) deals columns, (rows, columns) deals tiles. `tile` describes parameters
+        with fewer axes than the grid.
         """
         places = [np.unravel_index(rank, tuple(grid)) for rank in range(prod(grid))]
         return Ownership.of_boxes(
@@ -47,39 +48,39 @@ class Ownership:
 
     @cached_property
     def everything(self) -> Runs:
-        """The runs that some rank has."""
+        """Union of the runs of all ranks."""
         none = np.empty(0, np.int64)
         starts, stops = ([none, *(getattr(runs, of) for runs in self)] for of in ("starts", "stops"))
         return Runs.covering(np.concatenate(starts), np.concatenate(stops))
 
     @cached_property
     def record(self) -> tuple[Runs, ...]:
-        """Of each rank the runs of which it is the owner of record, the lowest rank that has them."""
+        """Runs of which each rank is the owner of record: the lowest rank that has them."""
         edges, spans, ranks = holders([self])
-        # By span and in it by rank: the first of each span.
+        # Sorted by span, then by rank, the first entry of each span is its owner of record.
         order = np.lexsort((ranks, spans))
         spans, ranks = spans[order], ranks[order]
         first = np.append(True, spans[1:] != spans[:-1]) if len(spans) else np.zeros(0, bool)
         spans, ranks = spans[first], ranks[first]
         return tuple(
-            Runs.covering(edges[mine], edges[mine + 1]) for mine in (spans[ranks == r] for r in range(len(self)))
+            Runs.covering(edges[owned], edges[owned + 1]) for owned in (spans[ranks == r] for r in range(len(self)))
         )
 
 
 def holders(several: Sequence[Ownership]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Edges that cut the flat vector into spans which every rank has whole or not at all, and who has which span.
+    """Cut the flat vector into spans that each rank has whole or not at all: return edges, spans, ranks, all int64.
 
-    edges (spans + 1,); then, for each span that a rank has, the number of the span and the rank, where the ranks of the
-    second ownership are counted on from those of the first. All int64.
+    edges (spans + 1,): cuts of the flat vector. spans, ranks (n,): one entry for each rank that has a span, the number
+    of the span and of the rank. Ranks of the second ownership are numbered on from the ranks of the first one.
     """
-    runs = [one for ownership in several for one in ownership]
-    edges = np.sort(np.concatenate([np.empty(0, np.int64), *(e for one in runs for e in (one.starts, one.stops))]))
-    # np.unique would import masked arrays, 1.4 MB of them.
+    runs = [held for ownership in several for held in ownership]
+    edges = np.sort(np.concatenate([np.empty(0, np.int64), *(e for held in runs for e in (held.starts, held.stops))]))
+    # np.unique would import masked arrays, which take 1.4 MB.
     edges = edges[np.diff(edges, prepend=edges[:1] - 1) != 0]
     spans, ranks = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
-    for rank, one in enumerate(runs):
-        first = edges.searchsorted(one.starts)
-        counts = edges.searchsorted(one.stops) - first
+    for rank, held in enumerate(runs):
+        first = edges.searchsorted(held.starts)
+        counts = edges.searchsorted(held.stops) - first
         total = int(counts.sum())
         spans.append(np.arange(total) + np.repeat(first - (np.cumsum(counts) - counts), counts))
         ranks.append(np.full(total, rank))

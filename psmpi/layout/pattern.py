@@ -1,4 +1,4 @@
-"""Patterns of sparse matrices in compressed rows: which inputs each unit of a sparse layer sees."""
+"""Patterns of sparse matrices in compressed rows: the inputs of each unit of a sparse layer."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ import numpy as np
 
 from psmpi.errors import UserError
 
-# What a pattern as text begins with: rows, columns, entries, and its numbers.
+# Prefix of a pattern as text. Rows, inputs, entries and the compressed numbers follow it.
 PACKED = "csr:"
-# Entries are counted in 32 bits.
+# Largest number of entries: entry numbers are int32.
 MOST = 2**31 - 1
-# Numbers that are drawn at a time.
+# Random numbers that are drawn at a time, which bounds the memory.
 DRAWN = 1 << 20
 
 
 class Transposed(NamedTuple):
-    """The entries of a pattern by columns: those of column c are [starts[c], starts[c + 1]), by increasing row.
+    """Entries of a pattern by columns: entries [starts[c], starts[c + 1]) are in column c, by increasing row.
 
-    starts (columns + 1,) int64; rows, entries (entries,) int32: the row of each, and its number in compressed rows.
+    starts (columns + 1,) int64; rows, entries (entries,) int32: row of each entry, and its number in compressed rows.
     """
 
     starts: np.ndarray
@@ -34,10 +34,11 @@ class Transposed(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Pattern:
-    """The places of the entries of a matrix (rows, inputs): row r has entries [starts[r], starts[r + 1]).
+    """Places of the entries of a matrix (rows, inputs): row r has entries [starts[r], starts[r + 1]).
 
-    starts (rows + 1,) int64; columns (entries,) int32, of a row each at most once. Patterns are equal where these are.
-    Local patterns, whose columns are renumbered, may have them in any order.
+    starts (rows + 1,) int64; columns (entries,) int32, each at most once in a row. Patterns with the same arrays and
+    the same number of inputs are equal. In local patterns, whose columns are renumbered, the columns of a row may be
+    in any order.
     """
 
     starts: np.ndarray
@@ -46,26 +47,28 @@ class Pattern:
 
     @classmethod
     def of(cls, starts: np.ndarray, columns: np.ndarray, inputs: int) -> Pattern:
-        """A pattern from arrays of whole numbers; ValueError says what is wrong with them."""
+        """Return a pattern of arrays of whole numbers; raise ValueError for arrays that are not compressed rows."""
         for name, array in (("starts", starts), ("columns", columns)):
             if array.ndim != 1 or array.dtype.kind not in "iu":
-                raise ValueError(f"the {name} of rows are {array.dtype} {array.shape}, not whole numbers in a vector")
+                raise ValueError(f"the {name} are {array.dtype} {array.shape}; expected a vector of whole numbers")
         if len(starts) < 2 or starts[0] != 0 or (starts[1:] < starts[:-1]).any() or starts[-1] != len(columns):
-            raise ValueError(f"rows do not begin at 0, go up, and end at the {len(columns)} columns that there are")
+            raise ValueError(
+                f"the starts must begin at 0, not decrease, and end at the number of entries, {len(columns)}"
+            )
         if not 0 < len(columns) <= MOST:
             raise ValueError(f"there are {len(columns):,} entries; expected 1 to {MOST:,}")
         if columns.min() < 0 or columns.max() >= inputs:
             raise ValueError(f"columns go from {columns.min()} to {columns.max()}; expected 0 to {inputs - 1}")
-        made = cls(starts.astype(np.int64), columns.astype(np.int32), int(inputs))
-        order = np.lexsort((made.columns, made.row_numbers))
-        same = np.diff(made.columns[order]) == 0
-        same &= np.diff(made.row_numbers) == 0
+        pattern = cls(starts.astype(np.int64), columns.astype(np.int32), int(inputs))
+        order = np.lexsort((pattern.columns, pattern.row_numbers))
+        same = np.diff(pattern.columns[order]) == 0
+        same &= np.diff(pattern.row_numbers) == 0
         if same.any():
             at = order[np.flatnonzero(same)[0]]
-            raise ValueError(f"row {made.row_numbers[at]} has column {made.columns[at]} twice")
-        for array in (made.starts, made.columns):
+            raise ValueError(f"row {pattern.row_numbers[at]} has column {pattern.columns[at]} twice")
+        for array in (pattern.starts, pattern.columns):
             array.flags.writeable = False
-        return made
+        return pattern
 
     @property
     def rows(self) -> int:
@@ -73,37 +76,37 @@ class Pattern:
 
     @property
     def size(self) -> int:
-        """The number of entries."""
+        """Number of entries."""
         return len(self.columns)
 
     @cached_property
     def fan_in(self) -> np.ndarray:
-        """(rows,) int64: the entries of each row."""
+        """Number of entries of each row, (rows,) int64."""
         return np.diff(self.starts)
 
     @cached_property
     def fan_out(self) -> np.ndarray:
-        """(inputs,) int64: the entries of each column."""
+        """Number of entries of each column, (inputs,) int64."""
         return np.bincount(self.columns, minlength=self.inputs)
 
     @property
     def nbytes(self) -> int:
-        """The bytes of its arrays, those by columns too where they have been made."""
-        known = [self.starts, self.columns, *self.__dict__.get("transposed", ())]
-        return sum(int(array.nbytes) for array in known)
+        """Bytes of the pattern's arrays, including `transposed` if it has been computed."""
+        arrays = [self.starts, self.columns, *self.__dict__.get("transposed", ())]
+        return sum(int(array.nbytes) for array in arrays)
 
     @property
     def row_numbers(self) -> np.ndarray:
-        """(entries,) int32: the row of each entry."""
+        """Row of each entry, (entries,) int32."""
         return np.repeat(np.arange(self.rows, dtype=np.int32), self.fan_in)
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of the pattern."""
-        found = sha256(f"{self.rows} {self.inputs}".encode())
-        found.update(self.starts.astype("<i8").tobytes())
-        found.update(self.columns.astype("<i4").tobytes())
-        return found.hexdigest()
+        """SHA-256 of the pattern's sizes and arrays, in hexadecimal."""
+        checksum = sha256(f"{self.rows} {self.inputs}".encode())
+        checksum.update(self.starts.astype("<i8").tobytes())
+        checksum.update(self.columns.astype("<i4").tobytes())
+        return checksum.hexdigest()
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Pattern) and self.digest == other.digest
@@ -116,20 +119,21 @@ class Pattern:
 
     @cached_property
     def transposed(self) -> Transposed:
-        """The entries by columns."""
+        """Entries by columns."""
         order = np.argsort(self.columns, kind="stable").astype(np.int32)
         starts = np.concatenate([[0], np.cumsum(self.fan_out)])
         return Transposed(starts, self.row_numbers[order], order)
 
     def sorted(self) -> Pattern:
-        """The same pattern with columns that increase within rows."""
+        """Return the same pattern with columns that increase within rows."""
         order = np.lexsort((self.columns, self.row_numbers))
         return Pattern(self.starts, self.columns[order], self.inputs)
 
     def restricted(self, kept: np.ndarray, inputs: np.ndarray) -> tuple[Pattern, np.ndarray]:
-        """The pattern of some rows over some inputs, and the number of the first entry of each of these rows here.
+        """Return the pattern of the kept rows over the kept inputs, and the first entry of each kept row in `self`.
 
-        kept (rows,), inputs (inputs,) bool. ValueError where a row that is kept has an entry at an input that is not.
+        kept (rows,), inputs (inputs,) bool; first entries (kept rows,) int64. ValueError if a kept row has an entry at
+        an input that is not kept.
         """
         rows = np.flatnonzero(kept)
         sizes, firsts = self.fan_in[rows], self.starts[rows]
@@ -137,17 +141,17 @@ class Pattern:
         entries = np.arange(starts[-1]) + np.repeat(firsts - starts[:-1], sizes)
         columns = self.columns[entries]
         if not inputs[columns].all():
-            raise ValueError("a row of the pattern has an entry at an input that is not there")
+            raise ValueError("a kept row of the pattern has an entry at an input that is not kept")
         local = np.cumsum(inputs, dtype=np.int32) - 1
         return Pattern(starts, local[columns], int(inputs.sum())), firsts
 
     def packed(self) -> str:
-        """The pattern as ASCII text without quotes and backslashes, see psmpi/checkpoint/FORMAT.md."""
+        """Return the pattern as ASCII text without quotes and backslashes, see psmpi/checkpoint/FORMAT.md."""
         steps = np.diff(self.columns, prepend=np.int32(0))
         begins = self.starts[:-1][self.fan_in > 0]
         steps[begins] = self.columns[begins]
         numbers = np.concatenate([self.fan_in, steps]).astype("<i4")
-        # The bytes of one weight side by side: most of the higher ones are 0.
+        # Bytes of the same significance lie together: most of the high bytes are 0 and compress well.
         planes = np.ascontiguousarray(numbers.view(np.uint8).reshape(-1, 4).T)
         text = b85encode(zlib.compress(planes.tobytes(), 9)).decode()
         return f"{PACKED}{self.rows}:{self.inputs}:{self.size}:{text}"
@@ -155,25 +159,29 @@ class Pattern:
 
 @lru_cache(maxsize=256)
 def unpack(text: str) -> Pattern:
-    """The pattern that `Pattern.packed` has written; ValueError where the text is none."""
+    """Return the pattern of a text that `Pattern.packed` wrote; raise ValueError for any other text."""
     head, *sizes = text.split(":", 4)
-    if f"{head}:" != PACKED or len(sizes) != 4 or not all(one.isascii() and one.isdigit() for one in sizes[:3]):
-        raise ValueError("it does not begin as one")
-    rows, inputs, entries = (int(one) for one in sizes[:3])
+    if (
+        f"{head}:" != PACKED
+        or len(sizes) != 4
+        or not all(number.isascii() and number.isdigit() for number in sizes[:3])
+    ):
+        raise ValueError(f"it does not begin with {PACKED}ROWS:INPUTS:ENTRIES:")
+    rows, inputs, entries = (int(number) for number in sizes[:3])
     if not (0 < rows <= MOST and 0 < inputs <= MOST and 0 < entries <= min(MOST, rows * inputs)):
-        raise ValueError(f"it says {rows} x {inputs} with {entries} entries")
+        raise ValueError(f"its header says {rows} x {inputs} with {entries} entries, which is not possible")
     stream = zlib.decompressobj()
     try:
         data = stream.decompress(b85decode(sizes[3]), 4 * (rows + entries))
     except zlib.error as error:
         raise ValueError(str(error)) from None
     if len(data) != 4 * (rows + entries) or not stream.eof:
-        raise ValueError("its numbers are not as many as it says")
+        raise ValueError("it has more or fewer numbers than its header says")
     planes = np.frombuffer(data, np.uint8).reshape(4, -1)
     numbers = np.ascontiguousarray(planes.T).view("<i4").reshape(-1).astype(np.int64)
     starts = np.concatenate([[0], np.cumsum(numbers[:rows])])
     if (numbers[:rows] < 0).any() or starts[-1] != entries:
-        raise ValueError("its rows have other entries than it says")
+        raise ValueError("its rows have more or fewer entries than its header says")
     sums = np.cumsum(numbers[rows:])
     before = np.concatenate([[0], sums])[starts[:-1]]
     return Pattern.of(starts, sums - np.repeat(before, numbers[:rows]), inputs)
@@ -181,14 +189,14 @@ def unpack(text: str) -> Pattern:
 
 @lru_cache(maxsize=256)
 def random_pattern(rows: int, inputs: int, fan_in: int, key: tuple[int, ...]) -> Pattern:
-    """Rows of `fan_in` different columns each, all choices alike; a function of `key`, whole numbers from 0 up."""
-    rng, found = np.random.default_rng(list(key)), []
+    """Return a pattern of `fan_in` different columns a row, drawn uniformly; key: the seed, non-negative integers."""
+    rng, chosen = np.random.default_rng(list(key)), []
     at_once = max(1, DRAWN // inputs)
     for first in range(0, rows, at_once):
         drawn = rng.random((min(at_once, rows - first), inputs))
-        found.append(np.sort(np.argpartition(drawn, fan_in - 1, axis=1)[:, :fan_in], axis=1))
+        chosen.append(np.sort(np.argpartition(drawn, fan_in - 1, axis=1)[:, :fan_in], axis=1))
     starts = np.arange(rows + 1, dtype=np.int64) * fan_in
-    return Pattern.of(starts, np.concatenate(found).reshape(-1), inputs)
+    return Pattern.of(starts, np.concatenate(chosen).reshape(-1), inputs)
 
 
 @lru_cache(maxsize=256)
@@ -197,7 +205,8 @@ def radix_pattern(units: int, radix: int, stride: int, copies: int = 1) -> Patte
     2019): the Kronecker product of ones (copies, copies) with P^0 + P^stride + ... + P^((radix - 1) stride).
 
     P is the cyclic permutation of units / copies places: row n has the columns n + j stride. In a mixed-radix system
-    the stride of a layer is the product of the radices of the layers before it. UserError where they do not fit.
+    the stride of a layer is the product of the radices of the layers before it. UserError if `copies` does not divide
+    `units` or if (radix - 1) stride >= units / copies.
     """
     places = units // copies
     if units % copies:
@@ -207,15 +216,15 @@ def radix_pattern(units: int, radix: int, stride: int, copies: int = 1) -> Patte
             f"radix = {radix} and stride = {stride} go around {places} places more than once: let (radix - 1) stride "
             f"be less than {places}"
         )
-    one = np.sort((np.arange(places)[:, None] + np.arange(radix) * stride) % places, axis=1)
-    row = (np.arange(copies)[:, None] * places + one[:, None, :]).reshape(places, copies * radix)
+    cycle = np.sort((np.arange(places)[:, None] + np.arange(radix) * stride) % places, axis=1)
+    row = (np.arange(copies)[:, None] * places + cycle[:, None, :]).reshape(places, copies * radix)
     starts = np.arange(units + 1, dtype=np.int64) * (copies * radix)
     return Pattern.of(starts, np.tile(row, (copies, 1)).reshape(-1), units)
 
 
 def radix_strides(units: int, radix: int) -> list[int]:
-    """The strides of one mixed-radix system of equal radices: 1, radix, ..., as far as they go around `units` once."""
-    found = [1]
-    while found[-1] * radix * (radix - 1) < units:
-        found.append(found[-1] * radix)
-    return found
+    """Return the strides 1, radix, radix^2, ... of a mixed-radix system of equal radices, while they fit `units`."""
+    strides = [1]
+    while strides[-1] * radix * (radix - 1) < units:
+        strides.append(strides[-1] * radix)
+    return strides

@@ -13,7 +13,10 @@ from psmpi.layout.runs import Runs
 
 @dataclass(frozen=True, eq=False)
 class Roles:
-    """Roles of all ranks: rank r computes with `parts[r]`, optimizes `shards[r]`, and its place is `workers[r]`."""
+    """Roles of all ranks: rank r computes with `parts[r]`, steps `shards[r]`, and has the grid place `workers[r]`.
+
+    `workers[r]` is None for a master that does not compute. Ranks [0, masters) are masters.
+    """
 
     masters: int
     workers: tuple[Worker | None, ...]
@@ -25,9 +28,9 @@ class Roles:
         return len(self.parts)
 
     def row(self, rank: int) -> list[int]:
-        """The ranks of `rank`'s replica row, in column order."""
-        mine = self.workers[rank]
-        return [r for r, w in enumerate(self.workers) if w is not None and mine is not None and w.row == mine.row]
+        """Return the ranks of `rank`'s replica row, in column order."""
+        worker = self.workers[rank]
+        return [r for r, w in enumerate(self.workers) if w is not None and worker is not None and w.row == worker.row]
 
     @property
     def rows(self) -> int:
@@ -46,8 +49,9 @@ def assign_roles(
 ) -> Roles:
     """Give each of `size` ranks its part and its shard.
 
-    Ranks [0, masters) share the flat vector (placement `master`) or what no single worker of a row holds (placement
-    `owner`) in equal consecutive shards; the other ranks, or all with `colocate`, are workers in grid order.
+    Ranks [0, masters) share the flat vector (placement `master`), or the runs that no worker owns (placement `owner`),
+    in equal consecutive shards. The other ranks, or all ranks with `colocate`, are workers in grid order. UserError
+    for a number of masters or replicas that does not fit the ranks.
     """
     if masters < 1:
         raise UserError(f"--masters {masters}: at least one rank must hold weights; use --masters 1")
@@ -67,10 +71,10 @@ def assign_roles(
     grid = make_grid(partition, layout.classes, size - first, replicas)
     workers: list[Worker | None] = [None] * first + list(grid)
     parts = [Runs()] * first + [layout.part(w.classes) for w in grid]
-    everything = Runs.union([(0, layout.size)])
+    whole = Runs.union([(0, layout.size)])
     if placement == "owner":
         owned = [Runs()] * first + private_runs(layout, grid)
-        held = everything - Ownership(tuple(owned)).everything
+        unowned = whole - Ownership(tuple(owned)).everything
         if first == 0 and any(w.row > 0 for w in grid[:masters]):
             raise UserError(
                 f"--placement owner with --colocate keeps masters in the first replica row: use --masters "
@@ -78,15 +82,18 @@ def assign_roles(
             )
     else:
         owned = [Runs()] * size
-        held = everything
+        unowned = whole
     shards = list(owned)
-    for rank, shard in enumerate(held.split(masters)):
+    for rank, shard in enumerate(unowned.split(masters)):
         shards[rank] = Runs.union(shard.intervals + owned[rank].intervals)
     return Roles(masters, tuple(workers), Ownership(tuple(parts)), Ownership(tuple(shards)))
 
 
 def replicate(layout: Layout, size: int) -> Roles:
-    """Every rank computes with the whole network, on its own slice of each minibatch, and keeps an equal share of w."""
+    """Return roles in which every rank computes with the whole network, on its slice of each minibatch.
+
+    Each rank steps an equal shard of the flat vector.
+    """
     whole = Runs.union([(0, layout.size)])
     every = range(layout.classes)
     workers = tuple(Worker(rank, 0, every) for rank in range(size))

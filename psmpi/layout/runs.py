@@ -1,4 +1,4 @@
-"""Sets of intervals of the flat vector, and the local vectors that hold them."""
+"""Runs: sets of intervals of the flat vector, and the local vectors that hold their elements."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from itertools import pairwise
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-# Intervals of fewer elements on average are copied by index arrays, longer ones one by one.
+# Average length below which intervals are copied by index arrays; longer intervals are copied one by one.
 SHORT = 256
 
 
 class Runs:
-    """Sorted intervals of the flat vector with gaps between them, one after the other in a local vector of `size`.
+    """Sorted intervals of the flat vector with gaps between them, consecutive in a local vector of `size` elements.
 
-    starts, stops: (intervals,) int64, not to be changed. ValueError for intervals that are empty, touch or overlap;
-    `union` takes any.
+    starts, stops: (intervals,) int64, not to be changed. ValueError for intervals that are unsorted, empty, touch or
+    overlap; `union` takes any intervals.
     """
 
     starts: np.ndarray
@@ -30,19 +30,19 @@ class Runs:
 
     @staticmethod
     def of(starts: np.ndarray, stops: np.ndarray) -> Runs:
-        """The runs of two int64 arrays that are known to be sorted intervals with gaps between them."""
-        made = object.__new__(Runs)
-        made.starts, made.stops = starts, stops
-        return made
+        """Return the runs of two int64 arrays; the caller guarantees sorted intervals with gaps between them."""
+        runs = object.__new__(Runs)
+        runs.starts, runs.stops = starts, stops
+        return runs
 
     @staticmethod
     def union(intervals: Iterable[tuple[int, int]]) -> Runs:
-        """The smallest set of runs that covers `intervals` (which may touch or overlap)."""
+        """Return the smallest set of runs that covers `intervals`, which may touch or overlap."""
         return Runs.covering(*_columns(intervals))
 
     @staticmethod
     def covering(starts: np.ndarray, stops: np.ndarray) -> Runs:
-        """The smallest set of runs that covers the intervals of two int64 arrays, which may touch or overlap."""
+        """Return the smallest set of runs that covers the intervals of two int64 arrays, which may touch or overlap."""
         some = starts < stops
         starts, stops = starts[some], stops[some]
         if not len(starts):
@@ -54,12 +54,12 @@ class Runs:
 
     @cached_property
     def intervals(self) -> tuple[tuple[int, int], ...]:
-        """(start, stop) of each interval, as Python's integers."""
+        """(start, stop) of each interval, as Python integers."""
         return tuple(zip(self.starts.tolist(), self.stops.tolist(), strict=True))
 
     @cached_property
     def offsets(self) -> np.ndarray:
-        """(intervals + 1,) int64: local offset of each interval, and `size`."""
+        """Local offset of each interval, and `size`: (intervals + 1,) int64."""
         return np.concatenate([[0], np.cumsum(self.stops - self.starts)])
 
     @property
@@ -78,7 +78,7 @@ class Runs:
         return f"Runs({self.intervals})"
 
     def local(self, start: int, stop: int) -> slice:
-        """The slice of the local vector that is [start, stop); ValueError unless it lies inside one interval."""
+        """Return the slice of the local vector that holds [start, stop); ValueError unless one interval contains it."""
         k = int(self.starts.searchsorted(start, side="right")) - 1
         if k < 0 or stop > self.stops[k]:
             raise ValueError(f"[{start}, {stop}) is not inside one of the {len(self.starts)} runs")
@@ -86,12 +86,12 @@ class Runs:
         return slice(at, at + stop - start)
 
     def places(self, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
-        """Local offset of each of many intervals, each of which must lie inside one of the runs (ValueError)."""
+        """Return the local offset of each interval, (intervals,) int64; ValueError for one that no run contains."""
         k = self.starts.searchsorted(starts, side="right") - 1
         if (k < 0).any() or (stops > self.stops[k]).any():
             raise ValueError(f"some of {len(starts)} intervals are not inside one of the {len(self.starts)} runs")
-        found: np.ndarray = self.offsets[k] + starts - self.starts[k]
-        return found
+        offsets: np.ndarray = self.offsets[k] + starts - self.starts[k]
+        return offsets
 
     def __and__(self, other: Runs) -> Runs:
         if len(self.starts) == 1:
@@ -110,7 +110,7 @@ class Runs:
     def __sub__(self, other: Runs) -> Runs:
         if not len(other.starts):
             return self
-        # What is not in `other`: before it, in its gaps, and after it.
+        # The complement of `other`: before it, in its gaps, and after it.
         ends = np.iinfo(np.int64)
         starts, stops = np.append(ends.min, other.stops), np.append(other.starts, ends.max)
         return Runs.of(*cross(self.starts, self.stops, starts, stops)[2:])
@@ -122,24 +122,24 @@ class Runs:
         return [self.cut(a, b) for a, b in pairwise(edges)]
 
     def cut(self, first: int, last: int) -> Runs:
-        """The runs that elements [first, last) of the local vector are."""
+        """Return the runs of the flat vector that elements [first, last) of the local vector hold."""
         inside = Runs.of(self.offsets[:-1], self.offsets[1:])._within(first, last)
         k = self.offsets.searchsorted(inside.starts, side="right") - 1
         shift = self.starts[k] - self.offsets[k]
         return Runs.of(inside.starts + shift, inside.stops + shift)
 
     def inside(self, outer: Runs) -> slice | None:
-        """The slice of `outer`'s local vector that equals this local vector, or None where there is no such slice."""
+        """Return the slice of `outer`'s local vector that holds this local vector, or None if no slice does."""
         try:
-            found = self.located(outer)
+            located = self.located(outer)
         except ValueError:
             return None
-        if len(found.starts) > 1:
+        if len(located.starts) > 1:
             return None
-        return slice(*found.intervals[0]) if found.size else slice(0, 0)
+        return slice(*located.intervals[0]) if located.size else slice(0, 0)
 
     def located(self, outer: Runs) -> Runs:
-        """The runs of `outer`'s local vector that hold this local vector; ValueError where it lacks some."""
+        """Return the runs of `outer`'s local vector that hold this local vector; ValueError if `outer` lacks a run."""
         places = outer.places(self.starts, self.stops)
         return Runs.covering(places, places + self.stops - self.starts)
 
@@ -152,21 +152,29 @@ def _columns(intervals: Iterable[tuple[int, int]]) -> tuple[np.ndarray, np.ndarr
 def cross(
     starts: np.ndarray, stops: np.ndarray, others: np.ndarray, ends: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """The meetings of two lists of sorted disjoint intervals: number in the first, number in the second, start, stop.
+    """Intersect two lists of sorted disjoint intervals: number in the first list, number in the second, start, stop.
 
-    Intervals of one list may touch. Each of the four arrays (meetings,) is in the order of the vector.
+    Intervals of one list may touch. The four arrays (intersections,) int64 are in the order of the flat vector.
     """
     first = ends.searchsorted(starts, side="right")
     counts = others.searchsorted(stops) - first
-    mine = np.repeat(np.arange(len(starts)), counts)
-    theirs = np.arange(len(mine)) + np.repeat(first - (np.cumsum(counts) - counts), counts)
-    return mine, theirs, np.maximum(starts[mine], others[theirs]), np.minimum(stops[mine], ends[theirs])
+    first_numbers = np.repeat(np.arange(len(starts)), counts)
+    second_numbers = np.arange(len(first_numbers)) + np.repeat(first - (np.cumsum(counts) - counts), counts)
+    return (
+        first_numbers,
+        second_numbers,
+        np.maximum(starts[first_numbers], others[second_numbers]),
+        np.minimum(stops[first_numbers], ends[second_numbers]),
+    )
 
 
 def copy_runs(
     source: np.ndarray, starts: np.ndarray, target: np.ndarray, places: np.ndarray, sizes: np.ndarray
 ) -> None:
-    """target[places[k] + i] = source[starts[k] + i] for i in range(sizes[k]) and all k; all arrays (any,)."""
+    """Copy target[places[k] + i] = source[starts[k] + i] for all k and i in range(sizes[k]).
+
+    source, target: vectors; starts, places, sizes (runs,) int64.
+    """
     total = int(sizes.sum())
     if len(sizes) > 1 and (sizes == sizes[0]).all() and (steps := _steps(starts, places)):
         shape = len(sizes), int(sizes[0])
@@ -184,21 +192,21 @@ def copy_runs(
 
 
 def _steps(*several: np.ndarray) -> list[int]:
-    """The step of each array of two or more numbers; nothing where the numbers of one do not grow in equal steps."""
+    """Return the step of each array of two or more numbers, or [] if one does not increase in equal steps."""
     steps = [np.diff(numbers) for numbers in several]
-    equal = all(one[0] > 0 and (one == one[0]).all() for one in steps)
-    return [int(one[0]) for one in steps] if equal else []
+    equal = all(differences[0] > 0 and (differences == differences[0]).all() for differences in steps)
+    return [int(differences[0]) for differences in steps] if equal else []
 
 
 def restrict(w: np.ndarray, runs: Runs) -> np.ndarray:
-    """U_e w: the elements of the flat vector `w` (n,) that `runs` names, as a new (runs.size,) array.
+    """Return U_e w: the elements of the flat vector `w` (n,) that `runs` names, as a new (runs.size,) array.
 
-    The definition, beside which transfers and elements are tested.
+    This is the definition of U_e. Tests compare transfers and elements with it.
     """
     return np.concatenate([w[a:b] for a, b in runs.intervals]) if runs.intervals else w[:0].copy()
 
 
 def accumulate(g: np.ndarray, runs: Runs, g_e: np.ndarray) -> None:
-    """g += U_e^T g_e, in place: `g` (n,), `g_e` (runs.size,); the definition, as `restrict`."""
+    """Add U_e^T g_e to g in place: `g` (n,), `g_e` (runs.size,). This defines the adjoint of `restrict`."""
     for (a, b), at in zip(runs.intervals, runs.offsets.tolist(), strict=False):
         g[a:b] += g_e[at : at + b - a]

@@ -11,8 +11,9 @@ import numpy as np
 class Share:
     """A subnetwork's share of a parameter of the whole network: some rows (units) and columns, or all (None).
 
-    rows, columns: increasing; a column is a position among the weights of one unit. owners: the workers that have this
-    share, in order; parameters of units and blocks that are not dealt out are everybody's.
+    source: name of the parameter. rows, columns: increasing; a column is a position among the weights of one unit.
+    owners: workers that have this share, in order; all workers have the parameters of units and blocks that are not
+    dealt out.
     """
 
     source: str
@@ -21,5 +22,5 @@ class Share:
     owners: tuple[int, ...]
 
 
-# By the name of the subnetwork's parameter.
+# Shares by the name of the subnetwork's parameter.
 Shares = dict[str, Share]

@@ -1,4 +1,4 @@
-"""Rows of tables, by the rank that holds them."""
+"""Rows of tables that each rank holds."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class TableRows:
-    """Rows of tables, by the rank that holds them: of each rank the numbers of its rows, together 0, 1, ..., each once.
+    """Rows of tables that each rank holds: the numbers of each rank's rows, together 0, 1, ..., each once.
 
-    group: of a checkpoint, the one that holds the tables. `elements`: rows that mean the same on any ranks; `rank`:
-    one row a rank, which means nothing on another number of ranks.
+    group: the checkpoint group that holds the tables. `elements`: rows keep their meaning on another number of ranks;
+    `rank`: one row for each rank, without meaning on another number of ranks.
     """
 
     of: tuple[tuple[int, ...], ...] = ()
@@ -18,7 +18,7 @@ class TableRows:
 
     @staticmethod
     def one_each(size: int) -> TableRows:
-        """Row r is of rank r."""
+        """Return table rows in which rank r holds row r."""
         return TableRows(tuple((rank,) for rank in range(size)), "rank")
 
     @property
@@ -26,11 +26,11 @@ class TableRows:
         return sum(map(len, self.of))
 
     def runs(self, rank: int) -> list[tuple[int, int, int]]:
-        """The rows of a rank as (number of the first, its place among the rank's own, how many side by side)."""
-        found: list[tuple[int, int, int]] = []
+        """Return the runs of a rank's rows: (number of the first row, its place among the rank's rows, row count)."""
+        runs: list[tuple[int, int, int]] = []
         for k, row in enumerate(self.of[rank]):
-            if found and row == found[-1][0] + found[-1][2]:
-                found[-1] = (*found[-1][:2], found[-1][2] + 1)
+            if runs and row == runs[-1][0] + runs[-1][2]:
+                runs[-1] = (*runs[-1][:2], runs[-1][2] + 1)
             else:
-                found.append((row, k, 1))
-        return found
+                runs.append((row, k, 1))
+        return runs

@@ -1,4 +1,4 @@
-"""What a partition of the neurons of a sparse network costs: values that parts send each other, and work of each."""
+"""Cost of a partition of the neurons of a sparse network: values that parts send each other, and work of each part."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import numpy as np
 
 from psmpi.layout.pattern import Pattern
 
-# For each layer the part of each of its neurons, (rows,) int32. Inputs of the first layer are of no part.
+# Part of each neuron of each layer, one (rows,) int32 a layer. Inputs of the first layer belong to no part.
 Owners = list[np.ndarray]
 
 
 @dataclass(frozen=True, eq=False)
 class Volume:
-    """Values that go from part to part in a forward pass of one sample, and as many in the backward pass.
+    """Values that parts send each other in the forward pass of one sample; the backward pass sends the same number.
 
-    sends, receives (parts,) int64: of each part; edge_cut: connections between neurons of different parts; work
-    (layers, parts) int64: weights of the neurons of each part in each layer.
+    sends, receives (parts,) int64: values that each part sends and receives; edge_cut: number of connections between
+    neurons of different parts; work (layers, parts) int64: summed weights of each part's neurons in each layer.
     """
 
     sends: np.ndarray
@@ -28,35 +28,36 @@ class Volume:
 
     @property
     def km1(self) -> int:
-        """The connectivity metric: the sum over neurons of lambda - 1.
+        """Connectivity metric: the sum over neurons of lambda - 1.
 
-        lambda: the parts in which the neuron or one of its successors is. A value goes once to each part that needs it.
+        lambda: number of parts that have the neuron or one of its successors. A value goes once to each part that
+        needs it.
         """
         return int(self.sends.sum())
 
     @property
     def imbalance(self) -> float:
-        """The work of the part that has most, over the mean, less 1."""
+        """Largest work of a part over the mean work of a part, minus 1."""
         work = self.work.sum(axis=0)
         return float(work.max() / work.mean()) - 1
 
     @property
     def layer_imbalance(self) -> float:
-        """The same where parts wait for each other in each layer: the sum of the layers' largest, over the mean."""
+        """Imbalance if parts wait for each other in each layer: the layers' largest works over their mean, minus 1."""
         return float(self.work.max(axis=1).sum() * self.work.shape[1] / self.work.sum()) - 1
 
 
 def weights_of(layers: Sequence[Pattern]) -> list[np.ndarray]:
-    """The work of each neuron of each layer, (rows,) int64: its connections and its bias."""
+    """Return the work of each neuron of each layer, (rows,) int64: its number of connections, plus 1 for its bias."""
     return [one.fan_in + 1 for one in layers]
 
 
-def needs(layer: Pattern, before: np.ndarray, behind: np.ndarray, parts: int) -> tuple[np.ndarray, np.ndarray]:
-    """The neurons before a layer that other parts need, and these parts: (n,) int64 each, sorted, each pair once.
+def needs(layer: Pattern, before: np.ndarray, after: np.ndarray, parts: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the neurons before a layer that other parts need, and these parts: (n,) int64 each, sorted, no pair twice.
 
-    before (inputs,), behind (rows,): the parts of the neurons.
+    before (inputs,), after (rows,): parts of the neurons before and after the layer.
     """
-    pairs = np.unique(layer.columns.astype(np.int64) * parts + behind[layer.row_numbers])
+    pairs = np.unique(layer.columns.astype(np.int64) * parts + after[layer.row_numbers])
     neurons, other = np.divmod(pairs, parts)
     some = before[neurons] != other
     return neurons[some], other[some]
@@ -65,13 +66,13 @@ def needs(layer: Pattern, before: np.ndarray, behind: np.ndarray, parts: int) ->
 def measure(
     layers: Sequence[Pattern], owners: Sequence[np.ndarray], parts: int, weights: Sequence[np.ndarray] | None = None
 ) -> Volume:
-    """The volume of a partition; weights: of the neurons of each layer, by default as of `weights_of`."""
+    """Return the volume of a partition; weights: work of each layer's neurons, by default `weights_of(layers)`."""
     sends, receives, cut = np.zeros(parts, np.int64), np.zeros(parts, np.int64), 0
-    for layer, before, behind in zip(layers[1:], owners[:-1], owners[1:], strict=True):
-        neurons, other = needs(layer, before, behind, parts)
+    for layer, before, after in zip(layers[1:], owners[:-1], owners[1:], strict=True):
+        neurons, other = needs(layer, before, after, parts)
         sends += np.bincount(before[neurons], minlength=parts)
         receives += np.bincount(other, minlength=parts)
-        cut += int((before[layer.columns] != behind[layer.row_numbers]).sum())
+        cut += int((before[layer.columns] != after[layer.row_numbers]).sum())
     weights = weights_of(layers) if weights is None else weights
     work = [np.bincount(own, one, parts) for own, one in zip(owners, weights, strict=True)]
     return Volume(sends, receives, cut, np.array(work).round().astype(np.int64))

@@ -1,1 +1,1 @@
-"""Networks as data, their layers, losses and initial weights, over slices of one flat vector."""
+"""Networks as data, with layers, losses and initial weights, over slices of one flat vector."""

@@ -1,4 +1,4 @@
-"""Cutting a network into runs of layers."""
+"""Cuts of a network into runs of layers."""
 
 from __future__ import annotations
 
@@ -11,66 +11,66 @@ from psmpi.nn.network import Network
 
 
 def starts(network: Network) -> list[int]:
-    """The layers at which a network can be cut: those with weights, residual blocks, and the padding before either.
+    """Return the layers at which runs can start: layers with weights and residual blocks, or the padding before them.
 
-    Layers without weights follow the one with weights before them; leading ones join the first.
+    Layers without weights belong to the run of the layer before them; leading ones join the first run.
     """
     layers = network.layers
     return [k - (k > 0 and layers[k - 1].leads) for k, layer in enumerate(layers) if layer.linear or layer.inner]
 
 
 def split_layers(network: Network, parts: int) -> list[tuple[int, int]]:
-    """(first, behind the last) layer of each of `parts` runs with about as many layers with weights each."""
-    found = starts(network)
-    groups = split_evenly(range(len(found)), parts)
-    edges = [0, *(found[group[0]] for group in groups[1:]), len(network.layers)]
+    """Return the layers [first, stop) of each of `parts` runs with about equally many layers with weights."""
+    first_layers = starts(network)
+    groups = split_evenly(range(len(first_layers)), parts)
+    edges = [0, *(first_layers[group[0]] for group in groups[1:]), len(network.layers)]
     return list(pairwise(edges))
 
 
 def cut_stages(network: Network) -> list[tuple[int, int]]:
-    """(first, behind the last) layer of each of the smallest runs."""
+    """Return the layers [first, stop) of each of the smallest possible runs."""
     return split_layers(network, len(starts(network)))
 
 
 def shared_length(network: Network) -> int:
-    """The number of leading layers all of whose outputs every score depends on.
+    """Return the number of leading layers such that every score depends on all of their outputs.
 
-    A layer that goes with the one that follows it is not among them.
+    The last of these layers is never one that `leads`, as padding does.
     """
     layers, everyone = network.layers, Classes.of(range(network.classes))
-    found = 0
+    count = 0
     for uses, layer in zip(uses_of(layers, network.score_uses()), layers[:-1], strict=False):
         if uses != ((0, layer.out_shape[0], everyone),):
             break
-        found += 1
-    while found and layers[found - 1].leads:
-        found -= 1
-    return found
+        count += 1
+    while count and layers[count - 1].leads:
+        count -= 1
+    return count
 
 
 def trunk_length(network: Network) -> int:
-    """`shared_length` of a network, 0 where none of these layers has weights."""
-    found = shared_length(network)
-    return found if any(layer.linear for layer in leaves(network.layers[:found])) else 0
+    """Return `shared_length` of a network, or 0 if none of the shared layers has weights."""
+    count = shared_length(network)
+    return count if any(layer.linear for layer in leaves(network.layers[:count])) else 0
 
 
 def has_head(network: Network) -> bool:
-    """Whether the network ends in a dense layer in one group, all inputs of which every class sees."""
+    """Return whether the network ends in a dense layer of one group, so that every class uses all of its inputs."""
     last = network.layers[-1]
     return isinstance(last, Dense) and last.groups == 1
 
 
 def couples(network: Network, tail: tuple[int, int]) -> bool:
-    """Whether outputs of a sample of the layers [first, behind) depend on the other samples of its minibatch."""
+    """Return whether outputs of the layers tail = [first, stop) depend on the other samples of the minibatch."""
     return any(layer.couples for layer in leaves(network.layers[tail[0] : tail[1]]))
 
 
 def tail_of(network: Network) -> tuple[int, int] | None:
-    """(first, behind the last) of the layers that every class has for itself, from outputs that all classes see.
+    """Return the layers [first, stop) in which every class has private units, on inputs that all classes share.
 
-    Those are the last layer of a network that `has_head`, and else all behind the shared ones, where each of their
-    units is one class's and all classes have as many. None where that is not so, or where steps of sequences have
-    scores.
+    For a network that `has_head`, this is the last layer. For other networks, these are all layers after the shared
+    ones, if each unit of them belongs to one class and all classes have equally many. None for other networks, and for
+    networks with scores at each step of sequences.
     """
     if network.steps:
         return None
@@ -80,7 +80,7 @@ def tail_of(network: Network) -> tuple[int, int] | None:
     first, uses = shared_length(network), uses_of(layers, network.score_uses())
     begins = True
     for layer, users in zip(layers[first:], uses[first:], strict=True):
-        # What goes with the first of these layers puts out what all classes see.
+        # Layers that lead (padding) before the first private layer have outputs that all classes use.
         begins = begins and layer.leads
         if users != ((0, layer.out_shape[0], everyone if begins else each),):
             return None

@@ -1,4 +1,4 @@
-"""The pass over tiles of classes on a device: nothing waits for it, and there is no array of all scores."""
+"""Pass over tiles of classes on a device, without an array of all scores and without waiting for the device."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from psmpi.nn.network import Network
 from psmpi.nn.objective import GRADIENT_LIMIT, Objective
 from psmpi.nn.tail import LEAST
 
-# Scores of a tile: enough for a device to be busy with; with their derivatives they take 50 MB in float32.
+# Scores of a tile, which are enough to keep a device busy; with their derivatives they take 50 MB in float32.
 ELEMENTS = 1 << 22
 
 
 def tile_size(batch: int) -> int:
-    """Classes of a tile, given the minibatch."""
+    """Return the number of classes of a tile for minibatches of `batch` samples."""
     return max(LEAST, ELEMENTS // max(1, batch))
 
 
 def has_device_tiles(network: Network, classes: int, batch: int, loss: Loss, ops: NumpyOps) -> bool:
-    """Whether a model on a device computes scores by tiles: where all are more than one, and the loss is made there.
+    """Return whether a model on a device computes scores by tiles.
 
-    Scores that are cosines are made all at once.
+    Tiles are used if the classes fill more than one tile, the device computes the loss, and scores are not cosines.
     """
     plain = has_head(network) and not isinstance(network.layers[-1], Cosine)
     return loss.fused(ops) is not None and plain and classes > tile_size(batch)
 
 
 class DeviceHead(Head):
-    """The same with features on a device; tests, which are made in host memory, bring it tile after tile."""
+    """Head with features on a device; `tiles` copies the scores to host memory, where metrics are computed."""
 
     def tiles(self, features: Any) -> Iterator[tuple[int, np.ndarray]]:
         for first, scores in super().tiles(features):
@@ -44,17 +44,16 @@ class DeviceHead(Head):
 
 
 class DeviceTiledObjective(Objective):
-    """The objective of a model with a head on a device, of a loss that is `fused`; see `TiledObjective`.
+    """Objective of a model with a head on a device, for a loss that is `fused`; see `TiledObjective`.
 
-    For each tile: scores, terms of the loss, the gradient of its rows, and what they add to the gradient of the
-    features. Of nll a pass for the normalizer comes before. Values stay on the device, where the report is of all tiles
-    in the end.
+    For each tile, the pass computes the scores, the terms of the loss, the gradient of the tile's rows, and the tile's
+    share in the gradient of the features. For nll, another pass computes the normalizers first. Values stay on the
+    device, where the report finally covers all tiles.
 
-    Nothing is made again where derivatives are very large: the largest is known of all tiles so far, and those of the
-    next tile are scaled down by the power of two that it asks for. Where a later one is larger, what there is by then
-    of the gradient of the features is scaled further; the rows are at the end, by what their tile lacks of the power
-    for all of them. Numbers so small that these powers take them out of the dtype are 0, as they are where all are
-    scaled at once, as in `Objective`.
+    Very large derivatives need no second pass. The derivatives of a tile are scaled down by a power of two, which the
+    largest derivative so far determines. If a later tile needs a larger power, the present gradient of the features is
+    scaled further. In the end, the rows of each tile are scaled by the factor that their power lacks. Numbers that
+    underflow become 0, as in `Objective`, which scales all derivatives at once.
     """
 
     tail: DeviceHead
@@ -65,12 +64,12 @@ class DeviceTiledObjective(Objective):
         self.tail = DeviceHead(model)
         self.g_weights = self.tail.g_weights
         self.g_biases = self.tail.g_biases if self.tail.part.bias else None
-        # Whether anything before the head has weights.
-        self.below = model.hands_on or model.chain.lowest < len(model.parts)
+        # Whether backward passes continue below the head.
+        self.below = model.gives_dx or model.chain.lowest < len(model.parts)
         self.terms = "terms" in loss.sums
-        # Operations of the device alone.
+        # Operations that only the device's backend has.
         self.device: Any = model.ops
-        # With other ranks a step is not recorded as a whole, but what lies between exchanges is.
+        # With other ranks, the work between two exchanges is recorded, because the whole step cannot be.
         work: Callable[[Callable[..., Any]], Callable[..., Any]] = self.ops.record
         if self.others is None:
             work = lambda plain: plain  # noqa: E731
@@ -83,9 +82,9 @@ class DeviceTiledObjective(Objective):
         self.scores, self.part = empty(self.tile * batch, dtype), empty(self.model.size * batch, dtype)
         self.own = empty(batch, np.dtype(np.int64))
         self.reports = empty(4 * -(-outputs // self.tile), real).reshape(-1, 4)
-        # What is known of all classes, and sums of terms: a tile's, this rank's, all ranks'.
+        # Sums over all classes before the derivatives, and sums of terms: of a tile, of this rank, of all ranks.
         self.sums = empty((len(self.loss.sums) + 3) * batch, real)
-        # The factor of the last minibatch, whoever has played it back.
+        # The scale of the last minibatch, kept on the device because a recorded step may have been replayed.
         self.factor = empty(1, real)
 
     @property
@@ -96,14 +95,17 @@ class DeviceTiledObjective(Objective):
     def losses(
         self, scores: Any, targets: Any, scale: float, pairs: Any | None = None, derivatives: bool = True
     ) -> Any:
-        """Compute loss and gradients of the head; scores: the features (inputs, b), whose gradient is returned."""
+        """Compute the loss and the gradients of the head; return the gradient of the features.
+
+        scores: the features (inputs, b).
+        """
         features, b = scores.reshape(-1, scores.shape[-1]), scores.shape[-1]
         self.factor.fill(scale)
-        known = self._known(b)
-        if known is not None:
-            self.find(features, targets, known)
+        class_sums = self._class_sums(b)
+        if class_sums is not None:
+            self.find(features, targets, class_sums)
             if self.others is not None:
-                known[...] = self.others.summed(known, targets)
+                class_sums[...] = self.others.summed(class_sums, targets)
         self.make(features, targets, scale)
         if self.terms:
             _, rests, total = self._sums(b)
@@ -121,10 +123,10 @@ class DeviceTiledObjective(Objective):
         self.backward(tape, dx)
 
     def backward(self, tape: Any, dx: Any | None = None) -> None:
-        """Fill the rest of the model's gradient from that of the features."""
+        """Fill the rest of the model's gradient from the gradient of the features."""
         model, finished = self.model, self.model.finished
         if finished is not None:
-            finished(model.behind)
+            finished(model.tail_number)
         assert model.g is not None
         if self.below:
             model.backward(tape, self._dh(tape.scores), dx=dx)
@@ -133,42 +135,45 @@ class DeviceTiledObjective(Objective):
         self.ops.unscale(model.g, self.report.array, GRADIENT_LIMIT[model.dtype])
 
     def _dh(self, features: Any) -> Any:
-        """The gradient of the features, in their shape."""
+        """Return the gradient of the features, in their shape."""
         return self.cast[: features.size].reshape(features.shape)
 
-    def _known(self, b: int) -> Any | None:
-        """(sums, b) what is known of all classes before any derivative, in the order of `Loss.terms`."""
+    def _class_sums(self, b: int) -> Any | None:
+        """Return the array of the sums over all classes that precede derivatives, (sums, b), in `Loss.terms`' order.
+
+        None if the loss has no sums.
+        """
         if not self.loss.sums:
             return None
         rows = len(self.loss.sums) - self.terms
         return self.sums[: rows * b].reshape(rows, b)
 
     def _sums(self, b: int) -> Any:
-        """Sums of terms (3, b): a tile's, this rank's, all ranks'."""
+        """Return the arrays of the sums of terms, (3, b): of a tile, of this rank, of all ranks."""
         return self.sums[self.sums.size - 3 * b :].reshape(3, b)
 
-    def _find(self, features: Any, labels: Any, known: Any) -> None:
-        """This rank's share of what is known before."""
+    def _find(self, features: Any, labels: Any, class_sums: Any) -> None:
+        """Compute this rank's share of the sums that precede derivatives, in `known`."""
         head = self.tail
         if not self.loss.gathers:
-            self.device.head_labels(features, labels, head.weights, head.biases, known)
+            self.device.head_labels(features, labels, head.weights, head.biases, class_sums)
             return
         room = self.scores[: self.tile * len(labels)]
         for first in range(0, head.classes, self.tile):
-            self.device.add_normalizers(first, head.scores(features, first, room), labels, known)
+            self.device.add_normalizers(first, head.scores(features, first, room), labels, class_sums)
 
     def _make(self, features: Any, labels: Any, scale: float) -> None:
-        """One pass over the tiles: reports, sums of terms, and gradients without what these add."""
+        """Pass over the tiles: compute reports, sums of terms, and gradients without the labels' derivatives."""
         head, loss, device, b = self.tail, self.loss, self.device, len(labels)
         one_pass = device.fused(f"{loss.name}_loss")
         settings = (scale, loss.kappa, loss.tangent, loss.limit is None, loss.offset(head.classes))
         rest, rests = self._sums(b)[:2] if self.terms else (None, None)
         room, part = self.scores[: self.tile * b], self.part[: features.size].reshape(features.shape)
-        dh, known, own, before = self._dh(features), self._known(b), labels, None
+        dh, class_sums, own, before = self._dh(features), self._class_sums(b), labels, None
         for first, report in zip(range(0, head.classes, self.tile), self.reports, strict=True):
             scores = head.scores(features, first, room)
             stop, grad = first + len(scores), self.grad.array[: scores.size].reshape(scores.shape)
-            one_pass(scores, own, *settings, None, known, grad, rest, report)
+            one_pass(scores, own, *settings, None, class_sums, grad, rest, report)
             own = self.own[:b]
             device.next_tile(scores, stop, labels, before, rest, report, rests, own)
             device.cast_scores(grad, scores, report)
@@ -182,7 +187,7 @@ class DeviceTiledObjective(Objective):
             before = report
 
     def _finish(self, features: Any, labels: Any) -> None:
-        """The report, and gradients that are complete and scaled as it says."""
+        """Compute the report of all tiles, complete the gradients and scale them as the report says."""
         device, rest, report = self.device, self._sums(len(labels))[2] if self.terms else None, self.report.array
         device.close_head(features, labels, rest, self.reports, self.tile, self.g_weights, self.g_biases, report)
         if self.below and rest is not None:

@@ -1,4 +1,4 @@
-"""The place where numbers stop being finite: samples, weights or gradients by parameter, or the first layer."""
+"""Search for the first numbers that are not finite: samples, weights or gradients by parameter, or the first layer."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ if TYPE_CHECKING:
     from psmpi.nn.model import Model
     from psmpi.nn.tail import Tail
 
-# Parameters that a message names, and runs of their units; the rest are counted.
+# Most parameters, and runs of units of one parameter, that a message names; further ones are counted.
 MOST, RUNS = 3, 4
-# One sample in so many, at most, is to be looked at before the weights are.
+# Samples are a likely cause if at most one sample in FEW is not finite.
 FEW = 4
-# What a cause is of, the most telling first: samples, weights, a layer's outputs, what comes from another rank's
-# layers, the loss of finite scores, a rank's own gradient, and sums of these.
+# Kinds of causes, the most specific first: samples, weights, a layer's outputs, inputs from another rank's layers, the
+# loss of finite scores, a rank's gradient, and sums of gradients.
 KINDS = ("inputs", "weights", "layer", "handed", "loss", "gradient", "sum")
 
 
 @dataclass(frozen=True)
 class Cause:
-    """The first thing that is not finite, for people: `text` is a clause, of weights their names; kind one of KINDS.
+    """First non-finite numbers, as a message: `text` is a clause, or names of weights; kind: one of KINDS.
 
-    columns: the samples of the pass that it is of; few: they are a small part of it; rank: whose pass it is, -1: not
-    said; place: the number of the layer, where ranks have some units of each and find different ones.
+    columns: samples of the pass that are affected; few: whether they are a small part of the minibatch; rank: rank of
+    the pass, -1 if unknown; place: number of the layer, by which causes are compared if ranks share layers.
     """
 
     kind: str
@@ -40,26 +40,26 @@ class Cause:
 
 
 def spans(numbers: Collection[int]) -> str:
-    """(0, 1, 2, 5) -> "0-2 5"."""
+    """Return numbers as text with ranges: (0, 1, 2, 5) -> "0-2 5"."""
     return " ".join(str(a) if a + 1 == b else f"{a}-{b - 1}" for a, b in Classes.of(numbers).ranges)
 
 
 def of_classes(classes: Collection[int], all_of: int) -> str:
-    """Some of the network's classes in brackets; nothing where it is all of them, or none."""
+    """Return classes as text in brackets, or "" for no classes and for all `all_of` classes."""
     plural = "es" if len(classes) > 1 else ""
     return f" (class{plural} {spans(classes)})" if 0 < len(classes) < all_of else ""
 
 
 def kind_of(values: np.ndarray) -> str:
-    """The kind of the values that are not finite: "NaN", "inf" or both."""
+    """Return the kind of the values that are not finite: "NaN", "inf" or "NaN and inf"."""
     kinds = (("NaN", np.isnan(values).any()), ("inf", np.isinf(values).any()))
-    return " and ".join(name for name, there in kinds if there)
+    return " and ".join(name for name, present in kinds if present)
 
 
 def find_parameters(layout: Layout, runs: Runs, vector: np.ndarray) -> str:
-    """The parameters with values that are not finite: names, units, and the classes that use these; "" if all are.
+    """Return a text of the parameters with non-finite values: names, units and their classes; "" if there are none.
 
-    vector: (runs.size,) in host memory, of the elements of the flat vector that `runs` names.
+    vector: (runs.size,) in host memory, the elements of the flat vector that `runs` names.
     """
     bad = np.flatnonzero(~np.isfinite(vector))
     if not bad.size:
@@ -73,72 +73,73 @@ def find_parameters(layout: Layout, runs: Runs, vector: np.ndarray) -> str:
             size = layout.parameters[piece.parameter].unit_size
             first, last = places.searchsorted((piece.offset, piece.stretch(size).stop))
             k, inside = np.divmod(places[first:last] - piece.offset, piece.step or layout.size)
-            there = inside < piece.units * size
-            if there.any():
-                own = np.unique(piece.first + k[there] * piece.units + inside[there] // size)
+            within = inside < piece.units * size
+            if within.any():
+                own = np.unique(piece.first + k[within] * piece.units + inside[within] // size)
                 units.setdefault(piece.parameter, set()).update(own.tolist())
-                # Of each class its own, the k-th.
-                users = block.classes if piece.count == 1 else Classes.of(k[there] + block.classes.ranges[0][0])
+                # The k-th piece belongs to the k-th class of the block.
+                users = block.classes if piece.count == 1 else Classes.of(k[within] + block.classes.ranges[0][0])
                 classes.setdefault(piece.parameter, []).append(users)
-    found = []
+    texts = []
     for number in sorted(units)[:MOST]:
         p, some = layout.parameters[number], units[number]
-        which = spans(some)
-        of = f", unit{'s' * (len(some) > 1)} {which} of {p.units}" if len(some) < p.units else ""
-        of = f", {len(some)} of {p.units} units" if of and which.count(" ") >= RUNS else of
-        found.append(f"{p.name}{of}{of_classes(Classes.union(classes[number]), layout.classes)}")
-    more = len(units) - len(found)
-    return f"{' and '.join(found)}{f' and {more} more' if more else ''} ({kind_of(vector)})"
+        numbers = spans(some)
+        of = f", unit{'s' * (len(some) > 1)} {numbers} of {p.units}" if len(some) < p.units else ""
+        of = f", {len(some)} of {p.units} units" if of and numbers.count(" ") >= RUNS else of
+        texts.append(f"{p.name}{of}{of_classes(Classes.union(classes[number]), layout.classes)}")
+    more = len(units) - len(texts)
+    return f"{' and '.join(texts)}{f' and {more} more' if more else ''} ({kind_of(vector)})"
 
 
 def find_cause(model: Model, tail: Tail | None = None) -> Cause:
-    """The cause of a loss that is not finite: the model's last pass, looked at again from the samples on.
+    """Return the cause of a loss that is not finite, from the model's last pass.
 
-    Samples, then weights, then the outputs of one layer after the other, which are computed anew in arrays of their
-    own: what a later layer has overwritten is seen too. tail: of a model that is `tiled`.
+    The search checks samples, then weights, then the outputs of each layer in order. The outputs are computed again in
+    other arrays, because later layers may have overwritten them. tail: the tail of a model that is `tiled`.
     """
     tape, ops = model.last, model.ops
     if tape is None or not tape.outputs:
         return Cause("loss", "")
     x = tape.outputs[0]
-    given = ops.host(x)
-    columns, kinds = _columns(given), kind_of(given)
+    inputs = ops.host(x)
+    columns, kinds = _columns(inputs), kind_of(inputs)
     few = FEW * len(columns) <= x.shape[-1]
     if columns and model.begins:
         return Cause("inputs", f"the inputs have {kinds}", columns, True)
     if columns:
         first = model.parts[0].layer.name
-        return Cause("handed", f"what comes to layer {first} from those before it has {kinds}", columns, few)
+        return Cause("handed", f"the inputs of layer {first}, from the layers before it, have {kinds}", columns, few)
     weights = find_parameters(model.layout, model.part, ops.host(model.w))
     if weights:
         return Cause("weights", weights)
-    if model.alone:
+    if model.no_sums:
         everyone = model.classes if model.ends or not model.begins else ()
         features = x
         for part, features in model.trace(x):
             scores = part is model.parts[-1] and model.ends and len(features) == len(model.classes)
-            found = NonFinite.of(ops.host(features), everyone, scores)
-            if found is not None:
-                return found.cause(part.layer.name, model.layout.classes)
+            nonfinite = NonFinite.of(ops.host(features), everyone, scores)
+            if nonfinite is not None:
+                return nonfinite.cause(part.layer.name, model.layout.classes)
         if tail is not None:
             cause = _first_of_tiles(model, tail, features.reshape(-1, x.shape[-1]))
             if cause is not None:
                 return cause
     else:
-        # A pass would need the other ranks: what the last one has left is looked at.
+        # A new pass would need the other ranks, so the arrays of the last pass are checked.
         for part, output in zip(model.parts, tape.outputs[1:], strict=True):
-            found = NonFinite.of(ops.host(output), (), False)
-            if found is not None:
-                return replace(found.cause(part.layer.name, model.layout.classes), place=part.number)
+            nonfinite = NonFinite.of(ops.host(output), (), False)
+            if nonfinite is not None:
+                return replace(nonfinite.cause(part.layer.name, model.layout.classes), place=part.number)
         return Cause("loss", "")
-    return Cause("loss", "all weights and the outputs of all layers are finite, the loss of these is beyond float64")
+    return Cause("loss", "all weights and outputs of layers are finite, but their loss is beyond float64")
 
 
 @dataclass
 class NonFinite:
-    """What is not finite among the outputs of a layer: of which kinds, in which samples, of which classes.
+    """Non-finite outputs of a layer: kinds, samples (columns) and classes.
 
-    rows, units: of the layer's units how many are not finite; one: whether each of the classes has one unit.
+    rows: number of units with non-finite outputs; units: number of units; samples: number of samples of the pass; one:
+    whether each class has one unit.
     """
 
     kinds: str
@@ -151,9 +152,10 @@ class NonFinite:
 
     @classmethod
     def of(cls, y: np.ndarray, classes: Sequence[int], apart: bool) -> NonFinite | None:
-        """Of outputs y (units, ..., b), if there is something.
+        """Return the non-finite outputs among y (units, ..., b), or None if all are finite.
 
-        classes: those that use the units, `apart`: each its own, as many as any other, one after the other.
+        classes: classes that use the units; apart: whether each class has equally many private units, in the order of
+        the classes.
         """
         columns = _columns(y)
         if not columns:
@@ -164,7 +166,7 @@ class NonFinite:
         return cls(kind_of(y), set(columns), named, len(rows), len(y), y.shape[-1], each == 1)
 
     def join(self, other: NonFinite) -> None:
-        """Add what is not finite of the same layer among other classes' units, all but the number of units."""
+        """Add non-finite outputs of other classes' units of the same layer; `units` stays unchanged."""
         both = {*self.kinds.split(" and "), *other.kinds.split(" and ")}
         self.kinds = " and ".join(sorted(both, reverse=True))
         self.columns |= other.columns
@@ -172,7 +174,7 @@ class NonFinite:
         self.rows += other.rows
 
     def cause(self, layer: str, all_of: int) -> Cause:
-        """The cause that this is."""
+        """Return the cause for a message; layer: name of the layer; all_of: number of classes."""
         count = f"{self.rows} of {self.units} units, " if self.rows < self.units and not self.one else ""
         text = f"layer {layer}{of_classes(self.classes, all_of)} is the first to put out {self.kinds}, in {count}"
         columns = tuple(sorted(self.columns))
@@ -181,15 +183,15 @@ class NonFinite:
 
 
 def _first_of_tiles(model: Model, tail: Tail, features: np.ndarray) -> Cause | None:
-    """The first layer of a tail that puts out what is not finite, in all tiles together."""
+    """Return the cause of the first layer of a tail with non-finite outputs, over all tiles; None if there is none."""
     layers: dict[int, tuple[str, int, NonFinite | None]] = {}
     for at, part, output in tail.trace(features):
         y = model.ops.host(output)
-        found = NonFinite.of(y, model.classes[at], True)
+        nonfinite = NonFinite.of(y, model.classes[at], True)
         name, units, before = layers.get(part.number, (part.layer.name, 0, None))
-        if before is not None and found is not None:
-            before.join(found)
-        layers[part.number] = name, units + len(y), before or found
+        if before is not None and nonfinite is not None:
+            before.join(nonfinite)
+        layers[part.number] = name, units + len(y), before or nonfinite
     for _, (name, units, bad) in sorted(layers.items()):
         if bad is not None:
             bad.units = units
@@ -198,5 +200,5 @@ def _first_of_tiles(model: Model, tail: Tail, features: np.ndarray) -> Cause | N
 
 
 def _columns(values: np.ndarray) -> tuple[int, ...]:
-    """The samples with values that are not finite, of an array that puts the samples last."""
+    """Return the samples with values that are not finite; the last axis of `values` counts samples."""
     return tuple(np.flatnonzero(~np.isfinite(values).reshape(-1, values.shape[-1]).all(axis=0)).tolist())

@@ -1,4 +1,4 @@
-"""The dense layer at the end of a network, as tiles of classes compute it: a row of weights for each class."""
+"""Head: the last dense layer of a network, computed by tiles of classes, with a row of weights for each class."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from psmpi.nn.tail import Tail
 
 
 class Head(Tail):
-    """A dense layer of one group, or cosines (`psmpi.nn.layers.cosine`), all inputs of which every class sees."""
+    """Last dense layer of one group, or cosine layer, computed by tiles of classes; every class uses all inputs."""
 
     def __init__(self, model: Model):
         super().__init__(model)
@@ -29,11 +29,11 @@ class Head(Tail):
         self.weights, self.biases = rows_of(part, part.w)
         if model.g is not None:
             self.g_weights, self.g_biases = rows_of(part, part.g)
-        # Where scores are cosines: scale / |w_j| of each class (classes,), when its scores were made last.
+        # For cosines: scale / |w_j| of each class, (classes,), from the last time its scores were computed.
         self.scale, self.factors = 0.0, np.empty(0)
         if isinstance(part, CosinePart):
             self.scale, self.factors = part.scale, part.factors
-        # What a tile adds to the gradient of the features.
+        # A tile's share in the gradient of the features.
         self.product = np.empty(0, self.dtype)
 
     @property
@@ -59,15 +59,15 @@ class Head(Tail):
     def scores(self, features: np.ndarray, first: int, out: np.ndarray) -> np.ndarray:
         b = features.shape[1]
         stop = min(first + out.size // b, self.classes)
-        found: np.ndarray = out[: (stop - first) * b].reshape(-1, b)
-        self.ops.matmul(self.weights[first:stop], features, found)
+        scores: np.ndarray = out[: (stop - first) * b].reshape(-1, b)
+        self.ops.matmul(self.weights[first:stop], features, scores)
         if self.scale:
             factors = self.factors[first:stop]
             self.ops.row_factors(self.weights[None, first:stop], EPS, self.scale, factors[None])
-            found *= factors[:, None]
+            scores *= factors[:, None]
         else:
-            self.ops.finish(found[None], self.biases[None, first:stop], "identity")
-        return found
+            self.ops.finish(scores[None], self.biases[None, first:stop], "identity")
+        return scores
 
     def backward(
         self, features: np.ndarray, first: int, dy: np.ndarray, dh: np.ndarray | None, rows: np.ndarray | None
@@ -96,7 +96,7 @@ class Head(Tail):
         factors = slopes[own].astype(self.dtype)
         if self.scale:
             factors *= self.factors[labels[own]]
-        # Rows of several samples are written once.
+        # Sum the samples of each label first, so that each row is written once.
         share = np.zeros((len(rows), len(own)), self.dtype)
         share[at, np.arange(len(own))] = factors
         gradient = share @ features[:, own].T
@@ -109,15 +109,15 @@ class Head(Tail):
 
     def label_scores(self, features: np.ndarray, labels: np.ndarray) -> np.ndarray:
         own = own_labels(labels, self.classes)
-        rows, found = labels[own], np.zeros((1, len(labels)))
+        rows, scores = labels[own], np.zeros((1, len(labels)))
         weights = self.weights[rows]
-        found[0, own] = np.einsum("sf,fs->s", weights, features[:, own], dtype=np.float64)
+        scores[0, own] = np.einsum("sf,fs->s", weights, features[:, own], dtype=np.float64)
         if self.scale and len(rows):
             factors = np.empty(len(rows), self.dtype)
             self.ops.row_factors(weights[None], EPS, self.scale, factors[None])
-            found[0, own] *= factors
-        found[0, own] += self.biases[rows]
-        return found.astype(self.dtype).astype(np.float64)
+            scores[0, own] *= factors
+        scores[0, own] += self.biases[rows]
+        return scores.astype(self.dtype).astype(np.float64)
 
     def trace(self, features: np.ndarray) -> Iterator[tuple[slice, Part, np.ndarray]]:
         b = features.shape[1]
@@ -130,15 +130,15 @@ class Head(Tail):
             )
 
     def _project(self, rows: slice | np.ndarray, g: np.ndarray) -> None:
-        """Of the gradient g (n, inputs) of some rows, by scores times factors, leave that of rows of unit length."""
+        """Project the gradient g (n, inputs) of some rows to the gradient of the normalized rows; only for cosines."""
         if self.scale:
             self.ops.project_rows(self.weights[None, rows], self.factors[None, rows], self.scale, g[None, None])
 
 
 def rows_of(part: LinearPart, views: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Weights (classes, inputs) and biases (classes,) of a head, views of the local vector."""
+    """Return weights (classes, inputs) and biases (classes,) of a head, views of the local vector."""
     ((weights, biases),) = views
     if len(weights) > 1:
-        # Each class's row by itself.
+        # The segment has one stripe for each class.
         return weights[:, 0], biases[:, 0]
     return weights[0], biases[0]

@@ -1,4 +1,4 @@
-"""Metrics: sums over samples, which ranks add up, and the scores that follow from them."""
+"""Metrics: sums over samples, which ranks add up, and the displayed scores that follow from the sums."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from psmpi.nn.losses import Loss, OverClasses
 if TYPE_CHECKING:
     from psmpi.nn.tail import Tail
 
-# With more classes than this, samples are counted too whose label is among so many largest scores.
+# Number of largest scores of the top-5 score, which is computed for more classes than this.
 TOP = 5
 
 
 @dataclass(frozen=True)
 class ScorePart:
-    """Scores of some classes, of which ranks have different ones.
+    """Share of the classes whose scores this rank has, while other ranks have the other classes.
 
-    classes: (n,) their numbers; numbers: (all classes,) the place of each among them, that of another outside, see
-    `Loss.summarize`; others: sums over
-    the ranks, of arrays in host memory; counts: whether this rank counts what all of them know.
+    classes: (n,) numbers of the rank's classes; numbers: (all classes,) the place of each class among them, or a place
+    outside for other ranks' classes, see `Loss.summarize`; others: sums over the ranks, of arrays in host memory;
+    counts: whether this rank counts samples and hits, which all these ranks know.
     """
 
     classes: np.ndarray
@@ -33,12 +33,12 @@ class ScorePart:
 
 
 class Metric:
-    """The loss of a test and the scores that are shown, from sums over samples.
+    """Loss and displayed scores of a test, from sums over samples.
 
-    names: of what `scores` returns. loss: the mean over samples. Of classes, accuracy: the share of samples whose
-    largest score is the label's; with more than 5 classes top5: of those whose label's score is among the 5 largest. Of
-    equal scores the one of the lowest class counts as the largest. Of a regression, rmse: the root of the mean squared
-    error over samples and outputs. Of sequences with a target at each step, steps stand for samples.
+    names: names of the values that `scores` returns. loss: mean loss of a sample. For classes, accuracy: fraction of
+    samples whose label has the largest score; with more than 5 classes top5: fraction of samples whose label has one of
+    the 5 largest scores. Among equal scores, the lowest class counts as the largest. For a regression, rmse: root of
+    the mean squared error over samples and outputs. For sequences with a target at each step, steps count as samples.
     """
 
     def __init__(self, loss: Loss, outputs: int):
@@ -48,15 +48,15 @@ class Metric:
             self.names = ("loss", "accuracy", *(("top5",) if outputs > TOP else ()))
 
     def zeros(self) -> np.ndarray:
-        """Sums over no samples, (names + 1,) float64."""
+        """Return the sums over no samples, (names + 1,) float64."""
         return np.zeros(len(self.names) + 1)
 
     def sums(self, scores: np.ndarray, targets: np.ndarray, part: ScorePart | None = None) -> np.ndarray:
-        """The sums over some samples: of their losses, of what is shown, and of the samples themselves.
+        """Return sums over samples, (names + 1,) float64: losses, displayed scores, and the number of samples.
 
-        scores (outputs, b), and targets (b,) int64 or (outputs, b) float64, in host memory. With `part` scores
-        are those of some outputs, and so are the values to learn: the share of this rank, which ranks add up. Of each
-        step of sequences scores are (outputs, steps, b), and the steps whose targets count are samples.
+        scores: (outputs, b), targets: (b,) int64 or (outputs, b) float64, in host memory. With `part`, scores (and
+        target values) are of some outputs, and the sums are this rank's share. Scores at each step of sequences are
+        (outputs, steps, b), and the steps whose targets count are the samples.
         """
         if scores.ndim == 3:
             scores, targets = counted_steps(scores, targets, self.loss.task)
@@ -70,10 +70,10 @@ class Metric:
             given = part.others.summed(self.loss.summarize(scores, labels), labels)
             above = count_above(scores, targets, given[-1], part.classes)
             value = self.loss.value(scores, labels, 1.0, given=given, others=part.others)
-        return self._found(value, above, part)
+        return self._all_sums(value, above, part)
 
-    def _found(self, value: float, above: np.ndarray, part: ScorePart | None) -> np.ndarray:
-        """The sums, from that of losses and of each sample the number of classes before the label's (b,)."""
+    def _all_sums(self, value: float, above: np.ndarray, part: ScorePart | None) -> np.ndarray:
+        """Return the sums, given the sum of losses and each sample's number of classes above the label's, (b,)."""
         above = above.astype(np.float64)
         if part is not None:
             part.others.add(above)
@@ -84,11 +84,10 @@ class Metric:
     def sums_by_tiles(
         self, tail: Tail, features: np.ndarray, labels: np.ndarray, classes: np.ndarray, part: ScorePart | None = None
     ) -> np.ndarray:
-        """`sums` of scores that `tail` makes tile by tile from features (inputs, b).
+        """Return `sums` of scores that `tail` computes tile by tile from features (inputs, b).
 
-        Tiles are made twice: what is known of all classes comes first.
-
-        classes: (n,) the numbers of the tail's, consecutive.
+        Scores are computed twice: the first time for the sums over all classes. labels: (b,); classes: (n,) the numbers
+        of the tail's classes, consecutive.
         """
         own = labels - classes[0]
         summary = tail.normalizers(features, own)
@@ -99,20 +98,21 @@ class Metric:
         for first, scores in tail.tiles(features):
             value += self.loss.value(scores, own - first, 1.0, given=given)
             above += count_above(scores, labels, given[-1], classes[first : first + len(scores)])
-        return self._found(value, above, part)
+        return self._all_sums(value, above, part)
 
     def scores(self, sums: np.ndarray) -> dict[str, float]:
-        """The scores by name, from sums over one sample or more."""
-        found = {name: float(value / sums[-1]) for name, value in zip(self.names, sums, strict=False)}
-        if "rmse" in found:
-            found["rmse"] = sqrt(found["rmse"] / self.outputs)
-        return found
+        """Return the displayed scores by name, from sums over one or more samples."""
+        scores = {name: float(value / sums[-1]) for name, value in zip(self.names, sums, strict=False)}
+        if "rmse" in scores:
+            scores["rmse"] = sqrt(scores["rmse"] / self.outputs)
+        return scores
 
 
 def counted_steps(scores: np.ndarray, targets: np.ndarray, task: str) -> tuple[np.ndarray, np.ndarray]:
-    """Scores (outputs, n) and targets (n,) or (outputs, n) of the steps of sequences that count.
+    """Return scores (outputs, n) and targets (n,) or (outputs, n) of the steps of sequences that count.
 
-    scores: (outputs, steps, b); targets: (steps, b), below 0 where none counts, or (outputs, steps, b), NaN there.
+    scores: (outputs, steps, b); targets: (steps, b), below 0 for steps that do not count, or (outputs, steps, b), NaN
+    for these steps.
     """
     scores = scores.reshape(len(scores), -1)
     targets = targets.reshape(-1) if task == "classes" else targets.reshape(len(targets), -1)
@@ -121,21 +121,21 @@ def counted_steps(scores: np.ndarray, targets: np.ndarray, task: str) -> tuple[n
 
 
 def sequences_right(scores: np.ndarray, labels: np.ndarray) -> int:
-    """The number of sequences all of whose counted steps have the label's score as the largest.
+    """Return the number of sequences in which the label has the largest score at every step that counts.
 
-    scores: (classes, steps, b); labels: (steps, b), below 0 where none counts.
+    scores: (classes, steps, b); labels: (steps, b), below 0 for steps that do not count.
     """
     return int(((scores.argmax(axis=0) == labels) | (labels < 0)).all(axis=0).sum())
 
 
 def largest(scores: np.ndarray, count: int, classes: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """The `count` largest of scores (rows, b), or all of fewer, and their classes, (count, b) each, the largest first.
+    """Return the `count` largest scores of each column and their classes, (count, b) each, the largest first.
 
-    classes: (rows, b) int64; by default the numbers of the rows. Of equal scores the first row counts as the largest;
-    those that are no numbers come first of all.
+    scores: (rows, b); with fewer rows than `count`, all are returned. classes: (rows, b) int64, by default the row
+    numbers. Among equal scores, the first row counts as the largest. NaN counts as larger than any number.
     """
     count, b = min(count, len(scores)), np.arange(scores.shape[1])
-    # A sample's scores lie together; those that are taken are put below what is left.
+    # Transposed, the scores of a sample are contiguous. Scores already taken become -inf, below all that are left.
     left = np.maximum(scores.T, np.finfo(scores.dtype).min, order="C")
     at = np.empty((count, len(b)), np.int64)
     for k in range(count):
@@ -147,14 +147,14 @@ def largest(scores: np.ndarray, count: int, classes: np.ndarray | None = None) -
 def count_above(
     scores: np.ndarray, labels: np.ndarray, own: np.ndarray | None = None, classes: np.ndarray | None = None
 ) -> np.ndarray:
-    """The number of classes before the label's in the order of scores (classes, b), for each of the labels (b,).
+    """Return for each label (b,) the number of classes above the label's in the order of scores (classes, b).
 
-    Scores that are not numbers come first. Where scores are those of some classes alone, `classes` (n,) are their
-    numbers, and `own` (b,) the labels' scores.
+    NaN is above any number. If scores are of some classes only, `classes` (n,) are their numbers, and `own` (b,) are
+    the labels' scores.
     """
     numbers = np.arange(len(scores)) if classes is None else classes
     if own is None:
         own = np.take_along_axis(scores, labels[None], axis=0)
     before = numbers[:, None] < labels
-    found: np.ndarray = np.count_nonzero(~(scores <= own) | ((scores == own) & before), axis=0)
-    return found
+    counts: np.ndarray = np.count_nonzero(~(scores <= own) | ((scores == own) & before), axis=0)
+    return counts

@@ -1,4 +1,4 @@
-"""A network, or the subnetwork of some classes, over a local weight vector: forward and backward."""
+"""Model: a network, or the subnetwork of some classes, over a local weight vector, with forward and backward."""
 
 from __future__ import annotations
 
@@ -19,22 +19,24 @@ from psmpi.nn.network import Network
 
 
 class Model:
-    """The scores of `classes` (all by default) as a function of the part's local weight vector.
+    """Scores of `classes` (by default all) as a function of a local weight vector.
 
-    w, g: (part.size,) arrays of one dtype, the weights and (written by `backward`) their gradient; the part is
-    `layout.part(classes)`. With g = None backward writes sums alone. Activations put the minibatch last. With `fold`,
-    mean pooling right after a convolution is folded into its kernel. With `layers`, (first, behind the last), these
-    alone: the model goes from the outputs of the layer before the first to those of the last, and the part is of these
-    layers, or with `beside` still of all, whose other weights are those of models beside this one.
-    space: the workspace of another model, to be shared with it. total: sums over the ranks that compute with the other
-    slices of each minibatch, for layers that state such sums; on the host. across: those over the ranks that have the
-    other units of the same samples, where layers are `restrict`ed to some. With `tiled` passes end before the layers
-    that every class has for itself, `tail` (first, behind the last), which are computed by tiles of classes
-    (psmpi.nn.tiles). With `apart` g is as large as the weights of the largest layer (`largest`) alone: the gradient of
-    each layer is there, at its beginning, when `finished` tells of its part, and no later.
+    w, g: (part.size,) arrays of one dtype, the weights and their gradient, which `backward` writes; the part is
+    `layout.part(classes)`. With g = None, backward only writes sums. The last axis of activations is the minibatch.
+    fold: fold mean pooling directly after a convolution into the convolution's kernel.
+    layers: [first, stop) restricts the model to these layers, from the outputs of the layer before them to the outputs
+    of the last one. The part then has only the weights of these layers, or with `beside` still those of all layers,
+    which models beside this one use.
+    space: workspace of another model, to share it.
+    total: sums on the host over the ranks that compute with the other slices of each minibatch, see `Layer.rank_sums`.
+    across: sums over the ranks that have the other units of the same samples, see `Layer.unit_sums`.
+    tiled: passes end before the layers `tail` = [first, stop) in which every class has private units; tiles of classes
+    compute these (psmpi.nn.tiles).
+    apart: g is only as large as the weights of the largest layer. Backward writes each layer's gradient to the start of
+    g, where it is valid while `finished` is called with the layer's part.
 
-    A pass is a `Tape`. Its arrays are those of a room: by default the model's own, which the next pass overwrites;
-    passes that are open at once go through rooms of their own (`open`).
+    A pass returns a `Tape`, whose arrays belong to a room. By default this is the model's room, which the next pass
+    overwrites; passes that are open at the same time need separate rooms (`open`).
     """
 
     def __init__(
@@ -69,17 +71,17 @@ class Model:
                     f"{vector.dtype}"
                 )
         self.w, self.g, self.dtype = w, g, w.dtype
-        # Whether inputs are samples, and outputs scores.
-        first, behind = layers or (0, len(network.layers))
+        # begins: whether inputs are samples; ends: whether outputs are scores.
+        first, stop = layers or (0, len(network.layers))
         self.tail = tail_of(network) if tiled else None
         if self.tail is not None:
-            behind = self.tail[0]
-            layers = first, behind
-        self.begins, self.ends = first == 0, behind == len(network.layers)
-        # Whether backward passes hand on the gradient of the inputs.
-        self.hands_on = beside and not self.begins
-        # Whether passes make no sums over ranks.
-        self.alone = total is None and across is None
+            stop = self.tail[0]
+            layers = first, stop
+        self.begins, self.ends = first == 0, stop == len(network.layers)
+        # Whether backward passes compute the gradient of the inputs.
+        self.gives_dx = beside and not self.begins
+        # Whether passes need no sums over ranks.
+        self.no_sums = total is None and across is None
         self.shared = space is not None
         self.space = space or Workspace(ops, self.dtype)
         stages = network.stages(self.classes, fold=fold, layers=layers)
@@ -89,55 +91,55 @@ class Model:
         site = Site(layout, self.part, ops, self.space, self.dtype, total, across)
         self.chain = Chain(stages, site, in_shape, apart)
         self.chain.bind(w, g)
-        # The number behind those of its parts: that of a tail.
-        self.behind = 0
+        # Parts are numbered from 0; the tail has the next number.
+        self.tail_number = 0
         for part in self.walk():
-            part.number = self.behind
-            self.behind += 1
+            part.number = self.tail_number
+            self.tail_number += 1
         self.room = Room(0)
-        # The last pass through it.
+        # The last pass through the model's room.
         self.last: Tape | None = None
-        # Gradients that are to be added to g.
-        self.more: tuple[np.ndarray, list[object]] | None = None
+        # A gradient that is added to g, and its views.
+        self.added: tuple[np.ndarray, list[object]] | None = None
 
     @property
     def slices(self) -> dict[int, slice]:
-        """Where the weights of each part are, by the numbers that `finished` tells, where gradients are apart."""
+        """Slices of each part's weights in w, by the number of the part; empty unless the model is `apart`."""
         pairs = zip(self.parts, self.chain.slices or [], strict=False)
         return {part.number: at for part, at in pairs if part.weighted}
 
     def move(self, w: np.ndarray, g: np.ndarray | None) -> None:
-        """Compute with other vectors from now on, of the same sizes."""
+        """Compute with other vectors of the same sizes from now on."""
         self.w, self.g = w, g
         self.chain.bind(w, g)
 
     @property
     def parts(self) -> list[Part]:
-        """The parts of the layers, one after the other."""
+        """Parts of the layers, in order."""
         return self.chain.parts
 
     def walk(self) -> Iterator[Part]:
-        """All parts, those inside others too, in the order of forward."""
+        """Iterate over all parts, including inner parts, in the order of forward."""
         yield from self.chain.walk()
 
     @property
     def in_shape(self) -> tuple[int, ...]:
-        """The shape of a sample."""
+        """Shape of an input sample."""
         return self.chain.in_shape
 
     @property
     def size(self) -> int:
-        """Numbers that a pass puts out a sample."""
+        """Output numbers per sample."""
         return self.parts[-1].size if self.parts else prod(self.in_shape)
 
     @property
     def steps(self) -> int:
-        """The steps at each of which a pass puts out scores; 0: one of each sample, or no scores."""
+        """Number of steps with scores; 0 for one score vector per sample, or for a model without scores."""
         return self.network.steps if self.ends else 0
 
     @property
     def finished(self) -> Callable[[int], None] | None:
-        """Called with the number of each part with weights when `backward` has made its gradient."""
+        """Function that `backward` calls with the number of each part with weights once its gradient is complete."""
         return self.space.finished
 
     @finished.setter
@@ -145,40 +147,40 @@ class Model:
         self.space.finished = tell
 
     def reserve(self, batch: int) -> None:
-        """Make room for passes of up to `batch` samples."""
+        """Allocate memory for passes of up to `batch` samples."""
         if batch <= self.room.batch:
             return
-        # The smaller arrays go first, whoever has kept the pass that used them.
+        # Free the smaller arrays first, even if a caller has kept the tape that uses them.
         if self.last is not None:
             self.last.outputs.clear()
             self.last.kept.clear()
         self.room, self.last = Room(0), None
         self.room = self.open(batch)
         if self.g is not None:
-            self.chain.reserve_backward(batch, self.hands_on)
+            self.chain.reserve_backward(batch, self.gives_dx)
 
     def open(self, batch: int) -> Room:
-        """Room for a pass of up to `batch` samples beside others."""
+        """Return a new room for a pass of up to `batch` samples that is open together with other passes."""
         self.chain.reserve(batch)
         return self.chain.room(batch)
 
     def reserve_backward(self, batch: int) -> None:
-        """Make room for backward passes of up to `batch` samples, of tapes that were made elsewhere."""
+        """Allocate memory for backward passes of up to `batch` samples whose tapes another model has made."""
         self.chain.reserve(batch)
         self.chain.reserve_backward(batch)
 
     def filled(self) -> list[tuple[int, int, int]]:
-        """(start, stop, number) of the runs of g that each part with weights fills, and the tail, in `backward`."""
-        found = []
+        """Return the runs of g that each part, or the tail, fills in `backward`: (start, stop, number of the part)."""
+        runs = []
         for part in self.walk():
             own = set() if part.layer.inner else {p.name for p in part.layer.parameters()}
-            found += self._places(self.layout.runs_of_parameters(own), part.number)
+            runs += self._places(self.layout.runs_of_parameters(own), part.number)
         if self.tail is not None:
-            found += self._places(self.network.runs(self.layout, *self.tail), self.behind)
-        return found
+            runs += self._places(self.network.runs(self.layout, *self.tail), self.tail_number)
+        return runs
 
     def _places(self, runs: Runs, number: int) -> list[tuple[int, int, int]]:
-        """(start, stop, number) of the local vector that runs of the flat one are."""
+        """Return runs of the flat vector as runs (start, stop, number) of the local vector."""
         runs = runs & self.part
         starts = self.part.places(runs.starts, runs.stops)
         stops = starts + runs.stops - runs.starts
@@ -186,22 +188,23 @@ class Model:
 
     @property
     def activation_bytes(self) -> int:
-        """Bytes of the layers' outputs, in the model's own room."""
+        """Bytes of the layers' outputs in the model's room."""
         return room_bytes(self.room)[0]
 
     @property
     def buffer_bytes(self) -> int:
-        """Bytes of all else that it holds: what parts keep, the outputs' gradients and what else layers share."""
+        """Bytes of all other arrays except weights: arrays of parts, and the workspace unless it is shared."""
         arrays = [array for part in self.parts for array in part.arrays()]
         kept = room_bytes(self.room)[1] + sum(int(a.nbytes) for a in arrays)
-        return kept + (0 if self.shared else self.space.nbytes) + (self.more[0].nbytes if self.more else 0)
+        return kept + (0 if self.shared else self.space.nbytes) + (self.added[0].nbytes if self.added else 0)
 
     def forward(self, x: np.ndarray, room: Room | None = None, span: Span = WHOLE) -> Tape:
-        """x (features, b), features in the order of the network's in_shape -> a tape; its scores are (len(classes), b).
+        """Return the tape of a forward pass of x (features, b); its scores are (len(classes), b).
 
-        With `layers`, from the outputs of the one before them to those of the last, (elements, b) or images. Scores at
-        each step of sequences are (len(classes), steps, b). span: the steps that they have, of chunks of them too,
-        which may be of less steps than the network's, x (units, steps, b).
+        Features have the order of the network's in_shape. With `layers`, x has the outputs of the layer before them,
+        (elements, b) or images, and `scores` of the tape are the outputs of the last layer. Scores at each step of
+        sequences are (len(classes), steps, b). room: by default the model's. span: steps of the sequences; a chunk x
+        (units, steps, b) may have fewer steps than the network.
         """
         images = self._shaped(x)
         if room is None:
@@ -213,16 +216,16 @@ class Model:
         return tape
 
     def trace(self, x: np.ndarray) -> Iterator[tuple[Part, np.ndarray]]:
-        """The parts with their outputs for x, one after the other, in arrays that no other pass uses.
+        """Iterate over the parts with their outputs for x, in new arrays.
 
-        x: of no more samples than there is room for; what all passes share stays where it is. A chunk of sequences
-        begins with states of 0 here.
+        x may have up to as many samples as `reserve` has made room for, so that shared memory is not reallocated. A
+        chunk of sequences starts with states of 0.
         """
         self.space.span = WHOLE
         return self.chain.trace(self._shaped(x), self.chain.room(x.shape[-1]))
 
     def _shaped(self, x: np.ndarray) -> np.ndarray:
-        """x (features, b) in the shape of samples; chunks of sequences have theirs already."""
+        """Return x (features, b) in the shape of samples; chunks of sequences are returned unchanged."""
         if x.ndim == 3 and len(self.in_shape) == 2:
             return x
         return x.reshape(*self.in_shape, x.shape[-1])
@@ -239,36 +242,37 @@ class Model:
         add: bool = False,
         weights: bool = True,
     ) -> None:
-        """Write into g the gradient of a pass, given that of its scores, dy (len(classes), b), which is used up.
+        """Write the gradient of a pass to g, given the gradient dy (len(classes), b) of its scores; dy is overwritten.
 
-        first, last: of some parts alone, dy being that of the last one's output. dx, of the shape of the first one's
-        input, is filled with the gradient of that. add: the gradient is added to g. With `sums` it is not made, but
-        the sums of the samples' gradients; without `weights` neither.
+        first, last: restrict the pass to parts `first` to `last`; dy is then the gradient of the last part's output.
+        dx: array of the shape of the first part's input, filled with the gradient of that input. add: add the gradient
+        to g. sums: compute weighted sums of the samples' gradients instead of the gradient. weights: False computes
+        only the gradient of the input.
         """
         into: object = sums
         if weights and sums is None:
-            into = self._more()[1] if add else [part.g for part in self.parts]
+            into = self._cleared_gradient()[1] if add else [part.g for part in self.parts]
         self.space.turn = 1
         self.chain.backward(tape, dy, into, first=first, last=last, dx=dx)
-        if add and self.more is not None and self.g is not None and into is self.more[1]:
-            self.ops.combine(self.g, (1.0, self.g), (1.0, self.more[0]))
+        if add and self.added is not None and self.g is not None and into is self.added[1]:
+            self.ops.combine(self.g, (1.0, self.g), (1.0, self.added[0]))
 
-    def _more(self) -> tuple[np.ndarray, list[object]]:
-        """Room for a gradient that is to be added, zeros; parts that are not asked add nothing."""
-        if self.more is None:
-            made = self.ops.zeros(self.part.size, self.dtype)
-            self.more = made, self.chain.views(made)
-        self.more[0].fill(0)
-        return self.more
+    def _cleared_gradient(self) -> tuple[np.ndarray, list[object]]:
+        """Return a vector of zeros for a gradient that is added, and its views; skipped parts thus add nothing."""
+        if self.added is None:
+            vector = self.ops.zeros(self.part.size, self.dtype)
+            self.added = vector, self.chain.views(vector)
+        self.added[0].fill(0)
+        return self.added
 
     def calibrate(self, minibatches: Iterable[np.ndarray], spans: Iterable[Span] | None = None) -> None:
-        """Normalize by the statistics of these minibatches (features, b) together from now on, not of each one.
+        """Normalize by the joint statistics of `minibatches` (features, b) from now on, not by each minibatch's.
 
-        spans: of each, of sequences. For forward passes alone. ValueError for a model that is `tiled`, whose tail has
-        statistics too.
+        The model can then only make forward passes. spans: one for each minibatch of sequences. ValueError for a
+        `tiled` model whose tail has statistics too.
         """
         if self.tail is not None and couples(self.network, self.tail):
-            raise ValueError("layers that go by tiles of classes keep no statistics of all of them")
+            raise ValueError("layers that are computed by tiles of classes have no statistics over all classes")
         for part in self.parts:
             part.gather_statistics()
         for x, span in zip(minibatches, repeat(WHOLE) if spans is None else spans, strict=False):
@@ -277,5 +281,5 @@ class Model:
             part.fix_statistics()
 
     def statistics(self) -> dict[str, np.ndarray]:
-        """The statistics that `calibrate` has fixed, (units,) each, by name."""
+        """Return the statistics that `calibrate` has fixed, (units,) each, by name."""
         return {name: values for part in self.parts for name, values in part.statistics().items()}

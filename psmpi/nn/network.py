@@ -1,4 +1,4 @@
-"""Networks as data: what the layers are, what shapes they give, and which inputs and weights each score depends on."""
+"""Networks as data: layers, their shapes, and the inputs and weights that each score depends on."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from psmpi.nn.layers.embedding import Embedding
 from psmpi.nn.layers.table import Shape, Table
 from psmpi.nn.layers.uses import Uses
 
-# The model that the tables of a file describe.
+# Name of the model that layer tables of a configuration file describe.
 CUSTOM = "custom"
 
 
 @dataclass(frozen=True)
 class Network:
-    """Layers from `in_shape` to one raw score a class; places: where a file has its layers, by their names.
+    """Layers from samples of `in_shape` to one raw score for each class.
 
-    tables: those that describe the layers, where it was built from some.
-    trunk: whether all layers but the last are meant to be computed by every rank that has some of the classes.
+    places: place of each layer in the configuration file, by the layer's name. trunk: whether every rank that has some
+    of the classes computes all layers except the last. tables: layer tables from which the network was built, if any.
     """
 
     name: str
@@ -44,58 +44,58 @@ class Network:
 
     @property
     def steps(self) -> int:
-        """The steps at each of which there are scores; 0: there are scores of samples."""
+        """Number of steps with scores; 0 for one score vector per sample."""
         return self.layers[-1].out_shape[1] if len(self.layers[-1].out_shape) > 1 else 0
 
     @property
     def sequences(self) -> bool:
-        """Whether its samples are sequences."""
+        """Whether samples are sequences."""
         return len(self.in_shape) == 2
 
     def with_steps(self, steps: int) -> Network:
-        """The same network for sequences, or chunks of them, of so many steps; its parameters are the same."""
+        """Return the same network, with the same parameters, for sequences or chunks of `steps` steps."""
         layers = tuple(layer.with_steps(steps) for layer in self.layers)
         return replace(self, in_shape=(self.in_shape[0], steps), layers=layers)
 
     @property
     def scale(self) -> float:
-        """What scores are times cosines with; 0 where they are not cosines."""
+        """Factor of cosines that gives the scores; 0 if the scores are not cosines."""
         last = self.layers[-1]
         return last.scale if isinstance(last, Cosine) else 0.0
 
     def walk(self) -> Iterator[Layer]:
-        """All layers in the order of forward, those inside others instead of these."""
+        """Iterate over all layers in the order of forward; inner layers replace the layer that contains them."""
         return leaves(self.layers)
 
     @property
     def linear(self) -> tuple[Layer, ...]:
-        """The layers before which the network can be cut."""
+        """Layers with weights, before which the network can be cut."""
         return tuple(layer for layer in self.walk() if layer.linear)
 
     @property
     def normalized(self) -> bool:
-        """Whether scores of a sample depend on the others of its minibatch, through batch normalization."""
+        """Whether scores of a sample depend on the other samples of its minibatch, through batch normalization."""
         return any(layer.couples for layer in self.walk())
 
     @property
     def notes(self) -> list[str]:
-        """What its layers leave unused of their inputs, for people, a line each."""
+        """Messages about inputs that layers do not use, one line for each layer with such inputs."""
         return [f"{self.named(layer.name)} of --model {self.name}: {layer.note}" for layer in self.walk() if layer.note]
 
     def named(self, layer: str) -> str:
-        """The name of a layer for people, with its place in the file that describes it."""
+        """Return the name of a layer for messages, with its place in the configuration file."""
         return f"{layer} ({self.places[layer]})" if layer in self.places else layer
 
     @property
     def residual(self) -> bool:
-        """Whether it has residual blocks."""
+        """Whether the network has residual blocks."""
         return any(layer.inner for layer in self.layers)
 
     def evaluation_batches(self, samples: int) -> list[slice]:
-        """The minibatches that an evaluation of `samples` samples takes, in their order, whoever takes them.
+        """Return the minibatches of an evaluation of `samples` samples, in order, the same for any number of ranks.
 
-        They stay in the cache; with batch normalization they are large, for the sake of its statistics, and no last one
-        is much smaller.
+        Minibatches of 100 samples stay in the cache. With batch normalization they have about 1000 samples, for better
+        statistics, and about equal sizes.
         """
         if not self.normalized:
             return [slice(k, min(k + 100, samples)) for k in range(0, samples, 100)]
@@ -103,11 +103,11 @@ class Network:
         return [slice(a, b) for a, b in pairwise(edges) if a < b]
 
     def score_uses(self) -> Uses:
-        """Each score is of its own class."""
+        """Return the users of the scores: each score belongs to its class."""
         return ((0, self.classes, Each(0, self.classes)),)
 
     def users(self) -> list[list[tuple[Any, Uses]]]:
-        """For each layer, its parameters with the classes whose scores depend on their units."""
+        """Return, for each layer, its parameters with the classes whose scores depend on their units."""
         return [
             layer.users(uses) for layer, uses in zip(self.layers, uses_of(self.layers, self.score_uses()), strict=True)
         ]
@@ -115,32 +115,33 @@ class Network:
     def stages(
         self, classes: Sequence[int], *, fold: bool = True, layers: tuple[int, int] | None = None
     ) -> list[Stage]:
-        """The stages of the subnetwork of `classes`, or of its layers (first, behind the last)."""
+        """Return the stages of the subnetwork of `classes`, or of its layers = [first, stop)."""
         inputs = np.ones(self.in_shape[0], bool)
         some = slice(*layers) if layers else slice(None)
         return make_stages(self.layers, self.score_uses(), Classes.of(classes), inputs, fold=fold, some=some)
 
     def layout(self) -> Layout:
-        """The flat vector of this network, ordered by which scores use what."""
+        """Return the layout of the flat vector, ordered by the scores that use each parameter."""
         pairs = [pair for layer in self.users() for pair in layer]
         return make_layout([parameter for parameter, _ in pairs], [uses for _, uses in pairs], self.classes)
 
-    def runs(self, layout: Layout, first: int, behind: int) -> Runs:
-        """The runs of the flat vector that the parameters of the layers [first, behind) are."""
-        return layout.runs_of_parameters({p.name for layer in self.layers[first:behind] for p in layer.parameters()})
+    def runs(self, layout: Layout, first: int, stop: int) -> Runs:
+        """Return the runs of the flat vector with the parameters of the layers [first, stop)."""
+        return layout.runs_of_parameters({p.name for layer in self.layers[first:stop] for p in layer.parameters()})
 
     def tie(self) -> str | None:
-        """The name of the last layer with weights, before the scores' own rows, that makes every score see all of it.
+        """Return the name of the layer that prevents a partition of the network by classes, or None.
 
-        None where the network can be partitioned: where some layer before has units that not all classes use, or where
-        there is no layer before, or none but those of a trunk.
+        This layer is the last one with weights before the rows of the scores, if every class uses all units of all
+        layers with weights before them. None means that the network can be partitioned: some layer has units that not
+        all classes use, or there is no layer with weights before the scores, or the layers before them are a `trunk`.
         """
         if self.trunk:
             return None
         linear = {parameter.name: layer.name for layer in self.linear for parameter in layer.parameters()}
         names = [layer.name for layer in self.linear]
         rows = [uses for pair in self.users() for p, uses in pair if linear.get(p.name) == names[-1]]
-        # Two classes may have one score.
+        # If two classes have one common score, the last layer has no rows of single classes.
         if self.classes == 1 or all(isinstance(users, Each) for runs in rows for _, _, users in runs):
             names.pop()
         weighted = [uses for pairs in self.users() for parameter, uses in pairs if linear.get(parameter.name) in names]
@@ -149,7 +150,7 @@ class Network:
         return names[-1]
 
     def _apart(self, users: Users) -> bool:
-        """Whether units of these users are of some classes and not of all."""
+        """Return whether `users` are some classes, but not all."""
         return self.classes > 1 if isinstance(users, Each) else 0 < len(users) < self.classes
 
 
@@ -160,45 +161,49 @@ def build(
     classes: int,
     by_step: bool = False,
 ) -> Network:
-    """A network from layer tables, the form of a configuration file's [[model.layers]].
+    """Build a network from layer tables, as in [[model.layers]] of a configuration file.
 
-    Each table has `type`, one of psmpi.nn.layers.LAYERS, and that type's settings: `units`, `groups`, `channels`,
-    `kernel`, `pad`, `size`, `bias` (true), `affine` (true), of cosine `scale`, of embedding `vocabulary`, of
-    residual `layers` and `scale` (1.0), of attention `heads` and `causal` (true), of positions `longest` (all
-    steps). by_step: whether there are scores at each step of sequences. UserError names the layer and what does not
+    Each table has `type`, one of psmpi.nn.layers.LAYERS, and settings of that type: `units`, `groups`, `channels`,
+    `kernel`, `pad`, `size`, `bias` (true), `affine` (true); `scale` of cosine; `vocabulary` of embedding; `layers` and
+    `scale` (1.0) of residual; `heads` and `causal` (true) of attention; `longest` (all steps) of positions. by_step:
+    whether the network has scores at each step of sequences. UserError names the layer and the setting that does not
     fit.
     """
     reader = TableReader(name)
-    made, shape = reader.read(layers, tuple(in_shape))
+    built, shape = reader.read(layers, tuple(in_shape))
     places = reader.places if name == CUSTOM else {}
-    network = Network(name, tuple(in_shape), made, places, tables=tuple(layers))
-    if not made or not network.linear:
+    network = Network(name, tuple(in_shape), built, places, tables=tuple(layers))
+    if not built or not network.linear:
         raise UserError(f"model {name!r} has no layer with weights")
     for layer in list(network.walk())[1:]:
         if isinstance(layer, Embedding):
             raise UserError(
-                f"model {name!r}, {network.named(layer.name)}: embedding looks samples up: let it be the first layer"
+                f"model {name!r}, {network.named(layer.name)}: an embedding takes the tokens of samples: let it be the "
+                "first layer"
             )
     wanted = (classes, *in_shape[1:]) if by_step else (classes,)
     if shape != wanted:
         hint = ""
         if len(shape) == 2 and not by_step:
-            hint = ', and a target a sequence: add a layer {type = "last"} before those of scores'
+            hint = ', and one target per sequence: add a layer {type = "last"} before the layers of the scores'
         elif by_step:
-            hint = ", and a target at each step: leave layers out that end sequences (last, flatten)"
+            hint = ", and a target at each step: remove layers that end sequences (last, flatten)"
         raise UserError(
             f"model {name!r} ends in shape {shape}; the data set has {classes} classes: expected {wanted}{hint}"
         )
     try:
         network.users()
     except UserError as error:
-        label, _, said = str(error).partition(": ")
-        raise UserError(f"model {name!r}, {network.named(label)}: {said}") from None
+        label, _, reason = str(error).partition(": ")
+        raise UserError(f"model {name!r}, {network.named(label)}: {reason}") from None
     return network
 
 
 class TableReader:
-    """Reads lists of layer tables, and numbers the layers of each kind; places: where the tables are, by layers."""
+    """Reader of lists of layer tables, which numbers the layers of each kind.
+
+    counts: number of layers of each kind so far; places: place of each layer's table, by the layer's name.
+    """
 
     def __init__(self, model: str):
         self.model = model
@@ -206,9 +211,10 @@ class TableReader:
         self.places: dict[str, str] = {}
 
     def read(self, tables: Any, shape: Shape, inside: str = "") -> tuple[tuple[Layer, ...], Shape]:
-        """The layers that the tables describe for inputs of `shape`, and the shape of their outputs.
+        """Return the layers that the tables describe for inputs of `shape`, and the shape of their outputs.
 
-        inside: the place of the table that has these.
+        inside: place of the table that contains these tables, "" for the model's tables. UserError for tables or
+        settings that do not fit.
         """
         model = "" if self.model == CUSTOM else f"model {self.model!r}, "
         if not isinstance(tables, Sequence) or isinstance(tables, str):
@@ -232,11 +238,11 @@ class TableReader:
             label = f"{base}{self.counts[base]}"
             self.places[label], where = place, f"{where} ({label})"
             if kind not in LAYERS:
-                meant = nearest(kind, LAYERS)
-                hint = f"did you mean {meant}? Known" if meant else "known"
+                similar = nearest(kind, LAYERS)
+                hint = f"did you mean {similar}? Known" if similar else "known"
                 raise UserError(f"{where}: unknown layer type {kind!r}; {hint} are {', '.join(LAYERS)}")
-            one = Table(kind, settings, where, partial(self.read, inside=place))
-            layers += LAYERS[kind].read(one, label, shape)
-            one.finish()
+            layer_table = Table(kind, settings, where, partial(self.read, inside=place))
+            layers += LAYERS[kind].read(layer_table, label, shape)
+            layer_table.finish()
             shape = layers[-1].out_shape
         return tuple(layers), shape

@@ -1,4 +1,4 @@
-"""The loss of a minibatch and the backward pass that follows from it, wherever the arrays are."""
+"""Objective: the loss of a minibatch and the backward pass, on the host or on a device."""
 
 from __future__ import annotations
 
@@ -13,76 +13,76 @@ from psmpi.nn.losses import Loss, OverClasses, OverflowsError
 from psmpi.nn.model import Model
 from psmpi.nn.tail import Tail
 
-# The largest gradient component that a part hands out: its square, summed over thousands of ranks, stays in the dtype.
+# Largest component of a gradient: its square, summed over thousands of ranks, stays in the dtype's range.
 GRADIENT_LIMIT = {np.dtype(np.float32): 2.0**50, np.dtype(np.float64): 2.0**400}
 DIVERGED = "the loss is not a finite number: the training diverged; lower --lr, or clip gradients with --clip 1"
 
 
 class Objective:
-    """The loss of a model's minibatch and the gradient that follows from it, wherever the model's arrays are.
+    """Loss of a model's minibatch and its gradient, on the device of the model's arrays.
 
-    The backward pass is linear in the derivatives of the loss, float64 of any size: very large ones are scaled down by
-    a power of two first, and the gradient is scaled up again and limited to GRADIENT_LIMIT in each component.
+    The backward pass is linear in the derivatives of the loss, which are float64 of any size. Very large derivatives
+    are therefore scaled down by a power of two before the pass. Afterwards the gradient is scaled up again, and each
+    component is limited to GRADIENT_LIMIT.
 
-    others: ranks that compute the scores of other classes, whose sums the loss needs; they are arrays of `ops` where
-    the loss is `fused`, else of the host. Labels then count from the model's first class.
+    others: sums over the ranks that have the scores of the other classes, if the loss needs sums; they take arrays of
+    `ops` if the loss is `fused`, otherwise of the host. Labels then count from the model's first class.
 
-    Where there are scores at each step of sequences, (classes, steps, b), a step is to the loss as a sample: scores are
-    (classes, steps b), targets (steps b,) or (outputs, steps b). Of those whose target does not count, labels below 0
-    or values that are NaN, there are no losses and no derivatives.
+    If there are scores at each step of sequences, (classes, steps, b), the loss treats each step as a sample: scores
+    are (classes, steps b), targets (steps b,) or (outputs, steps b). Steps whose target is a label below 0 or NaN have
+    no loss and no derivatives.
 
-    first: the class that the model's scores begin with, from which labels of steps are to count; `bring` takes those of
-    all classes, and which of them count.
+    first: class of the model's first score, which `bring` subtracts from labels of steps.
+    finite: whether the last loss and its scores were finite. If not, a `lenient` loss is NaN or infinity, and other
+    losses raise an error. ids: ids of the minibatch's samples, if the caller of `bring` sets them.
 
-    finite: whether the last loss and its scores were. Where they were not, a `lenient` loss is NaN or infinity, and any
-    other an error. ids: of the samples of the minibatch, where whoever brings their targets says so.
-
-    A loss that the backend does not have in one pass is computed by NumPy in host memory, on a device too: its steps
-    look at values and index by labels, for which a device would have to be waited for.
+    A loss that the backend cannot compute in one pass is computed by NumPy in host memory, even for a model on a
+    device: its steps branch on values and index by labels, which would wait for the device.
     """
 
     def __init__(self, loss: Loss, model: Model, others: OverClasses | None = None):
         self.loss, self.model, self.ops = loss, model, model.ops
         self.others = others if loss.sums else None
         self.fused = loss.fused(self.ops)
-        # Where the loss is computed.
+        # Operations that compute the loss.
         self.where = self.ops if self.fused is not None else NumpyOps()
         self.finite = True
-        # What computes the last layers, where these go by tiles of classes.
+        # The tail that computes the last layers, if tiles of classes do.
         self.tail: Tail | None = None
         self.ids: np.ndarray | None = None
         self.first = 0
-        # Where passes begin with what other layers put out: these, and the samples of the minibatch that they are of.
+        # The model of the layers before this model's, and the slice of the minibatch that it computes.
         self.trunk: tuple[Model, slice] | None = None
-        # Loss, largest exponent, terms beyond the limit, largest derivative of the last minibatch.
+        # Of the last minibatch: loss, largest exponent, number of terms beyond the limit, largest derivative.
         self.report = self.ops.mirror(self.ops.zeros(4, np.dtype(np.float64)))
         self.report.host.fill(0)
         self.grad = self._derivatives(0)
-        self.given = self._targets(0)
+        self.target_mirror = self._targets(0)
         self.weights = self.ops.mirror(self.ops.empty(0, np.dtype(np.float64)))
-        # What is known of other classes, and the slopes of margins, there.
+        # Sums over all classes, and slopes of margins, in arrays of `where`.
         self.sums = self.slopes = np.empty(0)
-        # The columns of scores whose targets count, where not all do; their scores.
+        # Columns of the scores whose targets count, or None if all do; their number; and an array for their scores.
         self.counted: np.ndarray | None = None
         self.columns = 0
         self.some = np.empty(0, model.dtype)
 
     def record(self, work: Callable[..., Any]) -> Callable[..., Any]:
-        """`NumpyOps.record` for work that computes losses: not recorded where it waits for the device, or for ranks.
+        """Return `NumpyOps.record` of work that computes losses, or the work itself if it cannot be recorded.
 
-        Nor of sequences, whose lengths and targets say what is looked at.
+        Work that waits for the device or for ranks cannot be recorded, nor work on sequences, whose lengths and targets
+        decide what is computed.
         """
         waits = self.fused is None or self.others is not None or self.model.network.sequences
         return work if waits else self.ops.record(work)
 
     def reserve(self, outputs: int, batch: int) -> None:
-        """Make room for minibatches of up to `batch` samples, or steps of samples, with `outputs` scores."""
+        """Allocate memory for minibatches of up to `batch` samples, or steps of samples, with `outputs` scores each."""
         self.grad.settle()
-        self.given.settle()
+        self.target_mirror.settle()
         self.weights.settle()
         self.grad = self._derivatives(outputs * batch)
         self.outputs = outputs
-        self.given = self._targets(batch if self.loss.task == "classes" else outputs * batch)
+        self.target_mirror = self._targets(batch if self.loss.task == "classes" else outputs * batch)
         if self.loss.class_weights is not None:
             self.weights = self.ops.mirror(self.ops.empty(batch, np.dtype(np.float64)))
         self.cast = self.ops.empty(self.model.size // max(1, self.model.steps) * batch, self.model.dtype)
@@ -94,23 +94,31 @@ class Objective:
             self.slopes = self.where.empty(batch, np.dtype(np.float64))
 
     def _derivatives(self, size: int) -> Mirror:
-        """Room for derivatives; in one pass the host needs no image of them."""
-        made = self.ops.empty(size, np.dtype(np.float64))
-        return self.ops.mirror(made) if self.fused is None else Mirror(made)
+        """Return an array for derivatives; a loss in one pass needs no copy of it on the host."""
+        array = self.ops.empty(size, np.dtype(np.float64))
+        return self.ops.mirror(array) if self.fused is None else Mirror(array)
 
     def _targets(self, size: int) -> Mirror:
         return self.ops.mirror(self.ops.empty(size, np.dtype(np.int64 if self.loss.task == "classes" else np.float64)))
 
     @property
     def nbytes(self) -> int:
-        arrays = (self.grad.array, self.cast, self.given.array, self.weights.array, self.sums, self.slopes, self.some)
+        arrays = (
+            self.grad.array,
+            self.cast,
+            self.target_mirror.array,
+            self.weights.array,
+            self.sums,
+            self.slopes,
+            self.some,
+        )
         return int(sum(array.nbytes for array in arrays))
 
     def bring(self, targets: np.ndarray, weights: np.ndarray | None = None) -> None:
-        """Take the next minibatch's targets, (b,) or (outputs, b) in host memory, to where its loss is computed.
+        """Copy the next minibatch's targets, (b,) or (outputs, b) in host memory, to the device of the loss.
 
-        Of each step of sequences (steps, b) or (outputs, steps, b). weights: (b,) float64, what the loss's class
-        weights say of the samples; they are not for targets of steps.
+        Targets of steps of sequences are (steps, b) or (outputs, steps, b), with labels among all classes. weights:
+        (b,) float64, class weights of the samples; targets of steps have none.
         """
         self.counted = None
         if self.model.steps:
@@ -122,24 +130,21 @@ class Objective:
             if self.first and self.loss.task == "classes":
                 targets = targets - self.first
             self.columns = targets.shape[-1]
-        self.given.settle()
-        self.given.host[: targets.size].reshape(targets.shape)[...] = targets
-        self.given.push(slice(0, targets.size))
+        self.target_mirror.settle()
+        self.target_mirror.host[: targets.size].reshape(targets.shape)[...] = targets
+        self.target_mirror.push(slice(0, targets.size))
         if weights is not None:
             self.weights.settle()
             self.weights.host[: len(weights)] = weights
             self.weights.push(slice(0, len(weights)))
 
     def targets(self, b: int) -> np.ndarray:
-        """The arrays that were brought last, of b samples with as many scores as there is room for.
-
-        Of steps of sequences those that count.
-        """
+        """Return the targets of the last call of `bring`, for b samples; for steps of sequences, those that count."""
         if self.model.steps:
             b = self.columns
         if self.loss.task == "classes":
-            return self.given.array[:b]
-        return self.given.array[: self.outputs * b].reshape(self.outputs, b)
+            return self.target_mirror.array[:b]
+        return self.target_mirror.array[: self.outputs * b].reshape(self.outputs, b)
 
     def losses(
         self,
@@ -149,36 +154,36 @@ class Objective:
         pairs: np.ndarray | None = None,
         derivatives: bool = True,
     ) -> np.ndarray:
-        """Compute the scaled sum of the losses, see `value`, and its derivatives (classes, b) float64, to be returned.
+        """Compute the scaled sum of the losses, see `value`, and return its derivatives (classes, b) float64.
 
-        scores: (classes, b), of which labels' get the loss's margin; targets, pairs as in `Loss`. Without
-        `derivatives` none are made, and what is returned means nothing.
+        scores: (classes, b), in which labels' scores get the loss's margin; targets, pairs as in `Loss`. derivatives:
+        False computes no derivatives, and the returned array is then meaningless.
         """
         if scores.ndim == 3:
             scores = self._counted(scores.reshape(len(scores), -1))
-        found: np.ndarray = self.grad.array[: scores.size].reshape(scores.shape)
+        grads: np.ndarray = self.grad.array[: scores.size].reshape(scores.shape)
         if self.fused is None:
             self._losses_on_host(scores, targets, scale, pairs, derivatives)
-            return found
+            return grads
         self.add_margins(scores, targets)
         if self.others is None:
-            grad = found if derivatives else None
+            grad = grads if derivatives else None
             self.fused(scores, targets, scale, pairs, None, grad, None, self.report.array)
         else:
             b = scores.shape[-1]
             rest = self.sums[:b] if "terms" in self.loss.sums else None
             given = self.others.summed(self.loss.fused_summary(self.ops, scores, targets, self.sums[b:]), targets)
-            self.fused(scores, targets, scale, None, given, found, rest, self.report.array)
+            self.fused(scores, targets, scale, None, given, grads, rest, self.report.array)
             if rest is not None:
                 self.others.add(rest)
-                self.loss.fused_close(self.ops, found, targets, rest, self.report.array, scores.dtype)
+                self.loss.fused_close(self.ops, grads, targets, rest, self.report.array, scores.dtype)
         if derivatives:
-            self._multiply_slopes(found, targets, self.report.array)
-            self._weigh(found, self.weights.array, self.report.array)
-        return found
+            self._multiply_slopes(grads, targets, self.report.array)
+            self._weigh(grads, self.weights.array, self.report.array)
+        return grads
 
     def _counted(self, scores: np.ndarray) -> np.ndarray:
-        """The scores (classes, n) of those of (classes, steps b) whose targets count."""
+        """Return the columns (classes, n) of scores (classes, steps b) whose targets count."""
         if self.counted is None:
             return scores
         size = len(scores) * len(self.counted)
@@ -187,17 +192,17 @@ class Objective:
         return some
 
     def add_margins(self, scores: np.ndarray, labels: np.ndarray) -> None:
-        """Give scores (classes, b) of labels the loss's margin, if it has one, and keep the slopes."""
+        """Apply the loss's margin, if it has one, to the labels' scores in scores (classes, b), and keep the slopes."""
         if self.loss.margin is not None:
             self.where.add_margins(scores, labels, *self.loss.margin, self.slopes[: len(labels)])
 
     def _multiply_slopes(self, grad: np.ndarray, labels: np.ndarray, report: np.ndarray) -> None:
-        """Make of derivatives (classes, b) with respect to labels' scores with the margin those without."""
+        """Multiply derivatives (classes, b) of labels' scores by the margin's slopes: derivatives without margin."""
         if self.loss.margin is not None:
             self.where.multiply_labels(grad, labels, self.slopes[: len(labels)], report)
 
     def _weigh(self, grad: np.ndarray, weights: np.ndarray, report: np.ndarray) -> None:
-        """Multiply derivatives (classes, b) by the samples' class weights; the report's largest becomes a bound."""
+        """Multiply derivatives (classes, b) by the samples' class weights; the report gets an upper bound of them."""
         if self.loss.class_weights is not None:
             self.where.scale_samples(grad[None], weights[None, : grad.shape[1]], grad[None, None])
             self.where.scale(report[3:], float(self.loss.class_weights.max()))
@@ -210,7 +215,7 @@ class Objective:
         pairs: np.ndarray | None,
         derivatives: bool,
     ) -> None:
-        """The same by NumPy; a device gets derivatives and report afterwards."""
+        """Compute `losses` by NumPy in host memory, and copy derivatives and report to the device."""
         host, report = self.ops.host, self.report.host
         scores, targets = host(scores), host(targets)
         self.grad.settle()
@@ -228,7 +233,7 @@ class Objective:
         if not (self.finite or self.loss.lenient):
             raise FloatingPointError(DIVERGED)
         if grad is not None:
-            # Without an array of absolute values: outputs at a cut are many.
+            # No array of absolute values, because the outputs at a cut are large.
             report[3] = max(grad.max(initial=0.0), -grad.min(initial=0.0))
             self._multiply_slopes(grad, targets, report)
             self._weigh(grad, self.weights.host, report)
@@ -238,9 +243,9 @@ class Objective:
     def _shared_loss(
         self, others: OverClasses, scores: np.ndarray, labels: np.ndarray, scale: float, grad: np.ndarray
     ) -> float:
-        """This rank's share of the loss; of scores that are not finite no rank of them all has a finite one.
+        """Return this rank's share of the loss; it is finite on all ranks or on none.
 
-        Whatever a rank finds, it takes part in the sums.
+        Every rank takes part in the sums, even if its scores are not finite.
         """
         loss = self.loss
         given = others.summed(loss.summarize(scores, labels), labels)
@@ -259,24 +264,25 @@ class Objective:
     def agreed(
         self, value: float, wrong: FloatingPointError | None, given: np.ndarray | None, rest: np.ndarray | None
     ) -> float:
-        """The loss of own terms, or NaN; `rest`, their sum where the loss needs it, becomes that of all ranks.
+        """Return the loss `value` of this rank's terms, or NaN if some rank's terms are not finite.
 
-        wrong: what is wrong with own terms. Where these are not finite, or what is known of all classes, all ranks
-        raise an error, or have NaN where the loss is lenient.
+        wrong: error of this rank's terms, if any. rest: (b,) sums of this rank's terms, if the loss needs them, which
+        become the sums over all ranks. given: sums over all classes. If these sums or the terms are not finite, all
+        ranks raise an error, or return NaN for a lenient loss.
         """
-        loss, known = self.loss, given
+        loss, sums = self.loss, given
         if rest is not None:
             if wrong is not None or not np.isfinite(value):
                 rest.fill(np.inf if isinstance(wrong, OverflowsError) else np.nan)
             if self.others is not None:
                 self.others.add(rest)
-            known = rest
+            sums = rest
         if wrong is not None and not loss.lenient:
             raise wrong
-        if wrong is None and (known is None or np.isfinite(known).all()):
+        if wrong is None and (sums is None or np.isfinite(sums).all()):
             return value
-        if known is not None and not loss.lenient:
-            loss.check_rest(known)
+        if sums is not None and not loss.lenient:
+            loss.check_rest(sums)
         return np.nan
 
     def derive(
@@ -288,22 +294,22 @@ class Objective:
         pairs: np.ndarray | None = None,
         dx: np.ndarray | None = None,
     ) -> None:
-        """Compute the scaled sum of the losses of the minibatch of a pass, and its gradient.
+        """Compute the scaled sum of the losses of a pass's minibatch, and its gradient.
 
-        scores (outputs, b): the pass's; targets, pairs as in `Loss`. dx: see `backward`.
+        scores: (outputs, b) of the pass; targets, pairs as in `Loss`; dx: see `backward`.
         """
         self.losses(scores, targets, scale, pairs)
         self.backward(tape, dx)
 
     def backward(self, tape: Tape, dx: np.ndarray | None = None) -> None:
-        """Fill the model's gradient from the derivatives that `losses` has found last.
+        """Fill the model's gradient from the derivatives of the last call of `losses`.
 
-        dx, of the shape of the model's inputs, is filled with the gradient of these; the model then begins with a layer
-        with weights.
+        dx: array of the shape of the model's inputs, filled with their gradient; the model's first layer must then have
+        weights.
         """
         report = self.report.array
         cast = self.derivatives(tape.scores)
-        # Outputs of some layers alone may be images.
+        # The outputs of a model of some layers may be images.
         self.model.backward(tape, cast.reshape(tape.scores.shape), dx=dx)
         if dx is not None:
             self.ops.unscale(dx, report, GRADIENT_LIMIT[self.model.dtype])
@@ -311,9 +317,10 @@ class Objective:
         self.ops.unscale(self.model.g, report, GRADIENT_LIMIT[self.model.dtype])
 
     def derivatives(self, scores: np.ndarray) -> np.ndarray:
-        """The derivatives that `losses` has found last, (classes, n) of the model's dtype, scaled down by the report.
+        """Return the derivatives of the last call of `losses`, (classes, n) of the model's dtype.
 
-        scores: of the pass, (classes, b), or of each step of sequences (classes, steps, b).
+        The derivatives are scaled down by the power of two that the report determines. scores: of the pass, (classes,
+        b), or (classes, steps, b) for steps of sequences.
         """
         report = self.report.array
         cast: np.ndarray = self.cast[: scores.size].reshape(len(scores), -1)
@@ -325,14 +332,17 @@ class Objective:
         return cast
 
     def again(self, tape: Tape, dx: np.ndarray | None = None) -> None:
-        """Fill the model's gradient once more for the last minibatch, from its pass; the weights are as they were.
+        """Fill the model's gradient again for the last minibatch, from the tape of its pass and unchanged weights.
 
-        A pass through batch normalization, of which backward uses up what it keeps, is to be made anew.
+        A pass through batch normalization must be repeated first, because backward overwrites arrays of its tape.
         """
         self.backward(tape, dx)
 
     def value(self) -> float:
-        """The scaled sum of the losses last derived. Where it, or a score, is not finite, see the class."""
+        """Return the scaled sum of the losses of the last minibatch; raise FloatingPointError if it is not finite.
+
+        A `lenient` loss returns NaN or infinity instead.
+        """
         self.report.fetch()
         self.report.wait()
         value, worst, clipped, _ = (float(number) for number in self.report.host)

@@ -1,4 +1,4 @@
-"""The layers behind a network's shared ones, of which each class has units of its own, by tiles of classes."""
+"""Private layers: layers after a network's shared ones, with private units of each class, by tiles of classes."""
 
 from __future__ import annotations
 
@@ -15,38 +15,39 @@ from psmpi.nn.model import Model
 from psmpi.nn.network import Network
 from psmpi.nn.tail import Tail, classes_at_once
 
-# Numbers that the layers of all classes put out for a minibatch. Tiles save time where there are more; fewer stay in
-# the last cache, and the labels' own scores cost more than tiles save.
+# Output numbers of all classes' layers for a minibatch, above which tiles save time. Fewer numbers stay in the
+# last-level cache, and the separate pass for the labels' scores costs more than tiles save.
 SPILL = 1 << 23
 
-# Classes of labels at a time. With as many samples at least, the kernels' vectors are full.
+# Classes of labels that are computed at a time.
 FEW = 16
 
 
 def class_numbers(network: Network, tail: tuple[int, int]) -> int:
-    """Numbers that the layers [first, behind) of one class put out a sample."""
+    """Return the output numbers per sample of one class in the layers tail = [first, stop)."""
     return output_numbers(network.stages(range(1), layers=tail))
 
 
 def goes_by_tiles(network: Network, tail: tuple[int, int], classes: int, batch: int) -> bool:
-    """Whether the layers [first, behind) of so many classes are better computed by tiles."""
+    """Return whether the layers tail = [first, stop) of `classes` classes are faster by tiles."""
     numbers = batch * class_numbers(network, tail)
     return classes * numbers > SPILL and classes > classes_at_once(classes, numbers)
 
 
 def tile_of(classes: int, numbers: int) -> int:
-    """Classes of a tile whose layers put out so many numbers each: up to half more than needed, if fewer are left over.
+    """Return the number of classes of a tile; numbers: output numbers of a class's layers for a minibatch.
 
-    Classes that are left over take a model of their own.
+    A tile has up to half more classes than needed if this reduces the number of classes in the last, smaller tile,
+    which needs another model.
     """
     least = classes_at_once(classes, numbers)
     return min(range(least, min(least + least // 2, classes) + 1), key=lambda count: (classes % count, count))
 
 
 class PrivateLayers(Tail):
-    """The subnetworks of a tile's classes, all of one shape, in turn by one model: only its weights are others'.
+    """Tail of private layers: one model computes the subnetwork of each tile in turn, with the tile's weights.
 
-    Activations, packed kernels and the like are those of a tile.
+    All tiles have the same shape, except perhaps the last. Activations and packed kernels take the memory of one tile.
     """
 
     in_rows = True
@@ -56,12 +57,12 @@ class PrivateLayers(Tail):
         assert model.tail is not None
         self.network, self.layers = model.network, model.tail
         self.numbers = class_numbers(self.network, self.layers)
-        # Classes need not be neighbours in the flat vector; in the local one they are.
+        # Classes that are not neighbours in the flat vector are neighbours in the local vector.
         own = self.network.runs(model.layout, *self.layers) & model.part
         self.size, self.start = own.size // self.classes, int(model.part.places(own.starts, own.stops)[0])
         self.space = Workspace(self.ops, self.dtype)
         self.models: dict[int, Model] = {}
-        # The pass of the tile whose scores were made last, and its model.
+        # Model and tape of the tile whose scores were computed last.
         self.last: tuple[Model, Tape] | None = None
         self.batch, self.dx = 0, np.empty(0, self.dtype)
         self.labelled: Labelled | None = None
@@ -78,13 +79,13 @@ class PrivateLayers(Tail):
         return sum(model.activation_bytes for model in models)
 
     def tile(self, batch: int) -> int:
-        """As `Tail.tile`; smaller minibatches have the same tiles."""
+        """Return the number of classes of a tile, as `Tail.tile`; smaller minibatches have the same tiles."""
         return tile_of(self.classes, max(batch, self.batch) * self.numbers)
 
     def reserve(self, batch: int, labels: bool) -> None:
         if batch <= self.batch:
             return
-        # The smaller arrays go first.
+        # Free the smaller arrays first.
         self.last, self.labelled, self.models, self.dx = None, None, {}, np.empty(0, self.dtype)
         self.batch, tile = batch, self.tile(batch)
         self.dx = self.ops.empty(self.model.size * batch, self.dtype)
@@ -99,11 +100,11 @@ class PrivateLayers(Tail):
     def scores(self, features: np.ndarray, first: int, out: np.ndarray) -> np.ndarray:
         b = features.shape[1]
         stop = min(first + out.size // b, self.classes)
-        found: np.ndarray = out[: (stop - first) * b].reshape(-1, b)
+        scores: np.ndarray = out[: (stop - first) * b].reshape(-1, b)
         model = self._model(first, stop, b)
         self.last = model, model.forward(features)
-        found[...] = self.last[1].scores
-        return found
+        scores[...] = self.last[1].scores
+        return scores
 
     def backward(
         self, features: np.ndarray, first: int, dy: np.ndarray, dh: np.ndarray | None, rows: np.ndarray | None
@@ -133,12 +134,12 @@ class PrivateLayers(Tail):
                 yield slice(first, stop), part, output
 
     def make_model(self, w: np.ndarray, g: np.ndarray | None) -> Model:
-        """A model of as many classes as there are weights (classes size,)."""
+        """Return a model with weights w and gradient g, (classes * size,) each; their length gives the classes."""
         classes, layout = range(len(w) // self.size), self.model.layout
         return Model(self.network, layout, w, g, self.ops, classes, layers=self.layers, space=self.space)
 
     def _model(self, first: int, stop: int, batch: int) -> Model:
-        """The model of a tile's classes, with their weights."""
+        """Return the model of the tile of classes [first, stop), with their weights."""
         at, g = self.run(first, stop), None
         w = self.model.w[at]
         if self.model.g is not None:
@@ -153,10 +154,10 @@ class PrivateLayers(Tail):
 
 
 class Labelled:
-    """The labels' own scores, and what these add to the gradients, of up to `batch` samples.
+    """Scores of the labels, and their share in the gradients, for up to `batch` samples.
 
-    The classes that are labels, FEW at a time, see the samples of these labels alone; where batch normalization makes a
-    sample's outputs depend on the others, all samples.
+    The classes that are labels are computed FEW at a time, on the samples with these labels only. If batch
+    normalization couples samples, they are computed on all samples.
     """
 
     def __init__(self, private: PrivateLayers, batch: int):
@@ -168,32 +169,32 @@ class Labelled:
             self.g = whole.g[at].reshape(-1, size)
         self.couples = couples(private.network, private.layers)
         weights, features = self.few * size, whole.size * batch
-        # Weights of few classes, what is added to their gradients, and these then.
-        self.rows, self.more, self.sum = (empty(weights, private.dtype).reshape(-1, size) for _ in range(3))
-        # Features that a pass sees, and their gradient, which nobody needs meanwhile.
+        # Weights of FEW classes, the labels' share in their gradients, and the sum of both gradients.
+        self.rows, self.label_gradients, self.sum = (empty(weights, private.dtype).reshape(-1, size) for _ in range(3))
+        # Features of a pass, and their gradient; `private.dx` is not in use at that time.
         self.x, self.dx = empty(features, private.dtype), private.dx
         self.dy = empty(self.few * batch, private.dtype)
-        self.model = private.make_model(self.rows.reshape(-1), self.more.reshape(-1))
+        self.model = private.make_model(self.rows.reshape(-1), self.label_gradients.reshape(-1))
         self.model.reserve(batch)
         self.model.chain.reserve_backward(batch, True)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of what it holds besides activations."""
-        arrays = self.rows, self.more, self.sum, self.x, self.dy
+        """Bytes of all arrays except activations."""
+        arrays = self.rows, self.label_gradients, self.sum, self.x, self.dy
         return self.model.buffer_bytes + sum(array.nbytes for array in arrays)
 
     def scores(self, features: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        """(1, b) float64, as `Tail.label_scores`."""
-        found = np.zeros((1, len(labels)))
+        """Return the scores of labels (1, b) float64, as `Tail.label_scores`."""
+        scores = np.zeros((1, len(labels)))
         for _, own, rows, columns in self._some(labels):
-            found[0, own] = self.model.forward(self._seen(features, own)).scores[rows, columns]
-        return found
+            scores[0, own] = self.model.forward(self._seen(features, own)).scores[rows, columns]
+        return scores
 
     def add_gradients(
         self, features: np.ndarray, labels: np.ndarray, slopes: np.ndarray, dh: np.ndarray | None
     ) -> None:
-        """As `Tail.close`."""
+        """Add the share of the labels' scores to the gradients, as `Tail.close`."""
         assert self.g is not None
         for classes, own, rows, columns in self._some(labels):
             x = self._seen(features, own)
@@ -202,36 +203,36 @@ class Labelled:
             dy[rows, columns] = -slopes[own]
             dx = None if dh is None else self.dx[: x.size].reshape(x.shape)
             self.model.backward(tape, dy, dx=None if dx is None else dx.reshape(*self.model.in_shape, -1))
-            here = np.take(self.g, classes, axis=0, out=self.sum, mode="clip")[: rows.max() + 1]
-            here += self.more[: len(here)]
-            self.g[classes[: len(here)]] = here
+            gradient = np.take(self.g, classes, axis=0, out=self.sum, mode="clip")[: rows.max() + 1]
+            gradient += self.label_gradients[: len(gradient)]
+            self.g[classes[: len(gradient)]] = gradient
             if dh is None or dx is None:
                 continue
             if self.couples:
                 dh += dx
             else:
-                there = np.take(dh, own, axis=1, out=x, mode="clip")
-                there += dx
-                dh[:, own] = there
+                dh_own = np.take(dh, own, axis=1, out=x, mode="clip")
+                dh_own += dx
+                dh[:, own] = dh_own
 
     def _some(self, labels: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
-        """The classes of labels in groups of `few`, each with its weights in the model.
+        """Iterate over groups of `few` classes of labels, and copy the weights of each group to the model.
 
-        classes (few,), of which the last is repeated in a smaller group; samples (n,) with these labels; rows (n,) and
-        columns (n,), the places of their labels' scores in a pass.
+        Yields classes (few,), in which the last class is repeated to fill a smaller group; samples (n,) with these
+        labels; and rows (n,), columns (n,), the places of the labels' scores in a pass.
         """
-        known = own_labels(labels, self.classes)
-        classes, places = np.unique(labels[known], return_inverse=True)
+        present = own_labels(labels, self.classes)
+        classes, places = np.unique(labels[present], return_inverse=True)
         for first in range(0, len(classes), self.few):
             own = np.flatnonzero(places // self.few == first // self.few)
             some = np.resize(classes[first : first + self.few], self.few)
             some[len(classes) - first :] = classes[-1]
             np.take(self.w, some, axis=0, out=self.rows, mode="clip")
-            yield some, known[own], places[own] - first, known[own] if self.couples else np.arange(len(own))
+            yield some, present[own], places[own] - first, present[own] if self.couples else np.arange(len(own))
 
     def _seen(self, features: np.ndarray, own: np.ndarray) -> np.ndarray:
-        """The features of the samples that the model is to see."""
+        """Return the features of the samples `own`, or of all samples if batch normalization couples them."""
         if self.couples:
             return features
-        # Without a mode NumPy makes a copy before, in case that a place is wrong.
+        # With mode="clip" NumPy writes to `out` directly; the default mode first fills a buffer.
         return np.take(features, own, axis=1, out=self.x[: len(features) * len(own)].reshape(-1, len(own)), mode="clip")

@@ -1,6 +1,6 @@
-"""PSNets: layers that all classes share, and behind them layers of each class, so that they are cut by classes.
+"""PSNets: layers that all classes share, followed by private layers of each class, so that classes can be partitioned.
 
-Those for images of 28 x 28 and 32 x 32 are of Raynaud, Orban and Bigeon, G-2023-36.
+The PSNets for images of 28 x 28 and 32 x 32 are from Raynaud, Orban and Bigeon, G-2023-36.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ from math import isqrt
 from typing import Any
 
 LayerTable = dict[str, Any]
-# Positions along a side of an image that convolutions leave to the layers behind them.
+# Preferred number of positions along a side of an image after the convolutions.
 MOST = 7
 
 
 def psnet_conv(channels: int, kernel: int, pool: int = 2) -> list[LayerTable]:
-    """Convolution, mean pooling, sigmoid, in this order."""
+    """Return the tables of a convolution, a mean pooling (if pool > 1) and a sigmoid, in this order."""
     pooling: list[LayerTable] = [{"type": "mean_pool", "size": pool}] if pool > 1 else []
     return [{"type": "conv", "channels": channels, "kernel": kernel}, *pooling, {"type": "sigmoid"}]
 
 
 def psnet(convolutions: Sequence[list[LayerTable]], widths: Sequence[int], classes: int) -> list[LayerTable]:
-    """Convolutions, then separable layers of `widths` units a class and one score a class."""
+    """Return tables of convolutions, then separable layers of `widths` units per class, and one score per class."""
     tables = [table for layers in convolutions for table in layers] + [{"type": "flatten"}]
     for width in widths:
         tables += [{"type": "separable_dense", "units": width * classes, "groups": classes}, {"type": "sigmoid"}]
@@ -30,10 +30,11 @@ def psnet(convolutions: Sequence[list[LayerTable]], widths: Sequence[int], class
 
 
 def fitted_psnet(in_shape: tuple[int, ...], classes: int) -> list[LayerTable]:
-    """A PSNet for samples of any shape and any number of classes: layers that all classes share, then those of each.
+    """Return the tables of a PSNet for samples of any shape and any number of classes.
 
-    Images of 5 x 5 and more have two convolutions, with pooling that leaves few positions, and no row or column out
-    where that can be; all else is a vector, before a dense layer that is shared and one of 15 units a class.
+    Images of 5 x 5 and more have two convolutions, with pooling that leaves few positions and drops as few rows and
+    columns as possible. All other samples are flattened, and take a shared dense layer of 64 units and a dense layer of
+    15 units per class.
     """
     if len(in_shape) != 3 or min(in_shape[1:]) < 5:
         tables: list[LayerTable] = [{"type": "flatten"}] if len(in_shape) > 1 else []
@@ -54,21 +55,21 @@ def fitted_psnet(in_shape: tuple[int, ...], classes: int) -> list[LayerTable]:
 
 
 def _fitted(rows: int, columns: int, count: int, pools: Sequence[int], kernels: Sequence[int]) -> list[tuple[int, int]]:
-    """The kernels and pooling windows of `count` convolutions that suit images of so many rows and columns.
+    """Return kernel and pooling window of `count` convolutions that suit images of `rows` x `columns`.
 
-    Of those that leave 2 MOST positions along each side at most, the one of whose outputs windows leave out fewest;
-    then one that leaves MOST, with the smallest windows; then that with the first kernels.
+    Criteria, in this order: at most 2 MOST positions remain along each side; windows drop the fewest rows and columns;
+    at most MOST positions, or the fewest above, remain; windows are small; kernels are early in `kernels`.
     """
-    found = []
+    candidates = []
     for choice in product(product(kernels, pools), repeat=count):
         sides, lost = [rows, columns], 0
         for kernel, pool in choice:
-            made = [side - kernel + 1 for side in sides]
-            lost += sum(side % pool for side in made)
-            sides = [side // pool for side in made]
+            outputs = [side - kernel + 1 for side in sides]
+            lost += sum(side % pool for side in outputs)
+            sides = [side // pool for side in outputs]
         if min(sides) > 0:
             windows = [pool for _, pool in choice]
             order = [kernels.index(kernel) for kernel, _ in choice]
-            left = max(*sides, MOST)
-            found.append((left > 2 * MOST, lost, left, max(windows), sum(windows), sum(order), choice))
-    return list(min(found)[-1])
+            remaining = max(*sides, MOST)
+            candidates.append((remaining > 2 * MOST, lost, remaining, max(windows), sum(windows), sum(order), choice))
+    return list(min(candidates)[-1])

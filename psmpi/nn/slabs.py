@@ -1,4 +1,4 @@
-"""Networks of slabs, see psmpi.nn.layers.slab."""
+"""Networks of slab layers, see psmpi.nn.layers.slab."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ DOMAINS, WIDTHS = (4,), (256, 256)
 def slabs(
     widths: Sequence[int], domains: Sequence[int], halo: int, classes: int, in_shape: tuple[int, ...]
 ) -> list[LayerTable]:
-    """The tables of hidden layers of `widths` neurons, (256, 256) if not given, with tanh, and of scores.
+    """Return the tables of hidden slab layers of `widths` neurons (default 256, 256) with tanh, and of the scores.
 
-    domains: their number, 4 if not given, or rows and columns; halo: -1 for an eighth of a domain, of inputs that are
-    flat images one row of pixels.
+    domains: number of domains (default 4), or rows and columns; halo: -1 for an eighth of a domain, or for one row of
+    pixels if the inputs are flattened images. UserError for sizes that do not fit each other.
     """
     domains, widths = tuple(domains) or DOMAINS, tuple(widths) or WIDTHS
     if len(domains) > 2 or any(n < 1 for n in domains):
@@ -27,8 +27,8 @@ def slabs(
         )
     if prod(domains) == 1 and halo > 0:
         raise UserError(
-            f"--halo {halo}: with --domains {' '.join(map(str, domains))} there is no neighbouring domain to see: "
-            "leave --halo out, or use --domains 2 or more"
+            f"--halo {halo}: with --domains {' '.join(map(str, domains))} there is no neighbouring domain: leave "
+            "--halo out, or use --domains 2 or more"
         )
     end: LayerTable = {"type": "dense", "units": classes}
     if len(domains) == 1:
@@ -40,12 +40,12 @@ def slabs(
             usual = max(1, sizes[number] // count // 8)
             if number == 0 and len(in_shape) == 3:
                 usual = min(in_shape[2], size // count)
-            one = {"type": "slab", "units": width, "domains": count, "halo": usual if halo < 0 else halo}
-            tables += [one, {"type": "tanh"}]
+            slab = {"type": "slab", "units": width, "domains": count, "halo": usual if halo < 0 else halo}
+            tables += [slab, {"type": "tanh"}]
         return [*tables, end]
     if len(in_shape) != 3:
         raise UserError(
-            f"--domains {domains[0]} {domains[1]} are tiles of images, and samples have the shape {in_shape}: use "
+            f"--domains {domains[0]} {domains[1]} are tiles of images, but samples have the shape {in_shape}: use "
             f"--domains {prod(domains)}"
         )
     tables = []
@@ -55,20 +55,20 @@ def slabs(
             good = [k * k for k in range(1, 2 * side + prod(domains) + 1) if not any(k % n for n in domains)]
             near = min(good, key=lambda size: abs(size - width))
             raise UserError(
-                f"--widths {width}: with --domains {domains[0]} {domains[1]} layers are square fields that these cut "
-                f"into equal tiles: use {near}"
+                f"--widths {width}: with --domains {domains[0]} {domains[1]} layers are square fields that the domains "
+                f"cut into equal tiles: use {near}"
             )
-        one = {"type": "slab", "units": [side, side], "domains": list(domains)}
-        tables += [one if halo < 0 else {**one, "halo": halo}, {"type": "tanh"}]
+        slab = {"type": "slab", "units": [side, side], "domains": list(domains)}
+        tables += [slab if halo < 0 else {**slab, "halo": halo}, {"type": "tanh"}]
     return [*tables, {"type": "flatten"}, end]
 
 
 def _check_multiples(count: int, size: int, widths: Sequence[int]) -> None:
-    """UserError where domains are not of equal size."""
+    """Raise UserError if the domains of a layer would not have equal sizes."""
     if size % count:
         good = [n for n in range(1, min(size, 2 * count) + 1) if size % n == 0]
         raise UserError(
-            f"--domains {count}: samples have {size} numbers, which that many domains cannot share equally: use "
+            f"--domains {count}: samples have {size} numbers, which {count} domains cannot share equally: use "
             f"--domains {min(good, key=lambda n: abs(n - count))}"
         )
     for width in widths:

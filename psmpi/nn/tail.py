@@ -1,4 +1,4 @@
-"""The layers that each class has for itself, as tiles of classes compute them from what the layers before put out."""
+"""Tails: the layers with private units of each class, computed by tiles of classes from the features before them."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from psmpi.nn.losses import own_labels
 from psmpi.nn.losses.nll import add_normalizers
 from psmpi.nn.model import Model
 
-# Numbers that the layers of a tile put out: with their derivatives they fit the cache. Classes that it has at least.
+# Output numbers of a tile's layers, which fit the cache together with their derivatives; fewest classes of a tile.
 ELEMENTS, LEAST = 1 << 17, 64
 
 
 def tile_size(numbers: int) -> int:
-    """Classes of a tile, given the numbers that a class's layers put out for a minibatch."""
+    """Return the number of classes of a tile; numbers: output numbers of a class's layers for a minibatch."""
     return max(LEAST, ELEMENTS // max(1, numbers))
 
 
 def classes_at_once(classes: int, numbers: int) -> int:
-    """Classes of a tile, of no more than there are."""
+    """Return `tile_size(numbers)`, limited to `classes`."""
     return min(classes, tile_size(numbers))
 
 
 class Tail:
-    """The scores of a model's classes by tiles, from the features (inputs, b) that its passes put out.
+    """Base class of tails, which compute scores of a model's classes by tiles, from the features (inputs, b).
 
-    numbers: those that the layers of a class put out a sample.
+    numbers: output numbers per sample of a class's layers.
     """
 
     def __init__(self, model: Model):
@@ -38,82 +38,84 @@ class Tail:
 
     @property
     def in_rows(self) -> bool:
-        """Whether all weights of a class lie together in the local vector, class after class."""
+        """Whether the weights of each class are contiguous in the local vector, class after class."""
         raise NotImplementedError
 
     @property
     def nbytes(self) -> int:
-        """Bytes of what it holds besides weights, gradients and activations."""
+        """Bytes of all arrays except weights, gradients and activations."""
         raise NotImplementedError
 
     @property
     def activation_bytes(self) -> int:
-        """Bytes of its layers' outputs besides the scores."""
+        """Bytes of the layers' outputs except the scores."""
         return 0
 
     def tile(self, batch: int) -> int:
-        """Classes of a tile for minibatches of `batch` samples."""
+        """Return the number of classes of a tile for minibatches of `batch` samples."""
         return classes_at_once(self.classes, batch * self.numbers)
 
     def reserve(self, batch: int, labels: bool) -> None:
-        """Make room for gradients of up to `batch` samples; labels: `label_scores` and `close` are to be called."""
+        """Allocate memory for gradients of up to `batch` samples; labels: `label_scores` and `close` will be called."""
         raise NotImplementedError
 
     def run(self, first: int, stop: int) -> slice:
-        """The slice of the local vector that the weights of some classes are, where they are `in_rows`."""
+        """Return the slice of the local vector with the weights of classes [first, stop); only for a tail `in_rows`."""
         raise NotImplementedError
 
     def scores(self, features: np.ndarray, first: int, out: np.ndarray) -> np.ndarray:
-        """The scores of classes from `first` on, as many as `out` (any,) has room for; a view of it, (classes, b)."""
+        """Return the scores (classes, b) of the classes from `first` on, as a view of out (any,), as many as fit."""
         raise NotImplementedError
 
     def backward(
         self, features: np.ndarray, first: int, dy: np.ndarray, dh: np.ndarray | None, rows: np.ndarray | None
     ) -> None:
-        """Write the gradient of the tile whose scores were made last, given that of these, dy (classes, b), used up.
+        """Write the gradient of the tile whose scores were computed last, given the gradient dy of these scores.
 
-        The gradient of its weights goes into the model's, or into `rows` (k,), in the order of the local vector; that
-        of the features is added to dh (inputs, b), if it is wanted.
+        dy: (classes, b), overwritten. rows: (k,) array for the gradient of the tile's weights, in the order of the
+        local vector; None writes to the model's gradient. dh: (inputs, b) array to which the gradient of the features
+        is added; None if it is not needed.
         """
         raise NotImplementedError
 
     def close(self, features: np.ndarray, labels: np.ndarray, slopes: np.ndarray, dh: np.ndarray | None) -> None:
-        """Add what the labels' own scores add to the gradients: the derivatives of the loss by them are -slopes (b,).
+        """Add the share of the labels' scores to the gradients.
 
-        Labels that are not among the model's classes add nothing.
+        slopes: (b,) minus the derivatives of the loss with respect to the labels' scores. Labels that are not among the
+        model's classes add nothing.
         """
         raise NotImplementedError
 
     def label_scores(self, features: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        """(1, b) float64: the scores of labels, 0 of those that are not among the model's classes."""
+        """Return the scores of labels, (1, b) float64, with 0 for labels that are not among the model's classes."""
         raise NotImplementedError
 
     def trace(self, features: np.ndarray) -> Iterator[tuple[slice, Part, np.ndarray]]:
-        """Of tile after tile, its classes, and its parts with their outputs, in arrays that no pass uses."""
+        """Iterate over tiles and their parts: classes of the tile, part, and the part's outputs, in new arrays."""
         raise NotImplementedError
 
     def tiles(self, features: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-        """The first class of each tile, and its scores (classes, b), which the next one overwrites."""
+        """Iterate over tiles: first class, and scores (classes, b), which the next tile overwrites."""
         b = features.shape[1]
         room = self.ops.scratch("tile", self.tile(b) * b, self.dtype)[: self.tile(b) * b]
         first = 0
         while first < self.classes:
-            found = self.scores(features, first, room)
-            yield first, found
-            first += len(found)
+            scores = self.scores(features, first, room)
+            yield first, scores
+            first += len(scores)
 
     def normalizers(self, features: np.ndarray, labels: np.ndarray, known: np.ndarray | None = None) -> np.ndarray:
-        """(3, b) float64: largest scores, sums of exponentials relative to these, labels' scores.
+        """Return (3, b) float64: largest scores, sums of exponentials relative to the largest, and labels' scores.
 
-        known: labels' scores (b,), in the place of those found here.
+        known: (b,) labels' scores that replace the computed ones.
         """
         b = len(labels)
-        found = np.zeros((3, b))
-        found[0] = -np.inf
+        sums = np.zeros((3, b))
+        sums[0] = -np.inf
         for first, scores in self.tiles(features):
             own = own_labels(labels - first, len(scores))
             if known is not None:
                 scores[labels[own] - first, own] = known[own]
-            self.add_normalizers(scores, found[0], found[1])
-            found[2, own] = scores[labels[own] - first, own]
-        return found
+            self.add_normalizers(scores, sums[0], sums[1])
+            sums[2, own] = scores[labels[own] - first, own]
+        return sums

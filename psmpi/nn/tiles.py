@@ -1,6 +1,6 @@
-"""The classes' own layers, the loss and their gradients in one pass over tiles of classes, in host memory.
+"""Private layers, loss and gradients in one pass over tiles of classes, in host memory.
 
-Neither all scores are anywhere at once, nor what all classes' own layers put out.
+No array holds the scores of all classes, or the outputs of all classes' private layers.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from psmpi.nn.tail import Tail, classes_at_once
 
 
 def is_tiled(network: Network, classes: int, batch: int, ops: NumpyOps, task: str) -> bool:
-    """Whether a model of so many classes computes by tiles: where all of them are more than one, on the host.
+    """Return whether a model of `classes` classes on the host computes by tiles.
 
-    Private layers do where those of all classes do not fit the caches.
+    A head does if the classes fill more than one tile, private layers do if their outputs do not fit the caches.
     """
     tail = None if ops.on_device or task != "classes" else tail_of(network)
     if tail is None or has_head(network):
@@ -34,24 +34,24 @@ def is_tiled(network: Network, classes: int, batch: int, ops: NumpyOps, task: st
 
 
 def tail_numbers(network: Network, tail: tuple[int, int]) -> int:
-    """Numbers that the layers [first, behind) of one class put out a sample."""
+    """Return the output numbers per sample of one class in the layers tail = [first, stop)."""
     return 1 if has_head(network) else class_numbers(network, tail)
 
 
 def make_tail(model: Model) -> Tail:
-    """What computes the tail of a model that is `tiled`."""
+    """Return the object that computes the tail of a model that is `tiled`."""
     return Head(model) if has_head(model.network) else PrivateLayers(model)
 
 
 class TiledObjective(Objective):
-    """The objective of a model that is `tiled`: its passes end in features, and all after that is done here.
+    """Objective of a model that is `tiled`: the model's passes end in features, and the objective computes the rest.
 
-    For each tile of classes: scores, terms of the loss, the gradient of the classes' weights, and what they add to the
-    gradient of the features. Of nll a pass for the normalizer comes before.
+    For each tile of classes, the pass computes the scores, the terms of the loss, the gradient of the classes' weights,
+    and the tile's share in the gradient of the features. For nll, another pass computes the normalizers first.
 
-    step_rows: called, where there is one, with a slice of the model's weights, those of a tile, and their gradient
-    (k,), while both are in the cache; g has no gradient of the tail then. For a loss that is `immediate` and a tail
-    whose weights are `in_rows`.
+    step_rows: function that is called for each tile with the slice of the tile's weights in the local vector and their
+    gradient (k,), while both are in the cache; g then has no gradient of the tail. The function requires a loss that is
+    `immediate` and a tail `in_rows`.
     """
 
     tail: Tail
@@ -62,10 +62,10 @@ class TiledObjective(Objective):
         self.fast = self.ops.fused("class_terms")
         self.step_rows: Callable[[slice, np.ndarray], None] | None = None
         self.rows = np.empty(0, model.dtype)
-        # Labels' scores (b,) with the loss's margin, where it has one.
+        # Labels' scores (b,) with the loss's margin, if it has one.
         self.with_margin: np.ndarray | None = None
-        # Whether anything before the tail has weights.
-        self.below = model.hands_on or model.chain.lowest < len(model.parts)
+        # Whether backward passes continue below the tail.
+        self.below = model.gives_dx or model.chain.lowest < len(model.parts)
 
     def reserve(self, outputs: int, batch: int) -> None:
         self.tile = self.tail.tile(batch)
@@ -74,16 +74,16 @@ class TiledObjective(Objective):
         self.tail.reserve(batch, bool(self.loss.sums) and not self.loss.gathers)
         if self.step_rows is not None:
             self._make_rows()
-        # Sums of terms: this rank's, those of a tile, and all ranks'.
+        # Sums of terms: of this rank, of a tile, and of all ranks.
         self.sums = np.empty(3 * batch)
 
     def step_in_tiles(self, step_rows: Callable[[slice, np.ndarray], None]) -> None:
-        """Let the weights of a tile be stepped at once, see the class."""
+        """Call `step_rows` for each tile, see the class."""
         self.step_rows = step_rows
         self._make_rows()
 
     def _make_rows(self) -> None:
-        """Room for the gradient of a tile's weights."""
+        """Allocate memory for the gradient of a tile's weights."""
         at = self.tail.run(0, self.tile)
         self.rows = self.ops.empty(at.stop - at.start, self.model.dtype)
 
@@ -99,11 +99,14 @@ class TiledObjective(Objective):
         pairs: np.ndarray | None = None,
         derivatives: bool = True,
     ) -> np.ndarray:
-        """Compute loss and gradients of the tail; scores: the features (inputs, b), whose gradient is returned."""
+        """Compute the loss and the gradients of the tail; return the gradient of the features.
+
+        scores: the features (inputs, b).
+        """
         features, loss, report = scores.reshape(-1, scores.shape[-1]), self.loss, self.report.host
         b = features.shape[1]
         self.finite, report[:] = False, 0
-        given, rest, total = self._known(features, targets), self.sums[:b], self.sums[2 * b : 3 * b]
+        given, rest, total = self._class_sums(features, targets), self.sums[:b], self.sums[2 * b : 3 * b]
         value, peak, wrong = np.nan, 0.0, None
         try:
             value, peak = self._pass(features, targets, scale, given)
@@ -116,7 +119,7 @@ class TiledObjective(Objective):
             peak = max(peak, float(slopes.max(initial=0.0)))
         self.last, report[3] = (features, targets, scale, given), peak
         if exponent_of(peak) and np.isfinite(value):
-            # Once more, with derivatives that stay in the dtype.
+            # Repeat the pass with scaled derivatives, which stay in the dtype's range.
             self._derive()
         elif "terms" in loss.sums:
             self._close(features, targets, total)
@@ -130,12 +133,12 @@ class TiledObjective(Objective):
         return dh
 
     def _dh(self, features: np.ndarray) -> np.ndarray:
-        """The gradient of the features (inputs, b)."""
-        found: np.ndarray = self.cast[: features.size].reshape(features.shape)
-        return found
+        """Return the array of the gradient of the features, (inputs, b)."""
+        gradient: np.ndarray = self.cast[: features.size].reshape(features.shape)
+        return gradient
 
     def _derive(self) -> None:
-        """Make the gradients of the last minibatch again, divided by the power of two that the report asks for."""
+        """Compute the gradients of the last minibatch again, divided by the power of two that the report determines."""
         (features, labels, scale, given), clipped = self.last, self.loss.clipped
         factor = 2.0 ** -exponent_of(float(self.report.host[3]))
         self._pass(features, labels, scale * factor, given)
@@ -148,10 +151,10 @@ class TiledObjective(Objective):
         self.backward(tape, dx)
 
     def backward(self, tape: Any, dx: np.ndarray | None = None) -> None:
-        """Fill the rest of the model's gradient from that of the features."""
+        """Fill the rest of the model's gradient from the gradient of the features."""
         finished = self.model.finished
         if finished is not None:
-            finished(self.model.behind)
+            finished(self.model.tail_number)
         assert self.model.g is not None
         if self.below:
             self.model.backward(tape, self.cast[: tape.scores.size].reshape(tape.scores.shape), dx=dx)
@@ -159,14 +162,14 @@ class TiledObjective(Objective):
             self.ops.unscale(dx, self.report.array, GRADIENT_LIMIT[self.model.dtype])
         self.ops.unscale(self.model.g, self.report.array, GRADIENT_LIMIT[self.model.dtype])
 
-    def _known(self, features: np.ndarray, labels: np.ndarray) -> np.ndarray | None:
-        """What is known of all classes before any derivative."""
+    def _class_sums(self, features: np.ndarray, labels: np.ndarray) -> np.ndarray | None:
+        """Return the sums over all classes that precede derivatives, (sums, b) float64, or None for a loss without."""
         tail, margin, gathers = self.tail, self.loss.margin is not None, self.loss.gathers
         if margin or (self.loss.sums and not gathers):
             own = tail.label_scores(features, labels)
         if margin:
-            here = (labels >= 0) & (labels < tail.classes)
-            self.add_margins(own, np.where(here, 0, -1))
+            inside = (labels >= 0) & (labels < tail.classes)
+            self.add_margins(own, np.where(inside, 0, -1))
             own = own.astype(self.model.dtype).astype(np.float64)
             self.with_margin = own[0]
         if not self.loss.sums:
@@ -178,7 +181,7 @@ class TiledObjective(Objective):
     def _pass(
         self, features: np.ndarray, labels: np.ndarray, scale: float, given: np.ndarray | None
     ) -> tuple[float, float]:
-        """One pass over the tiles: the scaled loss, and the largest derivative where it is large."""
+        """Pass over the tiles: return the scaled loss, and the largest derivative if it is large, else 0."""
         value, peak, rest, dh = 0.0, 0.0, self.sums[: len(labels)], self._dh(features)
         rest.fill(0)
         dh.fill(0)
@@ -188,7 +191,7 @@ class TiledObjective(Objective):
             start, first = first, first + len(scores)
             value, peak = value + more, max(peak, largest)
             if exponent_of(peak):
-                # Too large for the dtype: what is found now is the largest.
+                # Derivatives are too large for the dtype: the remaining tiles only determine the largest one.
                 continue
             below = dh if self.below else None
             if self.step_rows is None:
@@ -208,21 +211,23 @@ class TiledObjective(Objective):
         given: np.ndarray | None,
         rest: np.ndarray,
     ) -> tuple[np.ndarray, float, float]:
-        """The derivatives of a tile (classes, b), its scaled loss, and the largest derivative where it is large."""
+        """Return the derivatives of a tile (classes, b), its scaled loss, and the largest derivative, or 0 if small."""
         loss, b = self.loss, len(labels)
-        mine, own = self.sums[b : 2 * b], labels - first
-        mine.fill(0)
+        tile_rest, own = self.sums[b : 2 * b], labels - first
+        tile_rest.fill(0)
         scores = self._scores(features, own, first)
         if self.fast is not None:
-            found = self.fast(loss.name, scores, own, scale, loss.kappa, loss.offset(self.tail.classes), given, mine)
-            if found is not None and np.isfinite(found[0]) and loss.suits(found[1], scale, given):
-                rest += mine
+            fast_terms = self.fast(
+                loss.name, scores, own, scale, loss.kappa, loss.offset(self.tail.classes), given, tile_rest
+            )
+            if fast_terms is not None and np.isfinite(fast_terms[0]) and loss.suits(fast_terms[1], scale, given):
+                rest += tile_rest
                 self._times_slopes(scores, own)
-                return scores, found[0], 0.0
+                return scores, fast_terms[0], 0.0
             scores = self._scores(features, own, first)
         grad = self.grad.host[: scores.size].reshape(scores.shape)
-        value = loss.terms(scores, own, scale, given, grad, mine)
-        rest += mine
+        value = loss.terms(scores, own, scale, given, grad, tile_rest)
+        rest += tile_rest
         self._times_slopes(grad, own)
         peak = float(max(grad.max(initial=0.0), -grad.min(initial=0.0)))
         with np.errstate(over="ignore"):
@@ -230,23 +235,23 @@ class TiledObjective(Objective):
         return scores, value, peak
 
     def _scores(self, features: np.ndarray, labels: np.ndarray, first: int) -> np.ndarray:
-        """The scores of a tile (classes, b); labels: as it numbers them."""
-        found = self.tail.scores(features, first, self.scores[: self.tile * len(labels)])
+        """Return the scores of a tile (classes, b); labels: (b,), counted from the tile's first class."""
+        scores = self.tail.scores(features, first, self.scores[: self.tile * len(labels)])
         if self.with_margin is not None:
-            own = own_labels(labels, len(found))
-            found[labels[own], own] = self.with_margin[own]
-        return found
+            own = own_labels(labels, len(scores))
+            scores[labels[own], own] = self.with_margin[own]
+        return scores
 
     def _times_slopes(self, grad: np.ndarray, labels: np.ndarray) -> None:
-        """Of a tile's derivatives (classes, b), those with respect to labels' scores before the margin."""
+        """Multiply a tile's derivatives (classes, b) of labels' scores by the margin's slopes, if there is a margin."""
         if self.loss.margin is not None:
             own = own_labels(labels, len(grad))
             grad[labels[own], own] *= self.slopes[own]
 
     def _slopes(self, rest: np.ndarray) -> np.ndarray:
-        """Minus what the labels' own scores add, (b,), from the sums of terms."""
+        """Return minus the derivatives of the labels' scores, (b,), given the sums of terms."""
         return rest if self.loss.margin is None else rest * self.slopes[: len(rest)]
 
     def _close(self, features: np.ndarray, labels: np.ndarray, rest: np.ndarray) -> None:
-        """Complete what the labels' own scores add: minus the sum of the terms."""
+        """Add the labels' scores' share to the gradients; their derivatives are minus the sums of terms `rest`."""
         self.tail.close(features, labels, self._slopes(rest), self._dh(features) if self.below else None)

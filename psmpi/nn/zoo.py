@@ -1,4 +1,4 @@
-"""The built-in networks. PSNet and LeNet are those of Raynaud, Orban and Bigeon, G-2023-36."""
+"""Built-in networks. PSNet and LeNet are from Raynaud, Orban and Bigeon, G-2023-36."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _mlp(widths: Sequence[int], classes: int, shape: tuple[int, ...]) -> list[La
 
 
 def _linear(outputs: int, shape: tuple[int, ...], task: str) -> list[LayerTable]:
-    """One dense layer: a score a class, one for two classes, or the values of a regression."""
+    """Return one dense layer: one score per class, one number for two classes, or the values of a regression."""
     tables: list[LayerTable] = [{"type": "flatten"}] if len(shape) > 1 else []
     if outputs == 2 and task == "classes":
         return [*tables, {"type": "dense", "units": 1}, {"type": "binary"}]
@@ -42,7 +42,7 @@ def _linear(outputs: int, shape: tuple[int, ...], task: str) -> list[LayerTable]
 
 
 def _resnet(channels: Sequence[int], blocks: Sequence[int], classes: int, size: int) -> list[LayerTable]:
-    """Sections of residual blocks with pre-activation (He et al. 2016), the images halved between sections."""
+    """Return sections of residual blocks with pre-activation (He et al. 2016); images are halved between sections."""
     tables: list[LayerTable] = []
     for number, (count, width) in enumerate(zip(blocks, channels, strict=True)):
         if number:
@@ -62,9 +62,9 @@ def _resnet(channels: Sequence[int], blocks: Sequence[int], classes: int, size: 
 def _deep(
     width: int, depth: int, final_time: float, activation: str, classes: int, shape: tuple[int, ...], images: bool
 ) -> list[LayerTable]:
-    """An opening layer, `depth` residual layers u + T/depth act(K u + b), and scores; of images, convolutions.
+    """Return an opening layer, `depth` residual layers u + T/depth act(K u + b), and scores; images: convolutions.
 
-    As of Guenther et al., arXiv 1812.04352.
+    Source: Guenther et al., arXiv 1812.04352.
     """
     one: LayerTable = {"type": "dense", "units": width}
     if images:
@@ -76,17 +76,20 @@ def _deep(
 
 
 def _normalized(tables: Sequence[LayerTable]) -> list[LayerTable]:
-    """The layers with batch normalization in place of biases: before activations, and of scores without parameters."""
-    found: list[LayerTable] = []
-    waiting = False
+    """Return the layers with batch normalization in place of biases, before activations and after the scores.
+
+    The normalization of the scores has no parameters.
+    """
+    normalized: list[LayerTable] = []
+    pending = False
     for table in tables:
         linear = LAYERS[table["type"]].linear
-        if waiting and (linear or table["type"] in ACTIVATIONS):
-            found.append({"type": "batch_norm"})
-            waiting = False
-        found.append({**table, "bias": False} if linear else table)
-        waiting = waiting or linear
-    return [*found, {"type": "batch_norm", "affine": False}] if waiting else found
+        if pending and (linear or table["type"] in ACTIVATIONS):
+            normalized.append({"type": "batch_norm"})
+            pending = False
+        normalized.append({**table, "bias": False} if linear else table)
+        pending = pending or linear
+    return [*normalized, {"type": "batch_norm", "affine": False}] if pending else normalized
 
 
 def _head(
@@ -97,15 +100,15 @@ def _head(
     finish: Any,
     scale: float,
 ) -> Network:
-    """A trunk of these layers, or of `widths` units with ReLU each, and a layer of one score, or cosine, a class."""
+    """Return a trunk of `layers`, or of `widths` units with ReLU, and a layer of one score, or cosine, per class."""
     if layers and widths:
-        raise UserError("--widths: the configuration file has the trunk's [[model.layers]]; leave one of them out")
+        raise UserError("--widths: the configuration file has the trunk's [[model.layers]]: leave one of the two out")
     last = {"type": "cosine", "units": classes, "scale": scale} if scale else {"type": "dense", "units": classes}
     own = _mlp(widths or (512, 128), classes, in_shape)
     if layers:
         tables = [*layers, last]
     elif scale:
-        # Features that a ReLU has gone over last are all within a right angle.
+        # The trunk of cosines ends without a ReLU, after which all angles would be at most a right angle.
         tables = [*finish(own[:-2]), last]
     else:
         tables = finish(own)
@@ -115,18 +118,20 @@ def _head(
 def _make_deep(
     name: str, in_shape: tuple[int, ...], classes: int, widths: Sequence[int], batch_norm: bool, deep: dict[str, Any]
 ) -> Network:
-    """`deep` or `deep-conv`, see `make_network`."""
+    """Return the network `deep` or `deep-conv`, see `make_network`."""
     images = name == "deep-conv"
     if len(widths) > 1 or (widths and widths[0] < 1):
         raise UserError(f"--widths {' '.join(map(str, widths))}: --model {name} has one width, above 0")
     if batch_norm:
-        raise UserError(f"--batch-norm: the layers of --model {name} are steps of a march, and not normalized")
+        raise UserError(
+            f"--batch-norm: the layers of --model {name} are time steps and cannot be normalized: leave it out"
+        )
     width = widths[0] if widths else 4 if images else 16
     return build(name, in_shape, _deep(width, **deep, classes=classes, shape=in_shape, images=images), classes)
 
 
 def _make_radix(in_shape: tuple[int, ...], classes: int, widths: Sequence[int], depth: int, finish: Any) -> Network:
-    """`radix`: a random sparse layer from the inputs, behind it mixed-radix systems: `depth` layers with ReLU."""
+    """Return the network `radix`: a random sparse layer, then mixed-radix systems, `depth` layers with ReLU in all."""
     width = widths[0] if widths else 1024
     if len(widths) > 1 or width < CONNECTIONS:
         raise UserError(
@@ -152,11 +157,11 @@ def _of_sequences(
     vocabulary: int,
     by_step: bool,
 ) -> list[LayerTable]:
-    """Recurrent layers or a transformer, and scores of each step or of the last one."""
+    """Return recurrent layers or a transformer, and scores of each step or of the last step."""
     if vocabulary and in_shape[0] > 1:
         raise UserError(
-            f"--vocabulary {vocabulary} is of tokens, and the sequences have {in_shape[0]} features a step: leave the "
-            "option out, or save tokens as integers (samples, steps)"
+            f"--vocabulary {vocabulary} is for tokens, but the sequences have {in_shape[0]} features per step: leave "
+            "the option out, or save tokens as integers (samples, steps)"
         )
     embedding = {"type": "embedding", "vocabulary": vocabulary}
     end: list[LayerTable] = [*([] if by_step else [{"type": "last"}]), {"type": "dense", "units": classes}]
@@ -170,7 +175,7 @@ def _of_sequences(
 def _factors(
     widths: Sequence[int], vocabulary: int, in_shape: tuple[int, ...], outputs: int, task: str
 ) -> list[LayerTable]:
-    """A vector of each row and each column of a matrix, whose products are its entries."""
+    """Return layers that learn a vector of each row and column of a matrix; products of vectors are the entries."""
     if not vocabulary or in_shape != (1, 2) or outputs != 1 or task != "regression":
         raise UserError(
             "--model factors learns entries of a matrix: samples are two tokens, row and rows + column, integers "
@@ -183,13 +188,13 @@ def _factors(
 
 
 SEQUENCES = ("rnn", "gru", "lstm", "transformer")
-# The models with a vector of each token.
+# Models that take tokens and learn a vector for each token.
 TOKENS = (*SEQUENCES, "factors")
 MODELS = (
     "psnet", "psnet-24", "psnet-35", "lenet", "linear", "mlp", "head", "resnet", "deep", "deep-conv", "radix",
     "slabs", *TOKENS, "custom",
 )  # fmt: skip
-# Inputs of each unit of radix.
+# Number of inputs of each unit of radix.
 CONNECTIONS = 32
 DEEP = {"depth": 32, "final_time": 1.0, "activation": "tanh"}
 
@@ -212,55 +217,60 @@ def make_network(
     task: str = "classes",
     **deep: Any,
 ) -> Network:
-    """The network called `name` for samples of `in_shape` (per sample) and `classes` classes.
+    """Build the network called `name` for samples of shape `in_shape` and `classes` classes.
 
-    `psnet` is `psnet-24` on 28 x 28 images (`psnet-35` has separable layers 35/15/1 instead of 24/15/1), its CIFAR-10
-    sister on 32 x 32, and fitted to samples of other shapes, see psmpi.nn.psnet; `linear` is one dense layer, with one
-    score where the task is two classes, see psmpi.nn.layers.binary; `mlp` has hidden `widths` (1024, 1024 by default)
-    with ReLU; `head` a trunk of `layers`, or of `widths` (512, 128) with ReLU, and one score a class, by which
-    it is partitioned: with a `scale` this times the cosine of the angle between the trunk's outputs, without the last
-    ReLU, and the class's row;
-    `resnet` has sections of `widths` channels (16 and 32) with `blocks` residual blocks each (3); `deep` has `depth`
-    (32) residual layers of one of `widths` (16), the steps of a march to `final_time` (1), with `activation` (tanh),
-    and `deep-conv` such convolutions (4 channels); `radix` has `depth` (32) sparse layers of one of `widths` (1024)
-    with ReLU, 32 connections a unit, the topology of RadiX-Nets (Robinett and Kepner 2019), and He's initial weights;
-    `rnn`, `gru` and `lstm` have recurrent layers of `widths` units (128 and 128), for sequences (features, steps),
-    before them vectors of tokens with a `vocabulary`; `transformer`, for such sequences too, see psmpi.nn.transformer;
-    `factors` has a vector of each of two tokens, of one width (10), and their product; `slabs` has hidden layers of
-    `widths` neurons, cut into `domains` with a `halo`, see psmpi.nn.slabs; `custom` is described layer by layer in
-    `layers` (see psmpi.nn.network.build). by_step: whether there are scores at each step of sequences. task: see
-    `Split.task`. With `batch_norm` the other ones have batch normalization instead of biases. UserError where the name
-    or the shape is not known.
+    psnet: the same as psnet-24 on 28 x 28 images, the network for CIFAR-10 on 32 x 32 images, and a fitted network for
+        other shapes, see psmpi.nn.psnet. psnet-24, psnet-35: separable layers 24/15/1 and 35/15/1.
+    lenet: LeNet for images of 28 x 28 or 32 x 32.
+    linear: one dense layer; for two classes with one score, see psmpi.nn.layers.binary.
+    mlp: hidden layers of `widths` units (1024, 1024) with ReLU.
+    head: a trunk of `layers`, or of `widths` units (512, 128) with ReLU, and one score per class, by which the network
+        is partitioned. With a `scale`, a score is scale times the cosine of the angle between the trunk's outputs,
+        without the last ReLU, and the class's row of weights.
+    resnet: sections of `widths` channels (16, 32) with `blocks` residual blocks each (3).
+    deep, deep-conv: `depth` (32) residual layers of one width of `widths` (16), or convolutions of as many channels
+        (4), with `activation` (tanh): the time steps up to `final_time` (1.0).
+    radix: `depth` (32) sparse layers of one width of `widths` (1024) with ReLU and 32 connections per unit, in the
+        topology of RadiX-Nets (Robinett and Kepner 2019), with He's initial weights.
+    rnn, gru, lstm: recurrent layers of `widths` units (128, 128) for sequences (features, steps), or for tokens with a
+        `vocabulary`.
+    transformer: for the same sequences, with `heads`, see psmpi.nn.transformer.
+    factors: the scalar product of vectors of two tokens, of one width of `widths` (10).
+    slabs: hidden layers of `widths` neurons, cut into `domains` with a `halo`, see psmpi.nn.slabs.
+    custom: the layer tables `layers`, see psmpi.nn.network.build.
+
+    Numbers in brackets are defaults. batch_norm: batch normalization instead of biases. by_step: scores at each step of
+    sequences. task: see `Split.task`. UserError for an unknown name, an option of other models, or a shape that the
+    network does not take.
     """
     if batch_norm and name in TOKENS:
-        raise UserError(
-            f"--batch-norm is not for layers of sequences, whose steps it would mix: leave it out of --model {name}"
-        )
+        raise UserError(f"--batch-norm would mix the steps of sequences: leave it out with --model {name}")
     if heads and name != "transformer":
-        raise UserError(f"--heads are of --model transformer, and the model here is {name}: leave the option out")
-    for word, given in (("domains", domains), ("halo", halo >= 0)):
-        if given and name != "slabs":
-            raise UserError(f"--{word} is of --model slabs, and the model here is {name}: leave the option out")
+        raise UserError(f"--heads is for --model transformer, but the model is {name}: leave the option out")
+    for word, is_set in (("domains", domains), ("halo", halo >= 0)):
+        if is_set and name != "slabs":
+            raise UserError(f"--{word} is for --model slabs, but the model is {name}: leave the option out")
     if vocabulary and name not in TOKENS:
         raise UserError(
-            f"--vocabulary is of --model {', '.join(SEQUENCES)}, and the model here is {name}: leave it out, or begin "
+            f"--vocabulary is for --model {', '.join(SEQUENCES)}, but the model is {name}: leave it out, or begin "
             '[[model.layers]] with {type = "embedding", vocabulary = V, units = U}'
         )
     if batch_norm and name == "linear":
-        raise UserError("--batch-norm is of networks with several layers, and --model linear has one: leave it out")
+        raise UserError("--batch-norm needs several layers, but --model linear has one: leave it out")
     if batch_norm and (name in ("resnet", "custom") or (name == "head" and layers)):
         raise UserError(
-            f"--batch-norm is for networks that do not say themselves where it goes, as --model {name} does"
+            f"--batch-norm is not for --model {name}, whose layers already state where batch normalization goes: leave "
+            "it out"
         )
     if blocks and name not in ("resnet", "transformer"):
-        raise UserError(f"--blocks are those of --model resnet and transformer; --model {name} has none")
+        raise UserError(f"--blocks is for --model resnet and transformer, but the model is {name}: leave it out")
     for setting, usual in DEEP.items() if name not in ("deep", "deep-conv") else ():
         if deep.get(setting, usual) != usual and (name, setting) != ("radix", "depth"):
             word, more = setting.replace("_", "-"), ", radix" if setting == "depth" else ""
-            raise UserError(f"--{word} is of --model deep, deep-conv{more}; --model {name} has none: leave it out")
+            raise UserError(f"--{word} is for --model deep, deep-conv{more}, but the model is {name}: leave it out")
     if scale and name != "head":
         raise UserError(
-            f"--scale is of --model head, and the model here is {name}: leave it out, or let --model custom end in a "
+            f"--scale is for --model head, but the model is {name}: leave it out, or let --model custom end in a "
             'layer {type = "cosine", units = CLASSES, scale = S}'
         )
     if name == "custom":
@@ -275,7 +285,7 @@ def make_network(
     if layers and name != "head":
         raise UserError(
             f"the configuration has [[model.layers]] but --model is {name!r}: use --model custom, or --model head "
-            "where they are a trunk"
+            "if the layers are a trunk"
         )
     if name == "head" and not by_step:
         try:
@@ -289,7 +299,7 @@ def make_network(
         return build(name, in_shape, _factors(widths, vocabulary, in_shape, classes, task), classes)
     if by_step:
         raise UserError(
-            f"--model {name} has scores of samples, and here each step of a sequence has a target: use --model "
+            f"--model {name} has one score vector per sample, but each step of a sequence has a target: use --model "
             f"{', '.join(SEQUENCES)}, or custom"
         )
     if len(in_shape) == 2 and name not in ("psnet", "linear", "mlp", "head", "deep", "radix", "slabs"):
@@ -299,22 +309,22 @@ def make_network(
     if name == "slabs":
         tables = slabs(widths, domains, halo, classes, in_shape)
         return build(name, in_shape, _normalized(tables) if batch_norm else tables, classes)
-    made = _built_in(name, in_shape, classes, widths, blocks, batch_norm)
+    network = _built_in(name, in_shape, classes, widths, blocks, batch_norm)
     if name == "linear":
-        made = build(name, in_shape, _linear(classes, in_shape, task), classes)
+        network = build(name, in_shape, _linear(classes, in_shape, task), classes)
     if name == "deep" or (name == "deep-conv" and len(in_shape) == 3):
-        made = _make_deep(name, in_shape, classes, widths, batch_norm, {**DEEP, **deep})
+        network = _make_deep(name, in_shape, classes, widths, batch_norm, {**DEEP, **deep})
     if name == "radix":
         depth = int(deep.get("depth", DEEP["depth"]))
-        made = _make_radix(in_shape, classes, widths, depth, _normalized if batch_norm else list)
-    if made is not None:
-        return made
+        network = _make_radix(in_shape, classes, widths, depth, _normalized if batch_norm else list)
+    if network is not None:
+        return network
     if name in MODELS:
         last = len(in_shape) == 3 and in_shape[2] in (1, 3, 4) and min(in_shape[:2]) > 4
-        turned = "if the channels come last, add --layout nhwc, or " if last else ""
+        hint = "if the channels come last, add --layout nhwc, or " if last else ""
         if name in SEQUENCES:
-            turned = "make sequences of images (--dataset NAME:rows), save sequences with their lengths, or "
-        use = f"--model {name} is not made for samples of shape {in_shape}: {turned}use"
+            hint = "make sequences of images (--dataset NAME:rows), save sequences with their lengths, or "
+        use = f"--model {name} is not made for samples of shape {in_shape}: {hint}use"
         raise UserError(f"{use} --model psnet, or --model custom with the layers in the configuration file")
     raise UserError(f"--model {name!r} is unknown: choose one of {', '.join(MODELS)}")
 
@@ -327,7 +337,7 @@ def _built_in(
     blocks: Sequence[int] = (),
     batch_norm: bool = False,
 ) -> Network | None:
-    """A network of the package, see `make_network`; None where there is none for samples of this shape."""
+    """Build a network with fixed layers, see `make_network`; return None if none suits samples of this shape."""
     finish = _normalized if batch_norm else list
     if name == "mlp":
         return build(name, in_shape, finish(_mlp(widths or (1024, 1024), classes, in_shape)), classes)
@@ -351,7 +361,7 @@ def _built_in(
             )
             return build(name, in_shape, finish(psnet(convolutions, widths, classes)), classes)
         if size == (32, 32) and name == "psnet":
-            # That of CIFAR-10, of grey images too.
+            # The network for CIFAR-10, also for grey images.
             convolutions = [psnet_conv(60, 5), psnet_conv(3 * classes, 5)]
             return build(name, in_shape, finish(psnet(convolutions, (35, 15), classes)), classes)
         if name == "psnet":

@@ -1,4 +1,4 @@
-"""The base class of optimizers: a shard's size and dtype, named state, chunks, and which settings are used."""
+"""Base class of optimizers: size and dtype of a shard, named state, chunks, and the settings in use."""
 
 from __future__ import annotations
 
@@ -15,37 +15,38 @@ from psmpi.optim.settings import USUAL, Hyper, check_eps, check_settings
 
 __all__ = ["CHUNK", "AllSum", "Closure", "Hyper", "Optimizer", "check_eps", "check_settings", "chunks"]
 
-# Partial sums (k,) float64 of a rank -> the sums over all shards: the same array, in place, the same on every
-# rank.
+# Partial sums (k,) float64 of a rank -> their sums over all shards, in place and in the same array. Every rank gets the
+# same sums.
 AllSum = Callable[[np.ndarray], np.ndarray]
-# Recomputes the loss (the same number on every rank) and fills the shard's gradient, at the present weights.
+# Function that recomputes the loss (the same number on every rank) and fills the shard's gradient, at the current w.
 Closure = Callable[[], float]
 
-# Elements that an update takes through the cache at a time. Below the 10,000 from which OpenBLAS splits a dot
-# product over threads, so that sums do not depend on the number of threads.
+# Elements that an update takes through the cache at a time. OpenBLAS splits a dot product over threads from 10,000
+# elements on; chunks are shorter, so that sums do not depend on the number of threads.
 CHUNK = 1 << 13
 
 
 class Optimizer:
-    """Steps one shard in place: `n` elements of `dtype` (float32 or float64), possibly none.
+    """Optimizer of one shard of weights, stepped in place: `n` >= 0 elements of `dtype` (float32 or float64).
 
-    Every rank makes the same calls with the same scalars, an empty shard included; what is global comes in
-    through `allsum`. All memory of size n is allocated in the constructor, none in `step`.
+    Every rank makes the same calls with the same scalars, even if its shard is empty. Global sums come in through
+    `allsum`. The constructor allocates all memory of size n, `step` allocates none.
 
-    vectors: the state, by stable name, each (n,) of `dtype`, arrays of `ops`. scalars: the rest of it, the same on
-    every rank. Both go into checkpoints: vectors are restored by copying into them, scalars by `scalars.update(...)`.
+    vectors: vectors of the state, by stable name, each (n,) of `dtype`, arrays of `ops`. scalars: numbers of the state,
+    the same on every rank. Checkpoints hold both: vectors are restored by copying into them, scalars by
+    `scalars.update(...)`.
 
     UserError for another dtype.
     """
 
     needs_closure: bool = False
-    # Whether steps are shorter with a lower learning rate.
+    # Whether the learning rate scales the steps.
     rated: ClassVar[bool] = True
-    # Whether the constructor is told the whole matrices of the shard.
+    # Whether the constructor takes the whole matrices of the shard.
     needs_matrices: ClassVar[bool] = False
-    # The settings that are used, by name; those of `Hyper` are keywords of the constructor.
+    # Names of the settings that the optimizer uses; settings of `Hyper` are keywords of the constructor.
     settings: ClassVar[tuple[str, ...]] = ()
-    # Numbers that stand for a setting of None, where they are not those of `USUAL`.
+    # Values for settings that are None, where they differ from `USUAL`.
     usual: ClassVar[Mapping[str, float]] = {}
 
     def __init__(self, n: int, dtype: DTypeLike, *, names: tuple[str, ...] = (), ops: NumpyOps | None = None) -> None:
@@ -55,44 +56,43 @@ class Optimizer:
             raise UserError(f"dtype {self.dtype}: weights are optimized in float32 or float64, choose one of these")
         self.vectors: dict[str, np.ndarray] = {name: self.ops.zeros(n, self.dtype) for name in names}
         self.scalars: dict[str, float | int] = {}
-        # The least and the largest value of scalars that not every number from 0 up can be.
+        # Smallest and largest valid value of each scalar that has narrower bounds than 0 and above.
         self.ranges: dict[str, tuple[float, float]] = {}
-        # What a step works in: two chunks, or vectors.
+        # Work memory of a step: two chunks (`scratch`), or vectors (`work`).
         self.scratch = np.empty((2, 0), self.dtype)
         self.work: tuple[np.ndarray, ...] = ()
 
     @classmethod
     def chosen(cls, hyper: Hyper) -> dict[str, Any]:
-        """The settings of `hyper` that are used, by name, with a number for None."""
+        """Return the settings of `hyper` that the optimizer uses, by name, with the usual value in place of None."""
         usual = {**USUAL, **cls.usual}
         values = {f.name: getattr(hyper, f.name) for f in fields(hyper) if f.name in cls.settings}
         return {name: usual[name] if value is None else value for name, value in values.items()}
 
     @property
     def arrays(self) -> tuple[np.ndarray, ...]:
-        """All that it keeps: the vectors of the state, and what a step works in."""
+        """All arrays that the optimizer holds: the vectors of the state, and the work memory of a step."""
         return (*self.vectors.values(), *self.work, self.scratch)
 
     def step(self, w: np.ndarray, g: np.ndarray, lr: float, allsum: AllSum, closure: Closure | None = None) -> None:
         """Move the weights w (n,) by one step, in place; g (n,) is their gradient and may be overwritten.
 
-        Both are contiguous arrays of `ops`, of the optimizer's dtype. Components of g are assumed to be at most 2^50 in
-        magnitude, so that squares, and sums of them, are finite in float32 as well: the caller saturates. A
-        closure is used by optimizers that set `needs_closure`; it fills this very g. ValueError for arrays of
-        another shape or dtype.
+        Both are contiguous arrays of `ops`, of the optimizer's dtype. The caller limits the components of g to 2^50 in
+        magnitude, so that their squares, and sums of squares, are finite even in float32. Optimizers that set
+        `needs_closure` call `closure`, which fills the same array g. ValueError for arrays of another shape or dtype.
         """
         raise NotImplementedError
 
     def check_shard(self, w: np.ndarray, g: np.ndarray) -> None:
-        """ValueError where w or g is no shard of this optimizer's: ufuncs broadcast and cast in silence."""
+        """Raise ValueError for w or g of another shape or dtype, which NumPy would broadcast or cast silently."""
         for name, array in (("w", w), ("g", g)):
             if array.shape != (self.n,) or array.dtype != self.dtype:
                 raise ValueError(
-                    f"{name} is {array.dtype} {array.shape}, this optimizer steps {self.dtype} {(self.n,)}"
+                    f"{name} is {array.dtype} {array.shape}, but this optimizer steps {self.dtype} {(self.n,)}"
                 )
 
 
 def chunks(n: int) -> Iterator[slice]:
-    """Slices of at most CHUNK elements that cover n elements, in order."""
+    """Iterate over slices of at most CHUNK elements that cover n elements, in order."""
     for start in range(0, n, CHUNK):
         yield slice(start, min(start + CHUNK, n))

@@ -1,4 +1,4 @@
-"""Weight decay: through the gradient, or beside the step."""
+"""Weight decay: coupled (through the gradient) or decoupled (directly on the weights)."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import numpy as np
 
 @dataclass(frozen=True)
 class WeightDecay(ABC):
-    """Pull of the weights towards 0, by `factor`, 0 or more."""
+    """Decay of the weights towards 0 with strength `factor` >= 0."""
 
     factor: float
 
     @abstractmethod
     def apply(self, w: np.ndarray, g: np.ndarray, lr: float, scratch: np.ndarray) -> None:
-        """Change a chunk of the gradient g (k,) or of the weights w (k,) in place, before the step by lr."""
+        """Apply the decay to a chunk of the gradient g (k,) or of the weights w (k,), in place, before the step."""
 
     @abstractmethod
     def factors(self, lr: float) -> tuple[float, float]:
-        """The factors (l2, keep) of a fused step: g + l2 w is the gradient, and keep w what the step is taken from."""
+        """Return the factors (l2, keep) of a fused step, which steps keep w along the gradient g + l2 w."""
 
 
 class Coupled(WeightDecay):
@@ -35,7 +35,7 @@ class Coupled(WeightDecay):
 
 
 class Decoupled(WeightDecay):
-    """Weights that shrink beside the step: w *= 1 - lr factor (Loshchilov and Hutter 2019, times lr as in PyTorch)."""
+    """Decoupled weight decay: w *= 1 - lr factor (Loshchilov and Hutter 2019, times lr as in PyTorch)."""
 
     def apply(self, w: np.ndarray, g: np.ndarray, lr: float, scratch: np.ndarray) -> None:
         w *= 1 - lr * self.factor

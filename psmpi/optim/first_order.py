@@ -1,7 +1,8 @@
-"""First-order optimizers: what all update rules share.
+"""Base class of first-order optimizers.
 
-A rule, one a file in `rules/`, names its vectors, its settings and its update of a chunk, and weight decay is a piece
-of its own. Scalars are Python floats, which take the dtype of the arrays: float32 shards are stepped in float32.
+Each update rule has a file in `rules/` and states its vectors, its settings and its update of a chunk. Weight decay is
+a separate class, see `decay`. Scalars are Python floats, which take the dtype of the arrays: float32 shards are stepped
+in float32.
 """
 
 from __future__ import annotations
@@ -18,18 +19,19 @@ from psmpi.optim.decay import Coupled, WeightDecay
 
 
 class FirstOrder(Optimizer):
-    """The base class of rules: weight decay and `update`, chunk by chunk, or one pass of the backend's.
+    """Base class of update rules: weight decay and `update`, chunk by chunk, or in one pass of a fused operation.
 
-    The settings of `settings` are keywords of the constructor and attributes. UserError for one out of its range, for
-    an eps that is 0 in `dtype`, and on a device that has no kernel of the rule; TypeError for one that is not used.
+    The names in `settings` are keywords of the constructor and attributes. UserError for a setting out of its range,
+    for an eps that is 0 in `dtype`, and on a device that has no kernel of the rule; TypeError for a setting that the
+    rule does not use.
     """
 
-    # The vectors, in the order in which `update` and the fused operation take them.
+    # Names of the state's vectors, in the order in which `update` and the fused operation take them.
     names: ClassVar[tuple[str, ...]] = ()
-    # The backend's operation that steps a whole shard in one pass, where it has one:
+    # Name of the fused operation that steps a whole shard in one pass, if the backend has it. The signature is
     # operation(w, g, *vectors, *arguments(lr)).
     operation: ClassVar[str] = ""
-    # Whether scalars["t"] counts the steps, the present one included.
+    # Whether scalars["t"] counts the steps, including the current step.
     counts: ClassVar[bool] = False
     decay: ClassVar[type[WeightDecay]] = Coupled
     weight_decay: float
@@ -58,20 +60,20 @@ class FirstOrder(Optimizer):
     def step(self, w: np.ndarray, g: np.ndarray, lr: float, allsum: AllSum, closure: Closure | None = None) -> None:
         self.check_shard(w, g)
         self.begin()
-        # A NumPy float64 would draw float32 chunks up to float64.
+        # A NumPy float64 as lr would promote float32 chunks to float64.
         self.sweep(w, g, float(lr), list(self.vectors.values()))
 
     def begin(self) -> None:
-        """Begin a step that is made piece by piece, by `step_piece` of each."""
+        """Begin a step that consists of calls of `step_piece`."""
         if self.counts:
             self.scalars["t"] += 1
 
     def step_piece(self, w: np.ndarray, g: np.ndarray, lr: float, at: slice) -> None:
-        """Step the elements `at` of the shard w (n,) along their gradient g; each once, after `begin`."""
+        """Step the elements `at` of the shard w (n,) along their gradient g; each element once, after `begin`."""
         self.sweep(w[at], g, float(lr), [vector[at] for vector in self.vectors.values()])
 
     def sweep(self, w: np.ndarray, g: np.ndarray, lr: float, vectors: list[np.ndarray]) -> None:
-        """Step weights w (k,) of the shard along g (k,), with these elements of the vectors."""
+        """Step weights w (k,) of the shard along g (k,); vectors: their elements of the state's vectors, (k,) each."""
         if self.fused is not None:
             self.fused(w, g, *vectors, *self.arguments(lr))
             return
@@ -85,7 +87,7 @@ class FirstOrder(Optimizer):
             self.update(w_at, g_at, lr, [vector[at] for vector in vectors], a, b)
 
     def arguments(self, lr: float) -> tuple[float, ...]:
-        """Scalars of the fused operation, behind the vectors, in the order of the operation."""
+        """Return the scalar arguments of the fused operation, which follow the vectors."""
         raise NotImplementedError
 
     def update(

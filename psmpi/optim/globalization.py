@@ -1,6 +1,7 @@
-"""Globalization of partitioned quasi-Newton steps, which else may be too long, and Nesterov's extrapolation of them.
+"""Globalization of partitioned quasi-Newton steps, which limits their length, and Nesterov's extrapolation of steps.
 
-Raynaud, Orban, Bigeon, "PLSR1" (Cahiers du GERAD G-2023-41). Everything here is plain numbers, the same on every rank.
+Source: Raynaud, Orban, Bigeon, "PLSR1" (Cahiers du GERAD G-2023-41). All values are Python numbers, the same on every
+rank.
 """
 
 from __future__ import annotations
@@ -9,43 +10,45 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf, isfinite, sqrt
 
-# Of the trust region: acceptance, what is a good step, how much of the radius it must use, growth, and bounds. A radius
-# that cannot get below what float64 still resolves would reject the same step for ever.
+# Trust region: the ratio above which a step is accepted, the ratio of a good step, the part of the radius that a good
+# step must use to enlarge the radius, the factor of growth, and the bounds of the radius. The lower bound is small
+# enough that a rejected step is not tried forever with the same radius.
 ETA, ETA_GOOD, NEAR, GROWTH, SMALLEST, LARGEST = 1e-3, 0.75, 0.8, 2.0, 1e-10, 1e3
-# Of the line search: Armijo's fraction, the factor between trials, the shortest step.
+# Line search: Armijo's constant, the factor between trials, and the shortest step relative to the first.
 ARMIJO, SHRINK, SHORTEST = 0.05, 2 / 3, 1e-8
-# Differences of values below this part of them are rounding (Conn, Gould, Toint, Trust-Region Methods, 17.4.2).
+# Relative difference of values that still counts as rounding (Conn, Gould, Toint, Trust-Region Methods, 17.4.2).
 ROUNDING = 10 * 2.0**-52
-# Of the adaptive Nesterov sequence.
+# Constant of the adaptive Nesterov sequence.
 GAMMA = 1e-5
 
 
 @dataclass
 class TrustRegion:
-    """The radius, and its rule: accept where the ratio of actual to predicted decrease exceeds 1e-3."""
+    """Radius of a trust region, and its rule: accept if the ratio of actual to predicted decrease exceeds 1e-3."""
 
     radius: float = 1.0
 
     def judge(self, before: float, after: float, model_decrease: float, length: float) -> bool:
-        """Whether the step is taken; changes the radius. A ratio that is not a number is a rejection."""
+        """Return whether the step is accepted, and adapt the radius. A ratio that is NaN rejects the step."""
         slack = ROUNDING * abs(before)
         ratio = (before - after + slack) / (model_decrease + slack) if model_decrease > 0 else -inf
-        taken = ratio > ETA
-        if taken and ratio >= ETA_GOOD and length > NEAR * self.radius:
+        accepted = ratio > ETA
+        if accepted and ratio >= ETA_GOOD and length > NEAR * self.radius:
             self.radius = min(LARGEST, self.radius * GROWTH)
-        elif not taken:
+        elif not accepted:
             self.radius = max(SMALLEST, self.radius / GROWTH)
-        return taken
+        return accepted
 
 
 def armijo(
     value: Callable[[float], float], start: float, slope: float, *, extend: bool = True, first: float = 1.0
 ) -> tuple[float, float] | None:
-    """A step length b with start - value(b) >= 0.05 b |slope|, and the value there; None where there is none.
+    """Return a step length b with start - value(b) >= 0.05 b |slope|, and value(b); None if the search finds none.
 
-    slope < 0 is the derivative at 0. From `first` the length is multiplied by 2/3 until the condition holds, down to
-    1e-8 times `first`; with `extend`, if it holds at `first`, by 3/2 as long as it holds and the value falls. It does
-    not hold for values that are not finite.
+    slope: the derivative at 0; None is returned unless it is negative. From `first` the length is multiplied by 2/3
+    until the condition holds, down to 1e-8 times `first`. With `extend`, if the condition holds at `first`, the length
+    is multiplied by 3/2 as long as the condition holds and the value falls. The condition fails for values that are
+    not finite.
     """
 
     def holds(length: float, at: float) -> bool:
@@ -72,14 +75,14 @@ def armijo(
 
 @dataclass
 class Extrapolation:
-    """mu of Nesterov's extrapolation: constant, or adaptive with theta from step to step."""
+    """Momentum mu of Nesterov's extrapolation: constant, or adaptive, computed from theta at each step."""
 
     adaptive: bool
     mu: float = 0.9
     theta: float = 1.0
 
     def next(self) -> float:
-        """The momentum of this step."""
+        """Return the momentum of the current step, and advance the adaptive sequence."""
         if not self.adaptive:
             return self.mu
         t2 = self.theta * self.theta
@@ -90,5 +93,5 @@ class Extrapolation:
         return mu
 
     def fail(self) -> None:
-        """After a line search that found nothing the adaptive sequence starts again."""
+        """Restart the adaptive sequence after a line search without a result."""
         self.theta = 1.0

@@ -1,9 +1,8 @@
 """L-BFGS with a strong Wolfe line search, on shards: every scalar product is a global sum.
 
-The two-loop recursion (Nocedal and Wright, Numerical Optimization, 2nd ed., Algorithm 7.4) is carried out on
-the coefficients of the direction in the basis of all s, y and g, from the products of these vectors with each
-other (Chen, Wang, Zhou 2014, "Large-scale L-BFGS using MapReduce"). So a direction takes one global sum,
-however long the history.
+The two-loop recursion (Nocedal and Wright, Numerical Optimization, 2nd ed., Algorithm 7.4) is carried out on the
+coefficients of the direction in the basis of all s, y and g, from the products of these vectors with each other (Chen,
+Wang, Zhou 2014, "Large-scale L-BFGS using MapReduce"). A direction therefore takes one global sum, for any history.
 """
 
 from __future__ import annotations
@@ -19,29 +18,29 @@ from psmpi.optim.base import AllSum, Closure, Optimizer, check_settings
 from psmpi.optim.linesearch import Point, strong_wolfe
 from psmpi.optim.twoloop import two_loop
 
-# A pair is skipped where s^T y is at most this times ||s|| ||y||: it would make the next directions useless.
+# A pair is skipped if s^T y is at most this times ||s|| ||y||: it would spoil the next directions.
 FLAT = 1e-10
 
 
 class LBFGS(Optimizer):
-    """One step is one iteration: a direction from the last `history` pairs, then a line search.
+    """L-BFGS; one step is one iteration: a direction from the last `history` pairs, then a line search.
 
-    The closure is called first at the w given, so g need not be filled on entry; it must see one minibatch
-    throughout a step, which may be another in the next step: pairs are differences of gradients of one
-    minibatch. Products are accumulated in float64. `lr` is the first length tried; without any pairs it is lr
-    min(1, 1 / ||g||_1). Weight decay is an L2 penalty: 0.5 weight_decay ||w||^2 on the loss of the closure.
+    The step calls the closure first at the initial w, so g need not be filled on entry. The closure must use the same
+    minibatch throughout a step, because pairs are differences of gradients of one minibatch; the next step may use
+    another minibatch. Products are accumulated in float64. `lr` is the first trial length; without any pairs the first
+    trial length is lr min(1, 1 / ||g||_1). Weight decay is an L2 penalty: 0.5 weight_decay ||w||^2 on the closure's
+    loss.
 
-    A loss or slope that is not finite makes a trial too long. A search that finds no sufficient decrease in
-    `max_evals` evaluations (the first, at w, included), and a loss or gradient that is not finite at w, leave
-    w exactly as it was and drop the pairs; scalars["failed_searches"] counts them. Where the evaluations run
-    out in between, the lowest point of sufficient decrease is taken.
+    A trial whose loss or slope is not finite counts as too long. The search fails if it finds no sufficient decrease
+    in `max_evals` evaluations (the first one, at w, included), or if the loss or gradient at w is not finite. A failed
+    search leaves w exactly as it was, drops the pairs and adds 1 to scalars["failed_searches"]. If the evaluations run
+    out after a sufficient decrease, the step takes the lowest such point.
 
     vectors: "s0", "y0", "s1", ...: pairs s = change of w, y = change of g, in a ring of `history` slots.
-    scalars: "count" pairs, the next goes to slot "head"; "pairs_taken" in all; "curvature", s^T y of the
-    newest.
+    scalars: "count", number of pairs; "head", slot of the next pair; "pairs_taken", pairs stored so far; "curvature",
+    s^T y of the newest pair.
 
-    UserError for history < 1, max_evals < 2 or a negative weight_decay; ValueError for a step without
-    closure.
+    UserError for history < 1, max_evals < 2 or a negative weight_decay; ValueError for a step without closure.
     """
 
     needs_closure = True
@@ -62,23 +61,23 @@ class LBFGS(Optimizer):
         self.history, self.max_evals, self.weight_decay = history, max_evals, float(weight_decay)
         self.scalars.update(count=0, head=0, pairs_taken=0, curvature=0.0, failed_searches=0)
         self.ranges.update(count=(0, history), head=(0, history - 1))
-        # w and g where the search starts, its direction, and g at the best point so far.
+        # w and g at the start of the search, the direction, and g at the best point so far.
         self.work = tuple(self.ops.empty(n, self.dtype) for _ in range(4))
         self.start, self.start_g, self.direction, self.best_g = self.work
-        # s_i^T y_j and y_i^T y_j by slot. They follow from the vectors, so checkpoints do without: `known` is
-        # what the scalars were when these products were computed, and other scalars (a restored state) have
-        # them recomputed.
+        # s_i^T y_j and y_i^T y_j by slot. These products follow from the vectors, so checkpoints do not hold them:
+        # `products_of` has the scalars for which they were computed. Other scalars (a restored state) make the step
+        # compute them again.
         self.sy, self.yy = np.zeros((2, history, history))
-        self.known = self._generation()
+        self.products_of = self._generation()
 
     def step(self, w: np.ndarray, g: np.ndarray, lr: float, allsum: AllSum, closure: Closure | None = None) -> None:
-        """One iteration; at return w (n,) is the point accepted, or as it was. See `Optimizer.step`."""
+        """Make one iteration; it leaves w (n,) at the accepted point, or as it was. See `Optimizer.step`."""
         if closure is None:
             raise ValueError("L-BFGS needs a closure that recomputes the loss and fills the gradient")
         self.check_shard(w, g)
         value = closure()
         slots = self._newest_first()
-        self._know(slots, allsum)
+        self._ensure_products(slots, allsum)
         size, gg, ww, sg, yg = self._with_gradient(w, g, slots, allsum)
         value += 0.5 * self.weight_decay * ww
         if not (isfinite(value) and isfinite(gg)):
@@ -117,20 +116,20 @@ class LBFGS(Optimizer):
             self.best_g[...] = g
 
         first = float(lr) if self.scalars["count"] else float(lr) * min(1.0, 1.0 / size)
-        found = strong_wolfe(trial, keep, Point(0.0, value, slope), first, self.max_evals - 1)
-        if found is None:
+        accepted = strong_wolfe(trial, keep, Point(0.0, value, slope), first, self.max_evals - 1)
+        if accepted is None:
             w[...] = self.start
             self._fail()
             return
-        if found.length == last:
+        if accepted.length == last:
             keep()
         else:
-            # The search ended elsewhere: the same operations give the same w as at the trial.
-            self._move(w, found.length)
+            # The last trial was another point: the same operations give the same w as at the accepted trial.
+            self._move(w, accepted.length)
         self._remember(w, allsum)
 
     def _newest_first(self) -> list[int]:
-        """Slots of the pairs, the newest first."""
+        """Return the slots of the pairs, the newest first."""
         return [int(self.scalars["head"] - 1 - age) % self.history for age in range(int(self.scalars["count"]))]
 
     def _pair(self, slot: int) -> tuple[np.ndarray, np.ndarray]:
@@ -139,9 +138,9 @@ class LBFGS(Optimizer):
     def _generation(self) -> tuple[float | int, ...]:
         return tuple(self.scalars[key] for key in ("count", "head", "pairs_taken", "curvature"))
 
-    def _know(self, slots: list[int], allsum: AllSum) -> None:
-        """Make `sy` and `yy` the products of the pairs held; free unless the state was restored."""
-        if self.known == self._generation():
+    def _ensure_products(self, slots: list[int], allsum: AllSum) -> None:
+        """Compute `sy` and `yy` of the stored pairs if the state was restored; otherwise they are up to date."""
+        if self.products_of == self._generation():
             return
         pairs = []
         for i in slots:
@@ -152,12 +151,15 @@ class LBFGS(Optimizer):
             products = self._products(pairs, allsum)
             block = np.reshape(products, (len(slots), len(slots), 2))
             self.sy[np.ix_(slots, slots)], self.yy[np.ix_(slots, slots)] = block[..., 0], block[..., 1]
-        self.known = self._generation()
+        self.products_of = self._generation()
 
     def _with_gradient(
         self, w: np.ndarray, g: np.ndarray, slots: list[int], allsum: AllSum
     ) -> tuple[float, float, float, list[float], list[float]]:
-        """||g||_1, g^T g, w^T w, and s^T g, y^T g of the pairs, newest first; g with weight decay."""
+        """Add weight decay to g; return ||g||_1, g^T g, w^T w, and s^T g, y^T g of the pairs, newest first.
+
+        w^T w is 0 without weight decay.
+        """
         if self.weight_decay:
             self._decay(w, g)
         pairs = [(g, g)] + [(g, self._pair(k)[0]) for k in slots] + [(g, self._pair(k)[1]) for k in slots]
@@ -170,20 +172,20 @@ class LBFGS(Optimizer):
         return products[-1], products[0], products[-2], products[1 : count + 1], products[count + 1 : -2]
 
     def _products(self, pairs: Sequence[tuple[np.ndarray, np.ndarray]], allsum: AllSum) -> list[float]:
-        """Global scalar products of pairs of shards, in one sum."""
+        """Return the global scalar products of pairs of shards, by one call of `allsum`."""
         sums: list[float] = allsum(self.ops.dots(pairs)).tolist()
         return sums
 
     def _decay(self, w: np.ndarray, g: np.ndarray) -> None:
-        """g += weight_decay w."""
+        """Add weight_decay w to g."""
         self.ops.combine(g, (1.0, g), (self.weight_decay, w))
 
     def _move(self, w: np.ndarray, length: float) -> None:
-        """w = start + length direction."""
+        """Set w = start + length direction."""
         self.ops.combine(w, (1.0, self.start), (length, self.direction))
 
     def _combine(self, g: np.ndarray, slots: list[int], of_g: float, of_y: list[float], of_s: list[float]) -> None:
-        """direction = of_g g + sum of of_y y + sum of of_s s."""
+        """Set direction = of_g g + sum_k of_y[k] y_k + sum_k of_s[k] s_k."""
         terms = [(of_g, g)]
         for slot, y_factor, s_factor in zip(slots, of_y, of_s, strict=True):
             s, y = self._pair(slot)
@@ -191,15 +193,15 @@ class LBFGS(Optimizer):
         self.ops.combine(self.direction, *terms)
 
     def _remember(self, w: np.ndarray, allsum: AllSum) -> None:
-        """Keep s = w - start and y = best_g - start_g, unless their curvature is too small to trust."""
+        """Store the pair s = w - start and y = best_g - start_g, unless its curvature s^T y is too small."""
         s, y = self.start, self.start_g
         self.ops.combine(s, (-1.0, s), (1.0, w))
         self.ops.combine(y, (-1.0, y), (1.0, self.best_g))
-        slot, others = int(self.scalars["head"]), self._newest_first()
-        # A full ring is about to lose its oldest pair. No product of a new s and an old y is ever needed.
-        others = [k for k in others if k != slot]
+        slot, older = int(self.scalars["head"]), self._newest_first()
+        # The new pair replaces the oldest pair of a full ring. Products of a new s with an old y are never used.
+        older = [k for k in older if k != slot]
         pairs = [(y, y), (y, s), (s, s)]
-        for k in others:
+        for k in older:
             pairs += [(y, self._pair(k)[0]), (y, self._pair(k)[1])]
         products = self._products(pairs, allsum)
         yy, sy, ss = products[:3]
@@ -208,14 +210,14 @@ class LBFGS(Optimizer):
         for into, new in zip(self._pair(slot), (s, y), strict=True):
             into[...] = new
         self.sy[slot, slot], self.yy[slot, slot] = sy, yy
-        for i, k in enumerate(others):
+        for i, k in enumerate(older):
             self.sy[k, slot] = products[3 + 2 * i]
             self.yy[k, slot] = self.yy[slot, k] = products[4 + 2 * i]
         self.scalars["head"] = (slot + 1) % self.history
-        self.scalars["count"] = len(others) + 1
+        self.scalars["count"] = len(older) + 1
         self.scalars["pairs_taken"] += 1
         self.scalars["curvature"] = sy
-        self.known = self._generation()
+        self.products_of = self._generation()
 
     def _forget(self) -> None:
         self.scalars.update(count=0, head=0)

@@ -1,7 +1,7 @@
-"""A length that satisfies the strong Wolfe conditions, along a direction of descent.
+"""Line search along a direction of descent for a step length that satisfies the strong Wolfe conditions.
 
-Nocedal and Wright, Numerical Optimization (2nd ed.), Algorithms 3.5 (bracketing) and 3.6 (zoom), with the
-cubic interpolation of eq. 3.59. Everything here is plain numbers, the same on every rank.
+Source: Nocedal and Wright, Numerical Optimization (2nd ed.), Algorithms 3.5 (bracketing) and 3.6 (zoom), with the cubic
+interpolation of eq. 3.59. All values are Python numbers, the same on every rank.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf, isfinite, sqrt
 
-# c1 and c2 of the conditions: the decrease is c1 of what the slope promises, the slope shrinks to c2 of its
-# size.
+# c1 and c2 of the conditions: the value decreases by at least c1 times length times |slope|, and the slope shrinks to
+# c2 times its initial size or less.
 DECREASE, CURVATURE = 1e-4, 0.9
-# The shortest bracket, relative to its ends, that is worth another evaluation.
+# Width of a bracket, relative to its ends, at which the search stops.
 NARROW = 1e-9
 
 
 @dataclass(frozen=True)
 class Point:
-    """A length along the direction, the value and the slope there; value inf: not finite."""
+    """A length along the direction, with the value and the slope there; value inf stands for any non-finite value."""
 
     length: float
     value: float
@@ -33,14 +33,13 @@ def strong_wolfe(
     length: float,
     evals: int,
 ) -> Point | None:
-    """A point of the strong Wolfe conditions, else the lowest seen of sufficient decrease, else None.
+    """Return a point of the strong Wolfe conditions, else the lowest point of sufficient decrease, else None.
 
-    origin: the point of length 0, of negative slope; length: the first to try; evals: calls of `trial` at
-    most. Where `trial` gives a value that is not finite, the length counts as too long. `keep()` is called
-    right after a trial that may be returned although others follow it.
+    origin: the point of length 0, with negative slope; length: the first trial length; evals: most calls of `trial`.
+    A length whose value is not finite counts as too long. `keep()` is called directly after each trial that may be
+    returned although other trials follow.
     """
-    # All lengths sought lie between `low`, the best so far, and `high`, which is not known before there is a
-    # bracket.
+    # The length lies between `low`, the best point so far, and `high`, which is None until a bracket exists.
     low, high = origin, None
     for _ in range(evals):
         at = trial(length)
@@ -52,7 +51,7 @@ def strong_wolfe(
         elif abs(at.slope) <= -CURVATURE * origin.slope:
             return at
         else:
-            # The function falls from `at` towards `high`, unless the slope says otherwise.
+            # The function falls from `at` towards `high`, unless the slope at `at` points the other way.
             if at.slope * ((inf if high is None else high.length) - low.length) >= 0:
                 high = low
             low = at
@@ -63,12 +62,12 @@ def strong_wolfe(
             break
         else:
             length = _between(low, high)
-    # A decrease below the rounding of the values is none.
+    # A decrease below rounding leaves the value equal to the origin's: it does not count.
     return low if low.value < origin.value else None
 
 
 def _cubic(a: Point, b: Point) -> float | None:
-    """The minimiser of the cubic through two points and their slopes (eq. 3.59); None where there is none."""
+    """Return the minimiser of the cubic through two points with their slopes (eq. 3.59), or None if it has none."""
     if not (isfinite(b.value) and isfinite(b.slope)):
         return None
     d1 = a.slope + b.slope - 3 * (a.value - b.value) / (a.length - b.length)
@@ -83,10 +82,10 @@ def _cubic(a: Point, b: Point) -> float | None:
 
 
 def _between(low: Point, high: Point) -> float:
-    """A length inside the bracket: the cubic's, kept off the ends: brackets shrink by a tenth at least."""
+    """Return a length inside the bracket: the cubic's minimiser, at least a tenth of the width from the ends."""
     width = high.length - low.length
     if not isfinite(high.value):
-        # Nothing is known of that end but that it is far too long.
+        # The far end is much too long, and its value says nothing more.
         return low.length + 0.1 * width
     at = _cubic(low, high)
     if at is None:
@@ -96,9 +95,9 @@ def _between(low: Point, high: Point) -> float:
 
 
 def _beyond(before: Point, low: Point) -> float:
-    """A longer length, where the function still falls at `low`: the cubic's, from 1.1 to 10 times as long."""
+    """Return a length beyond `low`, where the function still falls: the cubic's minimiser, 1.1 to 10 times as long."""
     at = _cubic(before, low)
     if at is None or at <= low.length:
-        # A cubic without a minimum ahead says nothing about how far.
+        # The cubic has no minimum ahead, so it gives no length.
         return 4 * low.length
     return min(max(at, 1.1 * low.length), 10 * low.length)

@@ -1,4 +1,4 @@
-"""The global norm of a sharded gradient, in float64 whatever the dtype of the shards."""
+"""Global norm of a sharded gradient, in float64 for any dtype of the shards."""
 
 from __future__ import annotations
 
@@ -12,12 +12,10 @@ from psmpi.optim.base import AllSum
 
 
 def clip_by_global_norm(g: np.ndarray, max_norm: float, allsum: AllSum, ops: NumpyOps | None = None) -> float:
-    """Scale the shards g (n,) in place so that their global norm is at most max_norm; returns the norm
-    before.
+    """Scale the shards g (n,) in place to a global norm of at most max_norm, and return the norm before scaling.
 
-    max_norm 0 only measures. A norm that is not finite is returned too, and g stays as it is: what to do
-    about it is the caller's decision. (Pascanu, Mikolov, Bengio 2013, Algorithm 1.) UserError for a negative
-    max_norm.
+    max_norm 0 only measures. If the norm is not finite, g stays as it is and the caller decides (Pascanu, Mikolov,
+    Bengio 2013, Algorithm 1). UserError for a negative max_norm.
     """
     if not max_norm >= 0:
         raise UserError(f"--clip {max_norm}: expected 0 (no clipping) or a number above it")
@@ -26,7 +24,7 @@ def clip_by_global_norm(g: np.ndarray, max_norm: float, allsum: AllSum, ops: Num
     if norm > max_norm > 0 and isfinite(norm):
         factor = float(max_norm) / norm
         if factor < float(np.finfo(g.dtype).tiny):
-            # Below the normal numbers a factor has lost digits: its root, applied twice, has all of them.
+            # A subnormal factor has lost digits. Its square root has all digits and is applied twice.
             factor = sqrt(factor)
             ops.scale(g, factor)
         ops.scale(g, factor)

@@ -10,17 +10,18 @@ import numpy as np
 from psmpi.backend import NumpyOps
 from psmpi.layout import Matrix
 
-# Of the quintic that takes singular values in (0, 1] to about [0.7, 1.2] in ITERATIONS (Jordan et al. 2024).
+# Coefficients of the quintic that takes singular values in (0, 1] to about [0.7, 1.2] in ITERATIONS (Jordan et al.
+# 2024).
 A, B, C = 3.4445, -4.7750, 2.0315
 ITERATIONS = 5
-# Added to the norm, so that nothing stays nothing.
+# Added to the norm, so that a zero matrix stays zero.
 TINY = 1e-7
 
 
 class NewtonSchulz:
-    """Newton-Schulz iterations, which bring the singular values of a matrix to about 1, with room for `matrices`.
+    """Newton-Schulz iterations, which bring the singular values of a matrix to about 1, with memory for `matrices`.
 
-    work: all memory, arrays of `ops`: two matrices, and two squares of the shorter side, of the largest of each.
+    work: all memory, arrays of `ops`: two of the largest matrix, and two of the largest square of a shorter side.
     """
 
     def __init__(self, matrices: Sequence[Matrix], dtype: np.dtype, ops: NumpyOps) -> None:
@@ -30,13 +31,13 @@ class NewtonSchulz:
         self.work = tuple(ops.empty(n, dtype) for n in (size, size, square, square))
 
     def input(self, matrix: Matrix) -> np.ndarray:
-        """Where to put the elements of a matrix (rows * columns,), and where the result is."""
+        """Return the array (rows * columns,) that takes the elements of a matrix, and holds the result afterwards."""
         return self.work[0][: matrix.rows * matrix.columns]
 
     def __call__(self, matrix: Matrix) -> None:
-        """Orthogonalize what was put into `input`: X = A X + (B S + C S^2) X with S = X X^T, from X / ||X||.
+        """Orthogonalize the matrix X in `input(matrix)`: iterate X = A X + (B S + C S^2) X, S = X X^T, from X / ||X||.
 
-        Of a matrix with more rows than columns the products are on the other side, with S = X^T X.
+        A matrix with more rows than columns takes the products on the other side, with S = X^T X.
         """
         ops, wide = self.ops, matrix.rows <= matrix.columns
         shape, side = (matrix.rows, matrix.columns), min(matrix.rows, matrix.columns)

@@ -1,4 +1,4 @@
-"""Partitioned quasi-Newton methods as optimizers: names, and the settings that each uses."""
+"""Names and settings of the partitioned quasi-Newton optimizers."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ COMMON = (
 
 
 class Partitioned(Optimizer):
-    """Partitioned quasi-Newton: holds scalars only, the method steps; the elements' curvature is on the workers.
+    """Partitioned quasi-Newton optimizer: it holds settings and scalars only.
 
-    momentum: of --extrapolation constant; beta2, eps: of --scaling moments. The other settings are the method's, from
-    `NewtonSettings`.
+    The training method computes the steps, and the workers hold the elements' curvature. momentum: for --extrapolation
+    constant; beta2, eps: for --scaling moments. The method reads the other settings from `NewtonSettings`.
     """
 
     needs_closure = True
@@ -41,16 +41,16 @@ class Partitioned(Optimizer):
 
 
 class PLBFGS(Partitioned):
-    """L-BFGS of each element."""
+    """Partitioned quasi-Newton with L-BFGS for each element."""
 
     settings = (*COMMON, "curvature", "damping")
 
 
 class PLSR1(Partitioned):
-    """L-SR1 of each element."""
+    """Partitioned quasi-Newton with L-SR1 for each element."""
 
 
 class PLSE(Partitioned):
-    """L-BFGS of each element, and L-SR1 where its curvature is not positive."""
+    """Partitioned quasi-Newton with L-BFGS for each element, or L-SR1 if the element's curvature is not positive."""
 
     settings = (*COMMON, "curvature")

@@ -1,4 +1,4 @@
-"""Learning rate as a function of the step: one kind a class, which names the settings that it uses."""
+"""Learning-rate schedules: the learning rate as a function of the step, one class for each kind."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from psmpi.errors import UserError
 
 @dataclass(frozen=True)
 class Schedule(ABC):
-    """The learning rate of step t = 0, 1, ...; made, and its settings checked, by `make_schedule`.
+    """Learning rate of step t = 0, 1, ...; `make_schedule` makes a schedule and checks its settings.
 
-    Over the first `warmup_steps` steps any schedule is multiplied by (t + 1) / warmup_steps.
+    In the first `warmup_steps` steps, the learning rate of any schedule is multiplied by (t + 1) / warmup_steps.
     """
 
     lr: float
     total_steps: int
     warmup_steps: int = 0
-    # The settings that are used, by their names in `ScheduleSettings`: fields.
+    # Fields of `ScheduleSettings` that the schedule uses, by name.
     settings: ClassVar[tuple[str, ...]] = ("warmup_steps",)
 
     def __call__(self, t: int) -> float:
@@ -31,10 +31,10 @@ class Schedule(ABC):
 
     @abstractmethod
     def rate(self, t: int) -> float:
-        """The learning rate of step t but for the warm-up."""
+        """Return the learning rate of step t without the warm-up factor."""
 
     def check(self) -> None:
-        """UserError for settings out of their range."""
+        """Raise UserError for settings out of their range."""
         if self.total_steps < 1:
             raise UserError(f"{self.total_steps} steps in all: a schedule needs 1 or more")
         if self.warmup_steps < 0:
@@ -43,7 +43,7 @@ class Schedule(ABC):
 
 @dataclass(frozen=True)
 class Constant(Schedule):
-    """lr."""
+    """Constant schedule: lr."""
 
     def rate(self, t: int) -> float:
         return self.lr
@@ -51,7 +51,7 @@ class Constant(Schedule):
 
 @dataclass(frozen=True)
 class Step(Schedule):
-    """lr gamma^floor(t / step_size)."""
+    """Step schedule: lr gamma^floor(t / step_size)."""
 
     step_size: int = 0
     gamma: float = 0.1
@@ -72,8 +72,9 @@ class Step(Schedule):
 
 @dataclass(frozen=True)
 class Cosine(Schedule):
-    """From lr, over the steps after the warm-up, to min_lr at total_steps and ever after (Loshchilov and Hutter 2017,
-    eq. 5 without restarts).
+    """Cosine schedule from lr, after the warm-up, to min_lr at total_steps and from there on.
+
+    Source: Loshchilov and Hutter 2017, eq. 5 without restarts.
     """
 
     min_lr: float = 0.0
@@ -82,8 +83,8 @@ class Cosine(Schedule):
     def rate(self, t: int) -> float:
         if t >= self.total_steps:
             return self.min_lr
-        done = max(0, t - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
-        return self.min_lr + 0.5 * (self.lr - self.min_lr) * (1 + cos(pi * done))
+        progress = max(0, t - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
+        return self.min_lr + 0.5 * (self.lr - self.min_lr) * (1 + cos(pi * progress))
 
 
 SCHEDULES: dict[str, type[Schedule]] = {"constant": Constant, "step": Step, "cosine": Cosine}
@@ -118,7 +119,7 @@ class ScheduleSettings:
 
 
 def find_schedule(kind: str) -> type[Schedule]:
-    """The schedule called `kind`; UserError for an unknown name."""
+    """Return the schedule called `kind`; raise UserError for an unknown name."""
     if kind not in SCHEDULES:
         raise UserError(f"--schedule {kind!r} is unknown: choose one of {', '.join(SCHEDULES)}")
     return SCHEDULES[kind]
@@ -134,20 +135,20 @@ def make_schedule(
     gamma: float = 0.1,
     min_lr: float = 0.0,
 ) -> Schedule:
-    """The learning rate of step t = 0, 1, ... as a function of t, by the schedule called `kind`.
+    """Return the schedule called `kind`: the learning rate as a function of the step t = 0, 1, ...
 
-    It takes the settings that it uses. UserError for an unknown kind and for settings out of their range, a min_lr
-    that is not from 0 to lr in any case.
+    The schedule ignores settings that it does not use. UserError for an unknown kind, for used settings out of their
+    range, and for a min_lr outside [0, lr], used or not.
     """
-    found = find_schedule(kind)
-    given: dict[str, Any] = {
+    schedule_class = find_schedule(kind)
+    settings: dict[str, Any] = {
         "warmup_steps": warmup_steps,
         "step_size": step_size,
         "gamma": float(gamma),
         "min_lr": float(min_lr),
     }
-    made = found(float(lr), total_steps, **{name: given[name] for name in found.settings})
-    made.check()
+    schedule = schedule_class(float(lr), total_steps, **{name: settings[name] for name in schedule_class.settings})
+    schedule.check()
     if not 0 <= min_lr <= lr:
         raise UserError(f"--min-lr {min_lr}: expected a number from 0 to --lr {lr}")
-    return made
+    return schedule

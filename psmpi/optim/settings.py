@@ -1,4 +1,4 @@
-"""The settings of all optimizers, and their ranges."""
+"""Settings of all optimizers, and their ranges."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 from psmpi.errors import UserError
 
-# Numbers that stand for a setting of None; a class of optimizers may have others (`Optimizer.usual`).
+# Values for settings that are None; a class of optimizers may have other values (`Optimizer.usual`).
 USUAL = {"momentum": 0.9, "beta2": 0.999}
 
 
@@ -36,13 +36,13 @@ class Hyper:
 
 
 def given(hyper: Hyper, name: str) -> float:
-    """A setting of momentum or beta2, of which None is the usual number."""
+    """Return setting `name` (momentum or beta2) of `hyper`, with the usual value in place of None."""
     value = getattr(hyper, name)
     return float(USUAL[name] if value is None else value)
 
 
 def check_settings(**settings: float | None) -> None:
-    """UserError for a setting, by its name in `Hyper`, that no optimizer can work with."""
+    """Raise UserError for a setting, given by its name in `Hyper`, that is out of its range."""
     for name, value in settings.items():
         if value is None:
             continue
@@ -60,12 +60,12 @@ def check_settings(**settings: float | None) -> None:
             if value < 1:
                 raise UserError(f"{option}: expected 1 or more pairs to remember")
         elif name == "max_evals" and value < 2:
-            # One evaluation is where the step starts, another the first trial.
+            # The first evaluation is at the start of the step, the second one is the first trial.
             raise UserError(f"{option}: expected 2 or more function evaluations a step")
 
 
 def check_eps(eps: float, dtype: np.dtype) -> None:
-    """UserError for an eps that vanishes in `dtype`: a weight without any gradient would become 0 / 0."""
+    """Raise UserError for an eps that rounds to 0 in `dtype`: a weight without gradient would be stepped by 0 / 0."""
     check_settings(eps=eps)
     tiny = float(np.finfo(dtype).tiny)
     if eps < tiny:

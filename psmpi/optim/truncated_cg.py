@@ -1,7 +1,7 @@
 """Truncated conjugate gradients on the quadratic model of a partitioned quasi-Newton step.
 
-Raynaud, Orban, Bigeon, "PLSR1" (Cahiers du GERAD G-2023-41); Steihaug 1983 for the trust region. Vectors here are
-shards: what is global comes in through callables, and every rank takes the same decisions from the same numbers.
+Source: Raynaud, Orban, Bigeon, "PLSR1" (Cahiers du GERAD G-2023-41); Steihaug 1983 for the trust region. Vectors are
+shards. Callables supply global sums and products, so that every rank takes the same decisions from the same numbers.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import numpy as np
 from psmpi.backend import NumpyOps
 from psmpi.optim.base import AllSum
 
-# Where ||r||^2 may fall below this part of itself in an iteration, too few digits of a difference are left.
+# If ||r||^2 falls below this part of its value in an iteration, the difference formula has too few digits left.
 CANCELLED = 1e-6
 End = Literal["converged", "iterations", "boundary", "curvature"]
 
 
 @dataclass(frozen=True)
 class Direction:
-    """The result of `truncated_cg`: iterations (products), s^T B s, ||s||, g^T s, and why it ended."""
+    """Scalars of a result x of `truncated_cg`: iterations (products), x^T B x, ||x||, g^T x, and reason of the end."""
 
     iterations: int
     curvature: float
@@ -48,11 +48,10 @@ def truncated_cg(
 ) -> Direction:
     """Minimise g^T x + x^T B x / 2 into the shard x (n,), from 0, until ||r|| <= atol + rtol ||g||.
 
-    product(p, q) fills the shard q = B p; follow(a) is told that x has become
-    x + a p, p that of the last product. With a finite radius x stays inside it, and goes to its boundary along a
-    direction of curvature that is not positive; without one such a direction ends the iteration with the x before, or
-    with -g if it is the first. work: three (n,) arrays of its dtype, r, p, q. All arrays are of `ops`. Scalars are
-    float64.
+    product(p, q) fills the shard q = B p. follow(a) is called after x has become x + a p, with p of the last product.
+    With a finite radius x stays inside the radius; along a direction p with p^T B p <= 0, x goes to the boundary.
+    Without a radius such a direction ends the iteration at the present x, or at -g if it is the first direction.
+    work: three (n,) arrays of the dtype of g, used for r, p, q. All arrays are of `ops`. Scalars are float64.
     """
     ops = ops or NumpyOps()
     r, p, q = work
@@ -67,7 +66,8 @@ def truncated_cg(
         return Direction(0, 0.0, 0.0, 0.0, "converged")
     while iterations < itmax:
         product(p, q)
-        # One sum over the ranks an iteration. ||r||^2 is made anew: carried on, its rounding would grow without bounds.
+        # One sum over the ranks in each iteration. ||r||^2 is computed anew: an updated value would accumulate rounding
+        # errors without bound.
         bounded = ((p, x), (x, x)) if isfinite(radius) else ()
         sums = ops.dots([(p, q), (p, p), *bounded, (r, r), (r, q), (q, q)])
         pq, pp, *inside, rr, rq, qq = allsum(sums).tolist()
@@ -88,7 +88,7 @@ def truncated_cg(
         a = rr / pq
         _advance(ops, x, r, p, q, a, follow)
         before = rr
-        # ||r - a q||^2, unless it cancels.
+        # ||r - a q||^2 by its expansion, unless the terms cancel.
         rr += a * (a * qq - 2 * rq)
         if not max(rr, stop * stop) > CANCELLED * before:
             (rr,) = allsum(ops.dots([(r, r)])).tolist()
@@ -96,7 +96,7 @@ def truncated_cg(
             end = "converged"
             break
         ops.combine(p, (rr / before, p), (1.0, r))
-    # r = -g - B x, so that s^T B s takes no further product.
+    # r = -g - B x gives x^T B x without another product.
     xx, xg, xr = allsum(ops.dots([(x, x), (x, g), (x, r)])).tolist()
     length = sqrt(xx)
     return Direction(iterations, -(xg + xr), length, xg, end)  # type: ignore[arg-type]
@@ -111,7 +111,7 @@ def _advance(
     a: float,
     follow: Callable[[float], None],
 ) -> None:
-    """x += a p, r -= a q, in the same arithmetic as those who follow."""
+    """Compute x += a p, r -= a q, and call follow(a), which repeats the same arithmetic elsewhere."""
     ops.combine(x, (1.0, x), (a, p))
     ops.combine(r, (1.0, r), (-a, q))
     follow(a)

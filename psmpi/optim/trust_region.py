@@ -1,8 +1,8 @@
 """Quasi-Newton trust-region methods on the whole vector: L-BFGS and L-SR1, with one matrix for all weights.
 
-What partitioned quasi-Newton is compared with: the same model, conjugate gradients, radius and safeguards, but
-one element that sees everything. The matrix is sigma I + Z^T W Z as in `curvature.operators`; the vectors are
-shards, so a product takes one global sum of 2 `history` numbers and moves no vector.
+These methods are the baseline of partitioned quasi-Newton methods: the same model, conjugate gradients, radius and
+safeguards, but a single element of all weights. The matrix is sigma I + Z^T W Z as in `curvature.operators`. The
+vectors are shards, so a product takes one global sum of 2 `history` numbers and moves no vector.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from psmpi.optim.curvature.recursion import OMEGA, recurse
 from psmpi.optim.globalization import TrustRegion
 from psmpi.optim.truncated_cg import truncated_cg
 
-# The least and the largest number that is more than 0.
+# Bounds of positive scalars in a checkpoint.
 POSITIVE = (5e-324, 1e300)
 
 
 class TrustRegionQuasiNewton(Optimizer):
-    """One step: conjugate gradients on the model inside the radius, and the weights move if the loss falls enough.
+    """Quasi-Newton method whose step minimises the model inside a radius, and moves w if the loss falls enough.
 
-    The closure is called first at the w given, so g need not be filled on entry; it must see one minibatch
-    throughout a step. A pair is taken where the step is, and where it passes the test of the update; the fifth
-    pair in a row that does not makes the matrix the identity again. A loss that is not finite is a rejected
-    step. `lr` is not used. Weight decay is an L2 penalty on the loss.
+    Conjugate gradients minimise the model. The step calls the closure first at the initial w, so g need not be filled
+    on entry; the closure must use one minibatch throughout a step. Only an accepted step gives a pair, and the pair is
+    stored if it passes the test of the update. The fifth failing pair in a row resets the matrix to the identity. A
+    loss that is not finite rejects the step. `lr` is not used. Weight decay is an L2 penalty on the loss.
 
-    vectors: "s0", "y0", ...: pairs in a ring of `history` slots. scalars: "count" pairs, the next goes to slot
-    "head"; "radius"; "sigma"; "failures" of pairs in a row; "failed_steps"; "products" of the matrix in all.
+    vectors: "s0", "y0", ...: pairs in a ring of `history` slots. scalars: "count", number of pairs; "head", slot of the
+    next pair; "radius"; "sigma"; "failures", failing pairs in a row; "failed_steps"; "products" with the matrix so far.
 
     UserError for history < 1 or a negative weight_decay; ValueError for a step without closure.
     """
@@ -52,35 +52,38 @@ class TrustRegionQuasiNewton(Optimizer):
         self.ranges.update(count=(0, history), head=(0, history - 1), radius=POSITIVE, sigma=POSITIVE)
         self.work = tuple(self.ops.empty(n, self.dtype) for _ in range(6))
         self.start, self.start_g, self.x, self.r, self.p, self.q = self.work
-        # Rows 0, 1, ...: the s by slot, then the y; the products of these with each other, and W. They follow from
-        # the vectors, so checkpoints do without: `known` is the state of which they are.
+        # The rows are the s by slot, then the y by slot; `gram` has their products with each other, `middle` is W. Both
+        # follow from the vectors, so checkpoints do not hold them: `products_of` has the scalars of the state for which
+        # they were computed.
         self.rows = [self.vectors[f"{kind}{k}"] for kind in "sy" for k in range(history)]
         self.gram, self.middle = np.zeros((2, 2 * history, 2 * history))
-        self.known: tuple[float | int, ...] = ()
+        self.products_of: tuple[float | int, ...] = ()
 
     def step(self, w: np.ndarray, g: np.ndarray, lr: float, allsum: AllSum, closure: Closure | None = None) -> None:
-        """One iteration; at return w (n,) is the point accepted, or as it was. See `Optimizer.step`."""
+        """Make one iteration; it leaves w (n,) at the accepted point, or as it was. See `Optimizer.step`."""
         if closure is None:
             raise ValueError("a trust region needs a closure that recomputes the loss and fills the gradient")
         self.check_shard(w, g)
-        self._know(allsum)
+        self._ensure_products(allsum)
         value = self._evaluate(w, g, allsum, closure)
         self.start[...] = w
         self.start_g[...] = g
         region = TrustRegion(float(self.scalars["radius"]))
-        found = truncated_cg(
+        direction = truncated_cg(
             self.start_g, self.x, lambda p, q: self._product(p, q, allsum), lambda a: None, allsum,
             (self.r, self.p, self.q), ops=self.ops, radius=region.radius,
         )  # fmt: skip
-        self.scalars["products"] += found.iterations
-        if not found.iterations:
+        self.scalars["products"] += direction.iterations
+        if not direction.iterations:
             self.scalars["failed_steps"] += 1
             return
         self.ops.combine(w, (1.0, w), (1.0, self.x))
         after = self._evaluate(w, g, allsum, closure)
-        taken = isfinite(value) and region.judge(value, after, -(found.slope + found.curvature / 2), found.length)
+        accepted = isfinite(value) and region.judge(
+            value, after, -(direction.slope + direction.curvature / 2), direction.length
+        )
         self.scalars["radius"] = region.radius
-        if taken:
+        if accepted:
             self.ops.combine(self.start_g, (-1.0, self.start_g), (1.0, g))
             self._remember(self.x, self.start_g, allsum)
         else:
@@ -95,7 +98,7 @@ class TrustRegionQuasiNewton(Optimizer):
         return value
 
     def _product(self, p: np.ndarray, q: np.ndarray, allsum: AllSum) -> None:
-        """q = B p."""
+        """Compute q = B p."""
         terms = [(float(self.scalars["sigma"]), p)]
         if self.scalars["count"]:
             weights = self.middle @ np.array(self._products([(p, row) for row in self.rows], allsum))
@@ -103,16 +106,16 @@ class TrustRegionQuasiNewton(Optimizer):
         self.ops.combine(q, *terms)
 
     def _products(self, pairs: list[tuple[np.ndarray, np.ndarray]], allsum: AllSum) -> list[float]:
-        """Global scalar products of pairs of shards, in one sum."""
-        found: list[float] = allsum(self.ops.dots(pairs)).tolist()
-        return found
+        """Return the global scalar products of pairs of shards, by one call of `allsum`."""
+        sums: list[float] = allsum(self.ops.dots(pairs)).tolist()
+        return sums
 
     def _state(self) -> tuple[float | int, ...]:
         return tuple(self.scalars[key] for key in ("count", "head", "sigma"))
 
-    def _know(self, allsum: AllSum) -> None:
-        """Make `gram` and `middle` those of the pairs held; free unless the state was restored."""
-        if self.known == self._state():
+    def _ensure_products(self, allsum: AllSum) -> None:
+        """Compute `gram` and `middle` of the stored pairs if the state was restored; otherwise they are up to date."""
+        if self.products_of == self._state():
             return
         if self.scalars["count"]:
             for gram, row in zip(self.gram, self.rows, strict=True):
@@ -120,7 +123,10 @@ class TrustRegionQuasiNewton(Optimizer):
         self._settle(self.gram, float(self.scalars["sigma"]), int(self.scalars["head"]), int(self.scalars["count"]))
 
     def _settle(self, gram: np.ndarray, sigma: float, head: int, count: int) -> bool:
-        """Take up `gram` if the newest pair of these `count`, which end before slot `head`, makes a sound matrix."""
+        """Use `gram` if its newest pair gives a sound matrix; return whether it does.
+
+        gram: (2 history, 2 history) products of `count` pairs, the newest of which is in the slot before `head`.
+        """
         ages = (np.arange(self.history) - head) % self.history
         stamps = np.where(ages >= self.history - count, ages, -1)
         middle, left, sound = recurse(gram[None], stamps[None], np.array([sigma]), np.array([self.indefinite]))
@@ -128,11 +134,11 @@ class TrustRegionQuasiNewton(Optimizer):
             return False
         self.gram, self.middle = gram, middle[0]
         self.scalars.update(head=head, count=count, sigma=sigma)
-        self.known = self._state()
+        self.products_of = self._state()
         return True
 
     def _remember(self, s: np.ndarray, y: np.ndarray, allsum: AllSum) -> None:
-        """Keep a pair that passes the test of the update; after too many that do not, begin again."""
+        """Store a pair that passes the test of the update; reset the matrix after too many failing pairs in a row."""
         self._product(s, self.q, allsum)
         r = self.q
         self.ops.combine(r, (-1.0, r), (1.0, y))
@@ -150,7 +156,7 @@ class TrustRegionQuasiNewton(Optimizer):
         )
         ss, sy, sr, yy, rr = products[:5]
         if self.indefinite and rr <= np.finfo(self.dtype).eps ** (4 / 3) * yy:
-            # The matrix fits the pair already: an update would bring in rounding alone.
+            # The matrix fits the pair already: an update would only add rounding errors.
             return
         if self.indefinite:
             good = isfinite(ss + yy + rr) and abs(sr) > OMEGA * sqrt(ss * rr)
@@ -167,7 +173,10 @@ class TrustRegionQuasiNewton(Optimizer):
             self.scalars["failures"] = 0
 
     def _keep(self, s: np.ndarray, y: np.ndarray, own: tuple[float, float, float], others: np.ndarray) -> bool:
-        """Put a pair in the oldest one's place, if the matrix stays sound: its products with itself and the rows."""
+        """Store the pair s, y (n,) in slot "head" if the matrix stays sound; return whether it does.
+
+        own: s^T s, s^T y, y^T y; others: (2, 2 history), products of s and of y with the rows, changed in place.
+        """
         ss, sy, yy = own
         slot, m = int(self.scalars["head"]), self.history
         gram = self.gram.copy()
@@ -183,10 +192,10 @@ class TrustRegionQuasiNewton(Optimizer):
 
 
 class LSR1(TrustRegionQuasiNewton):
-    """L-SR1 (Nocedal and Wright, Numerical Optimization, 2nd ed., eq. 6.24 and algorithm 6.2)."""
+    """L-SR1 in a trust region (Nocedal and Wright, Numerical Optimization, 2nd ed., eq. 6.24 and algorithm 6.2)."""
 
     indefinite = True
 
 
 class LBFGSTrustRegion(TrustRegionQuasiNewton):
-    """L-BFGS in a trust region (procedure 7.6 for the matrix)."""
+    """L-BFGS in a trust region (Nocedal and Wright, Numerical Optimization, 2nd ed., procedure 7.6 for the matrix)."""

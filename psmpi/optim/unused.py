@@ -1,4 +1,4 @@
-"""Settings that are given although neither the optimizer nor the schedule uses them."""
+"""Check for settings that are set although neither the optimizer nor the schedule uses them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DEFAULTS = {f.name: f.default for kind in (Hyper, NewtonSettings, ScheduleSettin
 
 @dataclass(frozen=True)
 class Unused:
-    """Setting that is not used, and what uses it: the names of optimizers (--optimizer) or schedules (--schedule)."""
+    """Unused setting, and the optimizers (--optimizer) or schedules (--schedule) that use it, by name."""
 
     setting: str
     choice: Literal["optimizer", "schedule"]
@@ -24,24 +24,25 @@ class Unused:
 
 
 def unused_settings(
-    optimizer: str, schedule: str, values: Mapping[str, Any], said: Collection[str] = ()
+    optimizer: str, schedule: str, values: Mapping[str, Any], explicit: Collection[str] = ()
 ) -> list[Unused]:
-    """The settings of `values` that differ from their defaults and that neither of the two uses, in their order.
+    """Return the settings of `values` that differ from their defaults although neither choice uses them, in order.
 
-    values: settings by their names in `Hyper`, `NewtonSettings` and `ScheduleSettings`; other names are passed over.
-    said: names of settings that count whatever their values. UserError for an unknown optimizer or schedule.
+    values: settings by their names in `Hyper`, `NewtonSettings` and `ScheduleSettings`; other names are ignored.
+    explicit: names of settings that count even with their default values. UserError for an unknown optimizer or
+    schedule.
     """
     used = {*find_optimizer(optimizer).settings, *find_schedule(schedule).settings}
-    found = []
+    unused = []
     for name, value in values.items():
         if name in used or name not in DEFAULTS:
             continue
-        if name not in said and value in (DEFAULTS[name], USUAL.get(name, DEFAULTS[name])):
+        if name not in explicit and value in (DEFAULTS[name], USUAL.get(name, DEFAULTS[name])):
             continue
-        optimizers = tuple(known for known, kind in ALL_OPTIMIZERS.items() if name in kind.settings)
-        schedules = tuple(known for known, kind in SCHEDULES.items() if name in kind.settings)
+        optimizers = tuple(user for user, kind in ALL_OPTIMIZERS.items() if name in kind.settings)
+        schedules = tuple(user for user, kind in SCHEDULES.items() if name in kind.settings)
         if optimizers:
-            found.append(Unused(name, "optimizer", optimizers))
+            unused.append(Unused(name, "optimizer", optimizers))
         elif schedules:
-            found.append(Unused(name, "schedule", schedules))
-    return found
+            unused.append(Unused(name, "schedule", schedules))
+    return unused

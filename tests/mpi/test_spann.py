@@ -498,7 +498,7 @@ def test_slabs_learn_mnist(train):
 
 
 LIMITS = [
-    (2, ("--model", "slabs", "--domains", "5"), "samples have 64 numbers, which that many domains .*: use --domains 4"),
+    (2, ("--model", "slabs", "--domains", "5"), "samples have 64 numbers, which 5 domains .*: use --domains 4"),
     (2, ("--model", "slabs", "--widths", "30"), "--widths 30 is not a multiple of --domains 4: use 32"),
     (2, ("--model", "slabs", "--widths", "32", "--halo", "17"), "slab1.* halo = 17 goes beyond .* which has 16 inputs"),
     (
@@ -512,8 +512,8 @@ LIMITS = [
     (2, ("--model", "slabs", "--domains", "3", "2"), "--widths 256: with --domains 3 2 .*: use 324"),
     (2, ("--model", "slabs", "--domains", "2", "2", "2"), "--domains 2 2 2: expected a whole number above 0, or two"),
     (2, ("--model", "slabs", "--domains", "0"), "--domains 0: expected a whole number above 0"),
-    (2, ("--model", "lenet", "--domains", "2"), "--domains is of --model slabs, and the model here is lenet"),
-    (2, ("--model", "lenet", "--halo", "2"), "--halo is of --model slabs, and the model here is lenet"),
+    (2, ("--model", "lenet", "--domains", "2"), "--domains is for --model slabs, but the model is lenet"),
+    (2, ("--model", "lenet", "--halo", "2"), "--halo is for --model slabs, but the model is lenet"),
     (
         2,
         (

@@ -89,7 +89,7 @@ def test_a_transformer_predicts_shorter_sequences_and_is_exported(train, tmp_pat
         assert status == 0, err
         assert accuracy is None or json.loads(out)["accuracy"] == accuracy
     status, _, err = run(1, "-m", "psmpi.predict", trained.out, "--dataset", "repeat_copy:3", "--json")
-    assert status == 1 and "positions1 knows 10 steps, and the sequences have 14" in " ".join(err.split())
+    assert status == 1 and "positions1 has positions for 10 steps, but the sequences have 14" in " ".join(err.split())
     pytest.importorskip("onnxruntime")
     status, out, err = run(1, "-m", "psmpi.inspect", "export", trained.out, "--out", tmp_path / "net.onnx")
     assert status == 0 and "onnxruntime's scores differ" in out, err
@@ -108,10 +108,10 @@ def test_what_does_not_fit_transformers_is_said(tmp_path):
     for options, said in (
         (("--model", "transformer", "--heads", "3"), "--heads 3 does not divide the width of --model transformer, 64"),
         (("--model", "transformer", "--widths", "6"), "--widths 8, or other --heads"),
-        (("--model", "transformer", "--widths", "8", "8", "8"), "has a width, perhaps the hidden one"),
+        (("--model", "transformer", "--widths", "8", "8", "8"), "takes a width, optionally a hidden width"),
         (("--model", "transformer", "--blocks", "2", "2"), "and one number of blocks"),
-        (("--model", "transformer", "--batch-norm"), "not for layers of sequences"),
-        (("--model", "lstm", "--heads", "2"), "--heads are of --model transformer, and the model here is lstm"),
+        (("--model", "transformer", "--batch-norm"), "would mix the steps of sequences"),
+        (("--model", "lstm", "--heads", "2"), "--heads is for --model transformer, but the model is lstm"),
     ):
         assert said in refused(*rows, *options)
     assert "not made for samples of shape (1, 8, 8): make sequences of images" in refused("--model", "transformer")

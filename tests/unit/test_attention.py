@@ -157,7 +157,7 @@ def test_a_layer_normalization_may_be_cut_by_units(shape):
     steps = 5 * int(np.prod(shape[1:]))
     assert together.numbers == [4 * steps] * 2
     cut = replace(whole, in_shape=(2, *shape[1:]), layers=(layer.restrict(2, (2, *shape[1:])),))
-    with pytest.raises(ValueError, match="2 of 7 units, and no sums"):
+    with pytest.raises(ValueError, match="2 of 7 units, but its site has no sums"):
         make_model(cut, cut.layout(), w[:4])
 
 
@@ -167,7 +167,7 @@ def test_heads_are_cut_whole_and_other_units_anywhere():
     two = heads.restrict(4, (12, 5))
     assert (two.heads, two.size, two.in_shape, two.out_shape) == (2, 2, (12, 5), (4, 5))
     for units, inputs in ((3, 9), (4, 11), (1, 3)):
-        with pytest.raises(UserError, match="heads of 2, and are dealt out in whole heads"):
+        with pytest.raises(UserError, match="heads of 2 and can only be dealt out in whole heads"):
             heads.restrict(units, (inputs, 5))
     assert positions.restrict(2, (2, 5)).parameters()[0].shape == (2, 5)
     assert gelu.restrict(2, (2, 5)).out_shape == (2, 5)
@@ -181,22 +181,22 @@ def test_vectors_of_steps_are_for_as_many_steps_as_they_know():
     model, one = make_model(network, layout, w), make_model(shorter, layout, w)
     few = np.ascontiguousarray(x.reshape(3, 5, 3)[:, :3])
     np.testing.assert_array_equal(one.forward(few).scores, model.forward(x).scores[:, :3])
-    with pytest.raises(UserError, match="knows 6 steps, and the sequences have 7: train it with longest = 7"):
+    with pytest.raises(UserError, match="positions for 6 steps, but the sequences have 7: train it with longest = 7"):
         network.with_steps(7)
 
 
 @pytest.mark.parametrize(
     "shape, table, said",
     [
-        ((3, 5), {"type": "positions", "longest": 4}, "longest = 4, and the sequences have 5 steps: use 5"),
+        ((3, 5), {"type": "positions", "longest": 4}, "longest = 4, but the sequences have 5 steps: use longest = 5"),
         ((3,), {"type": "positions"}, "positions needs a sequence"),
         ((12, 5), {"type": "attention"}, "needs 'heads'"),
         ((12, 5), {"type": "attention", "heads": 3}, "12 inputs are not queries, keys and values of 3 heads"),
         ((12, 5), {"type": "attention", "heads": 3}, "let the layer before have 9 units"),
         ((12, 5), {"type": "attention", "heads": 2, "causal": 1}, "causal = 1; expected true or false"),
         ((12,), {"type": "attention", "heads": 2}, "attention needs a sequence"),
-        ((2, 4, 4), {"type": "layer_norm"}, 'of images use type = "group_norm", groups = 1'),
-        ((4, 5), {"type": "group_norm", "groups": 2}, "use layer_norm, which takes each step alone"),
+        ((2, 4, 4), {"type": "layer_norm"}, 'for images use type = "group_norm", groups = 1'),
+        ((4, 5), {"type": "group_norm", "groups": 2}, "use layer_norm, which normalizes each step"),
     ],
 )
 def test_what_a_layer_cannot_take_is_said(shape, table, said):

@@ -56,7 +56,7 @@ def test_whole_rows_are_one_run_and_columns_a_run_a_row():
         (Box("w", ((0, 11),)), r"w: \[0, 11\) on axis 0, which has 10"),
         (Box("w", ((0, 10), (3, 2))), r"w: \[3, 2\) on axis 1"),
         (Box("w", ((-1, 10),)), "w: .*axis 0"),
-        (Box("w", ((0, 1),) * 3), "w: a box of 3 axes, the parameter has 2"),
+        (Box("w", ((0, 1),) * 3), "w: a box of 3 axes, but the parameter has 2"),
         (Box("v"), "no 'v': it has w"),
     ],
 )

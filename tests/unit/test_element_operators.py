@@ -257,7 +257,7 @@ def test_padding_changes_nothing():
 
 
 def test_wrong_settings_are_named():
-    with pytest.raises(UserError, match="no element update"):
+    with pytest.raises(UserError, match="element update 'bfgs' is unknown"):
         ElementOperators(1, 3, F64, "bfgs", OPS)
     with pytest.raises(UserError, match="--memory 0"):
         ElementOperators(1, 3, F64, "plse", OPS, memory=0)

@@ -116,7 +116,7 @@ def test_what_cannot_be_cut_is_an_error(monkeypatch):
         ((layers, 3, "spectral"), "choose one of slab, contiguous"),
         ((layers, 21, "slab"), "21 parts of a network whose smallest layer has 20 units"),
         ((layers, 0, "slab"), "0 parts"),
-        (([layers[0], layers[2]], 2, "slab"), "sparse layer 2 has 30 inputs, and the one before 40 units"),
+        (([layers[0], layers[2]], 2, "slab"), "sparse layer 2 has 30 inputs, but the layer before it has 40 units"),
     ):
         with pytest.raises(UserError, match=says):
             partition(*change)

@@ -388,9 +388,9 @@ BRANCH = "[[model.layers]] entry 2, entry 2 of its layers"
         (7, f"{BRANCH}: 7 is not a table"),
         ({"type": "dense", "unit": 7}, f"{BRANCH} (dense3): a dense layer needs 'units'"),
         ({"type": "residual", "layers": 3}, f"{BRANCH}: layers = 3; expected a list"),
-        (residual(dense(7), dense(6)), f"{BRANCH} (residual2): its layers make (6,) of (7,)"),
+        (residual(dense(7), dense(6)), f"{BRANCH} (residual2): its layers turn inputs of shape (7,) into (6,)"),
         (residual(dense(7), {"type": "dense"}), f"{BRANCH}, entry 2 of its layers (dense4): a dense layer needs"),
-        (dense(8), "[[model.layers]] entry 2 (residual1): its layers make (8,) of (7,)"),
+        (dense(8), "[[model.layers]] entry 2 (residual1): its layers turn inputs of shape (7,) into (8,)"),
     ],
 )
 def test_a_wrong_layer_of_a_file_is_told_by_its_place_there(inner, says):
@@ -432,8 +432,8 @@ def test_a_head_has_rows_of_its_own_for_each_class_behind_a_trunk_of_widths_or_l
     assert layout.part([3]).size == trunk + 6 and layout.part([1, 4]).size == trunk + 2 * 6
     assert make_network("head", (4,), 6).layers[0].units == 512
     for wrong, says in (
-        ({"layers": [dense(5)], "widths": (3,)}, "leave one of them out"),
-        ({"layers": [dense(5)], "batch_norm": True}, "--batch-norm is for networks"),
+        ({"layers": [dense(5)], "widths": (3,)}, "leave one of the two out"),
+        ({"layers": [dense(5)], "batch_norm": True}, "--batch-norm is not for --model"),
         ({"layers": [{"type": "conv", "channels": 2, "kernel": 3}]}, "needs a flat input"),
     ):
         with pytest.raises(UserError, match=says):
@@ -479,7 +479,7 @@ def test_resnet_has_sections_of_residual_blocks():
     for settings, says in (
         ({"widths": (8, 8), "blocks": (2,)}, "as many numbers"),
         ({"widths": (8,) * 7}, "too often"),
-        ({"batch_norm": True}, "say themselves"),
+        ({"batch_norm": True}, "--batch-norm is not for --model resnet"),
     ):
         with pytest.raises(UserError, match=says):
             make_network("resnet", (3, 32, 32), 10, **settings)
@@ -490,7 +490,7 @@ def test_resnet_has_sections_of_residual_blocks():
 @pytest.mark.parametrize(
     ("table", "says"),
     [
-        (residual(dense(5)), "are to be added"),
+        (residual(dense(5)), "but the two are added"),
         (residual(dense(7), scale=0), "scale"),
         ({"type": "residual"}, "layers"),
         ({"type": "residual", "layers": 3}, "list of tables"),
@@ -527,7 +527,7 @@ def test_radix_networks_are_mixed_radix_systems_behind_a_random_layer():
     for options, says in (
         ({"widths": (64, 64)}, "has one width"),
         ({"widths": (16,)}, "of 32 or more"),
-        ({"final_time": 2.0}, "--final-time is of --model deep, deep-conv;"),
+        ({"final_time": 2.0}, "--final-time is for --model deep, deep-conv,"),
     ):
         with pytest.raises(UserError, match=says):
             make_network(**{"name": "radix", "in_shape": (3,), "classes": 4, **options})
@@ -561,10 +561,10 @@ def test_deep_networks_are_steps_of_a_march():
     assert images.layout().size == 4 * 10 + 2 * 4 * 37 + 4 * (4 * 49 + 1)
     for options, says in (
         ({"widths": (5, 6)}, "has one width"),
-        ({"batch_norm": True}, "not normalized"),
+        ({"batch_norm": True}, "cannot be normalized"),
         ({"name": "deep-conv"}, "is not made for samples of shape"),
-        ({"name": "mlp", "depth": 8}, "--depth is of --model deep"),
-        ({"name": "mlp", "final_time": 2.0}, "--final-time is of --model deep"),
+        ({"name": "mlp", "depth": 8}, "--depth is for --model deep"),
+        ({"name": "mlp", "final_time": 2.0}, "--final-time is for --model deep"),
     ):
         with pytest.raises(UserError, match=says):
             make_network(**{"name": "deep", "in_shape": (3,), "classes": 4, **options})

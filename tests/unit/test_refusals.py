@@ -67,7 +67,7 @@ def test_what_is_named_instead_of_a_refused_network_is_taken(model, shape, ranks
     [
         (
             [{"type": "separable_dense", "units": 10, "groups": 10}],
-            ["the last 4 of 64 inputs are not used, for 10 groups see 6 each; 70 inputs would all be"],
+            ["the last 4 of 64 inputs are not used, because each of 10 groups takes 6; 70 inputs would all be used"],
         ),
         ([{"type": "separable_dense", "units": 20, "groups": 4}, {"type": "dense", "units": 10}], []),
         (
@@ -86,7 +86,7 @@ def test_inputs_that_do_not_divide_into_groups_are_noted(layers, says):
 def test_what_no_window_of_a_pooling_sees_is_noted():
     table = [{"type": "max_pool", "size": 3}, {"type": "flatten"}, {"type": "dense", "units": 10}]
     (note,) = build("mine", (1, 11, 9), table, 10).notes
-    assert "windows of 3 x 3 do not see the last 2 of 11 rows" in note and "columns" not in note
+    assert "windows of 3 x 3 do not cover the last 2 of 11 rows" in note and "columns" not in note
     assert not build("mine", (1, 9, 9), table, 10).notes
 
 

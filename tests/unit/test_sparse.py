@@ -103,9 +103,9 @@ def test_random_rows_have_their_number_of_columns_and_every_column_alike_often(m
 
 def test_patterns_of_arrays_that_make_none_are_refused():
     for starts, columns, says in (
-        ([0, 2, 1, 2], [0, 1], "go up"),
+        ([0, 2, 1, 2], [0, 1], "not decrease"),
         ([1, 2], [0, 1], "begin at 0"),
-        ([0, 3], [0, 1], "2 columns"),
+        ([0, 3], [0, 1], "number of entries, 2"),
         ([0, 0], [], "0 entries"),
         ([0, 2], [0, 3], "0 to 3; expected 0 to 2"),
         ([0, 2], [-1, 0], "from -1"),
@@ -160,7 +160,7 @@ def test_a_file_of_scipy_is_a_pattern_and_a_table_that_needs_no_file(tmp_path):
     assert tables[0] == inner
     for table in (inner, packed[0]):
         assert build("custom", (9,), [table], 6).layers[0].pattern == pattern
-    with pytest.raises(UserError, match=r"the pattern is 6 x 9, and the layer has 7 units and 9 inputs"):
+    with pytest.raises(UserError, match=r"the pattern is 6 x 9, but the layer has 7 units and 9 inputs"):
         build("custom", (9,), [{**inner, "units": 7}], 7)
 
 
@@ -266,11 +266,11 @@ def test_damaged_headers_and_bytes_are_one_error(tmp_path):
     ("settings", "says"),
     [
         ({"pattern": "random"}, "needs 'fan_in'"),
-        ({"pattern": "random", "fan_in": 9}, "fan_in = 9 is more than the 8 inputs"),
+        ({"pattern": "random", "fan_in": 9}, "fan_in = 9 is more than the layer's 8 inputs"),
         ({"pattern": "random", "fan_in": 2, "seed": -1}, "seed = -1"),
         ({"pattern": "radix", "radix": 4, "stride": 3}, "more than once"),
         ({"pattern": "radix", "copies": 3}, "copies = 3 does not divide"),
-        ({"pattern": "radix", "units": 9}, "as many units as inputs, here 9 and 8"),
+        ({"pattern": "radix", "units": 9}, "as many inputs as units, but has 8 inputs and 9 units"),
         ({"pattern": "nearest"}, "expected \"random\""),
         ({"pattern": 3}, "pattern = 3"),
         ({}, "needs 'pattern'"),
@@ -304,7 +304,7 @@ def test_a_local_pattern_has_its_columns_in_any_order():
     assert np.allclose(gradients[0][0][entries], gradients[1][0]) and np.allclose(
         gradients[0][1][order], gradients[1][1]
     )
-    with pytest.raises(ValueError, match="not there"):
+    with pytest.raises(ValueError, match="not kept"):
         pattern.restricted(rows, np.zeros(10, bool))
 
 

@@ -592,7 +592,7 @@ def test_labels_of_curves_have_no_codes_for_terminals(
 @pytest.mark.parametrize("read", [checkpoint.validate, lambda path: read_pattern(str(path))])
 def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path: Path, read: Any) -> None:
     os.mkfifo(tmp_path / "a.npz")
-    with pytest.raises(UserError, match="is no regular file"):
+    with pytest.raises(UserError, match=r"is not? (a )?regular file"):
         read(tmp_path / "a.npz")
 
 

@@ -1,4 +1,4 @@
-"""Functions of each number alone: sigmoid, tanh, relu, identity."""
+"""Elementwise activations: sigmoid, tanh, relu, identity."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ONNX = {"sigmoid": "Sigmoid", "tanh": "Tanh", "relu": "Relu"}
 
 @dataclass(frozen=True)
 class Activation(Layer):
-    """The function `kind` of each number; most layers absorb one that follows them."""
+    """Elementwise activation `kind`; most layers absorb an activation that follows them."""
 
     kind: str
 
@@ -35,7 +35,7 @@ class Activation(Layer):
 
 
 class ActivationPart(Part):
-    """An activation that no other layer has absorbed."""
+    """Activation that no other layer has absorbed: x -> y of the same shape."""
 
     def forward(self, x: np.ndarray, y: np.ndarray | None, room: Any) -> tuple[np.ndarray, Any]:
         if y is None:
@@ -56,5 +56,5 @@ class ActivationPart(Part):
 
 
 def export_activation(graph: Any, value: str, kind: str, label: str) -> str:
-    """Add an activation to an ONNX graph."""
+    """Add an activation to an ONNX graph; return the name of its output."""
     return str(graph.node(ONNX[kind], [value], f"{label}.{kind}"))

@@ -1,4 +1,4 @@
-"""Attention (Vaswani et al. 2017), without weights of its own."""
+"""Multi-head attention (Vaswani et al. 2017) on given queries, keys and values: a layer without weights."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from psmpi.nn.layers.base import Layer, Part, Site, Stage
 from psmpi.nn.layers.table import Table
 from psmpi.nn.layers.uses import Uses, grouped, stretched
 
-# A product so low that its step is not looked at.
+# Score that gives a step the attention probability 0.
 LOW = -1e30
-# Samples of the largest vectors, and steps whose probabilities the kernels in C make at a time.
+# Samples in the largest vectors, and steps whose probabilities the kernels in C compute at a time.
 LANES, TALL = 16, 16
 
 
 @dataclass(frozen=True)
 class Attention(Layer):
-    """softmax(q k^T / sqrt(size)) v of each of `heads` heads, over the steps up to each step's own if `causal`.
+    """Attention softmax(q k^T / sqrt(size)) v of each of `heads` heads; `causal`: no step attends to later steps.
 
-    Inputs (3 width, steps) are of each head, in turn, the rows of its queries, keys and values: those of some whole
-    heads make their outputs, of (width, steps). Behind a sequence's end outputs are of no use. Probabilities are not
-    kept: backward computes them again, from the input.
+    Inputs (3 width, steps) have, head by head, the rows of the head's queries, keys and values; outputs are (width,
+    steps). A subnetwork takes whole heads. Outputs after the end of a sequence are meaningless. Backward computes the
+    probabilities again from the input instead of keeping them.
     """
 
     heads: int
@@ -50,7 +50,7 @@ class Attention(Layer):
 
     @property
     def size(self) -> int:
-        """Units of a head."""
+        """Number of output units of a head."""
         return self.out_shape[0] // self.heads
 
     @property
@@ -67,22 +67,22 @@ class Attention(Layer):
     def restrict(self, units: int, in_shape: tuple[int, ...]) -> Layer:
         if units % self.size or in_shape[0] != 3 * units:
             raise UserError(
-                f"the units of {self.name} are heads of {self.size}, and are dealt out in whole heads: {units} of them "
-                f"with {in_shape[0]} inputs are none"
+                f"the units of {self.name} form heads of {self.size} and can only be dealt out in whole heads: "
+                f"{units} units with {in_shape[0]} inputs are not whole heads"
             )
         return Attention(self.name, in_shape, (units, *self.out_shape[1:]), units // self.size, self.causal)
 
     def workspace_numbers(self, stage: Stage, batch: int, wanted: bool, packed: bool) -> dict[str, int]:
-        found, (units, steps) = super().workspace_numbers(stage, batch, wanted, packed), stage.shape
+        numbers, (units, steps) = super().workspace_numbers(stage, batch, wanted, packed), stage.shape
         if packed:
-            # Of a head and a vector of samples, in one thread.
-            return {**found, "attention": (7 * self.size + 2 * TALL) * steps * LANES}
-        # Samples first, and the probabilities of some.
+            # Arrays of one head and one vector of samples, for one thread.
+            return {**numbers, "attention": (7 * self.size + 2 * TALL) * steps * LANES}
+        # Arrays with the samples first, and the probabilities of some samples at a time.
         matrices = units // self.size * steps**2
         some = matrices * min(batch, max(1, CHUNK // matrices)) if matrices else 0
         large = {"attention x": 3, "attention y": 1, "attention dx": 3}
         return {
-            **found,
+            **numbers,
             **{name: count * units * steps * batch for name, count in large.items()},
             **dict.fromkeys(("attention p", "attention dp"), some),
         }
@@ -92,7 +92,7 @@ class Attention(Layer):
 
 
 class AttentionPart(Part):
-    """x (3 units, steps, b) -> y (units, steps, b)."""
+    """Part of attention: x (3 units, steps, b) -> y (units, steps, b)."""
 
     def __init__(self, stage: Stage, site: Site):
         super().__init__(stage, site)
@@ -102,7 +102,7 @@ class AttentionPart(Part):
 
     @property
     def lengths(self) -> np.ndarray | None:
-        """Where sequences end. What comes behind is looked at by what comes behind alone if steps look back."""
+        """Lengths of the sequences, (b,); None for causal attention, in which no step of a sequence sees padding."""
         return None if self.causal else self.space.span.lengths
 
     def forward(self, x: np.ndarray, y: np.ndarray | None, room: Any) -> tuple[np.ndarray, Any]:
@@ -124,8 +124,8 @@ class AttentionPart(Part):
         apart = graph.constant(f"{name}.shape", np.array([0, self.heads, 3 * size, steps]))
         split = graph.node("Reshape", [value, apart], f"{name}.apart")
         queries, keys, values = (
-            graph.node("Gather", [split, graph.constant(f"{name}.{k}", rows)], f"{name}.{what}", axis=2)
-            for k, (what, rows) in enumerate(
+            graph.node("Gather", [split, graph.constant(f"{name}.{k}", rows)], f"{name}.{operand}", axis=2)
+            for k, (operand, rows) in enumerate(
                 zip(("queries", "keys", "values"), np.arange(3 * size).reshape(3, -1), strict=True)
             )
         )

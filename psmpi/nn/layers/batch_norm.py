@@ -18,10 +18,10 @@ EPS = 1e-5
 
 @dataclass(frozen=True)
 class BatchNorm(Layer):
-    """Each unit's values over the minibatch less their mean, over their standard deviation; then scaled and shifted.
+    """Batch normalization: each unit's values over the minibatch, normalized to mean 0 and variance 1, then affine.
 
-    The statistics are those of the minibatch in evaluations too: none are kept. With `affine`, the scale and the shift
-    are parameters; else there are none.
+    Evaluations normalize by the statistics of their minibatch too: the layer keeps no running statistics. affine: scale
+    and shift of each unit are parameters; otherwise the layer has no parameters.
     """
 
     affine: bool
@@ -48,8 +48,8 @@ class BatchNorm(Layer):
 
     @property
     def rank_sums(self) -> tuple[int, ...]:
-        # Of values, and their number; of their squared distances from the mean; of gradients, alone and times the
-        # normalized values.
+        # Sums of the values, and their number; of the squared distances from the mean; of the gradients, and of the
+        # gradients times the normalized values.
         units = self.out_shape[0]
         return units + 1, units, 2 * units
 
@@ -62,9 +62,10 @@ class BatchNorm(Layer):
 
 
 class BatchNormPart(Part):
-    """x (units, ..., b) -> y = activation(gamma (x - mean) / sqrt(variance + EPS) + beta), unit by unit.
+    """Part of batch normalization: x -> y = activation(gamma (x - mean) / sqrt(variance + EPS) + beta), unit by unit.
 
-    The normalized values take the place of x where nobody else needs that, else an array of the pass's own.
+    x, y: (units, ..., b). The normalized values overwrite x if nothing else needs x; otherwise they take an array of
+    the pass.
     """
 
     def __init__(self, stage: Stage, site: Site):
@@ -72,11 +73,11 @@ class BatchNormPart(Part):
         assert isinstance(self.layer, BatchNorm)
         self.units, self.affine, self.total = int(stage.kept.sum()), self.layer.affine, site.total
         self.runs = affine_runs(self.layer, site.layout, site.part, stage.kept)
-        # Statistics to be used instead of the minibatch's: means and scales (units,) each. While these are found, means
-        # and variances (2, units) of each minibatch seen.
+        # fixed: means and scales (units,) to use instead of the minibatch's. gathered: means and variances (2, units)
+        # of each minibatch, while statistics are gathered.
         self.fixed: tuple[np.ndarray, np.ndarray] | None = None
-        self.seen: list[np.ndarray] | None = None
-        # What stands for scales and shifts that the layer has not: 1 and 0, whose gradients go nowhere.
+        self.gathered: list[np.ndarray] | None = None
+        # Scales 1 and shifts 0 of a layer without parameters, and unused arrays for their gradients.
         count = 0 if self.affine else self.units
         self.ones, self.zeros, self.dones, self.dzeros = (self.ops.zeros(count, self.dtype) for _ in range(4))
         self.ones += 1
@@ -89,7 +90,7 @@ class BatchNormPart(Part):
         self.g = None if g is None else self.views(g)
 
     def views(self, vector: np.ndarray) -> Any:
-        """Of each run of units, their scales and their shifts, (units of the run,) each."""
+        """Return scales and shifts of each run of units, (units of the run,) each."""
         if not self.affine:
             return [(self.dones, self.dzeros)]
         counts = [units.stop - units.start for units, _, _ in self.runs]
@@ -99,7 +100,7 @@ class BatchNormPart(Part):
         ]
 
     def room(self, batch: int, writable: bool) -> Any:
-        """1 / sqrt(variance + EPS) (units,), and the normalized values where they do not take the place of x."""
+        """Return arrays for 1 / sqrt(variance + EPS) (units,), and for the normalized values unless in x."""
         own = self.ops.empty(0 if writable else self.size * batch, self.dtype)
         return self.ops.empty(self.units, self.dtype), own
 
@@ -114,23 +115,23 @@ class BatchNormPart(Part):
             normal -= mean[:, None]
             normal *= factor[:, None]
         else:
-            # They may take the place of x.
+            # The normalized values may overwrite x, so its means are computed first.
             means = None
-            if self.seen is not None:
+            if self.gathered is not None:
                 means = self.ops.host(x.reshape(normal.shape).mean(axis=1, dtype=np.float64))
             if self.total is None:
                 self.ops.normalize(x.reshape(normal.shape), EPS, normal, scale)
             else:
                 count = self._normalize_together(x.reshape(normal.shape), normal, scale)
-            if self.seen is not None and means is not None:
-                self.seen.append(np.stack([means, self.ops.host(scale).astype(np.float64) ** -2.0 - EPS]))
+            if self.gathered is not None and means is not None:
+                self.gathered.append(np.stack([means, self.ops.host(scale).astype(np.float64) ** -2.0 - EPS]))
         rows = y.reshape(normal.shape)
         for (units, *_), (gamma, beta) in zip(self.runs, self.w, strict=True):
             self.ops.affine(normal[units], gamma, beta, self.activation, rows[units])
         return y, (scale, normal, count)
 
     def _normalize_together(self, x: np.ndarray, out: np.ndarray, scale: np.ndarray) -> int:
-        """`ops.normalize` by the statistics of all ranks' slices together; returns how many values a unit has there."""
+        """Normalize as `ops.normalize`, by statistics of all ranks' slices; return their number of values per unit."""
         assert self.total is not None
         sums = np.append(x.sum(axis=1, dtype=np.float64), x.shape[1])
         self.total(sums)
@@ -145,7 +146,7 @@ class BatchNormPart(Part):
     def backward(
         self, x: np.ndarray, y: np.ndarray, kept: Any, dy: np.ndarray, dx: np.ndarray | None, into: Any
     ) -> np.ndarray:
-        # The normalized values are used up.
+        # Backward overwrites the normalized values.
         (scale, normal, count), rows = kept, (self.units, -1)
         ys, ds = y.reshape(rows), dy.reshape(rows)
         into = self._unwanted() if into is None else into
@@ -161,15 +162,15 @@ class BatchNormPart(Part):
     def _back_together(
         self, normal: np.ndarray, scale: np.ndarray, count: int, y: np.ndarray, dy: np.ndarray, into: Any
     ) -> None:
-        """`ops.normalize_back` on a slice: dgamma and dbeta are this slice's shares of the sums that dy needs."""
+        """Compute `ops.normalize_back` with sums over all ranks; dgamma and dbeta get the shares of this slice."""
         assert self.total is not None
         self.ops.activate_back(self.activation, y, dy)
         sums = np.concatenate(
             [np.einsum("ij,ij->i", dy, normal, dtype=np.float64), dy.sum(axis=1, dtype=np.float64)]
         ).reshape(2, -1)
         for (units, *_), pair in zip(self.runs, into, strict=True):
-            for share, mine in zip(sums, pair, strict=True):
-                mine[...] = share[units]
+            for sum_of_units, gradient in zip(sums, pair, strict=True):
+                gradient[...] = sum_of_units[units]
         self.total(sums.reshape(-1))
         dgamma, dbeta = (sums / count).astype(self.dtype)
         normal *= dgamma[:, None]
@@ -179,18 +180,18 @@ class BatchNormPart(Part):
             dy[units] *= (gamma * scale[units])[:, None]
 
     def _unwanted(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Room for gradients of scales and shifts that nobody wants."""
+        """Return workspace arrays for gradients of scales and shifts that are not needed."""
         return [(self.space.take("dgamma", len(gamma)), self.space.take("dbeta", len(gamma))) for gamma, _ in self.w]
 
     def gather_statistics(self) -> None:
-        self.fixed, self.seen = None, []
+        self.fixed, self.gathered = None, []
 
     def fix_statistics(self) -> None:
-        assert self.seen
-        means, variances = np.stack(self.seen, axis=1)
+        assert self.gathered
+        means, variances = np.stack(self.gathered, axis=1)
         mean, variance = means.mean(axis=0), variances.mean(axis=0) + means.var(axis=0)
         mean, scale = (values.astype(self.dtype) for values in (mean, 1 / np.sqrt(variance + EPS)))
-        self.fixed, self.seen = (self.ops.put(mean), self.ops.put(scale)), None
+        self.fixed, self.gathered = (self.ops.put(mean), self.ops.put(scale)), None
 
     def statistics(self) -> dict[str, np.ndarray]:
         if self.fixed is None:
@@ -200,7 +201,7 @@ class BatchNormPart(Part):
         return {f"{self.layer.name}.mean": mean, f"{self.layer.name}.variance": variance}
 
     def export(self, graph: Any, value: str) -> str:
-        """With fixed statistics, which every sample can be normalized by on its own; ValueError without."""
+        """Add the layer with fixed statistics to an ONNX graph; raise ValueError if the statistics are not fixed."""
         if self.fixed is None:
             raise ValueError(f"{self.layer.name} has no fixed statistics: calibrate the model first")
         name, shape = self.layer.name, (-1, *(1,) * (len(self.shape) - 1))
@@ -212,10 +213,10 @@ class BatchNormPart(Part):
 
 
 def affine_runs(layer: Layer, layout: Layout, part: Runs, kept: np.ndarray) -> list[tuple[slice, int, int]]:
-    """(units, where their scales begin, where their shifts do): runs of units side by side in both parameters.
+    """Return runs of units that are contiguous in both parameters: (units, start of scales, start of shifts), in order.
 
-    The units are those `kept`, counted among these, and the runs in their order. Without parameters there is one run of
-    all of them.
+    units: a slice that counts the units `kept` only. Starts are places in the local vector. A layer without parameters
+    has one run of all its units.
     """
     if not layer.parameters():
         return [(slice(0, int(kept.sum())), 0, 0)]
@@ -232,7 +233,7 @@ def affine_runs(layer: Layer, layout: Layout, part: Runs, kept: np.ndarray) -> l
 
 
 def export_affine(graph: Any, part: Part, value: str) -> str:
-    """Add the scales and shifts of a normalizing part to an ONNX graph."""
+    """Add the scales and shifts of a normalization to an ONNX graph; return the name of the output."""
     name, shape = part.layer.name, (-1, *(1,) * (len(part.shape) - 1))
     gamma, beta = (np.concatenate([pair[k] for pair in part.w]).reshape(shape) for k in (0, 1))
     scaled = graph.node("Mul", [value, graph.constant(f"{name}.gamma", gamma)], f"{name}.scaled")

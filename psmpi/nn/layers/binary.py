@@ -1,4 +1,4 @@
-"""Scores of two classes from one number."""
+"""Binary layer: scores of two classes from one number."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from psmpi.nn.layers.uses import Uses, grouped
 
 @dataclass(frozen=True)
 class Binary(Layer):
-    """(1, ...) -> (2, ...): the scores (1 - x) / 2 and (1 + x) / 2, whose difference is x.
+    """Scores (1 - x) / 2 and (1 + x) / 2 of two classes, whose difference is x: (1, ...) -> (2, ...).
 
-    So one number x is the score of two classes, as logistic regression and support vector machines have it: with t = -1
-    of class 0 and t = 1 of class 1 the loss `logistic` becomes log(1 + exp(-kappa t x)), `hinge` max(0, 1 - kappa t x)
-    and `squared` (1 - t x)^2 / 2 (derived). The larger score is that of the sign of x.
+    One number x scores two classes, as in logistic regression and support vector machines. With t = -1 for class 0 and
+    t = 1 for class 1, the loss `logistic` becomes log(1 + exp(-kappa t x)), `hinge` becomes max(0, 1 - kappa t x), and
+    `squared` becomes (1 - t x)^2 / 2 (derived). The sign of x decides which score is larger.
     """
 
     moves_gradient: ClassVar[bool] = True
@@ -28,7 +28,7 @@ class Binary(Layer):
     def read(cls, table: Table, label: str, shape: tuple[int, ...]) -> list[Layer]:
         if shape[0] != 1 or len(shape) > 2:
             raise UserError(
-                f"{table.where}: binary makes scores of two classes from one number, and its input has shape {shape}: "
+                f"{table.where}: binary makes scores of two classes from one number, but its input has shape {shape}: "
                 'put {type = "dense", units = 1} before it'
             )
         return [cls(label, shape, (2, *shape[1:]))]
@@ -44,7 +44,7 @@ class Binary(Layer):
 
 
 class BinaryPart(Part):
-    """x (1, ..., b) -> y (k, ..., b) for k = 1 or 2 of the scores."""
+    """Part of `Binary` with k = 1 or 2 of the scores: x (1, ..., b) -> y (k, ..., b)."""
 
     def __init__(self, stage: Stage, site: Site):
         super().__init__(stage, site)

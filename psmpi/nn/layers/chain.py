@@ -1,4 +1,4 @@
-"""Layers one after the other: which of them a subnetwork computes, where their outputs are, forward and backward."""
+"""Chains of layers: the stages that a subnetwork computes, the memory of their outputs, forward and backward."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from psmpi.nn.layers.uses import Uses, used
 
 
 def uses_of(layers: Sequence[Layer], uses: Uses) -> list[Uses]:
-    """For each layer, who uses its output units, given who uses those of the last."""
-    found = []
+    """Return the users of each layer's output units, given the users of the last layer's units."""
+    layer_uses = []
     for layer in reversed(layers):
-        found.append(uses)
+        layer_uses.append(uses)
         uses = layer.sources(uses)
-    return found[::-1]
+    return layer_uses[::-1]
 
 
 def make_stages(
@@ -35,20 +35,20 @@ def make_stages(
     fold: bool = True,
     some: slice = slice(None),
 ) -> list[Stage]:
-    """The stages of the subnetwork of `classes`.
+    """Return the stages of the subnetwork of `classes`.
 
-    uses: who uses the units of the last layer; inputs: (units,) bool, which of the first one's inputs are there; fold:
-    convolutions absorb mean pooling; some: of which layers stages are wanted.
+    uses: users of the last layer's units; inputs: (units,) bool, input units of the first layer that are present; fold:
+    convolutions absorb mean pooling; some: layers whose stages are returned.
     """
     places: list[list[tuple[Layer, Uses, np.ndarray, np.ndarray]]] = []
     for layer, users in zip(layers, uses_of(layers, uses), strict=True):
         places.append([])
         if layer.exact:
-            seen = layer.sources(users)
-            wanted = used(seen, classes, layer.in_shape[0])
+            input_users = layer.sources(users)
+            wanted = used(input_users, classes, layer.in_shape[0])
             if (inputs & ~wanted).any():
                 select = Select(f"{layer.name}.units", layer.in_shape, layer.in_shape)
-                places[-1].append((select, seen, inputs, wanted))
+                places[-1].append((select, input_users, inputs, wanted))
                 inputs = wanted
         kept = layer.present(inputs, used(users, classes, layer.out_shape[0]))
         places[-1].append((layer, users, inputs, kept))
@@ -69,16 +69,16 @@ def make_stages(
 
 @dataclass(frozen=True)
 class Spot:
-    """The place of a stage's output: in an array of its own (`new`), and whether it may overwrite its input."""
+    """Memory of a stage's output: whether it needs a new array, and whether the stage may overwrite its input."""
 
     new: bool
     writable: bool
 
 
 def plan_buffers(stages: Sequence[Stage]) -> tuple[list[Spot], bool]:
-    """The places of the outputs of a chain's stages, and whether the last one may be overwritten.
+    """Return the spots of the outputs of a chain's stages, and whether the last output may be overwritten.
 
-    What goes into the chain may not, nor an output that backward needs.
+    The input of the chain and outputs that backward needs are never overwritten.
     """
     spots, writable = [], False
     for stage in stages:
@@ -89,29 +89,29 @@ def plan_buffers(stages: Sequence[Stage]) -> tuple[list[Spot], bool]:
 
 
 def output_numbers(stages: Sequence[Stage]) -> int:
-    """Numbers a sample of the outputs that have arrays of their own, those inside others too."""
+    """Return the numbers per sample of all outputs with new arrays, including outputs of inner stages."""
     spots, _ = plan_buffers(stages)
     own = sum(stage.size for stage, spot in zip(stages, spots, strict=True) if spot.new)
     return own + sum(output_numbers(stage.inner) for stage in stages)
 
 
 def lowest(stages: Sequence[Stage]) -> int:
-    """The first stage with weights; below it no gradient is needed."""
+    """Return the index of the first stage that backward must reach; no gradient is needed below it."""
     return next((k for k, stage in enumerate(stages) if any(one.weighted for one in walk(stage))), len(stages))
 
 
 def workspace_numbers(stages: Sequence[Stage], batch: int, packed: bool, wanted: bool = False) -> dict[str, int]:
-    """Numbers that backward passes of a chain need of each array of the workspace; see `Layer.workspace_numbers`."""
-    found: dict[str, int] = {}
+    """Return the size of each workspace array that backward passes of a chain need; see `Layer.workspace_numbers`."""
+    numbers: dict[str, int] = {}
     for k, stage in enumerate(stages):
         for name, size in stage.layer.workspace_numbers(stage, batch, wanted or k > lowest(stages), packed).items():
-            found[name] = max(found.get(name, 0), size)
-    return found
+            numbers[name] = max(numbers.get(name, 0), size)
+    return numbers
 
 
 @dataclass(eq=False)
 class Room:
-    """Arrays of one pass through a chain, for up to `batch` samples: outputs, and what parts keep besides."""
+    """Arrays of one pass through a chain, for up to `batch` samples: `buffers` for outputs, `rooms` of `Part.room`."""
 
     batch: int
     buffers: list[np.ndarray | None] = field(default_factory=list)
@@ -120,9 +120,10 @@ class Room:
 
 @dataclass(eq=False)
 class Tape:
-    """Arrays that one forward pass keeps for its backward pass: the input, every part's output, and more of each part.
+    """Arrays that one forward pass keeps for its backward pass.
 
-    Arrays are those of a room: the next pass through the same room overwrites them.
+    outputs: the input, then the output of each part; kept: the other results of `Part.forward`, for each part. The
+    arrays belong to a room: the next pass through the same room overwrites them.
     """
 
     outputs: list[np.ndarray]
@@ -130,17 +131,17 @@ class Tape:
 
     @property
     def scores(self) -> np.ndarray:
-        """The outputs of the last part."""
+        """Output of the last part."""
         return self.outputs[-1]
 
 
 class Chain:
-    """The parts of some stages, one after the other."""
+    """Parts of consecutive stages, with forward and backward through all of them."""
 
     def __init__(self, stages: Sequence[Stage], site: Site, in_shape: tuple[int, ...], apart: bool = False):
-        """apart: each part has its gradient at the beginning of one piece of memory, which the next one overwrites."""
+        """apart: each part writes its gradient to the start of one shared vector, which the next part overwrites."""
         self.ops, self.space, self.dtype, self.in_shape = site.ops, site.space, site.dtype, in_shape
-        # Where each part's weights are in the local vector, where their gradients are apart.
+        # With `apart`, the slice of each part's weights in the local vector.
         self.slices = [_slice(stage, site) for stage in stages] if apart else None
         sites = [site] * len(stages)
         if self.slices is not None:
@@ -150,7 +151,7 @@ class Chain:
         self.lowest = lowest(stages)
 
     def walk(self) -> Iterator[Part]:
-        """All parts, those inside others too, in the order of forward."""
+        """Iterate over all parts, including inner parts, in the order of forward."""
         for part in self.parts:
             yield from part.walk()
 
@@ -162,23 +163,23 @@ class Chain:
                 part.bind(w[at], None if g is None else g[: at.stop - at.start])
 
     def views(self, vector: np.ndarray) -> list[Any]:
-        """Each part's place for gradients in another vector than g."""
+        """Return the views of each part in a local vector, for gradients that do not go into g."""
         return [part.views(vector) for part in self.parts]
 
     def room(self, batch: int) -> Room:
-        """Room for a pass of up to `batch` samples."""
-        made = Room(batch)
+        """Return the arrays for a pass of up to `batch` samples."""
+        room = Room(batch)
         for part, spot in zip(self.parts, self.spots, strict=True):
-            made.rooms.append(part.room(batch, spot.writable))
-            made.buffers.append(self.ops.empty(part.size * batch, self.dtype) if spot.new else None)
-        return made
+            room.rooms.append(part.room(batch, spot.writable))
+            room.buffers.append(self.ops.empty(part.size * batch, self.dtype) if spot.new else None)
+        return room
 
     def reserve(self, batch: int) -> None:
         for part in self.parts:
             part.reserve(batch)
 
     def reserve_backward(self, batch: int, wanted: bool = False) -> None:
-        """Make room for what backward passes share; wanted: the gradient of the chain's input is."""
+        """Allocate the memory that backward passes share; wanted: the gradient of the chain's input is needed."""
         first = 0 if wanted else self.lowest
         for k, part in enumerate(self.parts):
             if k > first and part.layer.moves_gradient:
@@ -186,7 +187,7 @@ class Chain:
             part.reserve_backward(batch, wanted or k > first)
 
     def forward(self, x: np.ndarray, room: Room) -> Tape:
-        """x (*in_shape, b), or with fewer steps of sequences, -> the tape of the pass."""
+        """Return the tape of a forward pass of x (*in_shape, b); sequences may have fewer steps than in_shape."""
         tape = Tape([x], [])
         for part, buffer, own in zip(self.parts, room.buffers, room.rooms, strict=True):
             y = _output(part, buffer, tape.outputs[-1])
@@ -196,7 +197,7 @@ class Chain:
         return tape
 
     def trace(self, x: np.ndarray, room: Room) -> Iterator[tuple[Part, np.ndarray]]:
-        """The parts with their outputs for x, one after the other: the next one may overwrite an output."""
+        """Iterate over the parts with their outputs for x; the next part may overwrite an output."""
         for part, buffer, own in zip(self.parts, room.buffers, room.rooms, strict=True):
             y = _output(part, buffer, x)
             x, _ = part.forward(x, y, own)
@@ -213,10 +214,10 @@ class Chain:
         dx: np.ndarray | None = None,
         wanted: bool = False,
     ) -> np.ndarray:
-        """Write the gradients of parts `first` to `last`, given that of the last one's output, which is used up.
+        """Write the gradients of parts `first` to `last`, given the gradient dy of the last output; dy is overwritten.
 
-        into: of each part where they go, or `SampleSums`, or None where gradients of weights are not wanted. dx is
-        filled with the gradient of the first one's input; `wanted`: that is returned, wherever it is.
+        into: list with the views of each part, `SampleSums`, or None if gradients of weights are not needed. dx: array
+        to fill with the gradient of the input of part `first`; wanted: return that gradient, in any array.
         """
         last = len(self.parts) - 1 if last is None else last
         wanted = wanted or dx is not None
@@ -237,21 +238,21 @@ class Chain:
 
 
 def _runs(stage: Stage, site: Site) -> Runs:
-    """The runs of the flat vector that a stage's parameters are, those inside it too."""
+    """Return the runs of the flat vector of a stage's parameters, including inner stages."""
     names = {p.name for one in walk(stage) for layer in (one.layer, *one.absorbed) for p in layer.parameters()}
     return site.layout.runs_of_parameters(names) & site.part
 
 
 def _slice(stage: Stage, site: Site) -> slice:
-    """Where these runs are in the local vector; ValueError where they are not side by side."""
+    """Return the slice of the local vector that holds a stage's parameters; raise ValueError if no slice does."""
     at = _runs(stage, site).inside(site.part)
     if at is None:
-        raise ValueError(f"the weights of {stage.layer.name} are not side by side")
+        raise ValueError(f"the weights of {stage.layer.name} are not contiguous in the local vector")
     return at
 
 
 def _output(part: Part, buffer: np.ndarray | None, x: np.ndarray) -> np.ndarray | None:
-    """The place of a part's output for x; a chunk of sequences has fewer steps than all of them."""
+    """Return the view of `buffer` for a part's output for x; a chunk of sequences has fewer steps than the shape."""
     if buffer is None:
         return None
     shape = part.shape
@@ -261,7 +262,7 @@ def _output(part: Part, buffer: np.ndarray | None, x: np.ndarray) -> np.ndarray 
 
 
 def export_chain(graph: Any, value: str, chain: Chain) -> str:
-    """Add the parts of a chain, and the activations that they have absorbed, to an ONNX graph."""
+    """Add the parts of a chain, and the activations that they have absorbed, to an ONNX graph; return the output."""
     for part in chain.parts:
         value = part.export(graph, value)
         if part.activation != "identity" and not part.layer.activation:
@@ -270,7 +271,7 @@ def export_chain(graph: Any, value: str, chain: Chain) -> str:
 
 
 def leaves(layers: Sequence[Layer]) -> Iterator[Layer]:
-    """All layers in the order of forward, those inside others instead of these."""
+    """Iterate over all layers in the order of forward; a layer with inner layers is replaced by these."""
     for layer in layers:
         if layer.inner:
             yield from leaves(layer.inner)
@@ -279,14 +280,14 @@ def leaves(layers: Sequence[Layer]) -> Iterator[Layer]:
 
 
 def walk(stage: Stage) -> Iterator[Stage]:
-    """A stage and those inside it."""
+    """Iterate over a stage and the stages inside it."""
     yield stage
     for one in stage.inner:
         yield from walk(one)
 
 
 def room_bytes(room: Room) -> tuple[int, int]:
-    """Bytes of the outputs in a room, and of what parts keep besides."""
+    """Return the bytes of the outputs in a room, and the bytes of its other arrays."""
     outputs = sum(b.nbytes for b in room.buffers if b is not None)
     more = 0
     for one in room.rooms:

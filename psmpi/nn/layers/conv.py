@@ -1,4 +1,4 @@
-"""Convolutions, also in groups (`separable_conv`), with the mean pooling that follows folded into their kernels."""
+"""Convolutions, also in groups (`separable_conv`), with a following mean pooling folded into their kernels."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from psmpi.nn.layers.table import Table
 
 @dataclass(frozen=True)
 class Conv(Linear):
-    """Valid cross-correlation with stride 1 and bias, kernel x kernel; with groups > 1 a separable convolution."""
+    """Valid cross-correlation with stride 1, kernel x kernel, and bias; with groups > 1 a separable convolution."""
 
     kernel: int
 
@@ -59,33 +59,33 @@ class Conv(Linear):
         return int(pools) + super().absorbs(following[int(pools) :], fold)
 
     def held(self, stage: Stage, batch: int, writable: bool, packed: bool) -> int:
-        # Kernels, wider where mean pooling is folded into them, their gradients and biases; packed once more, or the
-        # windows of at least a row of outputs, twice.
+        # Kernels (wider with folded mean pooling), their gradients and biases; then packed kernels, or two arrays of
+        # windows for at least one row of outputs.
         pool, units = folded_pool(stage), int(stage.kept.sum())
         wide = (self.kernel + pool - 1) ** 2
         kernels = units * self.group_inputs * wide
-        found = 2 * kernels + units
+        numbers = 2 * kernels + units
         if packed:
-            return found + kernels // self.groups
+            return numbers + kernels // self.groups
         row = int(stage.inputs.sum()) * wide * stage.shape[2] * batch
         windows, most = row * stage.shape[1], max(row, CHUNK)
-        # What several rows of outputs add to the kernels' gradients are products by themselves.
-        return found + 2 * min(windows, most) + kernels * (windows > most)
+        # If windows are computed in several pieces, each piece's gradient of the kernels takes another array.
+        return numbers + 2 * min(windows, most) + kernels * (windows > most)
 
     def part(self, stage: Stage, site: Site) -> Part:
         return ConvPart(stage, site)
 
 
 def folded_pool(stage: Stage) -> int:
-    """The width of the mean pooling that a convolution has absorbed; 1 for none."""
+    """Return the width of the mean pooling that a convolution has absorbed, or 1 if it has none."""
     return next((layer.size for layer in stage.absorbed if isinstance(layer, Pool)), 1)
 
 
 class ConvPart(LinearPart):
-    """x (channels, h, w, b) -> y (units, rows, width, b), with `pool` x `pool` mean pooling folded into the kernel.
+    """Part of a convolution with `pool` x `pool` mean pooling: x (channels, h, w, b) -> y (units, rows, width, b).
 
-    The pooled layer is one convolution with a (k + pool - 1)-wide kernel and stride `pool`: for a 5 x 5 kernel and
-    2 x 2 pooling, 36 multiplications an output instead of 100.
+    Convolution and pooling are one convolution with a (k + pool - 1)-wide kernel and stride `pool`. For a 5 x 5 kernel
+    and 2 x 2 pooling, this takes 36 multiplications per output instead of 100.
     """
 
     def __init__(self, stage: Stage, site: Site):
@@ -98,7 +98,7 @@ class ConvPart(LinearPart):
         self.folded = self.ops.empty(size, self.dtype).reshape(shape)
         self.dfolded = self.ops.empty(size, self.dtype).reshape(shape)
         self.packed_bias = self.ops.empty(self.units, self.dtype)
-        # The kernels are packed, so stripes apart in the flat vector join wherever they see the same inputs.
+        # The kernels are copied, so segments with the same inputs join even if they are apart in the flat vector.
         (_, height, width), (_, rows, columns) = self.layer.in_shape, self.layer.out_shape
         self.plan = self.ops.convolution(
             same_source(self.segments),
@@ -157,7 +157,7 @@ class ConvPart(LinearPart):
         for s, (gw, gb) in zip(self.segments, self.rows(sums.into), strict=True):
             if self.bias:
                 self.ops.weighted_sums(self.target(s, dbias), sums.weights, gb)
-            # Unfolding is linear: the sums over samples first, there are fewer of them.
+            # Unfolding is linear, so it comes after the sums over samples, of which there are fewer.
             folded = self.space.take("folded", many, s.n, *self.folded.shape[1:])
             for k in range(s.count):
                 first = s.out + k * s.n

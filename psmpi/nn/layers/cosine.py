@@ -1,4 +1,4 @@
-"""Dense layers of cosines: of the angles between features and rows of weights, times one number."""
+"""Cosine layers: scaled cosines of the angles between the features and rows of weights."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from psmpi.nn.layers.unit_length import EPS, UnitLength
 
 @dataclass(frozen=True)
 class Cosine(Dense):
-    """y_j = scale <w_j, x> / sqrt(|w_j|^2 + EPS) of inputs x that are of unit length; without biases.
+    """Cosine layer y_j = scale <w_j, x> / sqrt(|w_j|^2 + EPS) for inputs x of unit length, without biases.
 
-    (Wang et al. 2017, "NormFace".) The gradient of a row is at right angles to it.
+    Source: Wang et al. 2017, "NormFace". The gradient of a row w_j is orthogonal to w_j.
     """
 
     scale: float
@@ -42,7 +42,10 @@ class Cosine(Dense):
 
 
 class CosinePart(DensePart):
-    """x (inputs, b) -> y (units, b). factors: (units,) scale / sqrt(|w_j|^2 + EPS) of the last forward pass."""
+    """Part of a cosine layer: x (inputs, b) -> y (units, b).
+
+    factors: (units,) scale / sqrt(|w_j|^2 + EPS) of the last forward pass.
+    """
 
     def __init__(self, stage: Stage, site: Site):
         super().__init__(stage, site)
@@ -54,7 +57,7 @@ class CosinePart(DensePart):
         return [self.factors, self.zeros]
 
     def _of(self, s: Segment) -> np.ndarray:
-        """The factors of a segment's units, (count, n)."""
+        """Return the factors of a segment's units, (count, n)."""
         return self.factors[s.out : s.out + s.count * s.n].reshape(s.count, s.n)
 
     def prepare(self) -> None:

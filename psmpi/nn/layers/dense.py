@@ -17,9 +17,9 @@ from psmpi.nn.layers.table import Table
 
 @dataclass(frozen=True)
 class Dense(Linear):
-    """y = W x + b, of sequences at each step.
+    """Dense layer y = W x + b, applied to sequences at each step.
 
-    With groups > 1 block-diagonal; inputs beyond groups x group_inputs are ignored (Raynaud et al.).
+    With groups > 1, W is block-diagonal and inputs beyond groups x group_inputs are ignored (Raynaud et al.).
     """
 
     @classmethod
@@ -38,9 +38,9 @@ class Dense(Linear):
         if used == inputs:
             return ""
         return (
-            f"the last {inputs - used} of {inputs} inputs {'is' if inputs == used + 1 else 'are'} not used, for "
-            f"{self.groups} groups see {self.group_inputs} each; "
-            f"{inputs + self.groups - inputs % self.groups} inputs would all be"
+            f"the last {inputs - used} of {inputs} inputs {'is' if inputs == used + 1 else 'are'} not used, because "
+            f"each of {self.groups} groups takes {self.group_inputs}; "
+            f"{inputs + self.groups - inputs % self.groups} inputs would all be used"
         )
 
     def weight_shape(self) -> tuple[int, ...]:
@@ -48,29 +48,29 @@ class Dense(Linear):
         return size if self.groups == 1 else (self.groups, self.units // self.groups, self.group_inputs)
 
     def workspace_numbers(self, stage: Stage, batch: int, wanted: bool, packed: bool) -> dict[str, int]:
-        found = super().workspace_numbers(stage, batch, wanted, packed)
+        numbers = super().workspace_numbers(stage, batch, wanted, packed)
         size = self.units // self.groups
         used = int(stage.kept.reshape(self.groups, size).any(axis=1).sum())
         stripes, thin = 0, True
         for first, last, users in stage.users:
-            # Of single classes each has a run, and a run has a stripe in each group that it meets.
+            # Each single class has a run of units, and a run has a stripe in each group that it overlaps.
             share = (last - first) // users.count if isinstance(users, Each) else last - first
             starts = np.arange(first, last, share)
             starts = starts[stage.kept[starts]]
             stripes += int((-(-(starts + share) // size) - starts // size).sum())
             thin = thin and (len(starts) == 0 or min(share, size) == 1)
-        # Where an input is seen by no stripe of units, or by several, a product cannot be its gradient.
+        # If no stripe or several stripes of units use an input, one product cannot write the input's gradient.
         once = stripes == used or (used == 1 and thin)
         if once and used * self.group_inputs == stage.inputs.sum():
-            return found
-        return {**found, "product": self.group_inputs * prod(self.in_shape[1:]) * batch}
+            return numbers
+        return {**numbers, "product": self.group_inputs * prod(self.in_shape[1:]) * batch}
 
     def part(self, stage: Stage, site: Site) -> Part:
         return DensePart(stage, site)
 
 
 class DensePart(LinearPart):
-    """x (inputs, b) -> y (units, b); of sequences (inputs, steps, b) -> (units, steps, b)."""
+    """Part of a dense layer: x (inputs, b) -> y (units, b); sequences (inputs, steps, b) -> (units, steps, b)."""
 
     def reserve(self, batch: int) -> None:
         if not self.covers:
@@ -139,5 +139,5 @@ class DensePart(LinearPart):
 
 
 def _rows(values: np.ndarray) -> np.ndarray:
-    """The units as rows, of sequences with all steps: each of them is as good as a sample."""
+    """Return values as (units, steps b): each step of a sequence is treated as a sample."""
     return values if values.ndim == 2 else values.reshape(values.shape[0], -1)

@@ -1,4 +1,4 @@
-"""The scalar product of two steps."""
+"""Scalar product of the two steps of a sequence."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from psmpi.nn.layers.uses import Uses, grouped, stretched
 
 @dataclass(frozen=True)
 class Dot(Layer):
-    """(units, 2) -> (1,): the sum over units of the product of the two steps.
+    """Sum over units of the product of the two steps: (units, 2) -> (1,).
 
-    Of the vectors of a row and a column it is an entry of a matrix of rank `units` (matrix completion).
+    If the steps are the vectors of a row and a column, the output is an entry of a matrix of rank `units` (matrix
+    completion).
     """
 
     moves_gradient: ClassVar[bool] = True
@@ -27,13 +28,13 @@ class Dot(Layer):
     def read(cls, table: Table, label: str, shape: tuple[int, ...]) -> list[Layer]:
         if len(shape) != 2 or shape[1] != 2:
             raise UserError(
-                f"{table.where}: dot multiplies the two steps of sequences (units, 2), and its input has shape {shape}"
+                f"{table.where}: dot multiplies the two steps of sequences (units, 2), but its input has shape {shape}"
             )
         return [cls(label, shape, (1,))]
 
     def with_steps(self, steps: int) -> Layer:
         if steps != 2:
-            raise UserError(f"{self.name} multiplies two steps, and the sequences have {steps}")
+            raise UserError(f"{self.name} multiplies two steps, but the sequences have {steps}")
         return self
 
     def sources(self, uses: Uses) -> Uses:
@@ -54,13 +55,13 @@ class Dot(Layer):
 
 
 class DotPart(Part):
-    """x (units, 2, b) -> y (1, b)."""
+    """Part of a scalar product: x (units, 2, b) -> y (1, b)."""
 
     def __init__(self, stage: Stage, site: Site):
         super().__init__(stage, site)
         self.units = self.layer.in_shape[0]
         self.two = self.ops.empty(0, self.dtype)
-        # Sums over units, and their transpose, are products with these.
+        # A product with the first computes sums over units, a product with the second their transpose.
         self.ones = [self.ops.put(np.ones(shape, self.dtype)) for shape in ((1, 1, self.units), (1, self.units, 1))]
 
     def reserve(self, batch: int) -> None:
@@ -71,7 +72,7 @@ class DotPart(Part):
         return [self.two, *self.ones]
 
     def _pair(self, batch: int) -> list[np.ndarray]:
-        """Two arrays (units, batch)."""
+        """Return two scratch arrays (units, batch)."""
         n = self.units * batch
         return [self.two[at : at + n].reshape(self.units, batch) for at in (0, n)]
 

@@ -17,7 +17,10 @@ from psmpi.nn.layers.uses import Uses, grouped, stretched
 
 @dataclass(frozen=True)
 class Embedding(Layer):
-    """Column t of a matrix (units, vocabulary) for each token t of a sequence (1, steps), whole numbers."""
+    """Embedding: column t of a matrix (units, vocabulary) for each token t of a sequence (1, steps).
+
+    Tokens are whole numbers 0 <= t < vocabulary.
+    """
 
     vocabulary: int
 
@@ -29,8 +32,8 @@ class Embedding(Layer):
         features, steps = table.sequence(shape)
         if features != 1:
             raise UserError(
-                f"{table.where}: embedding needs tokens, (1, steps), its input has shape {shape}: let it be the first "
-                "layer, and save the tokens as integers (samples, steps)"
+                f"{table.where}: embedding needs tokens, (1, steps), but its input has shape {shape}: let it be the "
+                "first layer, and save the tokens as integers (samples, steps)"
             )
         return [cls(label, shape, (table.whole("units"), steps), table.whole("vocabulary"))]
 
@@ -39,7 +42,7 @@ class Embedding(Layer):
         return (Parameter(f"{self.name}.weight", (units, self.vocabulary), units),)
 
     def initial(self, kind: str, gain: float) -> dict[str, Initial]:
-        """Numbers of about the size 1 a vector has, whatever the vocabulary: a sum has one term."""
+        """Return draws that give each vector a length of about 1, for any vocabulary: each output sums one term."""
         return {f"{self.name}.weight": Initial("uniform", sqrt(3 / self.out_shape[0]))}
 
     def sources(self, uses: Uses) -> Uses:
@@ -54,7 +57,7 @@ class Embedding(Layer):
 
     def restrict(self, units: int, in_shape: tuple[int, ...]) -> Layer:
         if units != self.out_shape[0]:
-            raise UserError(f"the units of {self.name} are one vector, and cannot be dealt out one by one")
+            raise UserError(f"the units of {self.name} form one vector and cannot be dealt out one by one")
         return super().restrict(units, in_shape)
 
     def part(self, stage: Stage, site: Site) -> Part:
@@ -62,7 +65,7 @@ class Embedding(Layer):
 
 
 class EmbeddingPart(Part):
-    """x (1, steps, b) -> y (units, steps, b)."""
+    """Part of an embedding: x (1, steps, b) -> y (units, steps, b)."""
 
     def __init__(self, stage: Stage, site: Site):
         super().__init__(stage, site)
@@ -71,7 +74,7 @@ class EmbeddingPart(Part):
         self.table, self.place = parameter.shape, place(site, parameter.name)
 
     def views(self, vector: np.ndarray) -> Any:
-        """The matrix (units, vocabulary)."""
+        """Return the view of the matrix (units, vocabulary)."""
         return vector[self.place : self.place + self.table[0] * self.table[1]].reshape(self.table)
 
     def forward(self, x: np.ndarray, y: np.ndarray | None, room: Any) -> tuple[np.ndarray, Any]:
@@ -90,7 +93,7 @@ class EmbeddingPart(Part):
             self.ops.add_up(tokens, flat, into)
         if dx is None:
             return dy
-        # Between whole numbers there is nothing.
+        # Tokens are discrete, so their gradient is 0.
         dx.fill(0)
         return dx
 
@@ -98,5 +101,5 @@ class EmbeddingPart(Part):
         name = self.layer.name
         table = graph.constant(f"{name}.weight", np.ascontiguousarray(np.asarray(self.w).T))
         tokens = graph.node("Squeeze", [value, graph.constant(f"{name}.axis", np.array([1]))], f"{name}.tokens")
-        found = graph.node("Gather", [table, tokens], f"{name}.found", axis=0)
-        return str(graph.node("Transpose", [found], name, perm=[0, 2, 1]))
+        vectors = graph.node("Gather", [table, tokens], f"{name}.found", axis=0)
+        return str(graph.node("Transpose", [vectors], name, perm=[0, 2, 1]))

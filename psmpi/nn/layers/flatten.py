@@ -1,4 +1,4 @@
-"""Images to features."""
+"""Flatten layer: images to features."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from psmpi.nn.layers.uses import Uses, grouped
 
 @dataclass(frozen=True)
 class Flatten(Layer):
-    """Channel-major: feature f belongs to channel f // (height x width)."""
+    """Flatten layer in channel-major order: feature f belongs to channel f // (height x width)."""
 
     place = VIEW
     keeps_range = True
@@ -28,7 +28,7 @@ class Flatten(Layer):
         return grouped(uses, prod(self.in_shape[1:]))
 
     def present(self, inputs: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-        # All of a channel is there, seen or not.
+        # All features of a present channel are present, used or not.
         return np.repeat(inputs, prod(self.in_shape[1:]))
 
     def restrict(self, units: int, in_shape: tuple[int, ...]) -> Layer:
@@ -39,7 +39,7 @@ class Flatten(Layer):
 
 
 class FlattenPart(Part):
-    """A view of its input."""
+    """Part of a flatten layer; the output is a view of the input."""
 
     def forward(self, x: np.ndarray, y: np.ndarray | None, room: Any) -> tuple[np.ndarray, Any]:
         return x.reshape(*self.shape, x.shape[-1]), None

@@ -14,9 +14,9 @@ from psmpi.nn.layers.table import Table
 
 @dataclass(frozen=True)
 class Gelu(Layer):
-    """x Phi(x) of each number, Phi(x) = (1 + erf(x / sqrt(2))) / 2: exact, not the approximation by tanh.
+    """Elementwise x Phi(x) with Phi(x) = (1 + erf(x / sqrt(2))) / 2: exact, not the approximation by tanh.
 
-    No other layer absorbs it, for its derivative is one of the input.
+    No other layer absorbs a gelu, because its derivative is a function of its input.
     """
 
     @classmethod
@@ -28,7 +28,7 @@ class Gelu(Layer):
 
 
 class GeluPart(Part):
-    """x -> y of the same shape; x is left as it is."""
+    """Part of a gelu: x -> y of the same shape; x is not changed."""
 
     def forward(self, x: np.ndarray, y: np.ndarray | None, room: Any) -> tuple[np.ndarray, Any]:
         assert y is not None
@@ -44,8 +44,8 @@ class GeluPart(Part):
     def export(self, graph: Any, value: str) -> str:
         name = self.layer.name
         half, root, one = (
-            graph.constant(f"{name}.{what}", np.array(number, np.float32))
-            for what, number in (("half", 0.5), ("root", 1 / sqrt(2)), ("one", 1.0))
+            graph.constant(f"{name}.{constant}", np.array(number, np.float32))
+            for constant, number in (("half", 0.5), ("root", 1 / sqrt(2)), ("one", 1.0))
         )
         error = graph.node("Erf", [graph.node("Mul", [value, root], f"{name}.scaled")], f"{name}.erf")
         twice = graph.node("Add", [error, one], f"{name}.twice")

@@ -18,9 +18,10 @@ from psmpi.nn.layers.uses import Uses, grouped, stretched
 
 @dataclass(frozen=True)
 class GroupNorm(Layer):
-    """The values of each of `groups` groups of units, in each sample, less their mean, over their standard deviation.
+    """Group normalization: the values of each group of units in each sample, normalized to mean 0 and variance 1.
 
-    Then scaled and shifted unit by unit. A sample's outputs do not depend on the other samples.
+    Each unit is then scaled and shifted. A sample's outputs do not depend on the other samples. groups: number of
+    groups of equal size.
     """
 
     groups: int
@@ -53,7 +54,7 @@ class GroupNorm(Layer):
 
     def restrict(self, units: int, in_shape: tuple[int, ...]) -> Layer:
         if units != self.out_shape[0]:
-            raise UserError(f"the units of {self.name} are normalized in groups, and cannot be dealt out one by one")
+            raise UserError(f"the units of {self.name} are normalized in groups and cannot be dealt out one by one")
         return super().restrict(units, in_shape)
 
     def absorbs(self, following: Sequence[Layer], fold: bool) -> int:
@@ -68,7 +69,7 @@ class GroupNorm(Layer):
         return {**large, "ones": groups, "sums": 2 * groups, "zeros": int(stage.kept.sum())}
 
     def present_groups(self, stage: Stage) -> int:
-        """The groups that a subnetwork has."""
+        """Return the number of groups that a subnetwork has."""
         return int(stage.kept.sum()) * self.groups // self.out_shape[0]
 
     def part(self, stage: Stage, site: Site) -> Part:
@@ -76,7 +77,10 @@ class GroupNorm(Layer):
 
 
 class GroupNormPart(Part):
-    """x (units, ..., b) -> y = activation(gamma (x - mean) / sqrt(variance + EPS) + beta), by group and sample."""
+    """Part of group normalization: x -> y = activation(gamma (x - mean) / sqrt(variance + EPS) + beta).
+
+    x, y: (units, ..., b); mean and variance are of each group and sample.
+    """
 
     def __init__(self, stage: Stage, site: Site):
         super().__init__(stage, site)
@@ -86,7 +90,7 @@ class GroupNormPart(Part):
         self.runs = affine_runs(self.layer, site.layout, site.part, stage.kept)
 
     def views(self, vector: np.ndarray) -> Any:
-        """Of each run of units, their scales and their shifts, (..., units of the run) each."""
+        """Return scales and shifts of each run of units, (..., units of the run) each."""
         counts = [units.stop - units.start for units, _, _ in self.runs]
         return [
             (vector[..., gamma : gamma + n], vector[..., beta : beta + n])
@@ -94,7 +98,7 @@ class GroupNormPart(Part):
         ]
 
     def room(self, batch: int, writable: bool) -> Any:
-        """1 / sqrt(variance + EPS) (groups batch,), and the normalized values unless they take the place of x."""
+        """Return arrays for 1 / sqrt(variance + EPS) (groups batch,), and for the normalized values unless in x."""
         own = self.ops.empty(0 if writable else self.size * batch, self.dtype)
         return self.ops.empty(self.groups * batch, self.dtype), own
 
@@ -108,13 +112,13 @@ class GroupNormPart(Part):
         self.space.take("sums", 2, self.groups, batch)
 
     def _rows(self, name: str, values: np.ndarray, batch: int) -> np.ndarray:
-        """A copy of values (units, ..., b) with a row for each group and sample, (groups b, units a group ...)."""
+        """Return a copy of values (units, ..., b) with a row for each group and sample, (groups b, group size)."""
         rows = self.space.take(name, self.groups * batch, values.size // (self.groups * batch))
         rows.reshape(self.groups, batch, -1)[...] = values.reshape(self.groups, -1, batch).transpose(0, 2, 1)
         return rows
 
     def _put_back(self, rows: np.ndarray, out: np.ndarray, batch: int) -> None:
-        """The reverse of `_rows`."""
+        """Copy rows of `_rows` back to out (units, ..., b)."""
         out.reshape(self.groups, -1, batch)[...] = rows.reshape(self.groups, batch, -1).transpose(0, 2, 1)
 
     def forward(self, x: np.ndarray, y: np.ndarray | None, room: Any) -> tuple[np.ndarray, Any]:
@@ -158,7 +162,7 @@ class GroupNormPart(Part):
         return dy
 
     def _add_up(self, products: np.ndarray, d: np.ndarray, sums: SampleSums) -> None:
-        """The sums of the samples' gradients, each times its weight."""
+        """Write the weighted sums of the samples' gradients of scales and shifts."""
         batch = sums.weights.shape[1]
         positions = d.size // (self.units * batch)
         ones = self.space.take("ones", self.units, 1, positions)
@@ -167,8 +171,8 @@ class GroupNormPart(Part):
         for k, values in enumerate((products, d)):
             self.ops.matmul(ones, values.reshape(self.units, positions, batch), samples)
             for (units, *_), pair in zip(self.runs, self.views(sums.into), strict=True):
-                mine = samples[units].reshape(1, -1, batch)
-                self.ops.weighted_sums(mine, sums.weights, pair[k][:, None])
+                run_samples = samples[units].reshape(1, -1, batch)
+                self.ops.weighted_sums(run_samples, sums.weights, pair[k][:, None])
 
     def export(self, graph: Any, value: str) -> str:
         name = self.layer.name

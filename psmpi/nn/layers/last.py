@@ -1,4 +1,4 @@
-"""The last step of sequences."""
+"""Selection of the last step of sequences."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from psmpi.nn.layers.table import Table
 
 @dataclass(frozen=True)
 class Last(Layer):
-    """(features, steps) -> (features,): a sequence's last step, of recurrent layers their last state.
+    """Last step of a sequence: (features, steps) -> (features,), for example the last state of a recurrent layer.
 
-    Of chunks of sequences it is the last column: behind a sequence's end recurrent layers repeat their last state.
+    In chunks of sequences the output is the last column: recurrent layers repeat their last state after a sequence's
+    end.
     """
 
     keeps_range: ClassVar[bool] = True
@@ -31,12 +32,12 @@ class Last(Layer):
 
 
 class LastPart(Part):
-    """x (features, steps, b) -> y (features, b)."""
+    """Part of `Last`: x (features, steps, b) -> y (features, b)."""
 
     def forward(self, x: np.ndarray, y: np.ndarray | None, room: Any) -> tuple[np.ndarray, Any]:
         assert y is not None
         lengths = None
-        # A chunk may have none of a sequence's steps.
+        # Lengths apply to whole sequences only: a chunk may have none of a sequence's steps.
         if self.space.span.begins and self.space.span.ends:
             lengths = self.space.span.lengths
         if lengths is None:
@@ -63,7 +64,7 @@ class LastPart(Part):
         if not graph.lengths:
             at = graph.constant(f"{name}.at", np.array(-1))
             return str(graph.node("Gather", [value, at], name, axis=2))
-        # ONNX has zeros beyond the end.
+        # ONNX recurrent layers return zeros after a sequence's end, so the last step is picked by its number.
         one, off = graph.constant(f"{name}.one", np.array(1, np.int32)), np.array([0, 1], np.float32)
         at = graph.node("Sub", [graph.lengths, one], f"{name}.at")
         depth = graph.constant(f"{name}.steps", np.array(self.layer.in_shape[1], np.int32))

@@ -19,10 +19,10 @@ from psmpi.nn.layers.uses import Uses, grouped, stretched
 
 @dataclass(frozen=True)
 class LayerNorm(Layer):
-    """The units of each sample, of sequences at each step, less their mean, over their standard deviation.
+    """Layer normalization: the units of each sample, and each step, normalized to mean 0 and variance 1.
 
-    Then scaled and shifted unit by unit. Means are over `over` units, those of the whole network's layer: where it is
-    restricted to some, other ranks have the rest.
+    Each unit is then scaled and shifted. over: number of units of the layer in the whole network, over which means are
+    taken. If the layer is restricted to fewer units, other ranks have the remaining ones.
     """
 
     over: int
@@ -34,8 +34,8 @@ class LayerNorm(Layer):
     def read(cls, table: Table, label: str, shape: tuple[int, ...]) -> list[Layer]:
         if len(shape) > 2:
             raise UserError(
-                f"{table.where}: layer_norm takes features or sequences, its input has shape {shape}: of images use "
-                'type = "group_norm", groups = 1'
+                f"{table.where}: layer_norm takes features or sequences, but its input has shape {shape}: for images "
+                'use type = "group_norm", groups = 1'
             )
         return [cls(label, shape, shape, shape[0])]
 
@@ -69,7 +69,10 @@ class LayerNorm(Layer):
 
 
 class LayerNormPart(Part):
-    """x (units, ..., b) -> y = gamma (x - mean) / sqrt(variance + EPS) + beta, at each step of each sample."""
+    """Part of layer normalization: x -> y = gamma (x - mean) / sqrt(variance + EPS) + beta.
+
+    x, y: (units, ..., b); mean and variance are of each step of each sample.
+    """
 
     def __init__(self, stage: Stage, site: Site):
         super().__init__(stage, site)
@@ -77,15 +80,17 @@ class LayerNormPart(Part):
         self.units, self.over = self.layer.out_shape[0], self.layer.over
         self.across = site.across if self.over != self.units else None
         if self.across is None and self.over != self.units:
-            raise ValueError(f"{self.layer.name} has {self.units} of {self.over} units, and no sums over the others")
+            raise ValueError(
+                f"{self.layer.name} has {self.units} of {self.over} units, but its site has no sums over the others"
+            )
         self.places = [place(site, parameter.name) for parameter in self.layer.parameters()]
 
     def views(self, vector: np.ndarray) -> Any:
-        """Scales and shifts, (..., units) each."""
+        """Return scales and shifts, (..., units) each."""
         return tuple(vector[..., at : at + self.units] for at in self.places)
 
     def room(self, batch: int, writable: bool) -> Any:
-        """1 / sqrt(variance + EPS) of each step, and the normalized values unless they take the place of x."""
+        """Return arrays for 1 / sqrt(variance + EPS) of each step, and for the normalized values unless in x."""
         own = self.ops.empty(0 if writable else self.size * batch, self.dtype)
         return self.ops.empty(self.size // self.units * batch, self.dtype), own
 
@@ -116,7 +121,7 @@ class LayerNormPart(Part):
         return dy
 
     def _add_up(self, normal: np.ndarray, d: np.ndarray, sums: SampleSums) -> None:
-        """The sums of the samples' gradients, each times its weight."""
+        """Write the weighted sums of the samples' gradients of scales and shifts."""
         batch = sums.weights.shape[1]
         positions = d.shape[1] // batch
         products, ones = self.space.take("products", *d.shape), self.space.take("ones", self.units, 1, positions)
@@ -128,10 +133,10 @@ class LayerNormPart(Part):
             self.ops.matmul(ones, values.reshape(self.units, positions, batch), samples)
             self.ops.weighted_sums(samples.reshape(1, self.units, batch), sums.weights, out[:, None])
 
-    # With the sums of other ranks, which are made on the host.
+    # The methods below use sums over other ranks, which are computed on the host.
 
     def _normalize(self, x: np.ndarray, normal: np.ndarray, scale: np.ndarray, across: Callable[..., object]) -> None:
-        """`ops.layer_norm` without gains, by the mean and the variance of all ranks' units."""
+        """Normalize as `ops.layer_norm`, without scales and shifts, by mean and variance over all ranks' units."""
         sums = np.asarray(self.ops.host(x).sum(axis=0, dtype=np.float64))
         across(sums)
         normal[...] = x
@@ -145,7 +150,7 @@ class LayerNormPart(Part):
     def _back(
         self, normal: np.ndarray, scale: np.ndarray, d: np.ndarray, into: Any, across: Callable[..., object]
     ) -> None:
-        """`ops.layer_norm_back`, by the sums over all ranks' units."""
+        """Compute `ops.layer_norm_back` with sums over all ranks' units."""
         products = self.space.take("products", *d.shape)
         products[...] = d
         self.ops.multiply(products.reshape(-1), normal.reshape(-1))
@@ -166,7 +171,7 @@ class LayerNormPart(Part):
         self._scale(d, scale)
 
     def _scale(self, values: np.ndarray, factors: np.ndarray) -> None:
-        """values (units, n) times factors (n,), in place."""
+        """Multiply values (units, n) by factors (n,), in place."""
         self.ops.scale_samples(values[None], factors[None], values[None, None])
 
     def _put(self, values: np.ndarray) -> np.ndarray:
@@ -180,7 +185,7 @@ class LayerNormPart(Part):
         total = graph.node("Add", [variance, graph.constant(f"{name}.eps", np.array(EPS, np.float32))], f"{name}.sum")
         normal = graph.node("Div", [apart, graph.node("Sqrt", [total], f"{name}.deviation")], f"{name}.normal")
         gamma, beta = (
-            graph.constant(f"{name}.{what}", np.asarray(values).reshape(shape))
-            for what, values in zip(("gamma", "beta"), self.w, strict=True)
+            graph.constant(f"{name}.{kind}", np.asarray(values).reshape(shape))
+            for kind, values in zip(("gamma", "beta"), self.w, strict=True)
         )
         return str(graph.node("Add", [graph.node("Mul", [normal, gamma], f"{name}.scaled"), beta], name))

@@ -1,4 +1,4 @@
-"""The base classes of dense layers and convolutions: weights in groups, segments bound to local vectors."""
+"""Base classes of dense layers and convolutions: weights in groups, and segments of them in local vectors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Views = list[tuple[np.ndarray, np.ndarray]]
 
 @dataclass(frozen=True)
 class Linear(Layer):
-    """Weights in `groups` groups: output unit u of group m sees the `group_inputs` consecutive inputs of block m."""
+    """Layer of weighted sums in `groups` groups: each unit of group m uses the m-th block of `group_inputs` inputs."""
 
     groups: int
     bias: bool = field(default=True, kw_only=True)
@@ -43,7 +43,7 @@ class Linear(Layer):
 
     @property
     def fans(self) -> tuple[int, int]:
-        """(fan_in, fan_out) of one group, for the initial weights."""
+        """Fan-in and fan-out of one group, for the initial weights."""
         return self.group_inputs, self.units // self.groups
 
     @property
@@ -64,8 +64,8 @@ class Linear(Layer):
         return {f"{self.name}.weight": Initial("uniform", width)}
 
     def sources(self, uses: Uses) -> Uses:
-        seen = stretched(grouped(uses, self.units // self.groups), self.group_inputs)
-        return joined([*seen, (self.groups * self.group_inputs, self.in_shape[0], Classes())])
+        input_users = stretched(grouped(uses, self.units // self.groups), self.group_inputs)
+        return joined([*input_users, (self.groups * self.group_inputs, self.in_shape[0], Classes())])
 
     def present(self, inputs: np.ndarray, wanted: np.ndarray) -> np.ndarray:
         return wanted
@@ -75,7 +75,7 @@ class Linear(Layer):
 
 
 class LinearPart(Part):
-    """A linear layer of a subnetwork, and the activation that follows it."""
+    """Part of a linear layer, with the activation that follows it."""
 
     def __init__(self, stage: Stage, site: Site):
         super().__init__(stage, site)
@@ -83,26 +83,26 @@ class LinearPart(Part):
         self.bias, self.group_inputs = self.layer.bias, self.layer.group_inputs
         self.inputs, self.units = int(stage.inputs.sum()), int(stage.kept.sum())
         self.segments = find_segments(self.layer, site.layout, site.part, stage.kept, np.cumsum(stage.inputs) - 1)
-        # What stands for biases that the layer has not, and for their gradient: they are 0, which goes nowhere.
-        self.no_biases = [self.ops.zeros(0 if self.bias else self.units, site.dtype) for _ in range(2)]
-        # The array that sums went into last, and its views.
+        # Zeros as biases of a layer without biases, and an unused array for their gradient.
+        self.zero_biases = [self.ops.zeros(0 if self.bias else self.units, site.dtype) for _ in range(2)]
+        # The array that `rows` was last called with, and its views.
         self.summed: tuple[np.ndarray | None, Views] = (None, [])
-        # A product can write straight into dx where every input belongs to exactly one stripe.
-        one = self.segments[0]
+        # A product can write directly into dx if every input belongs to exactly one stripe.
+        first = self.segments[0]
         self.covers = (
             len(self.segments) == 1
-            and one.source == 0
-            and (one.count == 1 or one.source_step == one.n_in)
-            and one.count * one.n_in == self.inputs
+            and first.source == 0
+            and (first.count == 1 or first.source_step == first.n_in)
+            and first.count * first.n_in == self.inputs
         )
 
     def bind(self, w: np.ndarray, g: np.ndarray | None) -> None:
-        none, nowhere = self.no_biases
-        self.w = self._views(w, none)
-        self.g = None if g is None else self._views(g, nowhere)
+        zeros, unused = self.zero_biases
+        self.w = self._views(w, zeros)
+        self.g = None if g is None else self._views(g, unused)
 
     def views(self, vector: np.ndarray) -> Any:
-        """Weights (count, n, unit size) and biases (count, n) of each segment."""
+        """Return weights (count, n, unit size) and biases (count, n) of each segment."""
         return self._views(vector, vector if self.bias else self.ops.zeros(self.units, vector.dtype))
 
     def _views(self, vector: np.ndarray, biases: np.ndarray) -> Views:
@@ -110,13 +110,13 @@ class LinearPart(Part):
         return [(s.weights(vector, self.ops), s.biases(biases, self.ops)) for s in self.segments]
 
     def rows(self, into: np.ndarray) -> Views:
-        """The segments' weights and biases in `into` (k, part's weights)."""
+        """Return views of the segments' weights and biases in `into` (k, part's weights)."""
         if self.summed[0] is not into:
             self.summed = into, [s.rows(into, self.ops) for s in self.segments]
         return self.summed[1]
 
     def source(self, s: Segment, x: np.ndarray) -> np.ndarray:
-        """The inputs of a segment's stripes, (count, n_in, b), as a view of x (inputs, b)."""
+        """Return the inputs of a segment's stripes, (count, n_in, b), as a view of x (inputs, b)."""
         if s.count == 1 or s.source_step == s.n_in:
             return x[s.source : s.source + s.count * s.n_in].reshape(s.count, s.n_in, x.shape[1])
         b = x.shape[1]
@@ -124,15 +124,18 @@ class LinearPart(Part):
 
     @staticmethod
     def target(s: Segment, y: np.ndarray) -> np.ndarray:
-        """A segment's output units, (count, n, b), as a view of y (units, b)."""
+        """Return a segment's output units, (count, n, b), as a view of y (units, b)."""
         return y[s.out : s.out + s.count * s.n].reshape(s.count, s.n, y.shape[1])
 
     def exported(self, s: Segment, weights: np.ndarray) -> np.ndarray:
-        """What a segment multiplies its inputs by, from its weights (count, n, unit size)."""
+        """Return the factors of a segment's inputs, computed from its weights, both (count, n, unit size)."""
         return weights
 
     def export_as_convolutions(self, graph: Any, value: str, kernel: int) -> str:
-        """Stripes of units that see the same number of inputs are one grouped convolution, 1 x 1 for dense layers."""
+        """Add the layer to an ONNX graph as one grouped convolution for each set of stripes; return the output's name.
+
+        kernel: width of the kernels, 1 for dense layers.
+        """
         outputs, name = [], self.layer.name
         for k, (s, (weights, biases)) in enumerate(zip(self.segments, self.w, strict=True)):
             together = s.count == 1 or s.source_step == s.n_in or s.source_step == 0
@@ -141,12 +144,12 @@ class LinearPart(Part):
                 label = f"{name}.{k}.{j}" if len(self.segments) > 1 or not together else name
                 groups = 1 if not together or s.source_step == 0 else s.count
                 kernels = self.exported(s, weights)[part].reshape(-1, s.n_in, kernel, kernel)
-                seen = graph.some(value, first, groups * s.n_in, self.inputs, label)
+                inputs = graph.some(value, first, groups * s.n_in, self.inputs, label)
                 constants = [
                     graph.constant(f"{label}.weight", kernels),
                     graph.constant(f"{label}.bias", biases[part].reshape(-1)),
                 ]
-                outputs.append(graph.node("Conv", [seen, *constants], f"{label}.out", group=groups))
+                outputs.append(graph.node("Conv", [inputs, *constants], f"{label}.out", group=groups))
         return str(outputs[0] if len(outputs) == 1 else graph.node("Concat", outputs, f"{name}.joined", axis=1))
 
 

@@ -1,4 +1,4 @@
-"""Zeros around images."""
+"""Zero padding of images."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from psmpi.nn.layers.base import Layer, Part, Site, Stage
 
 @dataclass(frozen=True)
 class Pad(Layer):
-    """`size` rows and columns of zeros around each image; the setting `pad` of a convolution."""
+    """Zero padding by `size` rows and columns on each side of an image, as the setting `pad` of a convolution asks."""
 
     size: int
 
@@ -25,7 +25,7 @@ class Pad(Layer):
 
 
 class PadPart(Part):
-    """Copies of images into larger ones."""
+    """Part of zero padding: x (channels, h, w, b) -> y (channels, h + 2 size, w + 2 size, b)."""
 
     def __init__(self, stage: Stage, site: Site):
         super().__init__(stage, site)

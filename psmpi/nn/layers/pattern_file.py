@@ -16,32 +16,35 @@ from numpy.lib import format as npy
 from psmpi.errors import UserError, expanded
 from psmpi.layout import PACKED, Pattern
 
-# Bytes of an array's header, at most, and of the longest number; rows and columns of a matrix, at most.
+# Most bytes of an array's header, bytes of the longest number, and most rows or columns of a matrix.
 HEADER, NUMBER, MOST = 1 << 16, 8, 2**31 - 1
 WHOLE, TEXT = "iu", "SU"
 
 
 def read_pattern(path: str) -> Pattern:
-    """The pattern of a matrix (units, inputs) in a .npz file, without its values; UserError where it is none."""
+    """Return the pattern of a sparse matrix (units, inputs) in a .npz file, without its values.
+
+    UserError for a file that is not a compressed-row matrix of scipy.sparse.save_npz.
+    """
     try:
         place = expanded(path, "pattern")
         if place.exists() and not place.is_file():
-            # A pipe would be waited for.
-            raise ValueError("it is no regular file")
+            # Opening a pipe would block.
+            raise ValueError("it is not a regular file")
         with zipfile.ZipFile(place) as archive:
             kind = _read(archive, "format", 0, NUMBER, TEXT).item()
             kind = kind.decode("ascii") if isinstance(kind, bytes) else kind
             if kind != "csr":
-                raise ValueError(f"it holds a matrix of the format {kind!r}, whose arrays mean other entries")
+                raise ValueError(f"it holds a matrix of the format {kind!r} and not 'csr'")
             shape = _read(archive, "shape", 1, 2)
             if shape.shape != (2,) or (shape < 1).any() or (shape > MOST).any():
                 raise ValueError(f"its shape is {shape.tolist()}, not two numbers from 1 to {MOST:,}")
             rows, inputs = (int(n) for n in shape)
             starts = _read(archive, "indptr", 1, rows + 1)
             if len(starts) != rows + 1:
-                raise ValueError(f"indptr has {len(starts):,} numbers, and of {rows:,} rows needs {rows + 1:,}")
+                raise ValueError(f"indptr has {len(starts):,} numbers, but {rows:,} rows need {rows + 1:,}")
             pattern = Pattern.of(starts, _read(archive, "indices", 1, int(starts[-1])), inputs)
-    # What zipfile, zlib, NumPy and Python's literals raise for bytes that are not what they should be.
+    # zipfile, zlib, NumPy and ast.literal_eval raise these errors for damaged files.
     except (ValueError, KeyError, EOFError, OSError, MemoryError, NotImplementedError, RuntimeError, OverflowError,
             SyntaxError, TokenError, zipfile.BadZipFile, zlib.error) as error:  # fmt: skip
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).strip("'\"")
@@ -52,12 +55,12 @@ def read_pattern(path: str) -> Pattern:
 
 
 def _read(archive: zipfile.ZipFile, name: str, axes: int, most: int, kinds: str = WHOLE) -> np.ndarray:
-    """An array of so many axes, and of at most so many whole numbers, or characters; ValueError for another one."""
+    """Return an array of `axes` axes and at most `most` whole numbers (or characters); ValueError for any other."""
     info = archive.getinfo(f"{name}.npy")
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise ValueError(f"{name} is packed in an unusual way")
+        raise ValueError(f"{name} is compressed by an unsupported method")
     if info.file_size > HEADER + NUMBER * max(0, most):
-        raise ValueError(f"{name} has {info.file_size:,} bytes, and {most:,} numbers were expected")
+        raise ValueError(f"{name} has {info.file_size:,} bytes, but at most {most:,} numbers were expected")
     with archive.open(info) as stream:
         version = npy.read_magic(stream)
         if version not in ((1, 0), (2, 0)):
@@ -65,22 +68,22 @@ def _read(archive: zipfile.ZipFile, name: str, axes: int, most: int, kinds: str 
         header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
         shape, _, dtype = header(stream, max_header_size=HEADER)
         if len(shape) != axes or dtype.kind not in kinds:
-            what = "whole numbers in a vector" if kinds == WHOLE else "a word"
-            raise ValueError(f"{name} has the shape {shape} and the type {dtype}, not {what}")
+            expected = "whole numbers in a vector" if kinds == WHOLE else "a word"
+            raise ValueError(f"{name} has the shape {shape} and the type {dtype}, not {expected}")
         size = prod(shape) * dtype.itemsize
         if info.file_size != stream.tell() + size:
             raise ValueError(
-                f"{name} has {info.file_size - stream.tell():,} bytes of numbers, its header says {size:,}"
+                f"{name} has {info.file_size - stream.tell():,} bytes of numbers, but its header says {size:,}"
             )
         return np.frombuffer(stream.read(), dtype).reshape(shape)
 
 
 def with_patterns(tables: Sequence[Any]) -> tuple[Any, ...]:
-    """Layer tables with the patterns of files in the place of their names, so that nothing else is needed.
+    """Return layer tables in which the patterns themselves replace names of pattern files.
 
-    UserError where a file is none.
+    The tables then need no other file. UserError for a file without a pattern.
     """
-    found = []
+    packed = []
     for table in tables:
         if isinstance(table, dict):
             pattern = table.get("pattern")
@@ -88,12 +91,12 @@ def with_patterns(tables: Sequence[Any]) -> tuple[Any, ...]:
                 table = {**table, "pattern": read_pattern(pattern).packed()}
             if isinstance(table.get("layers"), list | tuple):
                 table = {**table, "layers": list(with_patterns(table["layers"]))}
-        found.append(table)
-    return tuple(found)
+        packed.append(table)
+    return tuple(packed)
 
 
 def names_files(value: Any) -> bool:
-    """Whether layer tables name files of patterns, however deep."""
+    """Return whether layer tables name files of patterns, at any depth."""
     if isinstance(value, dict):
         own = value.get("pattern")
         return (isinstance(own, str) and _is_file(own)) or any(names_files(one) for one in value.values())
@@ -105,7 +108,7 @@ def _is_file(pattern: str) -> bool:
 
 
 def brief(value: Any) -> Any:
-    """A setting for people, with a pattern as its sizes and a digest of its text."""
+    """Return a setting for display, with a pattern as its sizes and a digest of its text."""
     if isinstance(value, dict):
         return {key: brief(one) for key, one in value.items()}
     if isinstance(value, list | tuple):

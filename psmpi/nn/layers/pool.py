@@ -15,7 +15,10 @@ from psmpi.nn.layers.table import Table
 
 @dataclass(frozen=True)
 class Pool(Layer):
-    """Mean or max over size x size windows with stride `size`; rows and columns that do not fill one are dropped."""
+    """Mean or max pooling over size x size windows with stride `size`; rows and columns of partial windows are dropped.
+
+    kind: "mean" or "max".
+    """
 
     kind: str
     size: int
@@ -38,7 +41,7 @@ class Pool(Layer):
                 if n % self.size]  # fmt: skip
         if not lost:
             return ""
-        return f"windows of {self.size} x {self.size} do not see {' and '.join(lost)}"
+        return f"windows of {self.size} x {self.size} do not cover {' and '.join(lost)}"
 
     def absorbs(self, following: Sequence[Layer], fold: bool) -> int:
         return int(bool(following and following[0].activation))
@@ -51,7 +54,7 @@ class Pool(Layer):
 
 
 class PoolPart(Part):
-    """Pooling, and the activation that follows it."""
+    """Part of pooling, with the activation that follows it: x (c, h, w, b) -> y (c, h // size, w // size, b)."""
 
     def __init__(self, stage: Stage, site: Site):
         super().__init__(stage, site)

@@ -1,4 +1,4 @@
-"""Learned vectors of the steps of sequences, added to what is there (Gehring et al. 2017)."""
+"""Learned position vectors, added at each step of a sequence (Gehring et al. 2017)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from psmpi.nn.layers.table import Table
 
 @dataclass(frozen=True)
 class Positions(Layer):
-    """Column t of a matrix (units, longest) added at each step t, for sequences of up to `longest` steps."""
+    """Position vectors: column t of a matrix (units, longest) is added at step t of sequences of <= `longest` steps."""
 
     longest: int
 
@@ -28,14 +28,16 @@ class Positions(Layer):
         _, steps = table.sequence(shape)
         longest = table.whole("longest", steps)
         if longest < steps:
-            raise UserError(f"{table.where}: longest = {longest}, and the sequences have {steps} steps: use {steps}")
+            raise UserError(
+                f"{table.where}: longest = {longest}, but the sequences have {steps} steps: use longest = {steps}"
+            )
         return [cls(label, shape, shape, longest)]
 
     def with_steps(self, steps: int) -> Layer:
         if steps > self.longest:
             raise UserError(
-                f"{self.name} knows {self.longest} steps, and the sequences have {steps}: train it with longest = "
-                f"{steps}, or on sequences as long"
+                f"{self.name} has positions for {self.longest} steps, but the sequences have {steps}: train it with "
+                f"longest = {steps}, or on sequences of this length"
             )
         return super().with_steps(steps)
 
@@ -44,7 +46,7 @@ class Positions(Layer):
         return (Parameter(f"{self.name}.weight", (units, self.longest), units),)
 
     def initial(self, kind: str, gain: float) -> dict[str, Initial]:
-        """Numbers of the size of an embedding's."""
+        """Return draws of the same size as an embedding's."""
         return {f"{self.name}.weight": Initial("uniform", sqrt(3 / self.out_shape[0]))}
 
     def part(self, stage: Stage, site: Site) -> Part:
@@ -52,7 +54,7 @@ class Positions(Layer):
 
 
 class PositionsPart(Part):
-    """x (units, steps, b) -> y of the same shape."""
+    """Part of position vectors: x (units, steps, b) -> y of the same shape."""
 
     def __init__(self, stage: Stage, site: Site):
         super().__init__(stage, site)
@@ -60,7 +62,7 @@ class PositionsPart(Part):
         self.longest = self.layer.longest
         names, local = [p.name for p in site.layout.parameters], np.cumsum(stage.kept) - 1
         number = names.index(f"{self.layer.name}.weight")
-        # Units, and where the rows of them begin that lie side by side.
+        # Runs of units whose rows are contiguous: slice of the units, and start of the rows in the local vector.
         self.runs: list[tuple[slice, int]] = []
         for piece in site.layout.pieces():
             if piece.parameter == number and stage.kept[piece.first]:
@@ -69,13 +71,13 @@ class PositionsPart(Part):
                 self.runs.append((slice(first, first + count), at))
 
     def views(self, vector: np.ndarray) -> Any:
-        """Of each run of units (..., units, longest)."""
-        found = []
+        """Return the rows of each run of units, (..., units, longest)."""
+        views = []
         for units, at in self.runs:
             count = units.stop - units.start
             rows = vector[..., at : at + count * self.longest]
-            found.append(rows.reshape(*vector.shape[:-1], count, self.longest))
-        return found
+            views.append(rows.reshape(*vector.shape[:-1], count, self.longest))
+        return views
 
     def forward(self, x: np.ndarray, y: np.ndarray | None, room: Any) -> tuple[np.ndarray, Any]:
         if y is None:
@@ -93,7 +95,7 @@ class PositionsPart(Part):
             return dy
         steps, sums = dy.shape[1], isinstance(into, SampleSums)
         for (units, _), out in zip(self.runs, self.views(into.into) if sums else into, strict=True):
-            # Steps that these sequences have not.
+            # Steps beyond the sequences have no gradient.
             out[..., steps:] = 0
             if sums:
                 self.ops.weighted_sums(dy[units], into.weights, out[..., :steps])

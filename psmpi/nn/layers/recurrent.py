@@ -15,17 +15,18 @@ from psmpi.nn.layers.base import Initial, Layer, Part, Site, Stage, place
 from psmpi.nn.layers.table import Table
 from psmpi.nn.layers.uses import Uses, grouped, stretched
 
-# The operators of ONNX, and the order of its gates in terms of ours.
+# By kind: the ONNX operator, and the index here of each gate in ONNX order.
 ONNX = {"rnn": ("RNN", (0,)), "gru": ("GRU", (1, 0, 2)), "lstm": ("LSTM", (0, 3, 1, 2))}
 
 
 @dataclass(frozen=True)
 class Recurrent(Layer):
-    """States h_t of h_{t-1} and x_t, the outputs of each step; before the first step they are 0.
+    """Recurrent layer: states h_t from h_{t-1} and x_t, which are the outputs of each step; h_0 = 0.
 
     rnn: h = tanh(W x + U h' + b). lstm: [i f g o] = W x + U h' + b, c = sig(f) c' + sig(i) tanh(g), h = sig(o) tanh(c).
-    gru, with the reset after the product as in cuDNN: [r z] = sig(W x + b + U h' + b_u) in these rows, n = tanh(W x + b
-    + r (U h' + b_u)) in those, h = (1 - z) n + z h'. Beyond the end of a sequence states stay what they are.
+    gru, with the reset after the product as in cuDNN: [r z] = sig(W x + b + U h' + b_u) in the first two thirds of the
+    rows, n = tanh(W x + b + r (U h' + b_u)) in the last third, h = (1 - z) n + z h'. States stay constant after the end
+    of a sequence.
     """
 
     kind: str
@@ -47,7 +48,7 @@ class Recurrent(Layer):
 
     @property
     def rows(self) -> int:
-        """Rows of its matrices, those of all gates."""
+        """Rows of the layer's matrices, over all gates."""
         return CELLS[self.kind][0] * self.units
 
     @property
@@ -64,21 +65,21 @@ class Recurrent(Layer):
         return tuple(Parameter(f"{self.name}.{name}", shape, rows) for name, shape in shapes.items())
 
     def initial(self, kind: str, gain: float) -> dict[str, Initial]:
-        """A forget gate begins open, with a bias of 1 (Jozefowicz et al. 2015)."""
-        found, inputs = {}, self.in_shape[0]
+        """Return draws for the matrices, and 1 for the biases of an lstm's forget gate (Jozefowicz et al. 2015)."""
+        initials, inputs = {}, self.in_shape[0]
         for name, fan_in in (("weight", inputs), ("recurrent", self.units)):
             xavier, he, pytorch = sqrt(6 / (fan_in + self.units)), sqrt(6 / fan_in), 1 / sqrt(self.units)
             width = {"xavier": xavier, "he": he, "pytorch": pytorch}[kind]
-            found[f"{self.name}.{name}"] = Initial("uniform", width)
+            initials[f"{self.name}.{name}"] = Initial("uniform", width)
         if self.bias and self.kind == "lstm":
-            found[f"{self.name}.bias"] = Initial("constant", 1.0, (self.units, 2 * self.units))
-        return found
+            initials[f"{self.name}.bias"] = Initial("constant", 1.0, (self.units, 2 * self.units))
+        return initials
 
     def sources(self, uses: Uses) -> Uses:
         return stretched(grouped(uses, self.units), self.in_shape[0])
 
     def users(self, uses: Uses) -> list[tuple[Parameter, Uses]]:
-        # Each unit depends on all others of the step before.
+        # Each unit depends on all units of the step before, so its users are those of any unit.
         return [(parameter, stretched(grouped(uses, self.units), self.rows)) for parameter in self.parameters()]
 
     def present(self, inputs: np.ndarray, wanted: np.ndarray) -> np.ndarray:
@@ -86,15 +87,15 @@ class Recurrent(Layer):
 
     def restrict(self, units: int, in_shape: tuple[int, ...]) -> Layer:
         if units != self.units or in_shape[0] != self.in_shape[0]:
-            raise UserError(f"the units of {self.name} depend on each other, and cannot be dealt out one by one")
+            raise UserError(f"the units of {self.name} depend on each other and cannot be dealt out one by one")
         return super().restrict(units, in_shape)
 
     def held(self, stage: Stage, batch: int, writable: bool, packed: bool) -> int:
         gates, carried, kept = CELLS[self.kind]
-        # Gates and what else backward needs of each step; states before a pass, behind it, and their gradient.
-        found = ((gates + kept) * self.out_shape[1] + 3 * carried) * self.units * batch
-        # Packed weights, of each way, and states of whole vectors.
-        return found + (2 * gates * self.units + (2 * gates + 1) * (batch + 15)) * self.units * packed
+        # Gates and other arrays of each step for backward; states before and after a pass, and their gradient.
+        numbers = ((gates + kept) * self.out_shape[1] + 3 * carried) * self.units * batch
+        # Packed weights for forward and for backward, and states in whole vectors.
+        return numbers + (2 * gates * self.units + (2 * gates + 1) * (batch + 15)) * self.units * packed
 
     def workspace_numbers(self, stage: Stage, batch: int, wanted: bool, packed: bool) -> dict[str, int]:
         return {
@@ -107,7 +108,7 @@ class Recurrent(Layer):
 
 
 class RecurrentPart(Part):
-    """x (inputs, steps, b) -> h (units, steps, b)."""
+    """Part of a recurrent layer: x (inputs, steps, b) -> h (units, steps, b)."""
 
     def __init__(self, stage: Stage, site: Site):
         super().__init__(stage, site)
@@ -117,19 +118,20 @@ class RecurrentPart(Part):
         self.places = {name: place(site, name) for name in self.shapes}
         self.rows, self.inputs = self.layer.rows, self.layer.in_shape[0]
         self.units, self.steps = self.layer.out_shape
-        # States behind the last chunk of a forward pass, and their gradient before the first of a backward pass.
+        # States after the latest chunk of a forward pass, and gradient of the states before the latest chunk of a
+        # backward pass.
         self.state = self.carry = self.ops.empty(0, site.dtype)
-        self.none = self.ops.zeros(self.rows, site.dtype)
+        self.zeros = self.ops.zeros(self.rows, site.dtype)
 
     def views(self, vector: np.ndarray) -> Any:
-        """Its parameters by their names without the layer's."""
+        """Return the layer's parameters, by name without the layer's name."""
         return {
             name.rpartition(".")[2]: vector[at : at + prod(self.shapes[name])].reshape(self.shapes[name])
             for name, at in self.places.items()
         }
 
     def room(self, batch: int, writable: bool) -> Any:
-        """Gates, what else backward needs, and the states before the pass."""
+        """Return arrays for the gates, for other values that backward needs, and for the states before the pass."""
         r, size = self.recurrence, self.units * batch
         return tuple(
             self.ops.empty(count * size, self.dtype) for count in (r.gates * self.steps, r.kept * self.steps, r.carried)
@@ -177,7 +179,7 @@ class RecurrentPart(Part):
         self, x: np.ndarray, y: np.ndarray, kept: Any, dy: np.ndarray, dx: np.ndarray | None, into: Any
     ) -> np.ndarray:
         (k, b), r = x.shape[1:], self.recurrence
-        # Used up: there is one pass back.
+        # Backward overwrites these arrays.
         a, more, before, span = kept
         carry = self.carry[: r.carried * self.units * b].reshape(before.shape)
         if span.ends:
@@ -194,14 +196,14 @@ class RecurrentPart(Part):
     def _gradient(
         self, x: np.ndarray, y: np.ndarray, before: np.ndarray, a: np.ndarray, more: np.ndarray, g: Any
     ) -> None:
-        """Write the gradients of the parameters into g, from those of the gates, a."""
+        """Write the gradients of the parameters into g, given the gradients a of the gates."""
         (k, b), matmul = x.shape[1:], self.ops.matmul
         flat = a.reshape(self.rows, k * b)
         matmul(flat, x.reshape(self.inputs, k * b).T, g["weight"])
-        # The states that each step began with: of a chunk one product is faster than two without this copy.
+        # Copy the states before each step: one product over all steps is then faster than two without the copy.
         last = self.space.take("states before", self.units, k, b)
         last[:, 0], last[:, 1:] = before[0], y[:, :-1]
-        # Rows of the recurrent product, and their gradients: those of the gates, but for a gru's last.
+        # Rows of the recurrent product with their gradients: the gates' gradients, except for the last gate of a gru.
         parts = [(slice(0, self.rows), a)]
         if self.layer.kind == "gru":  # type: ignore[attr-defined]
             parts = [(slice(0, 2 * self.units), a[: 2 * self.units]), (slice(2 * self.units, None), more[0])]
@@ -219,14 +221,14 @@ class RecurrentPart(Part):
         gates, units = self.recurrence.gates, self.units
 
         def turned(parameter: str, *shape: int) -> np.ndarray:
-            """Gates in the order of ONNX."""
-            values = self.w.get(parameter, self.none)
+            """Return a parameter with its gates in the order of ONNX."""
+            values = self.w.get(parameter, self.zeros)
             return np.asarray(values).reshape(gates, units, *shape)[list(order)].reshape(1, gates * units, *shape)
 
         biases = np.concatenate([turned("bias"), turned("recurrent_bias")], axis=1)
         constants = [
-            graph.constant(f"{name}.{what}", values)
-            for what, values in (
+            graph.constant(f"{name}.{kind}", values)
+            for kind, values in (
                 ("W", turned("weight", self.inputs)), ("R", turned("recurrent", units)), ("B", biases)
             )
         ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Residual blocks: layers, past which their input goes (He et al. 2016)."""
+"""Residual blocks: a branch of layers whose output is added to its input (He et al. 2016)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from psmpi.nn.layers.uses import Uses
 
 @dataclass(frozen=True)
 class Residual(Layer):
-    """x -> x + scale times what the layers of the branch make of x."""
+    """Residual block: x -> x + scale branch(x), where branch is the chain of `layers`."""
 
     layers: tuple[Layer, ...]
     scale: float
@@ -32,7 +32,10 @@ class Residual(Layer):
             raise UserError(f"{table.where}: scale = {scale!r}; expected a number other than 0")
         branch, out = table.layers("layers", shape)
         if out != shape:
-            raise UserError(f"{table.where}: its layers make {out} of {shape}, and the two are to be added")
+            raise UserError(
+                f"{table.where}: its layers turn inputs of shape {shape} into {out}, but the two are added: let the "
+                "last layer give the shape of the input"
+            )
         return [cls(label, shape, shape, branch, float(scale))]
 
     @property
@@ -43,8 +46,8 @@ class Residual(Layer):
         return replace(self, layers=layers, in_shape=shape, out_shape=shape, scale=self.scale * factor)
 
     def with_steps(self, steps: int) -> Layer:
-        made = super().with_steps(steps)
-        return replace(made, layers=tuple(layer.with_steps(steps) for layer in self.layers))  # type: ignore[call-arg]
+        block = super().with_steps(steps)
+        return replace(block, layers=tuple(layer.with_steps(steps) for layer in self.layers))  # type: ignore[call-arg]
 
     def parameters(self) -> tuple[Parameter, ...]:
         return tuple(parameter for layer in self.layers for parameter in layer.parameters())
@@ -59,8 +62,8 @@ class Residual(Layer):
             before = layer.sources(before)
         if before != uses:
             raise UserError(
-                f"{self.name}: the units that go past this residual block are not of the same classes as those that "
-                "its branch reads: use as many groups in all of its layers"
+                f"{self.name}: the input and the output of this residual block belong to different classes: use the "
+                "same number of groups in all of its layers"
             )
         return uses
 
@@ -68,12 +71,12 @@ class Residual(Layer):
         return wanted if any(layer.linear for layer in leaves(self.layers)) else inputs
 
     def held(self, stage: Stage, batch: int, writable: bool, packed: bool) -> int:
-        # The block's own output, where the branch's last one may not be overwritten.
+        # The block's output, unless it may overwrite the branch's output.
         spots, free = plan_buffers(stage.inner)
-        found = 0 if free else stage.size * batch
-        for one, spot in zip(stage.inner, spots, strict=True):
-            found += one.layer.held(one, batch, spot.writable, packed)
-        return found
+        numbers = 0 if free else stage.size * batch
+        for stage_inside, spot in zip(stage.inner, spots, strict=True):
+            numbers += stage_inside.layer.held(stage_inside, batch, spot.writable, packed)
+        return numbers
 
     def workspace_numbers(self, stage: Stage, batch: int, wanted: bool, packed: bool) -> dict[str, int]:
         return {
@@ -86,9 +89,9 @@ class Residual(Layer):
 
 
 class ResidualPart(Part):
-    """The parts of the branch, and the sum.
+    """Part of a residual block: the parts of the branch, and the sum; x, y: (units, ..., b).
 
-    Passes may take `factor` times the layer's scale, as the steps of a coarser march do.
+    A pass multiplies the layer's scale by `factor`; the steps of a coarser multigrid level use a factor above 1.
     """
 
     def __init__(self, stage: Stage, site: Site):
@@ -112,7 +115,7 @@ class ResidualPart(Part):
         self.g = None if g is None else [part.g for part in self.chain.parts]
 
     def room(self, batch: int, writable: bool) -> Any:
-        """The room of the branch, and of the sum where it does not take the place of the branch's output."""
+        """Return the room of the branch, and an array for the sum unless it overwrites the branch's output."""
         own = self.ops.empty(0 if self.chain.writable else self.size * batch, self.dtype)
         return self.chain.room(batch), own
 

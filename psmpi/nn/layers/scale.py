@@ -1,4 +1,4 @@
-"""Everything times one number."""
+"""Multiplication by a constant."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from psmpi.nn.layers.base import OVER, Layer, Part, Site, Stage
 
 @dataclass(frozen=True)
 class Scale(Layer):
-    """Everything times `factor`: what a subnetwork's layer does with fewer inputs than the whole network's sees."""
+    """Multiplication of all values by `factor`, which compensates for missing inputs of a subnetwork's layer."""
 
     factor: float
 
@@ -23,7 +23,7 @@ class Scale(Layer):
 
 
 class ScalePart(Part):
-    """Multiplies in place where it can."""
+    """Part of a multiplication by a constant, in place if the input may be overwritten."""
 
     def __init__(self, stage: Stage, site: Site):
         super().__init__(stage, site)

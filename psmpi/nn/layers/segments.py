@@ -1,8 +1,8 @@
-"""Segments: the weights of a subnetwork's dense layers and convolutions in its local vector.
+"""Segments: views of the weights of a subnetwork's dense layers and convolutions in its local vector.
 
-A layer of a subnetwork keeps some of the network's output units. Units of one group that lie side by side in the flat
-vector form a *stripe*; stripes of equal shape at equal distances form a *segment*, which one (batched) matrix product
-handles.
+A layer of a subnetwork keeps some of the network's output units. Units of one group that are contiguous in the flat
+vector form a *stripe*. Stripes of equal shape at equal distances form a *segment*, which takes one (batched) matrix
+product.
 """
 
 from __future__ import annotations
@@ -20,7 +20,12 @@ from psmpi.layout import Layout, Piece, Runs
 
 @dataclass(frozen=True)
 class Segment:
-    """`count` stripes of n units that see n_in inputs each; starts and steps are in units, inputs and elements."""
+    """`count` stripes of n units that use n_in inputs each; starts and steps count units, inputs or elements.
+
+    out: first output unit; source, source_step: first input, and distance between stripes' inputs; weight, weight_step,
+    bias, bias_step: places in the local vector, and distance between stripes; row_length, row_step: weights of a unit,
+    and distance between units; row_bias_step: distance between the biases of units.
+    """
 
     count: int
     n: int
@@ -37,16 +42,16 @@ class Segment:
     row_bias_step: int = 1
 
     def weights(self, vector: np.ndarray, ops: NumpyOps) -> np.ndarray:
-        """The weights in `vector` as a (count, n, unit size) view."""
+        """Return the weights in `vector` as a (count, n, unit size) view."""
         shape = (self.count, self.n, self.row_length)
         return ops.view(vector, self.weight, shape, (self.weight_step, self.row_step, 1))
 
     def biases(self, vector: np.ndarray, ops: NumpyOps) -> np.ndarray:
-        """The biases in `vector` as a (count, n) view."""
+        """Return the biases in `vector` as a (count, n) view."""
         return ops.view(vector, self.bias, (self.count, self.n), (self.bias_step, self.row_bias_step))
 
     def rows(self, vectors: np.ndarray, ops: NumpyOps) -> tuple[np.ndarray, np.ndarray]:
-        """Weights (k, count, n, unit size) and biases (k, count, n) in `vectors` (k, part's weights), as views."""
+        """Return views of weights (k, count, n, unit size), biases (k, count, n) in `vectors` (k, part's weights)."""
         many, size = vectors.shape
         shape = (many, self.count, self.n)
         weights = ops.view(vectors, self.weight, (*shape, self.row_length), (size, self.weight_step, self.row_step, 1))
@@ -54,7 +59,7 @@ class Segment:
 
 
 def find_segments(layer: Any, layout: Layout, part: Runs, kept: np.ndarray, positions: np.ndarray) -> list[Segment]:
-    """The segments of `layer` in a part.
+    """Return the segments of `layer` in a part, by output unit.
 
     kept: (units,) bool, the output units that the part computes; positions: (inputs,) local index of each kept input.
     """
@@ -67,17 +72,17 @@ def find_segments(layer: Any, layout: Layout, part: Runs, kept: np.ndarray, posi
         if _whole_stripes(layer, piece):
             stripes += _stripes_of_classes(layer, part, kept, positions, local, piece, bias)
             continue
-        ones = piece.singles(), bias.singles() if bias else repeat(None)
-        for one, shifts in zip(*ones, strict=False):
-            if kept[one.first]:
-                stripes += _stripes(layer, part, positions, local, one, shifts)
+        singles = piece.singles(), bias.singles() if bias else repeat(None)
+        for single, shifts in zip(*singles, strict=False):
+            if kept[single.first]:
+                stripes += _stripes(layer, part, positions, local, single, shifts)
     return [_as_rows(s) for s in _merge(sorted(stripes, key=lambda s: s.out))]
 
 
 def _stripes(
     layer: Any, part: Runs, positions: np.ndarray, local: np.ndarray, piece: Piece, bias: Piece | None
 ) -> Iterator[Segment]:
-    """The stripes of units that are contiguous in the flat vector: one of each group that they are in."""
+    """Iterate over the stripes of units that are contiguous in the flat vector: one for each group of the units."""
     per_group = layer.units // layer.groups
     inside = range(-(-piece.first // per_group) * per_group, piece.last, per_group)
     for a, b in pairwise(sorted({piece.first, piece.last, *inside})):
@@ -92,7 +97,7 @@ def _stripes(
             source_step=0,
             weight=part.local(w_at, w_at + 1).start,
             weight_step=0,
-            # Without biases a place in zeros, one for each unit.
+            # Without biases, the place is one in an array of zeros, one zero for each unit.
             bias=part.local(b_at, b_at + 1).start if bias else int(local[a]),
             bias_step=0,
             row_step=layer.unit_size,
@@ -101,7 +106,7 @@ def _stripes(
 
 
 def _whole_stripes(layer: Any, piece: Piece) -> bool:
-    """Whether the units of each of several classes are one stripe: in a group that is theirs, or all classes'."""
+    """Return whether the units of each of several classes form one stripe: a whole group, or part of a single group."""
     per_group = layer.units // layer.groups
     return piece.count > 1 and (layer.groups == 1 or (piece.units == per_group and piece.first % per_group == 0))
 
@@ -109,23 +114,23 @@ def _whole_stripes(layer: Any, piece: Piece) -> bool:
 def _stripes_of_classes(
     layer: Any, part: Runs, kept: np.ndarray, positions: np.ndarray, local: np.ndarray, piece: Piece, bias: Piece | None
 ) -> Iterator[Segment]:
-    """The stripes of the classes that are kept, those of neighbours together."""
-    there = np.concatenate([[False], kept[piece.first : piece.last : piece.units], [False]])
-    for k, end in np.flatnonzero(there[1:] != there[:-1]).reshape(-1, 2).tolist():
-        one, *others = (
+    """Iterate over the stripes of the classes that are kept, with neighbouring classes in one segment."""
+    present = np.concatenate([[False], kept[piece.first : piece.last : piece.units], [False]])
+    for k, end in np.flatnonzero(present[1:] != present[:-1]).reshape(-1, 2).tolist():
+        segment, *following = (
             stripe
             for at in range(k, min(k + 2, end))
             for stripe in _stripes(layer, part, positions, local, piece.single(at), bias.single(at) if bias else None)
         )
-        # The part has the same of each class: in its vector neighbours are at equal distances too.
-        for second in others:
-            steps = second.source - one.source, second.weight - one.weight, second.bias - one.bias
-            one = replace(one, count=end - k, source_step=steps[0], weight_step=steps[1], bias_step=steps[2])
-        yield one
+        # The part holds equally much of each class, so neighbours are at equal distances in its local vector too.
+        for second in following:
+            steps = second.source - segment.source, second.weight - segment.weight, second.bias - segment.bias
+            segment = replace(segment, count=end - k, source_step=steps[0], weight_step=steps[1], bias_step=steps[2])
+        yield segment
 
 
 def _merge(stripes: list[Segment]) -> list[Segment]:
-    """Join consecutive stripes of one shape whose starts advance in equal steps."""
+    """Join consecutive stripes of one shape whose starts advance in equal steps; return the segments."""
     merged: list[Segment] = []
     todo = stripes[::-1]
     while todo:
@@ -151,7 +156,7 @@ def _merge(stripes: list[Segment]) -> list[Segment]:
 
 
 def _without_first(s: Segment) -> Segment:
-    """All stripes of a segment but the first."""
+    """Return all stripes of a segment except the first."""
     steps = (s.source_step, s.weight_step, s.bias_step) if s.count > 2 else (0, 0, 0)
     return replace(
         s,
@@ -167,14 +172,14 @@ def _without_first(s: Segment) -> Segment:
 
 
 def _as_rows(s: Segment) -> Segment:
-    """Stripes of one unit that all see the same inputs are the rows of a single matrix."""
+    """Return a segment of one-unit stripes with the same inputs as one stripe of many units; others unchanged."""
     if s.count > 1 and s.source_step == 0 and s.n == 1:
         return replace(s, count=1, n=s.count, row_step=s.weight_step, row_bias_step=s.bias_step)
     return s
 
 
 def same_source(segments: list[Segment]) -> list[Stripes]:
-    """Stripes of a packed layer: one for each group of inputs, groups of equal size and distance together."""
+    """Return the stripes of a packed layer: one for each group of inputs; groups at equal distances are joined."""
     stripes: list[Stripes] = []
     for s in segments:
         for k in range(s.count):
@@ -184,12 +189,12 @@ def same_source(segments: list[Segment]) -> list[Stripes]:
             else:
                 stripes.append(Stripes(1, s.n, s.n_in, source, 0, out))
     joined: list[Stripes] = []
-    for one in stripes:
+    for stripe in stripes:
         last = joined[-1] if joined else None
-        if last is not None and (last.n, last.out + last.count * last.n) == (one.n, one.out):
-            step = one.source - last.source - (last.count - 1) * last.source_step
+        if last is not None and (last.n, last.out + last.count * last.n) == (stripe.n, stripe.out):
+            step = stripe.source - last.source - (last.count - 1) * last.source_step
             if last.count == 1 or step == last.source_step:
                 joined[-1] = replace(last, count=last.count + 1, source_step=step)
                 continue
-        joined.append(one)
+        joined.append(stripe)
     return joined

@@ -1,4 +1,4 @@
-"""Some of the units that a subnetwork has."""
+"""Selection of some units of a subnetwork."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from psmpi.nn.layers.base import Layer, Part, Site, Stage
 
 @dataclass(frozen=True)
 class Select(Layer):
-    """The units that a layer wants, where flattening has left others with them.
+    """Selection of the units that the next layer uses, where a flatten layer has passed on unused units as well.
 
-    A subnetwork alone has such a layer: no network does.
+    Only subnetworks have such a layer, networks do not.
     """
 
     keeps_range = True
@@ -29,13 +29,13 @@ class Select(Layer):
 
 
 class SelectPart(Part):
-    """Copies of runs of units."""
+    """Part of a selection, which copies runs of units: x (inputs, ..., b) -> y (kept units, ..., b)."""
 
     def __init__(self, stage: Stage, site: Site):
         super().__init__(stage, site)
         at = np.flatnonzero(stage.kept[stage.inputs])
         starts = np.flatnonzero(np.diff(at, prepend=-2) != 1).tolist()
-        # Runs of units side by side: where they are among the inputs, and among the outputs.
+        # Runs of consecutive units: slice of the inputs, and slice of the outputs.
         self.runs = [(slice(int(at[a]), int(at[b - 1]) + 1), slice(a, b)) for a, b in pairwise([*starts, len(at)])]
         self.at = at
 

@@ -1,7 +1,7 @@
-"""Slabs: layers cut into domains, each dense in its own neurons and in a halo of those around it.
+"""Slabs: layers cut into domains; each domain is densely connected to its inputs and to a halo of inputs around them.
 
-Long and Gupta, "Scalable massively parallel artificial neural networks" (2008): connections stay inside a domain and a
-thin halo, as stencils do.
+Source: Long and Gupta, "Scalable massively parallel artificial neural networks" (2008). Connections stay inside a
+domain and a thin halo, as in stencils.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from psmpi.nn.layers.uses import Uses, grouped, stretched
 
 @dataclass(frozen=True)
 class Slab(Layer):
-    """A matrix (outputs, window) for each domain; the window is the domain's own inputs and the `halo` around them.
+    """Layer with a matrix (outputs, window) for each domain; a window has the domain's inputs and a `halo` of inputs.
 
-    inputs, outputs: the fields of neurons, by one grid. numbers: of the domains that are here; those of the network's
-    layer are all of them. A layer of some (`of`) has their windows' inputs and their outputs, in the fields' order.
-    Inputs beyond a field's edges are 0.
+    inputs, outputs: fields of neurons, cut by the same grid. numbers: domains of the layer; the network's layer has all
+    domains. A layer of some domains (`of`) has the inputs of their windows and their outputs, in the order of the
+    fields. Inputs beyond the edges of a field are 0.
     """
 
     inputs: Domains
@@ -51,10 +51,10 @@ class Slab(Layer):
             )
         table.flat(shape)
         units = table.whole("units")
-        for what, size in (("inputs", shape[0]), ("units", units)):
+        for side, size in (("inputs", shape[0]), ("units", units)):
             if size % count:
                 raise UserError(
-                    f"{table.where}: {size} {what} are not a multiple of {count} domains: use "
+                    f"{table.where}: {size} {side} are not a multiple of {count} domains: use "
                     f"{max(count, size - size % count)} or {size + count - size % count}, or other domains"
                 )
         fields = Domains((1, 1, shape[0]), (1, count)), Domains((1, 1, units), (1, count))
@@ -63,7 +63,7 @@ class Slab(Layer):
 
     @property
     def shapes(self) -> tuple[int, int, int]:
-        """(domains, outputs of one, inputs of one's window)."""
+        """Shape of the weights: (domains, outputs of a domain, inputs of a window)."""
         return len(self.numbers), self.outputs.size, self.inputs.window_size(self.halo)
 
     @property
@@ -92,87 +92,87 @@ class Slab(Layer):
 
     def restrict(self, units: int, in_shape: tuple[int, ...]) -> Layer:
         if (units, in_shape) != (self.out_shape[0], self.in_shape):
-            raise UserError(f"the units of {self.name} are those of whole domains, and cannot be dealt out one by one")
+            raise UserError(f"the units of {self.name} form whole domains and cannot be dealt out one by one")
         return self
 
     def absorbs(self, following: Sequence[Layer], fold: bool) -> int:
         return int(bool(following and following[0].activation))
 
     def of(self, numbers: Sequence[int]) -> Slab:
-        """The layer of some of its domains."""
+        """Return the layer of the domains `numbers`."""
         some = replace(self, numbers=tuple(numbers))
-        return replace(some, in_shape=(len(some.needs),), out_shape=(len(some.makes),))
+        return replace(some, in_shape=(len(some.needs),), out_shape=(len(some.all_outputs),))
 
     @cached_property
     def windows(self) -> np.ndarray:
-        """The inputs of each domain's window, (domains, window) int64, -1 beyond the edges."""
+        """Inputs of each domain's window, (domains, window) int64, -1 beyond the edges."""
         return np.stack([self.inputs.window(number, self.halo) for number in self.numbers])
 
     @cached_property
     def cells(self) -> np.ndarray:
-        """The outputs of each domain, (domains, outputs) int64."""
+        """Outputs of each domain, (domains, outputs) int64."""
         return np.stack([self.outputs.cells(number) for number in self.numbers])
 
     @cached_property
     def needs(self) -> np.ndarray:
-        """The inputs of some domains, increasing."""
-        found = np.unique(self.windows)
-        return found[found >= 0]
+        """Inputs of all windows, (inputs,) int64, increasing."""
+        numbers = np.unique(self.windows)
+        return numbers[numbers >= 0]
 
     @cached_property
-    def makes(self) -> np.ndarray:
-        """The outputs of these domains, increasing."""
+    def all_outputs(self) -> np.ndarray:
+        """Outputs of all domains, (outputs,) int64, increasing."""
         return np.sort(self.cells, axis=None)
 
     @cached_property
     def in_order(self) -> bool:
-        """Whether outputs lie in memory domain by domain."""
-        return bool((self.cells.reshape(-1) == self.makes).all())
+        """Whether the outputs lie in memory domain by domain."""
+        return bool((self.cells.reshape(-1) == self.all_outputs).all())
 
     @cached_property
     def spans(self) -> list[tuple[slice, slice, int, int]]:
-        """Domains whose windows are views of the inputs: (domains, columns of the window, first input, step).
+        """Runs of domains whose windows are views of the inputs: (domains, columns of the window, first input, step).
 
-        Empty where some window is not: then windows are copied together.
+        The list is empty if a window is not a view of the inputs: windows are then copied.
         """
-        found: list[tuple[slice, slice, int, int]] = []
+        spans: list[tuple[slice, slice, int, int]] = []
         local = np.where(self.windows < 0, -1, np.searchsorted(self.needs, self.windows))
         for k, row in enumerate(local):
-            there = np.flatnonzero(row >= 0)
-            first, source = int(there[0]), int(row[there[0]])
-            columns = slice(first, first + len(there))
-            if (row[columns] != np.arange(source, source + len(there))).any():
+            inside = np.flatnonzero(row >= 0)
+            first, source = int(inside[0]), int(row[inside[0]])
+            columns = slice(first, first + len(inside))
+            if (row[columns] != np.arange(source, source + len(inside))).any():
                 return []
-            if found and found[-1][1] == columns:
-                ds, _, begin, step = found[-1]
+            if spans and spans[-1][1] == columns:
+                ds, _, begin, step = spans[-1]
                 count = k - ds.start
                 gap = source - begin - (count - 1) * step
                 if count == 1 or gap == step:
-                    found[-1] = (slice(ds.start, k + 1), columns, begin, gap)
+                    spans[-1] = (slice(ds.start, k + 1), columns, begin, gap)
                     continue
-            found.append((slice(k, k + 1), columns, source, 0))
-        return found if self.in_order else []
+            spans.append((slice(k, k + 1), columns, source, 0))
+        return spans if self.in_order else []
 
     def workspace_numbers(self, stage: Stage, batch: int, wanted: bool, packed: bool) -> dict[str, int]:
-        found = super().workspace_numbers(stage, batch, wanted, packed)
+        numbers = super().workspace_numbers(stage, batch, wanted, packed)
         if wanted:
-            found["product"] = self.shapes[0] * self.shapes[2] * batch
-        return found | self.copied(batch, back=True)
+            numbers["product"] = self.shapes[0] * self.shapes[2] * batch
+        return numbers | self.copied(batch, back=True)
 
     def copied(self, batch: int, back: bool) -> dict[str, int]:
-        """Numbers of the arrays that windows and tiles are copied together in; back: for a backward pass too."""
+        """Return the sizes of the workspace arrays for copies of windows and tiles; back: include a backward pass."""
         count, rows, window = self.shapes
-        found = {} if self.spans else {"windows": count * window * batch}
+        numbers = {} if self.spans else {"windows": count * window * batch}
         if not self.in_order:
-            found |= {"tiles": count * rows * batch} | ({"tiles back": count * rows * batch} if back else {})
-        return found
+            numbers |= {"tiles": count * rows * batch} | ({"tiles back": count * rows * batch} if back else {})
+        return numbers
 
     def part(self, stage: Stage, site: Site) -> Part:
         return SlabPart(stage, site)
 
 
 def _plane(table: Table, label: str, shape: tuple[int, ...], grid: Sequence[Any]) -> Slab:
-    """A layer of tiles of images."""
+    """Read a layer whose domains are tiles of images."""
     sizes = table.image(shape)
     if len(grid) != 2 or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in grid):
         raise UserError(f"{table.where}: domains = {list(grid)!r}; expected [rows, columns], whole numbers above 0")
@@ -183,21 +183,21 @@ def _plane(table: Table, label: str, shape: tuple[int, ...], grid: Sequence[Any]
             f"{table.where}: units = {units!r}; with domains = {list(grid)!r} expected [height, width] or [channels, "
             "height, width], whole numbers above 0"
         )
-    made = (1, *units) if len(units) == 2 else tuple(units)
+    out_field = (1, *units) if len(units) == 2 else tuple(units)
     cut = int(grid[0]), int(grid[1])
-    for what, field_ in (("input", sizes), ("units", made)):
+    for side, field_ in (("input", sizes), ("units", out_field)):
         if field_[1] % cut[0] or field_[2] % cut[1]:
             raise UserError(
-                f"{table.where}: a field of {field_[1]} x {field_[2]} ({what}) is not cut by {cut[0]} x {cut[1]} "
+                f"{table.where}: a field of {field_[1]} x {field_[2]} ({side}) is not cut by {cut[0]} x {cut[1]} "
                 "domains into equal tiles: use sizes that are multiples, or other domains"
             )
-    fields = Domains(sizes, cut), Domains((made[0], made[1], made[2]), cut)
+    fields = Domains(sizes, cut), Domains((out_field[0], out_field[1], out_field[2]), cut)
     numbers = tuple(range(prod(cut)))
-    return Slab(label, shape, made, *fields, _halo(table, fields[0]), numbers, bias=table.flag("bias"))
+    return Slab(label, shape, out_field, *fields, _halo(table, fields[0]), numbers, bias=table.flag("bias"))
 
 
 def _halo(table: Table, inputs: Domains) -> int:
-    """The width of the halo: by default an eighth of a domain, at least 1."""
+    """Read the width of the halo: by default an eighth of a domain's shorter cut side, at least 1; 0 without cuts."""
     sides = [n for n, many in zip(inputs.tile, inputs.grid, strict=True) if many > 1]
     most = min(sides, default=0)
     halo = table.take("halo", max(1, most // 8))
@@ -212,7 +212,7 @@ def _halo(table: Table, inputs: Domains) -> int:
 
 
 class SlabPart(Part):
-    """x (inputs, b), or images, -> y (outputs, b), with the activation that follows."""
+    """Part of a slab, with the activation that follows: x (inputs, b), or images, -> y (outputs, b), or images."""
 
     def __init__(self, stage: Stage, site: Site):
         super().__init__(stage, site)
@@ -222,33 +222,33 @@ class SlabPart(Part):
         self.counts = count, rows, _ = layer.shapes
         self.at = place(site, f"{layer.name}.weight")
         self.biases = place(site, f"{layer.name}.bias") if layer.bias else -1
-        # What stands for biases that the layer has not, and for their gradient.
-        none = 0 if layer.bias else count * rows
-        self.none, self.nowhere = (self.ops.zeros(none, site.dtype).reshape(-1, rows) for _ in range(2))
-        there = layer.windows.reshape(-1)
-        inside = np.flatnonzero(there >= 0)
-        local = np.searchsorted(layer.needs, there[inside])
+        # Zeros as biases of a layer without biases, and an unused array for their gradient.
+        missing = 0 if layer.bias else count * rows
+        self.zeros, self.unused = (self.ops.zeros(missing, site.dtype).reshape(-1, rows) for _ in range(2))
+        neurons = layer.windows.reshape(-1)
+        inside = np.flatnonzero(neurons >= 0)
+        local = np.searchsorted(layer.needs, neurons[inside])
         self.gather = self.ops.row_copies(local, inside)
         self.spread = self.ops.row_copies(inside, local)
-        edges = np.flatnonzero(np.diff(there >= 0, prepend=True, append=True))
-        # Rows of windows beyond the edges.
+        edges = np.flatnonzero(np.diff(neurons >= 0, prepend=True, append=True))
+        # Runs of window rows beyond the edges of the field, which are 0.
         self.beyond = [slice(int(a), int(b)) for a, b in edges.reshape(-1, 2)]
-        # Between the order of the outputs and that of domains.
+        # Permutations between the order of the outputs and the order of the domains.
         cells = order = np.empty(0, np.int64)
         if not layer.in_order:
-            cells = np.searchsorted(layer.makes, layer.cells.reshape(-1))
+            cells = np.searchsorted(layer.all_outputs, layer.cells.reshape(-1))
             order = np.arange(len(cells))
         self.untile, self.tile = self.ops.row_copies(order, cells), self.ops.row_copies(cells, order)
 
     def arrays(self) -> list[Any]:
-        return [self.none, self.nowhere, self.gather, self.spread, self.tile, self.untile]
+        return [self.zeros, self.unused, self.gather, self.spread, self.tile, self.untile]
 
     def views(self, vector: np.ndarray) -> Any:
-        """Weights (domains, outputs, window) and biases (domains, outputs)."""
-        return self._views(vector, self.none)
+        """Return weights (domains, outputs, window) and biases (domains, outputs)."""
+        return self._views(vector, self.zeros)
 
     def bind(self, w: np.ndarray, g: np.ndarray | None) -> None:
-        self.w, self.g = self._views(w, self.none), None if g is None else self._views(g, self.nowhere)
+        self.w, self.g = self._views(w, self.zeros), None if g is None else self._views(g, self.unused)
 
     def _views(self, vector: np.ndarray, biases: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         count, rows, _ = self.counts
@@ -266,29 +266,29 @@ class SlabPart(Part):
             self.space.take("product", self.counts[0], self.counts[2], batch)
 
     def _windows(self, x: np.ndarray) -> np.ndarray:
-        """The inputs of all windows, (domains, window, b)."""
+        """Return a copy of the inputs of all windows, (domains, window, b)."""
         count, _, window = self.counts
-        found = self.space.take("windows", count * window, x.shape[-1])
+        windows = self.space.take("windows", count * window, x.shape[-1])
         for rows in self.beyond:
-            found[rows] = 0
-        self.gather.copy(x, found)
-        return found.reshape(count, window, -1)
+            windows[rows] = 0
+        self.gather.copy(x, windows)
+        return windows.reshape(count, window, -1)
 
     def _source(self, x: np.ndarray, span: tuple[slice, slice, int, int]) -> np.ndarray:
-        """The inputs of some domains' windows as a view, (domains, columns, b)."""
+        """Return the inputs of a run of windows as a view, (domains, columns, b)."""
         domains, columns, first, step = span
         b = x.shape[-1]
         shape = domains.stop - domains.start, columns.stop - columns.start, b
         return self.ops.view(x, first * b, shape, (step * b, b, 1))
 
     def _tiles(self, name: str, values: np.ndarray) -> np.ndarray:
-        """Outputs (units, b) domain by domain, (domains, outputs, b)."""
+        """Return outputs (units, b) in the order of the domains, (domains, outputs, b)."""
         count, rows, _ = self.counts
         if self.slab.in_order:
             return values.reshape(count, rows, -1)
-        found = self.space.take(name, count * rows, values.shape[-1])
-        self.tile.copy(values, found)
-        return found.reshape(count, rows, -1)
+        tiles = self.space.take(name, count * rows, values.shape[-1])
+        self.tile.copy(values, tiles)
+        return tiles.reshape(count, rows, -1)
 
     def forward(self, x: np.ndarray, y: np.ndarray | None, room: Any) -> tuple[np.ndarray, Any]:
         assert y is not None
@@ -328,7 +328,7 @@ class SlabPart(Part):
         return dx
 
     def _gradient(self, x: np.ndarray, dy: np.ndarray, g: np.ndarray) -> None:
-        """Fill g with the gradient of the weights; of those beyond the edges it is 0."""
+        """Fill g with the gradient of the weights; weights of inputs beyond the edges have gradient 0."""
         for span in self.slab.spans:
             domains, columns = span[:2]
             self.ops.matmul(dy[domains], self._source(x, span).transpose(0, 2, 1), g[domains, :, columns])
@@ -338,7 +338,7 @@ class SlabPart(Part):
             self.ops.matmul(dy, self._windows(x).transpose(0, 2, 1), g)
 
     def _sums(self, x: np.ndarray, dy: np.ndarray, sums: SampleSums) -> None:
-        """Sums of the samples' gradients, weighted."""
+        """Write the weighted sums of the samples' gradients."""
         (count, rows, window), (many, size) = self.counts, sums.into.shape
         weights = self.ops.view(sums.into, self.at, (many, *self.counts), (size, rows * window, window, 1))
         if self.bias:
@@ -359,10 +359,10 @@ class SlabPart(Part):
 
         flat = node("Flatten", "in", value)
         pads = constant("pads", [0, 0, 0, 1])
-        # One more input, of 0, for all beyond the edges.
+        # One additional input of 0 stands for all inputs beyond the edges.
         padded = node("Pad", "padded", flat, pads)
-        there = self.slab.windows.reshape(-1)
-        local = np.where(there < 0, len(self.slab.needs), np.searchsorted(self.slab.needs, there))
+        neurons = self.slab.windows.reshape(-1)
+        local = np.where(neurons < 0, len(self.slab.needs), np.searchsorted(self.slab.needs, neurons))
         seen = node("Gather", "seen", padded, constant("at", local), axis=1)
         shaped = node("Reshape", "windows", seen, constant("shape", [0, count, 1, window]))
         weights, biases = (np.asarray(self.ops.host(values)) for values in self.w)

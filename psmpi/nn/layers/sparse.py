@@ -1,4 +1,4 @@
-"""Sparse layers: each unit sees some of the inputs, by a pattern that stays as it is."""
+"""Sparse layers: each unit uses some of the inputs, by a fixed pattern."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ from psmpi.nn.layers.uses import Uses, joined, single
 
 @dataclass(frozen=True)
 class Sparse(Layer):
-    """y = W x + b with a W of fixed pattern, whose entries are the weights, (entries,) in compressed rows."""
+    """Sparse layer y = W x + b with a fixed pattern of W; weights: the entries of W, (entries,) in compressed rows."""
 
     pattern: Pattern
     bias: bool = field(default=True, kw_only=True)
-    # The kind of its initial weights; that of the run where it is "".
+    # Kind of the initial weights; "" stands for the kind that the run uses.
     init: str = field(default="", kw_only=True)
 
     linear: ClassVar[bool] = True
@@ -50,8 +50,8 @@ class Sparse(Layer):
         pattern = _read_pattern(table, label, units, shape[0])
         if (pattern.rows, pattern.inputs) != (units, shape[0]):
             raise UserError(
-                f"{table.where}: the pattern is {pattern.rows} x {pattern.inputs}, and the layer has {units} units and "
-                f"{shape[0]} inputs: let them be the same"
+                f"{table.where}: the pattern is {pattern.rows} x {pattern.inputs}, but the layer has {units} units and "
+                f"{shape[0]} inputs: use a pattern of {units} x {shape[0]}"
             )
         init = table.take("init", "")
         if init not in ("", *INITS):
@@ -72,7 +72,7 @@ class Sparse(Layer):
         return (weight, Parameter(f"{self.name}.bias", (self.units,), self.units)) if self.bias else (weight,)
 
     def initial(self, kind: str, gain: float) -> dict[str, Initial]:
-        """Each weight by the entries of its row, and for xavier those of its column too."""
+        """Return draws scaled for each weight by the entries in its row, and for xavier also in its column."""
         kind, fan_in = self.init or kind, np.repeat(self.pattern.fan_in, self.pattern.fan_in)
         fans = fan_in + self.pattern.fan_out[self.pattern.columns] if kind == "xavier" else fan_in
         value = {"xavier": gain * sqrt(6), "he": sqrt(6), "pytorch": 1.0}[kind]
@@ -80,52 +80,52 @@ class Sparse(Layer):
 
     def sources(self, uses: Uses) -> Uses:
         runs = list(_of_single_classes(uses))
-        # For each column the runs of rows that it has an entry in.
+        # For each column, the runs of rows in which it has an entry.
         run_of_row = np.repeat(np.arange(len(runs)), [last - first for first, last, _ in runs])
         back = self.pattern.transposed
         column = np.repeat(np.arange(self.pattern.inputs), np.diff(back.starts))
         pairs = np.unique(column * len(runs) + run_of_row[back.rows])
         edges = np.searchsorted(pairs, np.arange(self.pattern.inputs + 1) * len(runs)).tolist()
         numbers = pairs % len(runs)
-        known: dict[bytes, Any] = {}
-        found = []
+        users_of_runs: dict[bytes, Any] = {}
+        column_users = []
         for c, (a, b) in enumerate(pairwise(edges)):
-            met = numbers[a:b]
-            key = met.tobytes()
-            if key not in known:
-                known[key] = single(Classes.union(runs[k][2] for k in met))
-            found.append((c, c + 1, known[key]))
-        return joined(found)
+            run_numbers = numbers[a:b]
+            key = run_numbers.tobytes()
+            if key not in users_of_runs:
+                users_of_runs[key] = single(Classes.union(runs[k][2] for k in run_numbers))
+            column_users.append((c, c + 1, users_of_runs[key]))
+        return joined(column_users)
 
     def users(self, uses: Uses) -> list[tuple[Parameter, Uses]]:
         weight, *bias = self.parameters()
         return [(weight, joined(self._entries(uses))), *((one, uses) for one in bias)]
 
     def _entries(self, uses: Uses) -> list[tuple[int, int, Any]]:
-        """Runs of entries with their users, given those of the rows."""
-        found, starts = [], self.pattern.starts
+        """Return runs of entries with their users, given the users of the rows."""
+        entries, starts = [], self.pattern.starts
         for first, last, users in uses:
             edges = starts[first : last + 1 : (last - first) // users.count if isinstance(users, Each) else 1]
             if not isinstance(users, Each) or len(set(np.diff(edges).tolist())) == 1:
-                found.append((int(starts[first]), int(starts[last]), users))
+                entries.append((int(starts[first]), int(starts[last]), users))
                 continue
             for k, (a, b) in enumerate(pairwise(edges.tolist()), users.first):
-                found.append((a, b, Each(k, k + 1)))
-        return found
+                entries.append((a, b, Each(k, k + 1)))
+        return entries
 
     def present(self, inputs: np.ndarray, wanted: np.ndarray) -> np.ndarray:
         return wanted
 
     def restrict(self, units: int, in_shape: tuple[int, ...]) -> Layer:
         if (units, in_shape) != (self.units, self.in_shape):
-            raise UserError(f"the units of {self.name} see inputs of their own, and cannot be dealt out by number")
+            raise UserError(f"each unit of {self.name} uses other inputs, so units cannot be dealt out by number")
         return self
 
     def absorbs(self, following: Sequence[Layer], fold: bool) -> int:
         return int(bool(following and following[0].activation))
 
     def held(self, stage: Stage, batch: int, writable: bool, packed: bool) -> int:
-        """The index where it is not the pattern's own: numbers of 32 and 64 bits, counted in those of 32."""
+        """Return the numbers of the biases, and of the index unless it is the pattern's, in units of 32 bits."""
         rows, biases = int(stage.kept.sum()), 2 * int(stage.kept.sum()) * self.bias
         if stage.kept.all() and stage.inputs.all() and len(stage.users) == 1:
             return biases
@@ -136,12 +136,12 @@ class Sparse(Layer):
 
 
 def _read_pattern(table: Table, label: str, units: int, inputs: int) -> Pattern:
-    """The pattern that a table describes; UserError where it does not fit."""
+    """Return the pattern that a table describes; raise UserError for settings that do not fit."""
     kind = table.take("pattern")
     if kind == "random":
         fan_in, seed = table.whole("fan_in"), table.take("seed", 0)
         if fan_in > inputs:
-            raise UserError(f"{table.where}: fan_in = {fan_in} is more than the {inputs} inputs that there are")
+            raise UserError(f"{table.where}: fan_in = {fan_in} is more than the layer's {inputs} inputs")
         if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
             raise UserError(f"{table.where}: seed = {seed!r}; expected a whole number from 0 up")
         return random_pattern(units, inputs, fan_in, (seed, crc32(label.encode())))
@@ -151,8 +151,8 @@ def _read_pattern(table: Table, label: str, units: int, inputs: int) -> Pattern:
         )
         if units != inputs:
             raise UserError(
-                f"{table.where}: a radix pattern has as many units as inputs, here {units} and {inputs}: put a layer "
-                f"of {units} units before it"
+                f"{table.where}: a radix pattern needs as many inputs as units, but has {inputs} inputs and {units} "
+                f"units: put a layer of {units} units before it"
             )
         try:
             return radix_pattern(units, radix, stride, copies)
@@ -162,7 +162,7 @@ def _read_pattern(table: Table, label: str, units: int, inputs: int) -> Pattern:
         try:
             return unpack(kind)
         except ValueError as error:
-            raise UserError(f"{table.where}: the pattern {kind[:40]}... is none: {error}") from None
+            raise UserError(f"{table.where}: the pattern {kind[:40]}... is not valid: {error}") from None
     if not isinstance(kind, str) or not kind.endswith(".npz"):
         shown = kind if not isinstance(kind, str) or len(kind) < 80 else f"{kind[:80]}..."
         raise UserError(
@@ -176,22 +176,22 @@ def _read_pattern(table: Table, label: str, units: int, inputs: int) -> Pattern:
 
 
 def _of_single_classes(uses: Uses) -> list[tuple[int, int, Classes]]:
-    """Runs of rows with the classes that use all of them."""
-    found = []
+    """Return runs of rows with the classes that use all rows of the run."""
+    runs = []
     for first, last, users in uses:
         if isinstance(users, Classes):
-            found.append((first, last, users))
+            runs.append((first, last, users))
             continue
         share = (last - first) // users.count
-        found += [
+        runs += [
             (first + k * share, first + (k + 1) * share, Classes(((users.first + k, users.first + k + 1),)))
             for k in range(users.count)
         ]
-    return found
+    return runs
 
 
 def _places(layout: Layout, site: Site, name: str, units: np.ndarray) -> np.ndarray:
-    """(units,) int64: where these units of a parameter, of one element each, lie in the local vector."""
+    """Return the places of units of a parameter in the local vector, (units,) int64; each unit has one element."""
     number = [p.name for p in layout.parameters].index(name)
     first, _, offsets = spelled([piece.stretch(1) for piece in layout.banded[number]])
     at = np.searchsorted(first, units, side="right") - 1
@@ -200,7 +200,7 @@ def _places(layout: Layout, site: Site, name: str, units: np.ndarray) -> np.ndar
 
 
 class SparsePart(Part):
-    """x (inputs, b) -> y (units, b)."""
+    """Part of a sparse layer, with the activation that follows: x (inputs, b) -> y (units, b)."""
 
     def __init__(self, stage: Stage, site: Site):
         super().__init__(stage, site)
@@ -215,18 +215,18 @@ class SparsePart(Part):
         biases = None
         if layer.bias:
             biases = _places(site.layout, site, f"{layer.name}.bias", np.flatnonzero(stage.kept))
-        # The run of the local vector that has all of them.
+        # The run of the local vector that has all weights and biases.
         self.first = min(
             int(places[some].min(initial=2**62)), 2**62 if biases is None else int(biases.min(initial=2**62))
         )
-        self.behind = int((places + self.pattern.fan_in)[some].max(initial=self.first))
+        self.stop = int((places + self.pattern.fan_in)[some].max(initial=self.first))
         if biases is not None:
-            self.behind = max(self.behind, int(biases.max(initial=0)) + 1)
+            self.stop = max(self.stop, int(biases.max(initial=0)) + 1)
             biases -= self.first
         places[some] -= self.first
-        if self.behind - self.first >= 2**31:
+        if self.stop - self.first >= 2**31:
             raise UserError(
-                f"{layer.name}: its weights lie too far apart; sparse networks may have 2^31 weights a rank"
+                f"{layer.name}: its weights lie too far apart: a rank may have up to 2^31 weights of a sparse network"
             )
         back, starts = self.pattern.transposed, self.pattern.starts
         back_places = back.entries
@@ -242,8 +242,8 @@ class SparsePart(Part):
         self.own = [a for a in self.index.arrays if not any(a is one or a.base is one for one in own)]
 
     def views(self, vector: np.ndarray) -> Any:
-        """The run of the vector that has the weights and biases."""
-        return vector[self.first : self.behind]
+        """Return the run of the vector that has the weights and biases."""
+        return vector[self.first : self.stop]
 
     def arrays(self) -> list[np.ndarray]:
         return [*self.own, *self.product.arrays()]
@@ -261,21 +261,21 @@ class SparsePart(Part):
         if isinstance(into, SampleSums):
             scaled = self.space.take("scaled", len(into.weights), *dy.shape)
             self.ops.scale_samples(dy[None], into.weights, scaled.reshape(len(scaled), 1, *dy.shape))
-            for one, row in zip(scaled, into.into, strict=True):
-                self.product.backward(self.w, x, one, None, self.views(row))
+            for gradient, row in zip(scaled, into.into, strict=True):
+                self.product.backward(self.w, x, gradient, None, self.views(row))
             into = None
         self.product.backward(self.w, x, dy, dx, into)
         return dy if dx is None else dx
 
     def export(self, graph: Any, value: str) -> str:
-        """Of each unit its inputs times their weights, summed; rows are filled up to the longest by zeros."""
-        name, one, w = self.layer.name, self.index, np.asarray(self.w)
+        """Add the layer to an ONNX graph: gathered inputs times weights, summed; rows are padded with zeros."""
+        name, index, w = self.layer.name, self.index, np.asarray(self.w)
         most = max(1, int(self.pattern.fan_in.max()))
         columns = np.zeros((self.pattern.rows, most), np.int64)
         weights = np.zeros((self.pattern.rows, most), w.dtype)
         at = np.arange(most) < self.pattern.fan_in[:, None]
         columns[at] = self.pattern.columns
-        weights[at] = w[(one.places[:, None] + np.arange(most))[at]]
+        weights[at] = w[(index.places[:, None] + np.arange(most))[at]]
         seen = graph.node(
             "Gather", [value, graph.constant(f"{name}.columns", columns.reshape(-1))], f"{name}.seen", axis=1
         )
@@ -283,7 +283,7 @@ class SparsePart(Part):
         rows = graph.node("Reshape", [seen, shape], f"{name}.in")
         terms = graph.node("Mul", [rows, graph.constant(f"{name}.weight", weights)], f"{name}.terms")
         axis = graph.constant(f"{name}.axis", np.array([2]))
-        if one.biases is None:
+        if index.biases is None:
             return str(graph.node("ReduceSum", [terms, axis], name, keepdims=0))
         total = graph.node("ReduceSum", [terms, axis], f"{name}.sums", keepdims=0)
-        return str(graph.node("Add", [total, graph.constant(f"{name}.bias", w[one.biases])], name))
+        return str(graph.node("Add", [total, graph.constant(f"{name}.bias", w[index.biases])], name))

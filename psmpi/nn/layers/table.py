@@ -1,4 +1,4 @@
-"""The settings of one layer, as a configuration file's [[model.layers]] has them."""
+"""Settings of one layer, as in [[model.layers]] of a configuration file."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ Shape = tuple[int, ...]
 class Table:
     """Settings of a layer of type `kind`, taken one by one; `where` names the layer in errors (UserError).
 
-    settings: what has not been taken yet; read: reads a list of tables for inputs of a shape, and returns the layers
-    and the shape of their outputs.
+    settings: settings that have not been taken yet; read: function that reads a list of tables for inputs of a shape,
+    and returns the layers and the shape of their outputs.
     """
 
     def __init__(
@@ -25,79 +25,82 @@ class Table:
         read: Callable[[Any, Shape], tuple[tuple[Any, ...], Shape]],
     ):
         self.kind, self.settings, self.where, self.read = kind, settings, where, read
-        # Settings that were given, and those that the layer has.
-        self.given, self.known = set(settings), {"type"}
+        # Names of the settings in the table, and names that the layer has asked for.
+        self.given, self.asked_for = set(settings), {"type"}
 
     def take(self, key: str, default: Any = None) -> Any:
-        """A setting of any type, which has to be there unless there is a default."""
-        self.known.add(key)
+        """Return a setting of any type; raise UserError if it is missing and has no default."""
+        self.asked_for.add(key)
         if key not in self.settings and default is None:
-            meant = nearest(key, self.settings) or next((k for k in self.settings if nearest(k, [key])), "")
-            instead = f", and has {meant!r}" if meant else ""
+            similar = nearest(key, self.settings) or next((k for k in self.settings if nearest(k, [key])), "")
+            instead = f", and has {similar!r}" if similar else ""
             raise UserError(f"{self.where}: a {self.kind} layer needs {key!r}{instead}")
         return self.settings.pop(key, default)
 
     def whole(self, key: str, default: int | None = None) -> int:
-        """A whole number above 0."""
+        """Return a setting that must be a whole number above 0."""
         value = self.take(key, default)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise UserError(f"{self.where}: {key} = {value!r}; expected a whole number above 0")
         return value
 
     def flag(self, key: str) -> bool:
-        """True or false; true where it is not there."""
+        """Return a setting that must be true or false; the default is true."""
         value = self.take(key, True)
         if not isinstance(value, bool):
             raise UserError(f"{self.where}: {key} = {value!r}; expected true or false")
         return value
 
     def above_0(self, key: str) -> float:
-        """A number above 0, up to 1e6."""
+        """Return a setting that must be a number above 0, up to 1e6."""
         value: Any = self.take(key)
         if not isinstance(value, float | int) or isinstance(value, bool) or not 0 < value <= 1e6:
             raise UserError(f"{self.where}: {key} = {value!r}; expected a number above 0")
         return float(value)
 
     def image(self, shape: Shape) -> tuple[int, int, int]:
-        """The shape of the layer's input, which has to be (channels, height, width)."""
+        """Return the shape of the layer's input; raise UserError unless it is (channels, height, width)."""
         if len(shape) != 3:
-            raise UserError(f"{self.where}: {self.kind} needs (channels, height, width), its input has shape {shape}")
+            raise UserError(
+                f"{self.where}: {self.kind} needs (channels, height, width), but its input has shape {shape}"
+            )
         return shape[0], shape[1], shape[2]
 
     def sequence(self, shape: Shape) -> tuple[int, int]:
-        """The shape of the layer's input, which has to be (features, steps)."""
+        """Return the shape of the layer's input; raise UserError unless it is (features, steps)."""
         if len(shape) != 2:
             raise UserError(
-                f"{self.where}: {self.kind} needs a sequence (features, steps), its input has shape {shape}: of images "
-                "make sequences with --dataset NAME:rows or NAME:pixels, and save sequences with their lengths"
+                f"{self.where}: {self.kind} needs a sequence (features, steps), but its input has shape {shape}: turn "
+                "images into sequences with --dataset NAME:rows or NAME:pixels, and save sequences with their lengths"
             )
         return shape[0], shape[1]
 
     def no_sequence(self, shape: Shape) -> None:
-        """UserError where the layer's input is a sequence, whose steps it would mix."""
+        """Raise UserError if the layer's input is a sequence, because the layer would mix its steps."""
         if len(shape) == 2:
             raise UserError(
                 f"{self.where}: {self.kind} would normalize over the steps of sequences, which may be of different "
-                "lengths: use layer_norm, which takes each step alone, or put it behind a layer that ends them (last, "
-                "flatten)"
+                "lengths: use layer_norm, which normalizes each step, or put it after a layer that ends sequences "
+                "(last, flatten)"
             )
 
     def flat(self, shape: Shape) -> None:
-        """UserError unless the layer's input is (features,)."""
+        """Raise UserError unless the layer's input is (features,)."""
         if len(shape) != 1:
             raise UserError(
-                f"{self.where}: {self.kind} needs a flat input, its input has shape {shape}; add a flatten layer before"
+                f"{self.where}: {self.kind} needs a flat input, but its input has shape {shape}: add a flatten layer "
+                "before it"
             )
 
     def layers(self, key: str, shape: Shape) -> tuple[tuple[Any, ...], Shape]:
-        """The layers of a list of tables, for inputs of `shape`, and the shape of their outputs."""
+        """Return the layers of a list of tables, for inputs of `shape`, and the shape of their outputs."""
         return self.read(self.take(key), shape)
 
     def finish(self) -> None:
-        """UserError where settings are left that the layer does not have."""
+        """Raise UserError for settings that the layer has not taken."""
         if self.settings:
-            left = ", ".join(self.settings)
-            # One may be meant by the first that is not given too.
-            meant = nearest(next(iter(self.settings)), sorted(self.known - self.given))
-            hint = f"; did you mean {meant}?" if meant else f"; it has {', '.join(sorted(self.known))}"
-            raise UserError(f"{self.where}: unknown setting(s) {left} for a {self.kind} layer{hint}")
+            unknown = ", ".join(self.settings)
+            # A setting of the table is no likely correction of another one.
+            similar = nearest(next(iter(self.settings)), sorted(self.asked_for - self.given))
+            hint = f"; did you mean {similar}?" if similar else f"; it has {', '.join(sorted(self.asked_for))}"
+            raise UserError(f"{self.where}: unknown setting(s) {unknown} for a {self.kind} layer{hint}")

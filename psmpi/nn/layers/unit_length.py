@@ -1,4 +1,4 @@
-"""Features of unit length, as a layer of cosines sees them."""
+"""Normalization of features to unit length, the input of cosine layers."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import numpy as np
 from psmpi.nn.layers.base import Layer, Part, Site, Stage
 from psmpi.nn.layers.uses import Uses, grouped, stretched
 
-# Added to squared lengths: vectors of zeros stay zeros, and their gradients finite.
+# Added to squared lengths, so that zero vectors stay zero and have finite gradients.
 EPS = 1e-12
 
 
 @dataclass(frozen=True)
 class UnitLength(Layer):
-    """x / sqrt(|x|^2 + EPS) of each sample's features x; goes before a layer `cosine`."""
+    """Features of each sample divided by their length: x / sqrt(|x|^2 + EPS); every `cosine` layer follows one."""
 
     exact = True
     keeps = True
@@ -37,10 +37,10 @@ class UnitLength(Layer):
 
 
 class UnitLengthPart(Part):
-    """x (features, b) -> y of unit length in each sample."""
+    """Part of a normalization to unit length: x (features, b) -> y (features, b)."""
 
     def room(self, batch: int, writable: bool) -> Any:
-        """1 / sqrt(|x|^2 + EPS) (batch,)."""
+        """Return an array for 1 / sqrt(|x|^2 + EPS), (batch,)."""
         return self.ops.empty(batch, self.dtype)
 
     def reserve(self, batch: int) -> None:
@@ -51,13 +51,13 @@ class UnitLengthPart(Part):
         self.space.take("normal rows", self.size, batch)
 
     def _rows(self, name: str, values: np.ndarray) -> np.ndarray:
-        """A copy of values (features, b) with a row for each sample."""
+        """Return a copy of values (features, b) with a row for each sample, (b, features)."""
         rows = self.space.take(name, values.shape[1], values.shape[0])
         rows[...] = values.T
         return rows
 
     def _put_back(self, rows: np.ndarray, factors: np.ndarray, out: np.ndarray) -> None:
-        """out (features, b) = rows, each times its factor (b,)."""
+        """Write rows (b, features), each times its factor (b,), to out (features, b)."""
         zeros = self.space.take("zeros", len(rows))
         zeros.fill(0)
         self.ops.affine(rows, factors, zeros, "identity", rows)
@@ -82,7 +82,7 @@ class UnitLengthPart(Part):
         name = self.layer.name
         square = graph.node("Mul", [value, value], f"{name}.square")
         mean = graph.node("ReduceMean", [square], f"{name}.mean", axes=[1])
-        # Of the mean of squares: sums have their axes elsewhere in later versions.
+        # ReduceMean instead of ReduceSum: later ONNX versions pass the axes of ReduceSum in another way.
         size = np.float32(self.size)
         eps = graph.constant(f"{name}.eps", np.array(EPS / size, np.float32))
         length = graph.node("Sqrt", [graph.node("Add", [mean, eps], f"{name}.sum")], f"{name}.deviation")

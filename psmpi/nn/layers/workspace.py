@@ -1,4 +1,4 @@
-"""Memory that the layers of a model share, one after the other."""
+"""Workspace: memory that the layers of a model use in turn."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from psmpi.backend import NumpyOps
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """The steps that a pass of sequences has.
+    """Steps of sequences that a pass covers.
 
-    lengths: (b,) int32, of each sample, where the model computes; None: all. begins, ends: whether the pass has the
-    first and the last chunk of its sequences, and not others before or behind it.
+    lengths: (b,) int32, steps of each sample, on the model's device; None: all steps. begins, ends: whether the pass
+    has the first and the last chunk of its sequences.
     """
 
     lengths: np.ndarray | None = None
@@ -28,10 +28,10 @@ WHOLE = Span()
 
 
 class Workspace:
-    """Arrays by name, each valid until the next of its name; they grow to the largest use.
+    """Arrays by name, each valid until the next `take` of the same name; arrays grow to the largest use.
 
-    span: of the pass that goes on. finished: called with the number of each part with weights when a backward pass has
-    made its gradient.
+    span: span of the current pass. finished: function that a backward pass calls with the number of a part with weights
+    once the part's gradient is complete.
     """
 
     def __init__(self, ops: NumpyOps, dtype: np.dtype):
@@ -41,22 +41,22 @@ class Workspace:
         self.finished: Callable[[int], None] | None = None
 
     def take(self, name: str, *shape: int) -> np.ndarray:
-        """An array of this shape, its contents undefined."""
+        """Return the array called `name` with shape `shape` and undefined contents."""
         size = prod(shape)
         if name not in self.arrays or self.arrays[name].size < size:
             self.arrays[name] = self.ops.empty(size, self.dtype)
         return self.arrays[name][:size].reshape(shape)
 
     def gradient(self, *shape: int) -> np.ndarray:
-        """An array for the gradient of a layer's input.
+        """Return an array for the gradient of a layer's input.
 
-        A gradient lives until the layer below has made its own from it: two arrays take turns.
+        Two arrays alternate: a gradient is valid until the layer below has computed its own gradient from it.
         """
         self.turn = 1 - self.turn
         return self.take(f"gradient {self.turn}", *shape)
 
     def reserve_gradient(self, size: int) -> None:
-        """Make room for gradients of `size` elements."""
+        """Allocate memory for gradients of `size` elements."""
         for turn in (0, 1):
             self.take(f"gradient {turn}", size)
 

@@ -1,4 +1,4 @@
-"""Losses on raw scores, with their derivatives: one a file."""
+"""Losses on raw scores, with their derivatives: one loss in each file."""
 
 from __future__ import annotations
 

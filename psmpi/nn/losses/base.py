@@ -1,12 +1,13 @@
-"""The base class of losses: settings, buffers, checks, and the derivatives of sums over pairs of classes.
+"""Base classes of losses: settings, buffers, checks, and the derivatives of sums over pairs of classes.
 
-Scores are (classes, b), targets labels (b,), class indices, or in a regression values of the shape of scores. A loss is
-computed in float64 whatever the dtype of the scores: so the exponentials of `psl` are exact wherever the scores' own
-dtype can hold them, and beyond.
+Scores are (classes, b). Targets are labels (b,), which are class indices, or in a regression values (outputs, b).
+Losses are computed in float64 for any dtype of the scores, so that the exponentials of `psl` are accurate wherever the
+scores' dtype can represent them, and beyond.
 
-Where ranks have the scores of some consecutive classes each, a rank computes the loss of its own, `Loss.terms`, from
-what `Loss.summarize` of all ranks comes to; its labels count from its first class, and lie outside where another rank
-has the label's score. `Loss.close` then adds what only the sum over all classes' terms knows.
+If each rank has the scores of some consecutive classes, every rank computes `Loss.summarize` of its scores, the ranks
+add or merge these summaries, and each rank computes the loss of its scores by `Loss.terms`. Labels then count from the
+rank's first class, and a label outside the rank's classes means that another rank has its score. `Loss.close` then
+adds the derivatives that need the sum of the terms of all classes.
 """
 
 from __future__ import annotations
@@ -22,17 +23,17 @@ from psmpi.nn.margin import Margin
 if TYPE_CHECKING:
     from psmpi.backend import NumpyOps
 
-# What float64, in which losses are computed, keeps free above the largest exponential, for sums and tangents.
+# Margin in the exponent, below float64's largest number, that stays free for sums and tangents of exponentials.
 HEADROOM = 60.0
 
-# A mean loss that no training comes back from, in units of the loss's largest derivative: scores would have to move by
-# as much. Trainings that ended well had epochs up to 5e3.
+# Mean loss, in units of the loss's largest derivative, above which a training has diverged: the scores would have to
+# move by as much. Successful trainings had epochs with values up to 5e3.
 HOPELESS = 1e6
 
 # Derivatives up to this size stay in float32 in any backward pass.
 PEAK = 2.0**20
 
-# Sums (and maxima) of a sample over all classes, by name: see `Loss.sums`.
+# Sums and maxima of a sample over all classes, by the names of `Loss.sums`.
 SUMS = {
     "label": "c_y, the score of the label",
     "terms": "the sum of d l / d c_j over j != y, which is minus d l / d c_y",
@@ -42,49 +43,53 @@ SUMS = {
 
 
 def largest_exponent(dtype: np.dtype) -> float:
-    """The largest exponent whose exponential `dtype` represents, and of which float64 can sum many: 88.7 or 649.8."""
+    """Return the largest exponent whose exponential fits `dtype` and, many times, a sum in float64: 88.7 or 649.8."""
     return min(log(np.finfo(dtype).max), log(np.finfo(np.float64).max) - HEADROOM)
 
 
 def own_labels(labels: np.ndarray, classes: int) -> np.ndarray:
-    """The samples, in order, whose labels (b,) are among the first `classes` from 0 on."""
+    """Return the samples, in order, whose labels (b,) are in [0, classes)."""
     return np.flatnonzero((labels >= 0) & (labels < classes))
 
 
 class OverClasses(Protocol):
-    """Sums over ranks that have the scores of other classes of the same samples; all ranks make the same calls."""
+    """Sums over the ranks that share the classes of the same samples; all these ranks make the same calls."""
 
     def summed(self, summary: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        """What the ranks' summaries (summary_size, b) float64 come to, (sums, b) float64, see `Loss.summarize`."""
+        """Return the ranks' summaries (summary_size, b) float64 added or merged, (sums, b) float64.
+
+        See `Loss.summarize` and `Loss.merge`.
+        """
 
     def add(self, values: np.ndarray) -> None:
-        """values (b,) float64 become the sum over the ranks, in place."""
+        """Replace values (b,) float64 by their sum over the ranks, in place."""
 
 
 class OverflowsError(FloatingPointError):
-    """An exponential beyond the dtype, where clipping is off."""
+    """Error of an exponential beyond the dtype's range while clipping is off."""
 
 
 class Loss:
-    """value += scale * sum over samples of l(scores, targets); and d value / d scores.
+    """Loss: scale * sum over samples of l(scores, targets), and its derivative with respect to the scores.
 
-    formula: l in a line, for help. A `pairwise` loss is a sum over ordered pairs (label, other class), so any set of
-    pairs can be computed apart; constant: what it adds to these for each sample.
-    sums: the names in SUMS of what has to be known of all classes' scores of a sample: with these numbers and a class's
-    own score, whether it is the label's or not, the derivative with respect to that score follows. The value is the sum
-    over classes of what their own scores and these numbers say. All but "terms" are known before any derivative.
-    gathers: whether ranks' summaries are merged, and not added up. outputs: the classes of all ranks together, by
-    default those of the scores that the loss is called with.
-    tasks: what it can learn, "classes" by labels or "regression" by values; task: which of these.
-    settings: the names of the settings that it uses, of those below. weights: what psl divides a sample by.
+    formula: l in one line, for help.
+    pairwise: whether the loss is a sum over ordered pairs (label, other class), so that any set of pairs can be
+    computed separately. constant: the number that the loss adds to the pairs for each sample.
+    sums: names in SUMS of the sums over all classes that the loss needs for a sample. The derivative with respect to a
+    class's score follows from these sums, that score, and whether the class is the label's. The value is a sum over
+    classes of functions of a score and these sums. All sums except "terms" are known before any derivative.
+    gathers: whether ranks' summaries are merged by `merge` instead of added.
+    outputs: number of classes of all ranks together, by default the number of scores in a call.
+    tasks: tasks that the loss can learn, "classes" with labels or "regression" with values; task: the chosen one.
+    settings: names of the settings below that the loss uses. weights: the divisor of a sample's derivatives in psl.
     divisors, rests: see `PSL`.
-    scale: what scores are times cosines with, 0 where they are not cosines. margin: what `Objective`
-    makes of the label's score before the loss sees it, in training; the loss itself, in tests too, knows nothing of it.
-    class_weights: (classes,) float64 of all ranks' classes, what `Objective` multiplies the derivatives of a class's
-    samples by, in training; values, in training too, are those without. None: nothing.
-    immediate: whether derivatives are bounded, and final as soon as what `sums` says is known.
-    lenient: a loss of scores that are not finite is NaN, and no error, where `Objective` and `Metric` ask for it.
-    Buffers grow to the largest minibatch seen and are then reused.
+    scale: factor of cosines that gives the scores, 0 if the scores are not cosines.
+    margin: change of the label's score that `Objective` applies in training before it calls the loss.
+    class_weights: (classes,) float64 over all ranks' classes, by which `Objective` multiplies the derivatives of a
+    class's samples in training. Values are without class weights, in training too. None: no weights.
+    immediate: whether derivatives are bounded, and final as soon as `sums` are known.
+    lenient: whether `Objective` and `Metric` get NaN instead of an error for scores that are not finite.
+    Buffers grow to the largest minibatch and are then reused.
     """
 
     name = ""
@@ -120,20 +125,20 @@ class Loss:
 
     @property
     def tangent(self) -> float:
-        """The exponent from which psl goes on as its tangent, or beyond which it fails."""
+        """Exponent above which psl continues as its tangent, or fails if clipping is off."""
         return self.largest if self.limit is None else self.limit
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its buffers."""
+        """Bytes of the loss's buffers."""
         return self._store.nbytes
 
     def sample_weights(self, labels: np.ndarray) -> np.ndarray | None:
-        """The class weights (b,) of samples with these labels, numbers among all classes; None without."""
+        """Return the class weights (b,) of samples with labels (b,) among all classes; None without class weights."""
         return None if self.class_weights is None else self.class_weights[labels]
 
     def check(self, worst: float) -> None:
-        """FloatingPointError for a largest exponent that is not finite, or with clipping off beyond the limit."""
+        """Raise FloatingPointError for a largest exponent that is not finite, or beyond the limit with clipping off."""
         if not worst < np.inf:
             raise FloatingPointError(
                 "a score is not a finite number: the training diverged; lower --lr, clip gradients with --clip 1, or "
@@ -146,7 +151,7 @@ class Loss:
             )
 
     def check_rest(self, rest: np.ndarray) -> None:
-        """FloatingPointError for a sum "terms" of all ranks (b,) that is not finite, where the loss has one to say."""
+        """Raise FloatingPointError for non-finite sums "terms" (b,) over all ranks, if the loss checks them."""
 
     def __call__(
         self,
@@ -156,10 +161,10 @@ class Loss:
         grad: np.ndarray | None = None,
         pairs: np.ndarray | None = None,
     ) -> float:
-        """The scaled sum of the losses; with `grad` (classes, b) float64, also its derivative.
+        """Return the scaled sum of the losses, and write its derivative to `grad` (classes, b) float64.
 
-        `pairs` (classes, classes) bool, symmetric, keeps only the terms of those pairs (a pairwise loss only); the
-        loss's constant is then left out, for it belongs to no pair.
+        pairs: (classes, classes) bool, symmetric, restricts a pairwise loss to the terms of these pairs, without the
+        loss's constant, which belongs to no pair.
         """
         given = self.summarize(scores, targets) if self.sums else None
         rest = np.empty(scores.shape[-1]) if grad is not None and "terms" in self.sums else None
@@ -169,25 +174,25 @@ class Loss:
         return value
 
     def summary_size(self, classes: int) -> int:
-        """The numbers of a sample that `summarize` makes of the scores of so many classes."""
+        """Return how many numbers per sample `summarize` returns for scores of `classes` classes."""
         return 1
 
     def summarize(self, scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        """The share of some classes in the sums that are known before any derivative, (summary_size, b) float64.
+        """Return the share of some classes in the sums that precede any derivative, (summary_size, b) float64.
 
-        By default the score of the label, 0 where another rank has it: these shares add up to it. scores: (classes, b);
+        By default the share is the score of the label, or 0 if another rank has that score. scores: (classes, b);
         labels: (b,), counted from the first of these classes.
         """
         own = own_labels(labels, len(scores))
-        found = np.zeros((1, scores.shape[1]))
-        found[0, own] = scores[labels[own], own]
-        return found
+        label_scores = np.zeros((1, scores.shape[1]))
+        label_scores[0, own] = scores[labels[own], own]
+        return label_scores
 
     def merge(self, gathered: np.ndarray, starts: Sequence[int], labels: np.ndarray) -> np.ndarray:
-        """The sums over all classes from the summaries of all ranks, one below the other; of a loss that `gathers`.
+        """Return the sums over all classes, (sums, b) float64, from the stacked summaries of all ranks.
 
-        gathered: (sum of the ranks' summary_size, b); starts: (ranks + 1,) the first class of each rank and one behind
-        the last, counted as the labels (b,) are.
+        Only losses with `gathers` have this method. gathered: (sum of the ranks' summary_size, b); starts: (ranks + 1,)
+        the first class of each rank and the class after the last one, counted like the labels (b,).
         """
         raise NotImplementedError
 
@@ -201,18 +206,19 @@ class Loss:
         rest: np.ndarray | None = None,
         pairs: np.ndarray | None = None,
     ) -> float:
-        """The share of some classes in a call's value; with `grad` also the derivatives of all ranks' values together.
+        """Return the share of some classes in the value of a call, and write derivatives of the whole value to `grad`.
 
-        given: (sums, b) float64, what summaries come to, where the loss has `sums`; the label's score comes last. rest:
-        (b,) float64, filled where the loss has the sum "terms", with the share of these classes in it, scaled; grad
-        then lacks the rows of the labels, which are 0.
+        given: (sums, b) float64, the added or merged summaries, with the label's score last; None if the loss has no
+        `sums`. rest: (b,) float64, filled with the scaled share of these classes in the sum "terms", if the loss has
+        it. The rows of the labels in grad are then 0, and `close` fills them.
         """
         raise NotImplementedError
 
     def close(self, grad: np.ndarray, labels: np.ndarray, rest: np.ndarray, scale: float) -> float:
-        """Complete the derivatives of labels' scores; rest: of all classes, see `terms`. Returns what its value lacked.
+        """Complete the derivatives of labels' scores; return the part of the value that `terms` left out.
 
-        Every term is one of c_j - c_y: what c_y adds is minus the sum of the others.
+        rest: (b,) the sums "terms" over all classes, see `terms`. Every term is a function of c_j - c_y, so the
+        derivative with respect to c_y is minus the sum of the other derivatives.
         """
         own = own_labels(labels, len(grad))
         grad[labels[own], own] = -rest[own]
@@ -228,9 +234,10 @@ class Loss:
         given: np.ndarray | None = None,
         others: OverClasses | None = None,
     ) -> float:
-        """What a call returns, of a `lenient` loss NaN in place of an error: so is then all of `grad`.
+        """Return the value of a call; a `lenient` loss returns NaN, and fills `grad` with NaN, instead of an error.
 
-        With `given` the share of some classes, without derivatives; others: sums over the ranks that have others.
+        With `given`, the value is the share of some classes, without derivatives; others: sums over the ranks that have
+        the other classes.
         """
         try:
             if given is not None:
@@ -246,28 +253,28 @@ class Loss:
     def partial_value(
         self, scores: np.ndarray, targets: np.ndarray, scale: float, given: np.ndarray, others: OverClasses | None
     ) -> float:
-        """The share of some classes in a call's value; given as in `terms`. All ranks of `others` call it."""
+        """Return the share of some classes in a call's value; given as in `terms`. All ranks of `others` call this."""
         return self.terms(scores, targets, scale, given)
 
     def diverged(self, mean: float, clipped: float, size: float = 1.0) -> bool:
-        """Whether a mean loss over the samples of an epoch is one of a training that has diverged.
+        """Return whether a mean loss over the samples of an epoch shows that the training has diverged.
 
-        clipped: the share of psl's terms that were beyond `tangent`; size: of classes how many others a label has, of
-        values to learn the mean over samples of sum_j t_j^2.
+        clipped: fraction of psl's terms beyond `tangent`; size: for classes the number of classes minus 1, for a
+        regression the mean over samples of sum_j t_j^2.
         """
         return mean > HOPELESS
 
     def constants(self, divisors: np.ndarray | None, b: int) -> float:
-        """What b samples add to a sum over pairs, whatever the weights; divisors: see `PSL`."""
+        """Return the number that b samples add to a sum over pairs of classes; divisors: see `PSL`."""
         return self.constant * b
 
     def fused(self, ops: NumpyOps) -> Callable[..., None] | None:
-        """The loss in one pass on the arrays of `ops`, or None where these have none.
+        """Return a function that computes the loss in one pass on arrays of `ops`, or None if `ops` has none.
 
-        Called with scores, targets, scale, pairs, given, grad and rest as in `terms`, and report, it fills grad and
-        rest, where there are any, and report (4,) float64: the scaled loss, the largest exponent in psl, the number of
-        its terms beyond `tangent`, the largest derivative. Without `given` scores are those of all classes; without
-        `rest` the labels' rows of grad are complete.
+        The function takes scores, targets, scale, pairs, given, grad and rest as in `terms`, and report, and fills grad
+        and rest unless they are None, and report (4,) float64: the scaled loss, psl's largest exponent, the number of
+        psl's terms beyond `tangent`, and the largest derivative. With given = None, scores are of all classes; with
+        rest = None, the function completes the labels' rows of grad.
         """
         one_pass = ops.fused(f"{self.name}_loss")
         if one_pass is None or self.task != "classes":
@@ -289,7 +296,7 @@ class Loss:
         return compute
 
     def fused_summary(self, ops: NumpyOps, scores: np.ndarray, labels: np.ndarray, room: np.ndarray) -> np.ndarray:
-        """`summarize` on the arrays of `ops`, into the front of room (any,) float64."""
+        """Compute `summarize` on arrays of `ops`; return a view of the start of room (any,) float64."""
         out = room[: scores.shape[1]].reshape(1, -1)
         self._operation(ops, "label_scores")(scores, labels, out)
         return out
@@ -303,26 +310,26 @@ class Loss:
         report: np.ndarray,
         dtype: np.dtype,
     ) -> None:
-        """`close` on the arrays of `ops`; the report's largest derivative follows. dtype: that of the scores."""
+        """Compute `close` on arrays of `ops`, and update the report's largest derivative; dtype: of the scores."""
         self._operation(ops, "close_losses")(grad, labels, rest, report, dtype)
 
     @staticmethod
     def _operation(ops: NumpyOps, name: str) -> Callable[..., None]:
-        found = ops.fused(name)
-        if found is None:
+        operation = ops.fused(name)
+        if operation is None:
             raise TypeError(f"the backend {ops.name} has no {name}")
-        return found
+        return operation
 
     def suits(self, largest: float, scale: float, given: np.ndarray | None) -> bool:
-        """Whether terms made in the scores' dtype, by `class_terms` of a backend, are as exact as its scores.
+        """Return whether a backend's operation `class_terms` may compute the terms in the scores' dtype.
 
-        And whether their derivatives, and sums of products with these, stay in it. largest: what the operation says of
-        its scores; scale, given: as in `terms`.
+        The terms must be as accurate as the scores, and their derivatives, and sums of products with them, must be in
+        the dtype's range. largest: the second result of the operation; scale, given: as in `terms`.
         """
         return True
 
     def offset(self, classes: int) -> float:
-        """What is added to every score first, given how many there are here."""
+        """Return the number that the loss adds to every score first; classes: number of scores of a sample."""
         return 0.0
 
     def _buffers(self, scores: np.ndarray, count: int) -> list[np.ndarray]:
@@ -333,7 +340,7 @@ class Loss:
 
 
 class PairwiseLoss(Loss):
-    """A loss that is a sum over the other classes j of terms in z_j = kappa (c_j - c_y)."""
+    """Loss that is a sum over the other classes j of functions of z_j = kappa (c_j - c_y)."""
 
     pairwise = True
     sums = ("label", "terms")
@@ -373,10 +380,10 @@ class PairwiseLoss(Loss):
         own: tuple[np.ndarray, np.ndarray],
         pairs: np.ndarray | None,
     ) -> float:
-        """The sum of the terms in margins z (classes, b), which are used up; with `grad` d value / d c_j of each.
+        """Return the sum of the terms of margins z (classes, b), and write d value / d c_j to `grad` unless it is None.
 
-        own: the places of the labels, which have no term, as an index; values: room like z; pairs: (classes, b), the
-        terms to be kept.
+        z is overwritten. own: index of the labels' places, which have no term; values: scratch of the shape of z;
+        pairs: (classes, b) bool, the terms that count.
         """
         raise NotImplementedError
 

@@ -1,4 +1,4 @@
-"""Binary cross-entropy, a problem of its own for each class."""
+"""Binary cross-entropy: a separate binary problem for each class."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from psmpi.nn.losses.base import HOPELESS, Loss, own_labels
 
 
 class BinaryCrossEntropy(Loss):
-    """sum_j log(1 + exp(z_j)) - z_y with z = c - log(C - 1): each score says whether the class is the label's.
+    """Binary cross-entropy sum_j log(1 + exp(z_j)) - z_y with z = c - log(C - 1): is class j the label's?
 
-    The offset makes 1/C the probability that a score of 0 stands for, that of a label among C classes (derived). Scores
-    of at most s, s times cosines, have s/2 less: a cosine of 1/2 then stands for 1/C. No class needs another's score
-    (Zhai et al. 2023, "Sigmoid loss for language image pre-training").
+    The offset gives a score of 0 the probability 1/C, that of a random label among C classes (derived). Scores that are
+    s times cosines are further reduced by s/2, so that a cosine of 1/2 has the probability 1/C. No class needs the
+    score of another class (Zhai et al. 2023, "Sigmoid loss for language image pre-training").
     """
 
     name = "bce"
@@ -43,10 +43,10 @@ class BinaryCrossEntropy(Loss):
         own = own_labels(targets, len(scores))
         labels = targets[own], own
         np.logaddexp(0, z, out=values)
-        # log(1 + exp(z)) - z, without the difference of large numbers.
+        # log(1 + exp(z)) - z = log(1 + exp(-z)), without a difference of large numbers.
         values[labels] = np.logaddexp(0, -z[labels])
         if grad is not None:
-            # The logistic function by tanh, which cannot overflow.
+            # The logistic function as (1 + tanh(z / 2)) / 2 cannot overflow.
             np.multiply(z, 0.5, out=grad)
             np.tanh(grad, out=grad)
             grad += 1

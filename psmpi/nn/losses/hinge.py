@@ -1,4 +1,4 @@
-"""The multi-class hinge loss."""
+"""Multi-class hinge loss."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from psmpi.nn.losses.base import PairwiseLoss
 
 
 class Hinge(PairwiseLoss):
-    """sum_{j != y} max(0, 1 + kappa (c_j - c_y)) (Weston and Watkins, "Support vector machines for multi-class pattern
-    recognition", 1999).
+    """Multi-class hinge loss sum_{j != y} max(0, 1 + kappa (c_j - c_y)).
+
+    Source: Weston and Watkins, "Support vector machines for multi-class pattern recognition", 1999.
     """
 
     name = "hinge"

@@ -1,4 +1,4 @@
-"""The pairwise logistic loss."""
+"""Pairwise logistic loss."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from psmpi.nn.losses.base import PairwiseLoss
 
 
 class PairwiseLogistic(PairwiseLoss):
-    """sum_{j != y} log(1 + exp(kappa (c_j - c_y))): pair terms as in PSL, with derivatives bounded by kappa."""
+    """Pairwise logistic loss sum_{j != y} log(1 + exp(kappa (c_j - c_y))): pairs as in PSL, derivatives below kappa."""
 
     name = "logistic"
     formula = "sum_{j != y} log(1 + exp(kappa (c_j - c_y)))"
@@ -26,7 +26,7 @@ class PairwiseLogistic(PairwiseLoss):
         if pairs is not None:
             values *= pairs
         if grad is not None:
-            # The logistic function by tanh, which cannot overflow.
+            # The logistic function as (1 + tanh(z / 2)) / 2 cannot overflow.
             np.multiply(z, 0.5, out=grad)
             np.tanh(grad, out=grad)
             grad += 1

@@ -1,4 +1,4 @@
-"""Cross-entropy."""
+"""Cross-entropy loss."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ if TYPE_CHECKING:
 
 
 def add_normalizers(scores: np.ndarray, top: np.ndarray, sums: np.ndarray) -> None:
-    """Take up scores (classes, b) into the largest, top (b,), and the sums of exponentials relative to these (b,).
+    """Update top and sums with the scores (classes, b) of further classes, in place.
 
-    Both float64, of classes before: of none minus infinity, and 0.
+    top: (b,) float64, largest scores so far, initially minus infinity; sums: (b,) float64, sums of exp(score - top) so
+    far, initially 0.
     """
     largest = np.maximum(top, scores.max(axis=0))
     exponentials = np.exp(scores - largest, dtype=np.float64)
@@ -26,14 +27,14 @@ def add_normalizers(scores: np.ndarray, top: np.ndarray, sums: np.ndarray) -> No
 
 
 class CrossEntropy(Loss):
-    """-log softmax_y of the scores (NLL): the logarithm ties all scores, so it needs them all.
+    """Cross-entropy -log softmax_y of the scores (NLL), which depends on all scores through the logarithm.
 
-    The summary of three classes or more is their largest score, the sum of exponentials relative to it, and the label's
-    score, 0 where another rank has it; that of fewer is their scores themselves, which are less.
+    The summary of three or more classes is their largest score, the sum of exponentials relative to it, and the label's
+    score (0 if another rank has it). The summary of fewer classes is their scores, which are fewer numbers.
     """
 
     name, formula = "nll", "cross-entropy of the softmax of the scores"
-    # The label's for the value.
+    # The value needs the label's score, the derivatives do not.
     sums = ("largest", "exponentials", "label")
     gathers = immediate = True
 
@@ -55,18 +56,18 @@ class CrossEntropy(Loss):
     def merge(self, gathered: np.ndarray, starts: Sequence[int], labels: np.ndarray) -> np.ndarray:
         at, terms, factors = 0, [], []
         label = np.zeros(len(labels))
-        for first, behind in pairwise(starts):
-            here = gathered[at : at + self.summary_size(behind - first)].astype(np.float64)
-            at += len(here)
-            if behind - first >= len(self.sums):
-                terms.append(here[:1])
-                factors.append(here[1:2])
-                label += here[2]
+        for first, stop in pairwise(starts):
+            summary = gathered[at : at + self.summary_size(stop - first)].astype(np.float64)
+            at += len(summary)
+            if stop - first >= len(self.sums):
+                terms.append(summary[:1])
+                factors.append(summary[1:2])
+                label += summary[2]
             else:
-                terms.append(here)
-                factors.append(np.ones_like(here))
-                own = own_labels(labels - first, behind - first)
-                label[own] = here[labels[own] - first, own]
+                terms.append(summary)
+                factors.append(np.ones_like(summary))
+                own = own_labels(labels - first, stop - first)
+                label[own] = summary[labels[own] - first, own]
         scores = np.concatenate(terms)
         largest = scores.max(axis=0)
         total = (np.exp(scores - largest) * np.concatenate(factors)).sum(axis=0)
@@ -92,7 +93,7 @@ class CrossEntropy(Loss):
     ) -> float:
         assert given is not None
         if len(given) != len(self.sums):
-            # Of two classes alone.
+            # The summary of one or two classes is their scores.
             given = self._triple(scores, targets)
         largest, total, label = given
         own = own_labels(targets, len(scores))

@@ -1,4 +1,4 @@
-"""The partially-separable loss."""
+"""Partially-separable loss."""
 
 from __future__ import annotations
 
@@ -13,28 +13,32 @@ from psmpi.nn.losses.base import HOPELESS, PEAK, OverClasses, PairwiseLoss, own_
 if TYPE_CHECKING:
     from psmpi.backend import NumpyOps
 
-# Of the terms of scores that are nothing but extreme, half grow beyond all bounds, and half vanish: half of these.
+# Fraction of clipped terms above which a training has diverged. If all scores are extreme, about half of the terms
+# overflow and half vanish; this is half of that.
 MOST = 0.25
-# Margins whose exponentials, and sums of these, the dtype holds.
+# Largest margins whose exponentials, and sums of exponentials, are in the dtype's range.
 MARGIN = {np.dtype(np.float32): 60.0, np.dtype(np.float64): 600.0}
 
 
 class PSL(PairwiseLoss):
-    """sum_j exp(kappa (c_j - c_y)), the term j = y counted as the constant 1 (Raynaud, Orban, Bigeon, G-2023-36).
+    """Partially-separable loss sum_j exp(kappa (c_j - c_y)); the term j = y counts as the constant 1.
 
-    Where kappa (c_j - c_y) exceeds `limit` (by default `largest_exponent`: 88.7 in float32, 649.8 in float64) the
-    exponential goes on as its tangent there, exp(limit) (1 + z - limit), so that value and derivative stay finite and
-    continuous; `clipped` counts those terms. With limit None (clipping off) such a term is an error.
+    Source: Raynaud, Orban, Bigeon, G-2023-36. If z = kappa (c_j - c_y) exceeds `limit` (by default `largest_exponent`:
+    88.7 in float32, 649.8 in float64), the tangent exp(limit) (1 + z - limit) replaces the exponential, so that value
+    and derivative stay finite and continuous; `clipped` counts these terms. With limit None (clipping off) such a term
+    is an error.
 
-    S is the sum over j != y, of terms at `limit` at most. `weights` make cross-entropy's derivatives of these terms, or
-    nearly (derived: psl is its exponential). current: the derivatives of a sample are divided by 1 + S, its loss is
-    log(1 + S). remembered: the derivative of a term e_j is divided by the larger one of 1 + e_j and r, what 1 + S was
-    when the sample was last visited. The loss is then that of these derivatives which, with r = 1 + S, is log(1 + S),
-    and else lies above it (e_j < r - 1: by the tangent of the logarithm at r); with r = 1 it is `logistic`. Derivatives
-    of terms stay below kappa, so `limit` is what float64 holds, whatever the dtype. In tests the loss is log(1 + S).
+    With `weights`, derivatives are those of cross-entropy, or close to them (derived: psl is the exponential of
+    cross-entropy). S is the sum over j != y of the terms e_j, each cut off at `limit`.
+    current: the derivatives of a sample are divided by 1 + S, and its loss is log(1 + S).
+    remembered: the derivative of a term e_j is divided by max(1 + e_j, r), where r is the value of 1 + S at the last
+    visit of the sample. The loss is the function with these derivatives that equals log(1 + S) for r = 1 + S.
+    Otherwise the loss lies above log(1 + S): for e_j < r - 1 by the tangent of the logarithm at r. For r = 1 it is
+    `logistic`. Derivatives of terms stay below kappa, so `limit` depends on float64 and not on the scores' dtype. In
+    tests the loss is log(1 + S).
 
-    divisors: (b,) r of the next minibatch's samples, 1 if None; rests: (b,) float64, what the last one's terms of
-    these classes, or pairs, add to S.
+    divisors: (b,) r of the next minibatch's samples, None for 1; rests: (b,) float64, share of these classes, or pairs,
+    in S for the last minibatch.
     """
 
     name, constant = "psl", 1.0
@@ -42,9 +46,9 @@ class PSL(PairwiseLoss):
     settings = ("kappa", "exp_clip", "psl_weights")
 
     def diverged(self, mean: float, clipped: float, size: float = 1.0) -> bool:
-        """Whether more than MOST of the terms lie beyond what the dtype holds, or the loss is huge beside the tangent.
+        """Return whether more than MOST of the terms exceed the dtype's range, or the loss is far above the tangent's.
 
-        Line searches count terms of their trials too, which then are not in the loss.
+        `clipped` includes terms of line-search trials, which are not in the mean loss, so the mean is checked as well.
         """
         own = self.tangent == self.largest
         if self.weights != "none":
@@ -58,7 +62,7 @@ class PSL(PairwiseLoss):
             self.check(np.nan if np.isnan(rest).any() or self.limit is not None else np.finfo(np.float64).max)
 
     def suits(self, largest: float, scale: float, given: np.ndarray | None) -> bool:
-        # No tangent, and the logarithm of the largest derivative, which may be beyond any dtype.
+        # No term needs the tangent. The largest derivative is compared by its logarithm, because it may overflow.
         small = largest <= min(MARGIN[self.dtype], self.tangent) and largest + log(self.kappa * scale) <= log(PEAK)
         return small and given is not None and bool(np.isfinite(given).all())
 
@@ -76,12 +80,12 @@ class PSL(PairwiseLoss):
         value = super().terms(scores, targets, scale, given, grad, rest, pairs)
         own = own_labels(targets, len(scores))
         if grad is None or rest is None or self.weights == "none":
-            # The term j = y, of whoever has the label's score; it belongs to no pair.
+            # The rank that has the label's score adds the term j = y, which belongs to no pair.
             return value if pairs is not None else value + scale * len(own)
         if self.weights == "current":
-            # `close` knows the sum; a value that is not finite stays so.
+            # `close` adds the value, which needs the sum over all ranks. Here a non-finite value stays visible as NaN.
             return 0.0 * value
-        # `of_margins` leaves the terms in the second one.
+        # `of_margins` leaves the terms e_j in the second buffer.
         z, e = self._buffers(scores, 2)
         self.rests = e.sum(axis=0)
         r = np.ones(len(rest)) if self.divisors is None else self.divisors.astype(np.float64)
@@ -129,7 +133,7 @@ class PSL(PairwiseLoss):
         try:
             super().terms(scores, targets, 1.0, given, grad, rest)
         finally:
-            # Whatever a rank finds, it takes part in the sum.
+            # Every rank takes part in the sum, even after an error, so that no other rank waits forever.
             if others is not None:
                 others.add(rest)
         self.check_rest(rest)
@@ -147,7 +151,7 @@ class PSL(PairwiseLoss):
         pairs: np.ndarray | None,
     ) -> float:
         if pairs is not None:
-            # The margins of other workers' pairs do not matter here, whatever they are.
+            # Margins of other workers' pairs do not count, even if they are not finite.
             np.copyto(z, -np.inf, where=~pairs)
         limit = self.tangent
         worst = float(z.max(initial=0.0))
@@ -159,7 +163,7 @@ class PSL(PairwiseLoss):
         values[own] = 0
         if worst > limit:
             tail = np.maximum(z - limit, 0)
-            # Neither the tangent nor a sum of such terms may leave float64.
+            # Bound the tangents so that their sum stays in float64's range.
             with np.errstate(over="ignore"):
                 value = float(np.minimum(values * (1 + tail), np.finfo(np.float64).max / (2 * values.size)).sum())
         else:

@@ -1,4 +1,4 @@
-"""The squared error."""
+"""Squared error loss."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from psmpi.nn.losses.base import HOPELESS, PEAK, Loss, own_labels
 
 
 class SquaredError(Loss):
-    """sum_j (c_j - t_j)^2, with t_j = [j = y] of a label y."""
+    """Squared error sum_j (c_j - t_j)^2, with t_j = [j = y] for a label y, or given values t_j in a regression."""
 
     name, formula = "squared", "sum_j (c_j - t_j)^2 with targets t, or t_j = [j = y]"
     tasks = ("classes", "regression")
 
     def diverged(self, mean: float, clipped: float, size: float = 1.0) -> bool:
-        # The values that labels stand for have the size 1, and weights are drawn for outputs of about 1.
+        # Labels stand for values 0 and 1, and initial weights give outputs of about 1.
         return mean > HOPELESS * (max(1.0, size) if self.task == "regression" else 1.0)
 
     def suits(self, largest: float, scale: float, given: np.ndarray | None) -> bool:

@@ -1,4 +1,4 @@
-"""The curvature of element functions: their quasi-Newton operators, and the operations that only these need."""
+"""Curvature of element functions: their quasi-Newton operators, and the operations that these operators need."""
 
 from psmpi.optim.curvature.operators import RULES, ElementOperators, Outcome, Rule
 from psmpi.optim.curvature.recursion import recurse

@@ -1,4 +1,4 @@
-"""The operations of partitioned quasi-Newton methods that C does faster than NumPy."""
+"""Operations of partitioned quasi-Newton methods that C computes faster than NumPy."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from psmpi.optim.curvature.restriction import Restriction
 
 
 class CompiledCurvature(CurvatureOps):
-    """With scratch of the products."""
+    """Curvature operations in C, with scratch memory for products."""
 
     def __init__(self, ops: CompiledOps) -> None:
         super().__init__(ops)
@@ -55,7 +55,7 @@ class CompiledCurvature(CurvatureOps):
         call(*pairs.shape, *where, *pointers(pairs.dtype, pairs), *numbers, *pointers(pairs.dtype, work, p, q))
 
     def _scratch(self, size: int, dtype: np.dtype) -> np.ndarray:
-        """Scratch of the products."""
+        """Return scratch memory (at least size,) for products, which grows as needed."""
         if self.scratch.get(dtype, np.empty(0)).size < size:
             self.scratch[dtype] = np.empty(size, dtype)
         return self.scratch[dtype]

@@ -1,4 +1,4 @@
-"""The operations of partitioned quasi-Newton methods on a GPU: kernels of elements.cu and optim.cu."""
+"""Operations of partitioned quasi-Newton methods on a GPU: kernels of elements.cu and optim.cu."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from psmpi.optim.curvature.reference import CurvatureOps
 
 
 class CupyCurvature(CurvatureOps):
-    """Scratch is that of `ops`."""
+    """Curvature operations on a GPU; `ops` provides the scratch memory."""
 
     ops: CupyOps
 
@@ -20,20 +20,21 @@ class CupyCurvature(CurvatureOps):
         count, rows, size = pairs.shape
         if not count * size:
             return np.zeros((count, rows))
-        found = self.ops.small_mirror("dots", count * rows, np.dtype(np.float64))
-        self._dots(pairs, v, found.array)
-        found.fetch(slice(0, count * rows))
-        found.wait()
-        products: np.ndarray = found.host[: count * rows].reshape(count, rows).copy()
+        dots = self.ops.small_mirror("dots", count * rows, np.dtype(np.float64))
+        self._dots(pairs, v, dots.array)
+        dots.fetch(slice(0, count * rows))
+        dots.wait()
+        products: np.ndarray = dots.host[: count * rows].reshape(count, rows).copy()
         return products
 
     def row_dots(self, a: Any, b: Any) -> np.ndarray:
         return self.pair_dots(a.reshape(len(a), 1, -1), b)[:, 0]
 
     def _dots(self, pairs: Any, v: Any, out: Any) -> None:
-        """out (count * rows,) float64 = Z v."""
+        """Compute out (count * rows,) float64 = Z v."""
         count, rows, size = pairs.shape
-        # By the size alone: not by the number of elements, which is that of ranks.
+        # The number of splits depends on `size` only: the number of elements depends on the number of ranks, and sums
+        # must not.
         splits = min(BLOCKS, blocks(size, 2048))
         partial = self.ops.partial(count * rows * splits, np.dtype(np.float64))
         self.ops.launch("pair_dots", v.dtype, (count * rows, splits), (256,), rows, size, pairs, v, partial)

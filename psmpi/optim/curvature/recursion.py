@@ -1,29 +1,30 @@
-"""The middle matrices of limited-memory quasi-Newton operators, from the scalar products of their pairs.
+"""Middle matrices of limited-memory quasi-Newton operators, from the scalar products of their pairs.
 
-That of L-BFGS is Nocedal and Wright, Numerical Optimization, 2nd ed., procedure 7.6, that of L-SR1 their eq. 6.24, pair
-after pair.
+L-BFGS follows Nocedal and Wright, Numerical Optimization, 2nd ed., procedure 7.6; L-SR1 follows their eq. 6.24, applied
+pair after pair.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-# An SR1 pair is useful where |s^T r| is more than this times ||s|| ||r||.
+# An SR1 update needs |s^T r| to exceed this times ||s|| ||r||.
 OMEGA = 1e-6
 
 
 def recurse(
     gram: np.ndarray, stamps: np.ndarray, sigma: np.ndarray, indefinite: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The middle matrices W (count, 2m, 2m) of operators whose pairs have the scalar products `gram` (count, 2m, 2m).
+    """Return middle matrices W of operators whose pairs have the scalar products `gram`, both (count, 2m, 2m) float64.
 
-    stamps (count, m): age of the pairs by slot, -1 where there is none; sigma (count,): B_0 = sigma I; indefinite
-    (count,) bool: L-SR1, else L-BFGS. Returns W, the stamps without the pairs that had to be dropped because their
-    denominator is too small, and (count,) bool: whether the newest pair is still there and all numbers are finite.
+    stamps (count, m): order of the pairs by slot, older pairs lower, -1 for an empty slot; sigma (count,):
+    B_0 = sigma I; indefinite (count,) bool: L-SR1, else L-BFGS. Returns W, the stamps without the pairs that were
+    dropped because their denominator is too small, and sound (count,) bool: whether the newest pair was kept and W is
+    finite.
     """
     count, m = stamps.shape
     rows = np.arange(count)[:, None]
-    # Slots by age, the oldest first and empty ones last; all below is in this order.
+    # Slots by age, the oldest first and empty slots last. The arrays below are in this order.
     order = np.argsort(np.where(stamps < 0, np.iinfo(np.int64).max, stamps), axis=1, kind="stable")
     index = np.concatenate([order, m + order], axis=1)
     g = gram[rows[:, :, None], index[:, :, None], index[:, None, :]]
@@ -32,14 +33,14 @@ def recurse(
     vectors = np.zeros((count, m, 2 * m))
     weights = np.zeros((count, m))
     gains = np.zeros((count, m))
-    # Of L-BFGS the old vectors are subtracted, and so are their weights; of L-SR1 neither.
+    # The new vector c is B s for L-BFGS and y - B s for L-SR1, so that older vectors enter it with opposite signs.
     sign = np.where(indefinite, -1.0, 1.0)[:, None]
     with np.errstate(all="ignore"):
         for k in range(m):
             c = np.zeros((count, 2 * m))
             c[:, k] = np.where(indefinite, -sigma, sigma)
             c[:, m + k] = indefinite
-            # Products of s_k with the y of older pairs, and with their a.
+            # Products of s_k with the vectors of older pairs.
             along = np.einsum("eij,ej->ei", vectors[:, :k], g[:, :, k])
             c += sign * np.einsum("ei,eij->ej", along * weights[:, :k], vectors[:, :k])
             c[:, m : m + k] += g[:, m : m + k, k] * gains[:, :k]

@@ -1,6 +1,7 @@
-"""The operations of partitioned quasi-Newton methods in NumPy, written to be obviously right.
+"""Operations of partitioned quasi-Newton methods in NumPy, written to be obviously right.
 
-`pairs` are the Z_e of `ElementOperators`, (count, rows, size), its elements' vectors (count, size) of the same dtype.
+`pairs` are the matrices Z_e of `ElementOperators`, (count, rows, size). Vectors of the elements are (count, size) of
+the same dtype.
 """
 
 from __future__ import annotations
@@ -15,23 +16,23 @@ from psmpi.optim.curvature.restriction import Restriction
 
 
 class CurvatureOps:
-    """Beside the operations `ops`, on arrays of these."""
+    """Curvature operations on arrays of `ops`."""
 
     def __init__(self, ops: NumpyOps) -> None:
         self.ops = ops
 
     def restriction(self, runs: Sequence[Sequence[tuple[int, int]]], size: int) -> Restriction:
-        """U_e of elements whose variables are these (start, stop) of a vector, `size` at most."""
+        """Return U_e of elements whose variables are `runs` (start, stop) of a vector; size: most variables of one."""
         return Restriction(runs, size, self.ops)
 
     def row_dots(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        """Scalar products (count,) float64 of the rows of a and b (count, n), sums in float64."""
-        found: np.ndarray = np.einsum("ei,ei->e", a, b, dtype=np.float64, casting="same_kind")
-        return found
+        """Return the scalar products (count,) float64 of the rows of a and b (count, n), summed in float64."""
+        dots: np.ndarray = np.einsum("ei,ei->e", a, b, dtype=np.float64, casting="same_kind")
+        return dots
 
     @np.errstate(all="ignore")
     def pair_dots(self, pairs: np.ndarray, v: np.ndarray) -> np.ndarray:
-        """Z v (count, rows) float64 in host memory, of pairs (count, rows, size) and v (count, size)."""
+        """Return Z v (count, rows) float64 in host memory; pairs: Z (count, rows, size), v: (count, size)."""
         products: np.ndarray = np.matmul(pairs, v[:, :, None])[:, :, 0].astype(np.float64)
         return products
 
@@ -45,10 +46,10 @@ class CurvatureOps:
         v: np.ndarray,
         out: np.ndarray,
     ) -> None:
-        """out = sigma v + Z^T (middle Z v) and coefficients = Z v for each element.
+        """Compute out = sigma v + Z^T (middle Z v) and coefficients = Z v for each element.
 
-        pairs: (count, rows, size), the Z; v, out: (count, size) of their dtype; middle (count, rows, rows), sigma
-        (count,) and coefficients (count, rows) float64.
+        pairs: the matrices Z (count, rows, size); v, out: (count, size) of the same dtype; middle (count, rows, rows),
+        sigma (count,) and coefficients (count, rows) float64.
         """
         coefficients[...] = np.matmul(pairs, v[:, :, None])[:, :, 0]
         weights = np.matmul(middle, coefficients[:, :, None]).astype(pairs.dtype)
@@ -65,7 +66,7 @@ class CurvatureOps:
         p: np.ndarray,
         q: np.ndarray,
     ) -> None:
-        """q = sum_e U_e^T B_e U_e p; the rest as in `products`."""
+        """Compute q = sum_e U_e^T B_e U_e p; `products` describes the other arguments."""
         v, out = elements.rows(p.dtype)
         elements.restrict(p, v)
         self.products(pairs, middle, sigma, coefficients, v, out)
@@ -74,18 +75,18 @@ class CurvatureOps:
     def keep_pairs(
         self, pairs: np.ndarray, slots: np.ndarray, cleared: np.ndarray, s: np.ndarray, y: np.ndarray
     ) -> None:
-        """Element e's row slots[e] of pairs (count, 2 memory, size) = s[e], the one `memory` further = y[e].
+        """Store s[e] in row slots[e] and y[e] in row memory + slots[e] of each element e of pairs.
 
-        slots (count,) int64 in host memory, -1 for none; where cleared (count,) bool, also there, the other rows become
-        zeros. s, y: (count, size).
+        pairs: (count, 2 memory, size); s, y: (count, size); slots: (count,) int64 in host memory, -1 to store nothing;
+        cleared: (count,) bool in host memory, elements whose other rows become zeros.
         """
         pairs[cleared] = 0
-        taken = np.flatnonzero(slots >= 0)
-        pairs[taken, slots[taken]] = s[taken]
-        pairs[taken, pairs.shape[1] // 2 + slots[taken]] = y[taken]
+        stored = np.flatnonzero(slots >= 0)
+        pairs[stored, slots[stored]] = s[stored]
+        pairs[stored, pairs.shape[1] // 2 + slots[stored]] = y[stored]
 
     def mix_rows(self, a: np.ndarray, x: np.ndarray, b: np.ndarray, y: np.ndarray) -> None:
-        """y (count, size) = a x + b y, with a, b (count,) float64 in host memory."""
+        """Compute y = a x + b y in place; x, y: (count, size), a, b: (count,) float64 in host memory."""
         y *= b.astype(y.dtype)[:, None]
         y += a.astype(x.dtype)[:, None] * x
 
@@ -100,12 +101,13 @@ class CurvatureOps:
         won: np.ndarray,
         out: np.ndarray,
     ) -> None:
-        """The derivatives of single terms of a pairwise loss with respect to the score of class number `own`.
+        """Compute derivatives of single terms of a pairwise loss with respect to the score of class number `own`.
 
-        grad (classes, b) float64 and report as in `Loss.fused`, labels (b,). Row t of out (terms, at least b): over the
-        samples of `own` lost[t] times the derivative with respect to the score of others[t], over those of others[t]
-        won[t] times that with respect to the own, 0 elsewhere; scaled down as by `cast_scores`. others (terms,) int64;
-        lost, won (terms,) of the dtype of out.
+        grad: (classes, b) float64 and report, both as in `Loss.fused`; labels: (b,); others: (terms,) int64; lost, won:
+        (terms,) of the dtype of out. Row t of out (terms, at least b) has three kinds of columns. Samples of class
+        `own`: lost[t] times the derivative with respect to the score of others[t]. Samples of class others[t]: won[t]
+        times the derivative with respect to the score of `own`. All other columns: 0. The derivatives are scaled down
+        as in `cast_scores`.
         """
         b = grad.shape[1]
         small = np.ldexp(grad, -exponent_of(report[3])).astype(out.dtype)
@@ -117,7 +119,10 @@ class CurvatureOps:
     def moment_scale(
         self, g: np.ndarray, squares: np.ndarray, root: np.ndarray, beta2: float, correction: float, eps: float
     ) -> None:
-        """squares moves towards g^2 by 1 - beta2; root = 1 / sqrt(sqrt(squares / correction) + eps); all (n,)."""
+        """Compute squares = beta2 squares + (1 - beta2) g^2, and root from it; g, squares, root: (n,).
+
+        root = 1 / sqrt(sqrt(squares / correction) + eps).
+        """
         np.multiply(g, g, out=root)
         root *= 1 - beta2
         squares *= beta2

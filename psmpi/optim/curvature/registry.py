@@ -9,11 +9,11 @@ from psmpi.optim.curvature.compiled import CompiledCurvature
 from psmpi.optim.curvature.gpu import CupyCurvature
 from psmpi.optim.curvature.reference import CurvatureOps
 
-# By the backend's name. Others compute with the reference.
+# Curvature operations by the name of the backend; other backends use the reference.
 KINDS: dict[str, Any] = {"compiled": CompiledCurvature, "cupy": CupyCurvature}
 
 
 def curvature_ops(ops: NumpyOps) -> CurvatureOps:
-    """The operations of partitioned quasi-Newton methods on arrays of `ops`."""
+    """Return the operations of partitioned quasi-Newton methods on arrays of `ops`."""
     kind: type[CurvatureOps] = KINDS.get(ops.name, CurvatureOps)
     return kind(ops)

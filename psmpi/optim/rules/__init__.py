@@ -1,1 +1,1 @@
-"""Update rules of first order, one a file."""
+"""First-order update rules, one rule in each file."""

@@ -1,4 +1,4 @@
-"""Adam."""
+"""Adam update rule."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from psmpi.optim.first_order import FirstOrder
 
 
 class Adam(FirstOrder):
-    """m = beta1 m + (1 - beta1) g; v = beta2 v + (1 - beta2) g^2; w -= lr m' / (sqrt(v') + eps).
+    """Adam: m = beta1 m + (1 - beta1) g; v = beta2 v + (1 - beta2) g^2; w -= lr m' / (sqrt(v') + eps).
 
-    m' = m / (1 - beta1^t), v' = v / (1 - beta2^t), t = 1, 2, ... the number of the step (Kingma and Ba 2015,
+    m' = m / (1 - beta1^t), v' = v / (1 - beta2^t), where t = 1, 2, ... is the number of the step (Kingma and Ba 2015,
     Algorithm 1).
     """
 
@@ -43,8 +43,8 @@ class Adam(FirstOrder):
         w -= b
 
     def move(self, m: np.ndarray, v: np.ndarray, g: np.ndarray, a: np.ndarray) -> None:
-        """Move the moments towards g and g^2; a is scratch."""
-        # m + (1 - beta1) (g - m), one multiplication fewer than the formula.
+        """Update the moments m (k,) and v (k,) with g (k,), in place; a (k,) is scratch."""
+        # m + (1 - beta1) (g - m) takes one multiplication fewer than the formula.
         np.subtract(g, m, out=a)
         a *= 1 - self.beta1
         m += a

@@ -7,8 +7,6 @@ from psmpi.optim.rules.adam import Adam
 
 
 class AdamW(Adam):
-    """Adam, with the weights shrunk by 1 - lr weight_decay beside the step (Loshchilov and Hutter 2019,
-    Algorithm 2).
-    """
+    """Adam with decoupled weight decay: w *= 1 - lr weight_decay (Loshchilov and Hutter 2019, Algorithm 2)."""
 
     decay = Decoupled

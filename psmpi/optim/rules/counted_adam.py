@@ -1,4 +1,4 @@
-"""Adam with step counts of each weight, for weights that come and go."""
+"""Adam with a step count for each weight, for weights that are not stepped in every step."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from psmpi.optim.rules.adam import Adam
 
 
 class CountedAdam(Adam):
-    """Adam, with the number of its steps kept for each weight: for weights that are not all stepped together.
+    """Adam with a step count for each weight, for weights that are not all stepped together.
 
-    vectors: "t", the counts, beside m and v; there is no scalar.
+    vectors: "m", "v", and the counts "t"; there are no scalars.
     """
 
     names = ("m", "v", "t")
@@ -35,7 +35,7 @@ class CountedAdam(Adam):
         m, v, t = state
         t += 1
         self.move(m, v, g, a)
-        # -(1 - beta^t) for both moments: the signs are taken back below.
+        # expm1 gives -(1 - beta^t): v is negated below, and the negative sign of m makes the step w += b.
         np.multiply(t, self.logs[0], out=a)
         np.expm1(a, out=a)
         np.divide(m, a, out=b)

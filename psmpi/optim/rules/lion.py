@@ -1,4 +1,4 @@
-"""Lion."""
+"""Lion update rule."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from psmpi.optim.first_order import FirstOrder
 
 
 class Lion(FirstOrder):
-    """w -= lr sign(beta1 m + (1 - beta1) g); m = beta2 m + (1 - beta2) g (Chen et al. 2023, "Symbolic Discovery of
-    Optimization Algorithms", Algorithm 2).
+    """Lion: w -= lr sign(beta1 m + (1 - beta1) g); m = beta2 m + (1 - beta2) g.
 
-    sign(0) is 0. Steps are as long as lr in each weight: lr is 3 to 10 times smaller than Adam's.
+    Source: Chen et al. 2023, "Symbolic Discovery of Optimization Algorithms", Algorithm 2. sign(0) is 0. Each weight
+    moves by lr in a step, so a suitable lr is 3 to 10 times smaller than for Adam.
     """
 
     names = ("m",)

@@ -1,4 +1,4 @@
-"""Heavy-ball momentum."""
+"""Heavy-ball momentum update rule."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from psmpi.optim.first_order import FirstOrder
 
 
 class Momentum(FirstOrder):
-    """v = momentum v + g; w -= lr v (Polyak 1964, in PyTorch's form: no dampening, lr outside v)."""
+    """Heavy-ball momentum: v = momentum v + g; w -= lr v.
+
+    Source: Polyak 1964, in PyTorch's form (no dampening, lr outside v).
+    """
 
     names = ("v",)
     settings = ("momentum", "weight_decay")

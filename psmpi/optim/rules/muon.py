@@ -1,4 +1,4 @@
-"""Muon."""
+"""Muon update rule."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ from psmpi.optim.base import AllSum, Closure
 from psmpi.optim.orthogonal import NewtonSchulz
 from psmpi.optim.rules.adamw import AdamW
 
-# AdamW's learning rate over that of the matrices: 3e-4 / 0.02, the defaults of the authors' implementation.
+# Learning rate of AdamW over that of the matrices: 3e-4 / 0.02, the defaults of the authors' implementation.
 ADAM_RATE = 0.015
 
 
 class Muon(AdamW):
-    """Momentum whose step is made orthogonal, for whole matrices; AdamW, at 0.015 lr, for all other weights.
+    """Muon: momentum with orthogonalized steps for whole matrices; AdamW at 0.015 lr for all other weights.
 
     m = momentum m + (1 - momentum) g; u = momentum m + (1 - momentum) g (Nesterov's form);
-    w -= lr sqrt(max(1, rows / columns)) O(u), O the Newton-Schulz iteration of `NewtonSchulz`; both after decoupled
-    weight decay (Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks").
+    w -= lr sqrt(max(1, rows / columns)) O(u), where O is the Newton-Schulz iteration of `NewtonSchulz`. Both rules
+    apply decoupled weight decay (Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks").
 
-    matrices: those of the shard, as from `psmpi.layout.whole_matrices`. vectors: "m" is the momentum of matrices too;
-    "v" is AdamW's, and 0 in matrices. ValueError for matrices that overlap or are not inside the shard.
+    matrices: matrices of the shard, as from `psmpi.layout.whole_matrices`. vectors: "m", the momentum of matrices and
+    AdamW's first moment; "v", AdamW's second moment, 0 in matrices. ValueError for matrices that overlap or are not
+    inside the shard.
     """
 
     settings = ("momentum", "beta1", "beta2", "eps", "weight_decay")
@@ -48,7 +49,7 @@ class Muon(AdamW):
         self.matrices = sorted(matrices, key=lambda matrix: matrix.start)
         edges = [0, *(edge for m in self.matrices for edge in (m.place.start, m.place.stop)), n]
         if sorted(edges) != edges:
-            raise ValueError(f"{self.matrices} overlap, or are not inside the {n} elements of the shard")
+            raise ValueError(f"matrices {self.matrices} overlap or are not inside the {n} elements of the shard")
         self.others = [slice(a, b) for a, b in zip(edges[::2], edges[1::2], strict=True) if a < b]
         self.orthogonalize = NewtonSchulz(self.matrices, self.dtype, self.ops)
         self.work = self.orthogonalize.work
@@ -63,7 +64,7 @@ class Muon(AdamW):
             self.step_matrix(w[matrix.place], g[matrix.place], lr, matrix)
 
     def step_matrix(self, w: np.ndarray, g: np.ndarray, lr: float, matrix: Matrix) -> None:
-        """Step the elements w (rows * columns,) of a matrix along g."""
+        """Step the elements w (rows * columns,) of a matrix along g (rows * columns,)."""
         m, u = self.vectors["m"][matrix.place], self.orthogonalize.input(matrix)
         for into in (m, u):
             self.ops.combine(into, (self.momentum, m), (1 - self.momentum, g))

@@ -1,4 +1,4 @@
-"""Nesterov's momentum."""
+"""Nesterov momentum update rule."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from psmpi.optim.rules.momentum import Momentum
 
 
 class Nesterov(Momentum):
-    """v = momentum v + g; w -= lr (g + momentum v) (Nesterov 1983, as PyTorch's SGD with nesterov=True)."""
+    """Nesterov momentum: v = momentum v + g; w -= lr (g + momentum v) (Nesterov 1983, in PyTorch's form)."""
 
     nesterov = True
 

@@ -1,4 +1,4 @@
-"""RMSprop."""
+"""RMSprop update rule."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from psmpi.optim.first_order import FirstOrder
 
 
 class RMSprop(FirstOrder):
-    """v = alpha v + (1 - alpha) g^2; w -= lr g / (sqrt(v) + eps) (Tieleman and Hinton 2012, in PyTorch's
-    form).
+    """RMSprop: v = alpha v + (1 - alpha) g^2; w -= lr g / (sqrt(v) + eps).
+
+    Source: Tieleman and Hinton 2012, in PyTorch's form.
     """
 
     names = ("v",)

@@ -1,4 +1,4 @@
-"""Plain stochastic gradient descent."""
+"""Stochastic gradient descent update rule."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from psmpi.optim.first_order import FirstOrder
 
 
 class SGD(FirstOrder):
-    """w -= lr g."""
+    """Stochastic gradient descent: w -= lr g."""
 
     settings = ("weight_decay",)
     operation = "sgd"
