@@ -51,7 +51,7 @@ class Problem:
             for ids in batches:
                 one.step(Batch(ids), LR)
             future = getattr(one, "future", None)
-            beside = None if future is None else named(future.one.layout, future.one.w)
+            beside = None if future is None else named(future.network.layout, future.network.w)
             return first, named(one.layout, one.w), beside, one.loss_sum, one.test()
 
         found = run_ranks(ranks, work, timeout=120)

@@ -319,7 +319,7 @@ def test_what_is_in_flight_is_left_where_it_has_no_meaning(tmp_path):
                          tmp_path / "dp")  # fmt: skip
     assert status == 0, err
     status, out, err = run(2, "-m", "psmpi.train", *words)
-    assert status == 0 and "start afresh" in out, out + err
+    assert status == 0 and "start from initial weights" in out, out + err
 
 
 def test_minibatches_in_flight_of_other_steps_or_other_samples_are_not_learnt_from(folder, tmp_path):
@@ -350,7 +350,7 @@ def test_another_optimizer_begins_with_the_synthesizers_too(tmp_path):
         words = ("--optimizer", optimizer, "--max-steps", steps, "--resume", "auto")
         status, told, err = run(2, "-m", "psmpi.train", *options, *words)
         assert status == 0, told + err
-    assert "does not hold the optimizers of these" in told
+    assert "does not hold the optimizers of the auxiliary networks" in told
     scalars = read_contents(newest(tmp_path / "run")).scalars
     assert scalars["t"] == 5 and scalars["fits"] == 5
 
@@ -420,7 +420,7 @@ def test_errors_of_predicted_gradients_are_told_and_fall(tmp_path):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (("--layer-blocks", "7"), "which can be cut into 2 at most"),
+        (("--layer-blocks", "7"), "the model has at most 2 blocks"),
         (("--layer-blocks", "1"), "there are two or more"),
         (("--bp-lambda", "0.5"), "add --ahead 1"),
         (("--bp-lambda", "1.5", "--ahead", "1"), "from 0 to 1"),
