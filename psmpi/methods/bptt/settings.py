@@ -61,7 +61,7 @@ def check_bptt(network: Network, dataset: Dataset, config: Config) -> None:
         raise UserError(
             f"{option('psl_weights')} {config.objective.psl_weights} is not for --method bptt: leave it out"
         )
-    check_first_order(config, "takes the loss more than once in a step, and each window has its own")
+    check_first_order(config, "evaluates the loss more than once a step, and each window has its own")
     if not (isfinite(s.future_lr) and 0 <= s.future_lr <= 1e9):
         raise UserError(f"--future-lr {s.future_lr:g}: expected a number from 0 to 1e9")
     if any(width < 1 for width in s.future_hidden):
