@@ -63,7 +63,7 @@ class LayerParallel(Method):
         self.plan = plan = plan_of(context.size, network, s)
         super().__init__(context, Ownership(tuple(plan.runs(layout, plan.position(r)) for r in range(context.size))))
         self.position, self.row = plan.position(self.rank), plan.row(self.rank)
-        self.world, self.line = context.group(), context.group(plan.members(self.row))
+        self.world, self.row_group = context.group(), context.group(plan.members(self.row))
         self.peers = context.group(plan.peers(self.position))
         shard, batch = self.shards[self.rank], min(context.config.data.batch_size, dataset.train.n)
         self.batch, self.per_epoch = batch, -(-dataset.train.n // context.config.data.batch_size)
@@ -84,7 +84,7 @@ class LayerParallel(Method):
         self.layers = Layers(network, layout, stages["march"], self.w[place], self.g[place], ops)
         numbers = (plan.steps + 1) * self.layers.units * self.share
         self.states, self.adjoints = (ops.zeros(numbers, self.dtype) for _ in range(2))
-        self.solver = Solver(self.layers, plan.steps, self.line, self.states, self.adjoints, s.relaxations, ops)
+        self.solver = Solver(self.layers, plan.steps, self.row_group, self.states, self.adjoints, s.relaxations, ops)
         self.solver.reserve(self.share, s.factors)
         self.objective: Objective | None = None
         if "closing" in self.models:
@@ -121,8 +121,8 @@ class LayerParallel(Method):
         layer = self.network.layers[numbers[0]]
         assert isinstance(layer, Residual)
         size, at = slices[0].stop - slices[0].start, self.position
-        previous = Boundary(self.line, at - 1, at, size, self.dtype) if at else None
-        following = Boundary(self.line, at, at + 1, size, self.dtype) if at < plan.ranks - 1 else None
+        previous = Boundary(self.row_group, at - 1, at, size, self.dtype) if at else None
+        following = Boundary(self.row_group, at, at + 1, size, self.dtype) if at < plan.ranks - 1 else None
         return Penalty(slices, (previous, following), s.gamma_tik, s.gamma_ddt, layer.scale, self.dtype, self.ops)
 
     def _reserve(self, most: int) -> None:
