@@ -180,5 +180,5 @@ class DataParallel(Replica):
         return super().test()
 
     def messages(self, step: int, batch: int) -> list[Message] | None:
-        known = self.compressor is None and not self.optimizer.needs_closure and self.alike
-        return self.buckets.messages() if known else None
+        fixed = self.compressor is None and not self.optimizer.needs_closure and self.alike
+        return self.buckets.messages() if fixed else None

@@ -82,10 +82,10 @@ class TruncatedBackPropagation(Replica):
 
     def __init__(self, context: Context):
         s = context.settings(Settings)
-        beside = future_network(context.network, s)
+        predictor = future_network(context.network, s)
         self.edges = windows(context.network, s)
         # `summed` also holds the gradient of the predicting network, and the sum of squares of returned gradients.
-        super().__init__(context, beside.layout().size + 1 if beside is not None else 0)
+        super().__init__(context, predictor.layout().size + 1 if predictor is not None else 0)
         self.keep("weights", self.w)
         for name, vector in self.optimizer.vectors.items():
             self.keep(name, vector)
@@ -93,8 +93,8 @@ class TruncatedBackPropagation(Replica):
         self.parts = [part for part in self.model.walk() if isinstance(part, RecurrentPart)]
         self.future: Future | None = None
         self.rate = s.future_lr
-        if beside is not None:
-            self._add_future(context, Auxiliary, beside)
+        if predictor is not None:
+            self._add_future(context, Auxiliary, predictor)
         # The first window returns no gradient that the network has predicted, so its sum needs the network's own alone.
         sizes = [self.layout.size, *([self.summed.size] if len(self.edges) > 1 else [])]
         how = context.settings(Sums).allreduce
@@ -102,8 +102,8 @@ class TruncatedBackPropagation(Replica):
             Buckets(self.world, self.by_host, self.summed[:n], [Bucket(0, n, 0)], how, self.own_sums) for n in sizes
         ]
         self.account.ask("buffers", lambda: tuple(self.sums))
-        self.account.ask("activations", lambda: (self.seen,))
-        self.capacity, self.seen = 0, self.ops.empty(0, self.dtype)
+        self.account.ask("activations", lambda: (self.window_x,))
+        self.capacity, self.window_x = 0, self.ops.empty(0, self.dtype)
         self.reserve(max(1, -(-context.config.data.batch_size // context.size)))
         self.right, self.measured = np.zeros(2), {}  # type: np.ndarray, dict[str, Any]
 
@@ -135,13 +135,13 @@ class TruncatedBackPropagation(Replica):
         s, layout = config.of(Settings), network.layout()
         item, share = np.dtype(config.model.dtype).itemsize, config.data.batch_size // size
         longest = max(b - a for a, b in windows(network, s))
-        more: Need = {"activations": item * network.in_shape[0] * longest * share}
-        beside = future_network(network, s)
-        if beside is not None:
-            layout = beside.layout()
-            more = added(more, vectors_needed(config, layout, layout.size, layout.size, layout.size))
-            more = added(more, {"buffers": 2 * item * count_states(network.layers) * share})
-        return [added(one, more) for one in super().needed(size, network, dataset, config)]
+        extra: Need = {"activations": item * network.in_shape[0] * longest * share}
+        predictor = future_network(network, s)
+        if predictor is not None:
+            layout = predictor.layout()
+            extra = added(extra, vectors_needed(config, layout, layout.size, layout.size, layout.size))
+            extra = added(extra, {"buffers": 2 * item * count_states(network.layers) * share})
+        return [added(one, extra) for one in super().needed(size, network, dataset, config)]
 
     @staticmethod
     def notes(size: int, network: Network, config: Config) -> Iterator[str]:
@@ -159,7 +159,7 @@ class TruncatedBackPropagation(Replica):
         self.capacity = batch
         self.worker.reserve(batch)
         longest = max(b - a for a, b in self.edges)
-        self.seen = self.ops.empty(self.network.in_shape[0] * longest * batch, self.dtype)
+        self.window_x = self.ops.empty(self.network.in_shape[0] * longest * batch, self.dtype)
         if self.future is not None:
             self.future.reserve(batch)
 
@@ -205,7 +205,7 @@ class TruncatedBackPropagation(Replica):
             # The optimizer has changed the weights since the window before.
             for part in self.parts:
                 part.prepare()
-        x = self.seen[: self.network.in_shape[0] * (z - a) * b].reshape(-1, z - a, b)
+        x = self.window_x[: self.network.in_shape[0] * (z - a) * b].reshape(-1, z - a, b)
         x[...] = own.x[:, a:z]
         tape = self.model.forward(x, None, span)
         share, dy = self._losses(tape, own, a, z, 1 / count)
@@ -280,8 +280,8 @@ class TruncatedBackPropagation(Replica):
             self.verify(self.future.network.w)
         worker, self.right = self.worker, np.zeros(2)
         sums = evaluate(worker.metric, worker.test_batches, self._test_scores, worker.test_targets, self.ops)
-        more = np.concatenate([self.right, self.future.error if self.future is not None else np.zeros(2)])
-        totals = self.world.agree(np.concatenate([sums, more]))
+        own_sums = np.concatenate([self.right, self.future.error if self.future is not None else np.zeros(2)])
+        totals = self.world.agree(np.concatenate([sums, own_sums]))
         self._report(totals[len(sums) :])
         return worker.metric.scores(totals[: len(sums)])
 

@@ -68,20 +68,20 @@ def check_bptt(network: Network, dataset: Dataset, config: Config) -> None:
         raise UserError(f"--future-hidden {' '.join(map(str, s.future_hidden))}: expected widths from 1 up")
     if s.future == "none" and (s.future_hidden or s.future_lr):
         raise UserError("--future-hidden and --future-lr are for --future synthetic: add that, or leave them out")
-    one = future_network(network, s)
-    if one is not None:
-        check_optimizer(config, one.layout(), ())
+    predictor = future_network(network, s)
+    if predictor is not None:
+        check_optimizer(config, predictor.layout(), ())
 
 
 def bptt_notes(network: Network, s: Settings) -> Iterator[str]:
     """See `Method.notes`."""
-    count, one = len(windows(network, s)), future_network(network, s)
-    beside = ""
-    if one is not None:
-        size = one.layout().size
-        beside = f"; the network that predicts gradients has {counted(size, 'parameter')}, "
-        beside += f"{size / network.layout().size:.2g} times the trained network's"
-    yield f"{counted(count, 'window')} of {network.in_shape[1]} steps{beside}"
+    count, predictor = len(windows(network, s)), future_network(network, s)
+    suffix = ""
+    if predictor is not None:
+        size = predictor.layout().size
+        suffix = f"; the network that predicts gradients has {counted(size, 'parameter')}, "
+        suffix += f"{size / network.layout().size:.2g} times the trained network's"
+    yield f"{counted(count, 'window')} of {network.in_shape[1]} steps{suffix}"
 
 
 def bptt_warnings(config: Config) -> Iterator[str]:

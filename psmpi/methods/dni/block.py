@@ -68,8 +68,8 @@ class Block:
         """Make room for training minibatches of up to `batch` samples, and test minibatches of up to `tests`."""
         most = max(batch, tests)
         self.model.reserve(most)
-        own = self.below is not None and (not self.below.local or "inputs" in self.networks)
-        self.x = self.ops.empty(self.inputs * (most if self.below is None or own else 0), self.w.dtype)
+        copies_inputs = self.below is not None and (not self.below.local or "inputs" in self.networks)
+        self.x = self.ops.empty(self.inputs * (most if self.below is None or copies_inputs else 0), self.w.dtype)
         self.samples_in_order = self.ops.put(np.arange(batch))
         self.dy = self.ops.empty(self.units * batch if self.above is not None else 0, self.w.dtype)
         for name, one in self.networks.items():
@@ -97,18 +97,18 @@ class Block:
     def forward(self, k: int) -> None:
         """Compute the outputs of minibatch k; begin to send them up and to receive their gradient."""
         ids = self.slots.of(k)
-        self.seen = self._take_inputs(k, ids)
-        self.tape = self.forward_pass(self.seen)
+        self.tape_x = self._take_inputs(k, ids)
+        self.tape = self.forward_pass(self.tape_x)
         if self.above is not None:
             b, cut, slot = len(ids), self.above, self._slot(k)
             h = view(cut.outputs, slot, self.units, b)
             h[...] = self.tape.scores.reshape(self.units, b)
             if not cut.local:
                 back: np.ndarray = cut.ticket[slot]
-                way = cut.credit or cut.boundary
+                returns = cut.credit or cut.boundary
                 if cut.targets is not None:
                     back = view(cut.targets, slot, self.units, b)
-                cut.handles[slot] += [cut.boundary.begin(h, None, k), way.begin_back(None, back, k)]
+                cut.handles[slot] += [cut.boundary.begin(h, None, k), returns.begin_back(None, back, k)]
 
     def _take_inputs(self, k: int, ids: np.ndarray) -> np.ndarray:
         """Inputs (inputs, b) of minibatch k: samples, outputs of the block below, or their synthetic replacement."""
@@ -122,10 +122,10 @@ class Block:
             one = self.networks["inputs"]
             if not cut.local:
                 cut.handles[slot].append(cut.boundary.begin(None, view(cut.outputs, slot, self.inputs, b), k))
-            seen = one.x(b)
-            self.samples.fetch(ids, seen)
+            samples = one.x(b)
+            self.samples.fetch(ids, samples)
             x = self.room(b)
-            x[...] = one.forward(seen)
+            x[...] = one.forward(samples)
             self._credit(cut, slot, k)
             return x
         if cut.local:
@@ -156,10 +156,10 @@ class Block:
             self.objective.ids = ids
             self.objective.bring(self._targets(ids))
             assert self.derive_pass is not None
-            self.derive_pass(self.seen, dx, b)
+            self.derive_pass(self.tape_x, dx, b)
             loss = self.objective.value()
         else:
-            self.backward_pass(self.seen, self._signal(k, ids, lr, done), dx)
+            self.backward_pass(self.tape_x, self._signal(k, ids, lr, done), dx)
         if cut is not None and e is not None and not cut.local:
             cut.handles[slot].append(cut.boundary.begin_back(e, None, k))
         self.ops.scale(self.g, 1 / b)
@@ -245,9 +245,9 @@ class Block:
         if "inputs" in self.networks:
             cut, one = self.below, self.networks["inputs"]
             assert cut is not None
-            seen = one.x(b)
-            self.samples.fetch(ids, seen)
-            self._fit(one, one.forward(seen), view(cut.outputs, slot, self.inputs, b), rate(one), done)
+            samples = one.x(b)
+            self.samples.fetch(ids, samples)
+            self._fit(one, one.forward(samples), view(cut.outputs, slot, self.inputs, b), rate(one), done)
 
     def _fit(self, one: Auxiliary, predicted: np.ndarray, target: np.ndarray, lr: float, done: int) -> np.ndarray:
         """Step along the gradient of (1/b) |predicted - target|^2; return |predicted - target|^2 and |target|^2."""

@@ -36,12 +36,14 @@ class LocalLoss:
         self.dh = self.ops.empty(size, dtype)
         if self.features is not None:
             self.features.reserve(batch)
-            self.more = self.ops.empty(size, dtype)
+            self.feature_dh = self.ops.empty(size, dtype)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the buffers, without those of the auxiliary networks."""
-        return int(self.objective.nbytes + self.dh.nbytes + (self.more.nbytes if self.features is not None else 0))
+        return int(
+            self.objective.nbytes + self.dh.nbytes + (self.feature_dh.nbytes if self.features is not None else 0)
+        )
 
     def learn(self, h: np.ndarray, targets: np.ndarray, rate: Callable[[Auxiliary], float], done: int) -> np.ndarray:
         """Return the gradient (units, b) of the summed losses of outputs h (units, b); step the auxiliary networks.
@@ -57,9 +59,9 @@ class LocalLoss:
         self.objective.derive(self.scores.tape, scores, self.objective.targets(b), factor, dx=dx)
         self.scores.step(rate(self.scores), 1 / b, done)
         if self.features is not None:
-            seen = np.asarray(self.ops.host(self.features.forward(h)), np.float64)
-            _, slope = self.similarity(seen, targets, SHARE * b)
-            feature_dh = self.more[: units * b].reshape(units, b)
+            features = np.asarray(self.ops.host(self.features.forward(h)), np.float64)
+            _, slope = self.similarity(features, targets, SHARE * b)
+            feature_dh = self.feature_dh[: units * b].reshape(units, b)
             self.features.backward(self.ops.put(slope.astype(h.dtype)), feature_dh)
             self.features.step(rate(self.features), 1 / b, done)
             dh += feature_dh

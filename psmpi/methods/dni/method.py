@@ -63,8 +63,8 @@ class DecoupledInterfaces(Method):
         runs = [network.runs(layout, *stage) for stage in self.stages]
         ranks = [owner_of(k, self.count, context.size) for k in range(self.count)]
         self.held = [[k for k, rank in enumerate(ranks) if rank == one] for one in range(context.size)]
-        several = ([one for k in held for one in runs[k].intervals] for held in self.held)
-        super().__init__(context, Ownership(tuple(map(Runs.union, several))))
+        intervals = ([one for k in held for one in runs[k].intervals] for held in self.held)
+        super().__init__(context, Ownership(tuple(map(Runs.union, intervals))))
         self.batch = context.config.data.batch_size
         self.world = context.group()
         self.w, self.g = (ops.zeros(self.shards[self.rank].size, self.dtype) for _ in range(2))
@@ -81,8 +81,8 @@ class DecoupledInterfaces(Method):
         self.flight = Tensors(
             *in_flight(self.cuts, s, self.batch, self._owner), context.size, self.rank, ops, self.dtype
         )
-        self.beside = Tensors(*auxiliary_tensors(self.cuts, self._owner), context.size, self.rank, ops, self.dtype)
-        self.auxiliary_g = ops.zeros(self.beside.array.size, self.dtype)
+        self.auxiliary_w = Tensors(*auxiliary_tensors(self.cuts, self._owner), context.size, self.rank, ops, self.dtype)
+        self.auxiliary_g = ops.zeros(self.auxiliary_w.array.size, self.dtype)
         buffers = {k: self._cut_buffers(k) for k in range(held[0] - 1, held[-1] + 1) if 0 <= k < len(self.cuts)}
         self.auxiliary = self._auxiliary()
         ends = np.cumsum([0, *(runs[k].size for k in held)]).tolist()
@@ -143,7 +143,7 @@ class DecoupledInterfaces(Method):
                 place = slice(at, at + network.layout().size)
                 at = place.stop
                 auxiliary[cut.number, name] = Auxiliary(
-                    self.context.config, network, self.beside.array[place], self.auxiliary_g[place], self.ops,
+                    self.context.config, network, self.auxiliary_w.array[place], self.auxiliary_g[place], self.ops,
                     f"cut {cut.number + 1} {name}", zero=name == "gradient",
                 )  # fmt: skip
         return auxiliary
@@ -171,9 +171,9 @@ class DecoupledInterfaces(Method):
             state.scalar(name, 0)
         state.scalars.update(optimizers[0].scalars)
         lost = f"the auxiliary networks of {self.count} blocks, with these options: they start from initial weights"
-        layout, runs = self.beside.layout, self.beside.owned
+        layout, runs = self.auxiliary_w.layout, self.auxiliary_w.owned
         if layout.size:
-            state.space("dni", [self.beside.array], self.dtype, layout, runs, "weights", lost)
+            state.space("dni", [self.auxiliary_w.array], self.dtype, layout, runs, "weights", lost)
             steps = "the optimizers of the auxiliary networks: they start from zeros"
             steppers = [one.optimizer for one in self.auxiliary.values()]
             for name in optimizers[0].vectors:
@@ -305,7 +305,11 @@ class DecoupledInterfaces(Method):
         layers = self.network.layers[self.stages[numbers[0]][0] : self.stages[numbers[-1]][1]]
         names = [layer.name for layer in layers if layer.linear or layer.inner]
         role = f"block {numbers[0] + 1}" if len(numbers) == 1 else f"blocks {numbers[0] + 1} to {numbers[-1] + 1}"
-        return role, names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}", self.w.size + self.beside.array.size
+        return (
+            role,
+            names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}",
+            self.w.size + self.auxiliary_w.array.size,
+        )
 
     def events(self) -> dict[str, int]:
         return {"psl_terms_past_exp_clip": self.last.loss.clipped if self.last is not None else 0}

@@ -36,8 +36,8 @@ class Similarity:
         norms = np.sqrt((centred * centred).sum(axis=0)) + LEAST
         unit = centred / norms
         # S(y) is 1 for two samples of one class; for others it is the cosine of two centred one-hot vectors.
-        apart = -1 / (self.classes - 1) if self.classes > 1 else 1.0
-        target = np.where(labels[:, None] == labels, 1.0, apart)
+        between = -1 / (self.classes - 1) if self.classes > 1 else 1.0
+        target = np.where(labels[:, None] == labels, 1.0, between)
         differ = unit.T @ unit - target
         slope = 4 * factor / b**2 * (unit @ differ)
         # Derivative of the norms, in which LEAST is a constant. The slope is a sum of centred vectors: its mean is 0,

@@ -84,9 +84,9 @@ class ElementUpdates:
         """Bytes of the pairs' models, without the samples, which they share."""
         total = {"activations": 0, "buffers": 0}
         for worker in self.workers:
-            held = worker.memory()
-            for what in total:
-                total[what] += held[what]
+            nbytes = worker.memory()
+            for kind in total:
+                total[kind] += nbytes[kind]
         return total
 
     @property

@@ -23,8 +23,8 @@ class Sparsity(NamedTuple):
     sampled: int
 
     def __str__(self) -> str:
-        of = f" of {self.sampled} updates drawn" if self.sampled else ""
-        return f"Omega {self.omega:,}, Delta {self.delta:.3g}, rho {self.rho:.3g}{of}"
+        suffix = f" of {self.sampled} updates drawn" if self.sampled else ""
+        return f"Omega {self.omega:,}, Delta {self.delta:.3g}, rho {self.rho:.3g}{suffix}"
 
 
 def of_rows(starts: np.ndarray, columns: np.ndarray, features: int, seed: int, most: int = SAMPLED) -> Sparsity:

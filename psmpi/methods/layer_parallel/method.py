@@ -280,20 +280,20 @@ class LayerParallel(Method):
         """
         self.last_gradient[...] = self.g
         self.g.fill(0)
-        more = cycles[0] + 1, cycles[1] + 1
+        further = cycles[0] + 1, cycles[1] + 1
         if len(ids):
             loss = self._close(ids, b, self.solver.more_forward(1), False)
-            self._go_back(more[1], False)
+            self._go_back(further[1], False)
         if self.plan.rows > 1:
             self.sums.backward(self.g, self.g)
         self.ops.combine(self.last_gradient, (1.0, self.last_gradient), (-1.0, self.g))
         squares = np.array([self.ops.squared_norm(self.last_gradient), self.ops.squared_norm(self.g)])
-        apart, whole = self._over_layers(squares)
-        self.gradient_error = float(np.sqrt(apart / whole)) if whole > 0 else 0.0
+        difference, whole = self._over_layers(squares)
+        self.gradient_error = float(np.sqrt(difference / whole)) if whole > 0 else 0.0
         # NaN fails this comparison; the optimizer step handles a gradient that is not finite.
         if self.gradient_error > self.s.adapt_bound:
-            exact = max(more) >= self.exact
-            self.scalars["forward"], self.scalars["adjoint"] = (0, 0) if exact else more
+            exact = max(further) >= self.exact
+            self.scalars["forward"], self.scalars["adjoint"] = (0, 0) if exact else further
         return loss
 
     def _begin_depth(self) -> None:

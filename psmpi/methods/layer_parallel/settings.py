@@ -146,21 +146,21 @@ def _check_layers(network: Network, plan: Plan, s: Settings) -> None:
             )
 
 
-def _check_levels(depth: int, ranks: int, s: Settings, of: str = "") -> None:
+def _check_levels(depth: int, ranks: int, s: Settings, suffix: str = "") -> None:
     """Raise UserError unless ranks own whole intervals on every level, and the coarsest level has two steps."""
-    each = depth // ranks
-    if s.levels > 1 and (each % s.span or depth // s.span < 2):
+    per_rank = depth // ranks
+    if s.levels > 1 and (per_rank % s.span or depth // s.span < 2):
         fit = [
             (levels, m)
             for levels in range(2, s.levels + 1)
             for m in range(2, s.coarsening + 1)
-            if each % m ** (levels - 1) == 0 and depth // m ** (levels - 1) >= 2
+            if per_rank % m ** (levels - 1) == 0 and depth // m ** (levels - 1) >= 2
         ]
         fix = f"use --levels {fit[-1][0]} --coarsening {fit[-1][1]}" if fit else "use --levels 1"
         raise UserError(
             f"--levels {s.levels} --coarsening {s.coarsening} needs layers of each rank in multiples of {s.span} and "
-            f"two on the coarsest level, and there are {counted(each, 'layer')} on each of {counted(ranks, 'rank')}"
-            f"{of}: {fix}, or another depth"
+            f"two on the coarsest level, and there are {counted(per_rank, 'layer')} on each of {counted(ranks, 'rank')}"
+            f"{suffix}: {fix}, or another depth"
         )
 
 

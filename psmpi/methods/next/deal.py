@@ -20,9 +20,9 @@ def deal_samples(dataset: Dataset, agents: int, how: str, seed: int) -> list[np.
     (McMahan and others, 2017: samples sorted by class are cut into agents times K pieces, and each agent draws K).
     Raise UserError for anything else, or if an agent would have no sample.
     """
-    own = dataset.own or range(dataset.train.n)
-    n, targets = len(own), dataset.train.targets[own.start : own.stop]
-    return [own.start + ids for ids in _deal(dataset, targets, n, agents, how, seed)]
+    readable = dataset.own or range(dataset.train.n)
+    n, targets = len(readable), dataset.train.targets[readable.start : readable.stop]
+    return [readable.start + ids for ids in _deal(dataset, targets, n, agents, how, seed)]
 
 
 def _deal(dataset: Dataset, targets: np.ndarray, n: int, agents: int, how: str, seed: int) -> list[np.ndarray]:

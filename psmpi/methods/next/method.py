@@ -267,14 +267,14 @@ class InNetwork(Method):
         verify(self.aside, self.ops.host(self.x), "use another MPI library")
         scores = self.worker.metric.scores(self.aside.agree(self.worker.test()))
         self.measured = self._distances()
-        each = []
+        agent_scores = []
         for agent, rank in enumerate(self.owners):
             if rank == self.rank:
                 self.x[...] = self.w[agent - self.agents[0]]
             self.aside.bcast(self.x, rank)
-            each.append(self.worker.metric.scores(self.aside.agree(self.worker.test())))
-        for name in each[0]:
-            values = [one[name] for one in each]
+            agent_scores.append(self.worker.metric.scores(self.aside.agree(self.worker.test())))
+        for name in agent_scores[0]:
+            values = [one[name] for one in agent_scores]
             self.measured[f"agents_{name}"] = values
             worst = max(values) if name in ("loss", "rmse") else min(values)
             self.measured[f"worst_{name}"], self.measured[f"mean_{name}"] = worst, float(np.mean(values))

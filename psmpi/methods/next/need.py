@@ -20,16 +20,16 @@ def next_needed(size: int, network: Network, dataset: Dataset, config: Config) -
     needs = []
     for rank, worker in enumerate(roles.workers):
         assert worker is not None
-        need, own = worker_needed(config, network, dataset, worker, roles), held.count(rank)
+        need, count = worker_needed(config, network, dataset, worker, roles), held.count(rank)
         need.pop("samples", None)
-        vectors = vectors_needed(config, layout, (own + 1) * whole, (own + 1) * whole, own * whole)
+        vectors = vectors_needed(config, layout, (count + 1) * whole, (count + 1) * whole, count * whole)
         sent = 2 * sent_components(whole, s.gossip_density) if rule is Choco else rule.sent * whole
         mixed = 0 if rule is Choco else rule.sent * whole
-        more = {"optimizer": rule.kept * own * whole, "weights": mixed * own, "buffers": sent * own}
+        extra = {"optimizer": rule.kept * count * whole, "weights": mixed * count, "buffers": sent * count}
         if s.linearization == "partial":
             # Derivatives of all scores of a step, and the smaller system of a block, in float64.
             steps = 1 if s.tracking == "full" else -(-dataset.train.n // config.data.batch_size)
             rows = network.classes * -(-dataset.train.n // (s.agents * steps))
-            more["buffers"] += 8 // itemsize * (rows * whole + min(rows, -(-whole // s.inner_blocks)) ** 2)
-        needs.append(added(added(need, vectors), {name: n * itemsize for name, n in more.items()}))
+            extra["buffers"] += 8 // itemsize * (rows * whole + min(rows, -(-whole // s.inner_blocks)) ** 2)
+        needs.append(added(added(need, vectors), {name: n * itemsize for name, n in extra.items()}))
     return needs

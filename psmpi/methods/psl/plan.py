@@ -66,24 +66,24 @@ def make_plan(network: Network, size: int, config: Config) -> Plan:
 
 
 @lru_cache(maxsize=16)
-def _planned(network: Network, size: int, own: Settings, masters: Masters, batch: int, itemsize: int) -> Plan:
+def _planned(network: Network, size: int, settings: Settings, masters: Masters, batch: int, itemsize: int) -> Plan:
     """Return the plan, from the parts of the configuration that it depends on."""
     layout = network.layout()
 
     def roles(rows: int) -> Roles:
-        return assign_roles(layout, size, partition=own.partition, replicas=rows, **asdict(masters))
+        return assign_roles(layout, size, partition=settings.partition, replicas=rows, **asdict(masters))
 
-    first = roles(own.replicas)
-    if own.trunk == "replicated" or own.partition == "pairs":
+    first = roles(settings.replicas)
+    if settings.trunk == "replicated" or settings.partition == "pairs":
         return Plan(first, 0)
     length = trunk_length(network)
-    if own.trunk == "split":
+    if settings.trunk == "split":
         return Plan(first, length)
     workers, candidates = sum(w is not None for w in first.workers), []
-    for one in arrangements(network, workers, first.rows, own.replicas):
+    for one in arrangements(network, workers, first.rows, settings.replicas):
         try:
             planned = roles(one.rows)
-            _check_cut(network, planned, own.partition, batch)
+            _check_cut(network, planned, settings.partition, batch)
             if one.split:
                 _check_trunk_slices(planned, batch)
         except UserError:
@@ -99,20 +99,20 @@ def _planned(network: Network, size: int, own: Settings, masters: Masters, batch
 
 def trunk_notes(size: int, network: Network, config: Config) -> Iterator[str]:
     """Yield notes on the choice of --trunk auto and the costs of its alternatives, or on a --trunk without effect."""
-    plan, own = make_plan(network, size, config), config.of(Settings)
+    plan, settings = make_plan(network, size, config), config.of(Settings)
     if len(plan.costs) > 1:
         (best, least), *alternatives = plan.costs
-        rest = "; ".join(f"{one}: {spent}" for one, spent in alternatives[:3])
-        yield f"--trunk auto takes {best}: at most {least} for a rank and step ({rest})"
-    elif own.trunk == "auto" and own.partition == "pairs":
+        other_costs = "; ".join(f"{one}: {spent}" for one, spent in alternatives[:3])
+        yield f"--trunk auto takes {best}: at most {least} for a rank and step ({other_costs})"
+    elif settings.trunk == "auto" and settings.partition == "pairs":
         yield "--trunk auto changes nothing: with --partition pairs a worker has the samples of its own classes alone"
-    elif own.trunk == "split" and max(_columns(plan.roles).values()) == 1:
+    elif settings.trunk == "split" and max(_columns(plan.roles).values()) == 1:
         yield "--trunk split changes nothing: each row has one worker, which computes all layers"
 
 
 def other_placements(kind: Any, config: Config) -> Iterator[tuple[str, Config]]:
     """Yield other placements of the same training, also with a split trunk, see `Method.arrangements`."""
-    own = replace(config, parallel=replace(config.parallel, method=kind.name))
+    psl_config = replace(config, parallel=replace(config.parallel, method=kind.name))
     split, owners = replace(config.of(Settings), trunk="split"), Masters(colocate=True, placement="owner")
     for options, changed in (
         ("", [Masters()]),
@@ -122,7 +122,7 @@ def other_placements(kind: Any, config: Config) -> Iterator[tuple[str, Config]]:
         ("--colocate --placement owner", [owners]),
         ("--colocate --placement owner --trunk split", [owners, split]),
     ):
-        yield f"--method {kind.name} {options}".rstrip(), own.having(changed)
+        yield f"--method {kind.name} {options}".rstrip(), psl_config.having(changed)
 
 
 def _columns(roles: Roles) -> Counter[int]:
@@ -219,9 +219,9 @@ def psl_needed(size: int, network: Network, dataset: Dataset, config: Config) ->
     plan, needs = make_plan(network, size, config), []
     roles = plan.roles
     for part, shard, worker in zip(roles.parts, roles.shards, roles.workers, strict=True):
-        apart = shard.inside(part) is None
-        vector = part.size + apart * shard.size
-        tiled = not apart and worker is not None and worker_tiles(config, network, dataset, worker, roles)
+        separate = shard.inside(part) is None
+        vector = part.size + separate * shard.size
+        tiled = not separate and worker is not None and worker_tiles(config, network, dataset, worker, roles)
         rows = _stepped_at_once(network, layout, roles, dataset, config, shard) if tiled else 0
         need = vectors_needed(config, layout, vector, vector - rows, shard.size)
         if worker is not None:

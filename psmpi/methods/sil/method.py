@@ -73,11 +73,11 @@ class SyntheticLabels(Method):
         runs = [network.runs(layout, *stage) for stage in self.stages]
         held = self.assignment.held(context.rank)
         # All rows of a part hold its shard; the first row writes checkpoints.
-        several = (
+        intervals = (
             [one for k in self.assignment.held(rank) for one in runs[k].intervals] for rank in range(context.size)
         )
-        super().__init__(context, Ownership(tuple(map(Runs.union, several))))
-        self.clip, self.way = config.optimization.clip, s.hand_over
+        super().__init__(context, Ownership(tuple(map(Runs.union, intervals))))
+        self.clip, self.mode = config.optimization.clip, s.hand_over
         self.seed, self.noise = s.labels_seed, s.labels_noise * s.labels_scale
         self.phases = plan_phases(self.count, config.run.epochs, s)
         self.per_epoch = -(-dataset.train.n // config.data.batch_size)
@@ -102,7 +102,7 @@ class SyntheticLabels(Method):
         self.train = Resident(dataset.train, train, self.dtype, ops)
         self.tests = Resident(dataset.test, np.concatenate([tests[:0], *test_batches]), self.dtype, ops)
         self.chain = Row(context, self.parts, self.assignment, self.stages, self.world, self.peers, self.train)
-        self.handed = ops.empty(self.w.size if self.way == "stale" else 0, self.dtype)
+        self.handed = ops.empty(self.w.size if self.mode == "stale" else 0, self.dtype)
         self._declare(places)
         self.account.hold("gradients", self.g)
         self.account.hold("weights", self.handed)
@@ -121,7 +121,7 @@ class SyntheticLabels(Method):
         state.pieces("weights", list(zip((part.w for part in self.parts.values()), spots, strict=True)))
         for name in optimizers[0].vectors:
             state.pieces(name, list(zip((one.vectors[name] for one in optimizers), spots, strict=True)))
-        if self.way == "stale":
+        if self.mode == "stale":
             # The weights that computed the outputs which were handed over last.
             self.handed[...] = self.w
             state.pieces("handed", list(zip((self.handed[at] for at in places.values()), spots, strict=True)), own=True)
@@ -177,15 +177,15 @@ class SyntheticLabels(Method):
         if epoch == phase.start:
             self._refresh()
         first, last = self._hand_overs(phase, epoch)
-        if first < last and self.way == "stale":
+        if first < last and self.mode == "stale":
             self.handed[...] = self.w
         self.chain.hand_over(first, last)
 
     def _hand_overs(self, phase: Phase, epoch: int) -> tuple[int, int]:
         """Return the first and the last part of the hand-over at the start of an epoch; equal numbers: no hand-over."""
-        if self.way == "stored" and epoch == phase.start and phase.parts[0] > 0 and not phase.joined:
+        if self.mode == "stored" and epoch == phase.start and phase.parts[0] > 0 and not phase.joined:
             return phase.parts[0] - 1, phase.parts[0]
-        if self.way == "stale" and epoch > phase.start and not phase.joined:
+        if self.mode == "stale" and epoch > phase.start and not phase.joined:
             return 0, self.count - 1
         return 0, 0
 
@@ -204,13 +204,13 @@ class SyntheticLabels(Method):
         """
         part, own = self.parts.get(k), ids[places]
         x = None
-        if k == 0 or self.way == "recompute":
+        if k == 0 or self.mode == "recompute":
             x = self.chain.fetch(self.train, own)
             for before in range(k):
                 x = self.chain.pass_on(before, x, len(own))
         if part is None:
             return
-        if x is None and (self.way == "labels" or (self.way == "stale" and labels)):
+        if x is None and (self.mode == "labels" or (self.mode == "stale" and labels)):
             x = self._labels(part, ids, places)
         elif x is None:
             x = part.room(len(own))
@@ -252,7 +252,7 @@ class SyntheticLabels(Method):
         """
         x = part.room(len(places))
         part.columns.fetch(self.dataset.train.labels[ids[places]], x)
-        if self.way == "labels":
+        if self.mode == "labels":
             all_of = slice(0, part.inputs * len(ids))
             rng = np.random.default_rng([self.seed, NOISE, part.number, int(self.scalars["steps"])])
             part.noise.settle()
@@ -291,10 +291,10 @@ class SyntheticLabels(Method):
         if phase is None or phase.joined:
             return
         with self.chain.uncounted():
-            if self.way == "stored":
+            if self.mode == "stored":
                 # The first step of a phase makes the hand-over itself.
                 self.chain.hand_over(0, phase.parts[0] - ((epoch, within) == (phase.start, 0)))
-            elif self.way == "stale" and epoch > phase.start and within:
+            elif self.mode == "stale" and epoch > phase.start and within:
                 self.g[...] = self.w
                 self.w[...] = self.handed
                 self.chain.hand_over(0, self.count - 1)
@@ -362,7 +362,7 @@ class SyntheticLabels(Method):
             messages += [
                 m for cut in self.chain.boundaries for back in (False, True) for m in cut.messages(share, back)
             ]
-        elif self.way == "recompute":
+        elif self.mode == "recompute":
             messages += [m for k in phase.parts for cut in self.chain.boundaries[:k] for m in cut.messages(share)]
         trained = [self.sums[k] for k in phase.parts if k in self.sums]
         return messages + [m for one in trained for m in one.messages(share, back=True)]

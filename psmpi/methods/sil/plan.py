@@ -66,11 +66,11 @@ class Phase:
 
 def plan_phases(parts: int, epochs: int, settings: Settings) -> list[Phase]:
     """Return the phases of training; raise UserError if the epochs do not add up."""
-    given, recovery, way = settings.part_epochs, settings.recovery_epochs, settings.hand_over
-    left, everyone, in_turn = epochs - recovery, tuple(range(parts)), way in ("stored", "recompute")
+    given, recovery, mode = settings.part_epochs, settings.recovery_epochs, settings.hand_over
+    left, everyone, in_turn = epochs - recovery, tuple(range(parts)), mode in ("stored", "recompute")
     typed = f"--part-epochs {' '.join(map(str, given))}"
     if given and not in_turn:
-        raise UserError(f"{typed} is for parts in turn, and with --hand-over {way} all learn at once: leave it out")
+        raise UserError(f"{typed} is for parts in turn, and with --hand-over {mode} all learn at once: leave it out")
     if given and (len(given) != parts or any(not isinstance(n, int) or n < 1 for n in given)):
         raise UserError(f"{typed}: expected a number from 1 up for each of {parts} part(s)")
     if given and sum(given) != left:

@@ -66,7 +66,7 @@ def partitioned(size: int, network: Network, config: Config) -> dict[str, np.nda
     mode, owners_of = mode_of(network, config), {}
     for chain in chains(network) if mode and size > 1 else ():
         owners = partition([layer.pattern for layer in chain], size, mode)
-        owners_of.update({layer.name: of for layer, of in zip(chain, owners, strict=True)})
+        owners_of.update({layer.name: layer_owners for layer, layer_owners in zip(chain, owners, strict=True)})
     return owners_of
 
 

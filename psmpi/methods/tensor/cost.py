@@ -25,19 +25,19 @@ def received(plan: Plan, rank: int, batch: int, keeps: bool) -> int:
         rows, inputs = tile.product(place)
         (a, b), (c, d) = tile.box(place).ranges
         if grid.products == "panels":
-            others = grid.size("i") - 1
+            other_rows = grid.size("i") - 1
             own_inputs = tile.inputs.counts[place["j"]]
             panels = (inputs - (d - c)) * rows
-            numbers += panels * (1 + wanted) + (d - c) * rows * others
+            numbers += panels * (1 + wanted) + (d - c) * rows * other_rows
             numbers += 0 if tile.given else 2 * (inputs - own_inputs) * columns
-            numbers += others * own_inputs * columns * wanted
+            numbers += other_rows * own_inputs * columns * wanted
             continue
-        again = 1 + (wanted and not keeps and number < len(tiles) - 2)
-        numbers += (rows - (b - a)) * inputs * again + (b - a) * inputs * (grid.size("i") - 1)
-        for axis, of, back in ((tile.input_axis, tile.inputs, False), (tile.output_axis, tile.outputs, True)):
+        gathers = 1 + (wanted and not keeps and number < len(tiles) - 2)
+        numbers += (rows - (b - a)) * inputs * gathers + (b - a) * inputs * (grid.size("i") - 1)
+        for axis, cut, back in ((tile.input_axis, tile.inputs, False), (tile.output_axis, tile.outputs, True)):
             if not axis:
                 continue
-            shares, at = tile.shares(of, place), place[axis]
+            shares, at = tile.shares(cut, place), place[axis]
             gather = (sum(shares) - shares[at]) * columns
             scatter = shares[at] * (len(shares) - 1) * columns
             if grid.products == "whole":

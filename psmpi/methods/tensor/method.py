@@ -90,8 +90,8 @@ class TensorParallel(Method):
         # From `tiles` on, parameters of which ranks with other samples have copies; from `whole` on, all ranks have.
         tiles, whole = starts_of_vectors(plan, own)
         self.vectors, first = slice(tiles, own.size), self.at["i"] == 0
-        several = self.samples.size > 1 and tiles < own.size
-        self.shared = Spread(self.samples, own.size - tiles, self.dtype) if several else None
+        has_copies = self.samples.size > 1 and tiles < own.size
+        self.shared = Spread(self.samples, own.size - tiles, self.dtype) if has_copies else None
         # Copies that another rank counts in norms.
         self.copies = slice(whole if first else tiles, whole if first and self.units.rank == 0 else own.size)
         self._declare()

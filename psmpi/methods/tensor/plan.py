@@ -61,12 +61,12 @@ class Tile:
             return ""
         return self.outputs.axes[1] if self.grid.size(self.outputs.axes[1]) > 1 else ""
 
-    def shares(self, of: Cut, place: dict[str, int]) -> list[int]:
+    def shares(self, units_cut: Cut, place: dict[str, int]) -> list[int]:
         """Return the units of each rank along `input_axis` or `output_axis`, of a product's inputs or outputs."""
         if self.grid.products == "whole":
-            edges = even_edges(of.units, self.grid.size("j"))
+            edges = even_edges(units_cut.units, self.grid.size("j"))
             return [b - a for a, b in pairwise(edges)]
-        return of.fine(place)
+        return units_cut.fine(place)
 
     def product(self, place: dict[str, int]) -> tuple[int, int]:
         """Return (outputs, inputs) of a rank's product, or of all of its panels together."""
@@ -230,17 +230,17 @@ def _walk(plan: Plan, layers: Sequence[Layer], inputs: Cut, turn: int) -> Cut:
             if layer.groups > 1:
                 raise UserError(f"{label} is cut into groups already: use --model mlp, or another method")
             turn += 1
-            grain, of = _grain(layers[k + 1 :])
-            what = f"{label} has {layer.units // grain} {of}"
-            outputs = cut(grid, _axes(grid, turn), layer.units, grain, what, "another --grid, or fewer ranks")
+            grain, grain_name = _grain(layers[k + 1 :])
+            message = f"{label} has {layer.units // grain} {grain_name}"
+            outputs = cut(grid, _axes(grid, turn), layer.units, grain, message, "another --grid, or fewer ranks")
             given = not plan.tiles and not plan.dealt
             if given:
                 inputs = _samples(grid, turn - 1, inputs.units, label)
             plan.tiles[layer.name] = Tile(layer, inputs, outputs, given)
         elif isinstance(layer, Embedding):
             units = layer.out_shape[0]
-            what = f"{label} has {units} units"
-            outputs = cut(grid, _axes(grid, turn), units, 1, what, "another --grid, or fewer ranks")
+            message = f"{label} has {units} units"
+            outputs = cut(grid, _axes(grid, turn), units, 1, message, "another --grid, or fewer ranks")
         elif isinstance(layer, Attention):
             if any(edge % (3 * layer.size) for edge in inputs.edges):
                 raise UserError(

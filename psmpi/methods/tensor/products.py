@@ -205,9 +205,9 @@ class Panels:
             for _, handle in coming:
                 handle.finish()
             panels = [panel for panel, _ in coming]
-            more = [begin(k + 1) for begin in begins] if self.ahead and k + 1 < count else []
+            following = [begin(k + 1) for begin in begins] if self.ahead and k + 1 < count else []
             yield k, panels
-            coming = more or [begin(k + 1) for begin in begins if k + 1 < count]
+            coming = following or [begin(k + 1) for begin in begins if k + 1 < count]
 
     def forward(self, x: np.ndarray, y: np.ndarray, kept: np.ndarray) -> None:
         for k, (panel, w) in self._each(self._x(x), self._w):

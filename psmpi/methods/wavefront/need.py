@@ -53,8 +53,8 @@ def wavefront_needed(size: int, network: Network, dataset: Dataset, config: Conf
         between = [network.layers[a].in_shape[0] for a, _ in lanes]
         passed = RING * between[0] * (not first) + 2 * sum(between[1:])
         passed += ring * network.layers[lanes[-1][1] - 1].out_shape[0] * (not last)
-        more = shard if count > 1 else 0
-        needs.append({"buffers": itemsize * (passed * steps * batch + more)})
+        extra = shard if count > 1 else 0
+        needs.append({"buffers": itemsize * (passed * steps * batch + extra)})
         if first:
             needs.append({"activations": itemsize * batch * prod(network.in_shape)})
         if last and dealt.head is not None:
