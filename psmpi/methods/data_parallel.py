@@ -58,8 +58,8 @@ USERS = {"density": ("topk", "dgc"), "powersgd_rank": ("powersgd",), "qsgd_level
 class DataParallel(Replica):
     """Data parallelism on one rank.
 
-    Checkpoints hold each rank's compression residual as a row of the tables, and the mean of the residuals, from which
-    all ranks start on another number of ranks.
+    Checkpoints hold each rank's compression residual as a row of the tables, and the mean of the residuals. On another
+    number of ranks, all ranks start from that mean.
     """
 
     name = "data_parallel"

@@ -66,9 +66,9 @@ class Hidden:
 
 
 def feedback(kind: str, outputs: int, width: int, widest: int, seed: int, number: int) -> np.ndarray:
-    """B (width, outputs) of a hidden layer, float64, from the seed and the layer's number alone.
+    """Return B (width, outputs) float64 of a hidden layer, from the seed and the layer's number alone.
 
-    normal: independent N(0, 1) / sqrt(outputs width); uniform: U(-1, 1) / sqrt(width), Noekland's; shared: the first
+    normal: independent N(0, 1) / sqrt(outputs width); uniform: U(-1, 1) / sqrt(width) (Noekland); shared: the first
     rows of one matrix of N(0, 1) / sqrt(outputs widest) for all layers, times sqrt(widest / width) (Launay, Poli and
     Krzakala 2019).
     """

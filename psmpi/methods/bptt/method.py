@@ -95,7 +95,7 @@ class TruncatedBackPropagation(Replica):
         self.rate = s.future_lr
         if predictor is not None:
             self._add_future(context, Auxiliary, predictor)
-        # The first window returns no gradient that the network has predicted, so its sum needs the network's own alone.
+        # The first window returns no gradient that was predicted, so its all-reduce carries only the trained network's.
         sizes = [self.layout.size, *([self.summed.size] if len(self.edges) > 1 else [])]
         how = context.settings(Sums).allreduce
         self.sums = [
@@ -182,7 +182,7 @@ class TruncatedBackPropagation(Replica):
         self.loss_sum += loss * len(batch)
 
     def _take(self, own: Batch) -> Sequences:
-        """The samples of this rank's slice."""
+        """Return the samples of this rank's slice."""
         self.reserve(len(own))
         train, ids = self.worker.train, own.ids
         x = train.batch(ids, self.worker.x).inputs.reshape(*self.network.in_shape, len(ids))

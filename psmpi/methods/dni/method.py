@@ -165,8 +165,7 @@ class DecoupledInterfaces(Method):
         for one in (*optimizers, *(aux.optimizer for aux in self.auxiliary.values())):
             self.account.hold("optimizer", *one.work, one.scratch)
         self.state.scalars["steps"] = 0
-        # fits, learnt: steps of synthesizers and of local losses; since: first minibatch whose tensors in flight are
-        # valid.
+        # fits, learnt: steps of synthesizers and of local losses; since: first minibatch with valid tensors in flight.
         for name in ("fits", "learnt", "since"):
             state.scalar(name, 0)
         state.scalars.update(optimizers[0].scalars)
@@ -230,8 +229,7 @@ class DecoupledInterfaces(Method):
         for block in self.blocks:
             block.predicted = -1
         if {"dni", "dni_flight", "dni_samples"} & fresh or self.context.config.run.new_data:
-            # The tensors in flight belong to other networks, minibatches or samples: no synthesizer may learn from
-            # them.
+            # The tensors in flight belong to other networks, minibatches or samples: no synthesizer learns from them.
             self.scalars["since"] = self.scalars["steps"]
         if fresh & self.state.spaces.keys() - {"dni_flight", "dni_samples"}:
             self.scalars["fits"] = self.scalars["learnt"] = 0

@@ -62,7 +62,7 @@ class Settings:
 
     @property
     def returns(self) -> bool:
-        """Whether gradients go down."""
+        """Whether blocks return gradients to the blocks below."""
         return self.local_loss == "none"
 
 

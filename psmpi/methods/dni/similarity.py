@@ -9,11 +9,10 @@ LEAST = 1e-8
 
 
 class Similarity:
-    """The loss mean (S(x) - S(y))^2 over pairs of samples, where S are cosines of vectors minus their mean.
+    """The loss mean (S(x) - S(y))^2 over pairs of samples, S the cosines of their vectors, each less its own mean.
 
     x: features of samples, for images the standard deviation of each channel; y: one-hot vectors of the classes
-    (Nokland and Eidnes, "Training neural networks with local error signals", 2019, equation 1). shape: of a sample's
-    features.
+    (Nokland and Eidnes, "Training neural networks with local error signals", 2019, equation 1). shape: of features.
     """
 
     def __init__(self, shape: tuple[int, ...], classes: int):

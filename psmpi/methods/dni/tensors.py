@@ -18,8 +18,7 @@ Owners = dict[str, set[int]]
 class Tensors:
     """Named tensors of a space of checkpoints; this rank's tensors lie one after the other in `array` (n,).
 
-    layout: of all tensors; owned: the runs of each of `size` ranks; views: this rank's tensors by name, in their
-    shapes.
+    layout: of all tensors; owned: the runs of each of `size` ranks; views: this rank's tensors by name.
     """
 
     def __init__(

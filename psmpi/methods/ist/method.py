@@ -1,4 +1,4 @@
-"""Independent subnet training: in each round every worker trains a random subnetwork; no two share dealt weights.
+"""Independent subnet training: in each round every worker trains a random subnetwork, independently of the others.
 
 Yuan et al., "Distributed learning of fully connected neural networks using independent subnet training" (2022); by
 residual blocks it is ResIST (Dun et al. 2022). One round: the ranks that hold the network send the weights of the

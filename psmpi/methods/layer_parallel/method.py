@@ -240,8 +240,7 @@ class LayerParallel(Method):
     def _close(self, ids: np.ndarray, b: int, state: np.ndarray, trial: bool) -> float:
         """Write the first state of the adjoint march, on the last rank of the row; return the sum of losses / b.
 
-        Raise FloatingPointError for a loss that is not finite; a `trial` returns infinity instead. Other ranks return
-        0.
+        Raise FloatingPointError for a loss that is not finite; a `trial` returns infinity. Other ranks return 0.
         """
         if self.objective is None:
             return 0.0

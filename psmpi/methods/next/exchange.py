@@ -14,7 +14,7 @@ from psmpi.methods.next.rules import halves
 
 
 class Exchange:
-    """Weighted sums over each agent and its neighbours, in the order of agents: to the bit the same on any ranks.
+    """Weighted sums over each agent and its neighbours, in the order of agents: the same bits on any number of ranks.
 
     sent: (agents of this rank, ...), the vectors that agents send; owners: the rank of each agent. Agents of one rank
     exchange vectors without messages.

@@ -56,8 +56,7 @@ def arrangements(network: Network, workers: int, least: int, replicas: int) -> I
     for rows in [replicas] if replicas else range(least, most + 1):
         if rows in (replicas, least) or workers % rows == 0:
             yield Arrangement(rows, False)
-            # A split trunk would sum the statistics of batch normalization in host memory, and ranks may compute on
-            # devices.
+            # A split trunk would sum the statistics of batch normalization in host memory; ranks may use devices.
             if workers > rows and trunk_length(network) and not network.normalized:
                 yield Arrangement(rows, True)
 

@@ -82,8 +82,8 @@ class PartitionedNewton:
             state.vector("squares", self.squares)
             scalars["t"] = 0
         self.counts = dict.fromkeys(("skipped", "rejected", "reset", "updated"), 0)
-        # Whether the last step moved the weights, the elements of this rank that it updated, and the number of steps
-        # that updated no element of any rank.
+        # Whether the last step moved the weights, the number of this rank's elements that it updated, and the number of
+        # steps that updated no element of any rank.
         self.moved, self.updated, self.idle_steps = False, 0, 0
         self.elements: ElementSet | None = None
         classes: list[tuple[int, int]] = []

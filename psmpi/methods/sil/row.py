@@ -35,8 +35,7 @@ class Row:
         network, n = context.network, context.dataset.train.n
         self.parts, self.assignment, self.world, self.train = parts, assignment, world, train
         self.row = context.rank % assignment.rows
-        # Boundaries after each part but the last, in this row; for each part here, broadcasts from one row to the
-        # others.
+        # Boundaries after each part but the last, in this row; for each part here, a broadcast from each row.
         units = [int(np.prod(network.layers[stop - 1].out_shape)) for _, stop in stages]
         at = [assignment.rank(k, self.row) for k in range(len(stages))]
         self.boundaries = [Boundary(world, at[k], at[k + 1], units[k], context.dtype) for k in range(len(stages) - 1)]

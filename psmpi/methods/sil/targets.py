@@ -17,9 +17,9 @@ LAWS = ("uniform", "gaussian", "sign", "orthogonal")
 def draw_targets(law: str, units: int, classes: int, seed: int, part: int, scale: float) -> np.ndarray:
     """Return S (units, classes) float32, column j the target of class j, from (law, seed, part) alone, times `scale`.
 
-    uniform: U(0, 1) (Karadag and Topaloglu, arXiv 2403.11204). psmpi's own: gaussian, N(0, 1); sign, -1 or 1;
-    orthogonal, orthogonal columns with the mean distance of uniform ones, sqrt(units / 6). Raise ValueError for
-    orthogonal columns of fewer units than classes.
+    uniform: U(0, 1), the reported choice of Karadag and Topaloglu (arXiv 2403.11204). psmpi's own: gaussian, N(0, 1);
+    sign, -1 or 1; orthogonal, orthogonal columns with the mean distance of uniform ones, sqrt(units / 6). Raise
+    ValueError for orthogonal columns of fewer units than classes.
     """
     rng = np.random.default_rng([seed, part])
     drawn: np.ndarray

@@ -29,7 +29,7 @@ from psmpi.training.method import Exactness, Method
 
 
 def shared_owners(context: Context) -> dict[str, np.ndarray]:
-    """Return the owners that `partitioned` finds on rank 0, on all ranks."""
+    """Broadcast the owners that `partitioned` finds on rank 0; return them on all ranks."""
     layers = [layer for chain in chains(context.network) for layer in chain]
     if context.size == 1 or not layers:
         return {}

@@ -68,8 +68,7 @@ class TensorParallel(Method):
         self.places = find_places(plan.boxes(self.rank), context.layout, shard)
         self._draw(shard)
         self.world = context.group()
-        # Ranks with the same samples and other units, in the order of scores; ranks with the same units and other
-        # samples.
+        # Ranks with the same samples and other units, in the order of scores; ranks with the same units, other samples.
         units = grid.members(self.rank, *(plan.scores.axes or ("j", "l")))
         self.units, self.samples = context.group(units), context.group(grid.members(self.rank, "i"))
         keeps, self.space = s.saved == "gathered", Workspace(ops, self.dtype)

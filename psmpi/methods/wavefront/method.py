@@ -181,7 +181,7 @@ class Wavefront(Method):
     def _derive_head(self, outputs: np.ndarray, targets: np.ndarray, scale: float) -> float:
         """Return the loss of the head's scores; fill the gradients of the head and of the last chunk's outputs.
 
-        outputs: of the last step, (units, b).
+        outputs: (units, steps, b), of the last chunk.
         """
         assert self.head is not None
         tape = self.head.forward(outputs)

@@ -91,7 +91,7 @@ def _split(network: Network, starts: list[int], run: tuple[int, int], parts: int
     for p in range(1, parts + 1):
         row = [(float("inf"), 0)] * (len(costs) + 1)
         for n in range(p, len(costs) + 1):
-            # Of equal cuts the last one, so earlier parts are the larger ones.
+            # Among equal cuts, the last one: earlier parts are then the larger ones.
             row[n] = min((max(best[p - 1][k][0], sum(costs[k:n])), -k) for k in range(p - 1, n))
             row[n] = row[n][0], -row[n][1]
         best.append(row)
