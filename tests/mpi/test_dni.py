@@ -421,7 +421,7 @@ def test_errors_of_predicted_gradients_are_told_and_fall(tmp_path):
     ("options", "says"),
     [
         (("--layer-blocks", "7"), "the model has at most 2 blocks"),
-        (("--layer-blocks", "1"), "there are two or more"),
+        (("--layer-blocks", "1"), "dni needs two or more"),
         (("--bp-lambda", "0.5"), "add --ahead 1"),
         (("--bp-lambda", "1.5", "--ahead", "1"), "from 0 to 1"),
         (("--synthesizer-lr", "-1"), "from 0 to"),

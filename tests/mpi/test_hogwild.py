@@ -437,7 +437,7 @@ def test_elements_train_as_whole_minibatches_do(train, kind):
     ("options", "told"),
     [
         (("--loss", "nll"), "--elements needs a loss that is a sum over pairs"),
-        (("--optimizer", "adam"), "--elements steps elements by themselves"),
+        (("--optimizer", "adam"), "--elements steps one element at a time"),
         (("--update-samples", "5"), "--elements makes updates of pairs of classes"),
         (("--dataset", "adding", "--model", "lstm", "--loss", "squared"), "--elements is for classes"),
     ],

@@ -388,7 +388,7 @@ def test_scores_of_every_agent_are_told(tmp_path):
         (("--agents", "4000"), "training samples only"),
         (("--split", "skewed"), "skewed:K"),
         (("--rule", "next"), "add --optimizer sgd"),
-        (("--rule", "extra", *PLAIN, "--link-probability", "0.5"), "has to work each time"),
+        (("--rule", "extra", *PLAIN, "--link-probability", "0.5"), "needs every link in every exchange"),
         (("--tau", "3"), "--tau is for --rule next"),
         (("--rule", "next", *PLAIN, "--tau", "0"), "--tau 0"),
         (("--local-steps", "3"), "--local-steps is for --rule kgt"),
