@@ -80,8 +80,15 @@ class Problem:
                     slow(world.rank, k)
                 method.step(Batch(self.ids[k]), self.config.optimization.lr)
             method.drain()
-            runs, beside = method.shards[world.rank], method.beside.owned[world.rank]
-            return runs, method.w.copy(), beside, method.beside.array.copy(), method.counter.sent, method.beside.layout
+            runs, beside = method.shards[world.rank], method.auxiliary_w.owned[world.rank]
+            return (
+                runs,
+                method.w.copy(),
+                beside,
+                method.auxiliary_w.array.copy(),
+                method.counter.sent,
+                method.auxiliary_w.layout,
+            )
 
         self.found = run_ranks(ranks, work, timeout=120)
         layout, other = self.network.layout(), self.found[0][5]
