@@ -122,12 +122,12 @@ class DirectFeedback(Method):
         self.limit = float(np.finfo(self.dtype).max) ** 0.25
         self.layers = self._layers()
         # Layers with weights below this rank's, and in the whole network.
-        self.layers_below = sum(layer.linear for layer in network.layers[: stages[self.rank][0]])
+        self.offset = sum(layer.linear for layer in network.layers[: stages[self.rank][0]])
         self.depth = len(network.linear)
         widest = max(widths(network)[:-1], default=1)
         self.back = [
             ops.put(feedback(
-                options.feedback, network.classes, one.width, widest, options.feedback_seed, self.layers_below + one.number
+                options.feedback, network.classes, one.width, widest, options.feedback_seed, self.offset + one.number
             ).astype(self.dtype) * self.dtype.type(options.feedback_scale))
             for one in self.hidden
         ]  # fmt: skip
@@ -334,7 +334,7 @@ class DirectFeedback(Method):
                 if hidden is one:
                     signal = self.signal[: one.width * b].reshape(one.width, b)
                     self.ops.matmul(matrix, error, signal)
-                    cosines[self.layers_below + one.number] = self._cosine(one, self._copy(above), signal)
+                    cosines[self.offset + one.number] = self._cosine(one, self._copy(above), signal)
             x = self.tape.outputs[one.first]
             below = self.aside.empty(x.size, self.dtype).reshape(x.shape)
             self.model.backward(self.tape, above.reshape(shape), first=one.first, last=one.last, dx=below)
@@ -368,7 +368,7 @@ class DirectFeedback(Method):
 
     def work(self) -> tuple[str, str, int]:
         names = [layer.name for layer in self.network.linear]
-        own = names[self.layers_below : self.layers_below + len(self.layers)]
+        own = names[self.offset : self.offset + len(self.layers)]
         return "layers", own[0] if len(own) == 1 else f"{own[0]} to {own[-1]}", self.w.size
 
     def events(self) -> dict[str, int]:
