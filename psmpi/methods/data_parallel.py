@@ -1,4 +1,4 @@
-"""Data parallelism: every rank has the whole network and a slice of each minibatch, and gradients are summed.
+"""Data parallelism: every rank has the whole network and a slice of each minibatch; an all-reduce sums the gradients.
 
 Li et al., "PyTorch Distributed" (2020). One step: forward and backward on the rank's samples, buckets of the gradient
 summed over ranks as backward fills them, the same optimizer step everywhere.
@@ -60,12 +60,16 @@ class Settings:
     """Levels that qsgd rounds to, 1 to 127."""
 
 
-# The kinds of compression that use a setting.
+# Kinds of compression that use a setting, by setting.
 USERS = {"density": ("topk", "dgc"), "powersgd_rank": ("powersgd",), "qsgd_levels": ("qsgd",)}
 
 
 class DataParallel(Replica):
-    """The method on one rank. What compression has left out is a row of the tables, for other ranks its mean."""
+    """Data parallelism on one rank.
+
+    Checkpoints hold each rank's compression residual as a row of the tables, and the mean of the residuals. On another
+    number of ranks, all ranks start from that mean.
+    """
 
     name = "data_parallel"
     summary = "whole network on every rank, gradients summed"
@@ -100,7 +104,7 @@ class DataParallel(Replica):
             self.state.lost = (
                 "the random numbers of this many ranks: they begin anew"
                 if o.compression == "qsgd"
-                else "what compression left out on this many ranks: all start from its mean"
+                else "the compression residuals of this many ranks: all ranks start from the mean"
             )
         room = max(1, int(o.bucket_megabytes * 1e6) // self.dtype.itemsize)
         plan = plan_buckets(model.filled(), self.layout.size, room)
@@ -118,14 +122,14 @@ class DataParallel(Replica):
             raise UserError(f"--bucket-megabytes {o.bucket_megabytes}: expected 0.001 to 1e6")
         if o.compression != "none" and config.optimization.optimizer not in FIRST_ORDER:
             raise UserError(
-                f"--compression {o.compression} makes gradients that fit no loss, and --optimizer "
-                f"{config.optimization.optimizer} searches: use a first-order one (sgd, momentum, adam, ...)"
+                f"--compression {o.compression} changes the gradient, and --optimizer {config.optimization.optimizer} "
+                "needs the exact one: use a first-order optimizer (sgd, momentum, adam, ...)"
             )
         check_compression(o.density, o.powersgd_rank, o.qsgd_levels)
         for name, kinds in USERS.items():
             if getattr(o, name) != getattr(Settings(), name) and o.compression not in kinds:
                 raise UserError(
-                    f"{option(name)} is of --compression {listed(kinds)}, not of {o.compression}: leave it out"
+                    f"{option(name)} is for --compression {listed(kinds)}, not for {o.compression}: leave it out"
                 )
 
     @classmethod
@@ -137,11 +141,12 @@ class DataParallel(Replica):
         self.loss_sum += loss * len(batch)
 
     def gradient(self, batch: Batch, trial: bool = False) -> float:
-        """Fill g with the gradient of the mean loss over the samples; returns this rank's share of the loss.
+        """Fill g (all parameters,) with the gradient of the mean loss over `batch`; return this rank's share of it.
 
-        A loss that is not finite is a FloatingPointError, in a `trial` of a line search infinity.
+        Raise FloatingPointError for a loss that is not finite; a `trial` of a line search returns infinity instead. NaN
+        means that --on-nan skip drops the step.
         """
-        # Before backward begins to send what it fills.
+        # Backward sends each bucket as soon as it is full, so the unused entries are cleared first.
         self.g[self.unused].fill(0)
         try:
             loss = self.worker.element_losses(batch)
@@ -153,17 +158,17 @@ class DataParallel(Replica):
             loss = inf
         if self.compressor is not None:
             if self.numbers.mode == "skip" and not self.numbers.agree(isfinite(self.ops.squared_norm(self.g) + loss)):
-                # What was left out before is not to be made up for by what is no number.
+                # A gradient that is not finite must not enter the compression residual.
                 return nan
             self.compressor.reduce(self.g)
-            # A sign is never nothing.
+            # sign(0) is ±1, so unused entries are cleared again.
             self.g[self.unused].fill(0)
         else:
             self.buckets.finish()
         return loss
 
     def _finished(self, step: int) -> None:
-        # What is to be scaled up again when all of it is there cannot be sent before.
+        # A scaled gradient is unscaled after the whole backward pass, so no bucket can be sent before that.
         if not exponent_of(self.worker.objective.report.array[3]):
             self.buckets.finished(step)
 
@@ -184,5 +189,5 @@ class DataParallel(Replica):
         return super().test()
 
     def messages(self, step: int, batch: int) -> list[Message] | None:
-        known = self.compressor is None and not self.optimizer.needs_closure and self.alike
-        return self.buckets.messages() if known else None
+        fixed = self.compressor is None and not self.optimizer.needs_closure and self.alike
+        return self.buckets.messages() if fixed else None

@@ -33,7 +33,7 @@ from psmpi.training.evaluator import evaluate
 from psmpi.training.method import Exactness, Method
 from psmpi.training.need import Need, added, derivatives_needed, passes_needed, samples_needed, vectors_needed
 
-# Samples of which the alignment is measured.
+# Most test samples over which the alignment is measured.
 ALIGNED = 256
 
 
@@ -59,7 +59,10 @@ class Settings:
 
 @dataclass(frozen=True)
 class Hidden:
-    """Layer number `number` of the network's with weights: steps `first` to `last` of the model, `width` outputs."""
+    """A layer with weights and the layers without that follow: steps `first` to `last` of the model, `width` outputs.
+
+    number: among this rank's layers with weights, from 0.
+    """
 
     number: int
     first: int
@@ -68,9 +71,9 @@ class Hidden:
 
 
 def feedback(kind: str, outputs: int, width: int, widest: int, seed: int, number: int) -> np.ndarray:
-    """B (width, outputs) of a hidden layer, float64, from the seed and the layer's number alone.
+    """Return B (width, outputs) float64 of a hidden layer, from the seed and the layer's number alone.
 
-    normal: independent N(0, 1) / sqrt(outputs width); uniform: U(-1, 1) / sqrt(width), Noekland's; shared: the first
+    normal: independent N(0, 1) / sqrt(outputs width); uniform: U(-1, 1) / sqrt(width) (Noekland); shared: the first
     rows of one matrix of N(0, 1) / sqrt(outputs widest) for all layers, times sqrt(widest / width) (Launay, Poli and
     Krzakala 2019).
     """
@@ -84,7 +87,7 @@ def feedback(kind: str, outputs: int, width: int, widest: int, seed: int, number
 
 
 class DirectFeedback(Method):
-    """The method on one rank: a run of layers, the weights and optimizer state of these alone."""
+    """Direct feedback alignment on one rank: a run of layers, with their weights and optimizer state."""
 
     name = "dfa"
     summary = "layers on ranks, direct feedback of the error"
@@ -100,7 +103,7 @@ class DirectFeedback(Method):
         self.batch = context.config.data.batch_size
         self.world = context.group()
         self.first, self.last = self.rank == 0, self.rank == context.size - 1
-        # In front of each rank but the first, and the error to all.
+        # A boundary below each rank but the first, and the broadcast of the error.
         units = [int(np.prod(network.layers[first].in_shape)) for first, _ in stages]
         self.cuts = [Boundary(self.world, k - 1, k, units[k], self.dtype) for k in range(1, context.size)]
         self.below, self.above = [None, *self.cuts, None][self.rank : self.rank + 2]
@@ -118,22 +121,22 @@ class DirectFeedback(Method):
         self.numbers.watch(self.objective)
         self.forward_pass, self.backward_pass = ops.record(self._compute), ops.record(self._learn)
         self.error_pass = self.objective.record(self._differentiate)
-        # What diagnostics allocate is not of these.
+        # Diagnostics must not move the buffers of recorded passes.
         self.aside = ops.separate()
-        # Products with derivatives of the loss are to stay finite.
+        # Bound on derivatives of the loss, so that their products stay finite.
         self.limit = float(np.finfo(self.dtype).max) ** 0.25
         self.layers = self._layers()
-        # Layers with weights before this rank's, and in all.
-        self.before = sum(layer.linear for layer in network.layers[: stages[self.rank][0]])
+        # Layers with weights below this rank's, and in the whole network.
+        self.offset = sum(layer.linear for layer in network.layers[: stages[self.rank][0]])
         self.depth = len(network.linear)
         widest = max(widths(network)[:-1], default=1)
         self.back = [
             ops.put(feedback(
-                options.feedback, network.classes, one.width, widest, options.feedback_seed, self.before + one.number
+                options.feedback, network.classes, one.width, widest, options.feedback_seed, self.offset + one.number
             ).astype(self.dtype) * self.dtype.type(options.feedback_scale))
             for one in self.hidden
         ]  # fmt: skip
-        # Of the dataset a rank has what it needs: the first one the samples.
+        # Only the first rank reads samples.
         samples = np.arange(dataset.train.n if self.first else 0)
         tests = np.arange(dataset.test.n if self.first else 0)
         self.train = Resident(dataset.train, samples, self.dtype, ops)
@@ -155,30 +158,30 @@ class DirectFeedback(Method):
         depth = len(network.linear)
         if size > depth:
             raise UserError(
-                f"--method dfa gives each rank a layer at least, and --model {network.name} has {depth} with weights "
-                f"for {size} ranks: start {depth} or fewer, or use --method {WHOLE}"
+                f"--method dfa gives each rank at least one layer with weights, and --model {network.name} has {depth} "
+                f"of these for {size} ranks: start {depth} ranks or fewer, or use --method {WHOLE}"
             )
         check_slices(network, config.data.batch_size, 1, "ranks")
         check_layers(network, config)
-        check_first_order(config, "needs gradients, and feedback is none")
+        check_first_order(config, "needs gradients of the loss, which direct feedback does not compute")
         scale = config.of(Settings).feedback_scale
         if not 0 < scale <= 1e6:
-            raise UserError(f"--feedback-scale {scale}: expected a number above 0")
+            raise UserError(f"--feedback-scale {scale}: expected a number above 0 and up to 1e6")
         configured_loss(config, dataset)
         check_optimizer(config, network.layout(), ())
 
     @classmethod
     def needed(cls, size: int, network: Network, dataset: Dataset, config: Config) -> list[Need]:
-        layout, dtype, found = network.layout(), np.dtype(config.model.dtype), []
+        layout, dtype, needs = network.layout(), np.dtype(config.model.dtype), []
         tests = [at.stop - at.start for at in network.evaluation_batches(dataset.test.n)]
         batch = max(config.data.batch_size, *tests)
         for stage in split_layers(network, size):
             first, last = stage[0] == 0, stage[1] == len(network.layers)
             shard = network.runs(layout, *stage).size
             linear = [layer for layer in leaves(network.layers[slice(*stage)]) if layer.linear]
-            # The error, and the matrices that bring it to the hidden layers.
+            # Columns of `classes` numbers: the error of each sample, and the rows of the feedback matrices.
             numbers = batch + sum(prod(layer.out_shape) for layer in (linear[:-1] if last else linear))
-            found.append(
+            needs.append(
                 added(
                     vectors_needed(config, layout, shard, shard, shard),
                     passes_needed(config, network, batch, layers=stage),
@@ -187,7 +190,7 @@ class DirectFeedback(Method):
                     samples_needed(dataset, dataset.train.n * first, dataset.test.n * first, config.data.batch_size),
                 )
             )
-        return found
+        return needs
 
     @staticmethod
     def warnings(size: int, network: Network, config: Config) -> Iterator[str]:
@@ -200,14 +203,14 @@ class DirectFeedback(Method):
             )
 
     def _layers(self) -> list[Hidden]:
-        """This rank's layers with weights, each with the steps without that follow it."""
+        """Return this rank's layers with weights, each with the following layers without weights."""
         parts = self.model.parts
-        # Where ranks are cut too: what leads a layer with weights goes with that one.
+        # As in the cut between ranks, a layer that `leads` joins the layer with weights after it.
         starts = [k - (k > 0 and parts[k - 1].layer.leads) for k, part in enumerate(parts) if part.layer.linear]
-        # What comes before goes with the first one.
+        # Leading layers without weights join the first group.
         starts[0] = 0
         if self.first:
-            # No gradient is needed below what normalizes samples.
+            # Below its first stage with weights, the network needs no gradient.
             starts[0] = self.model.chain.lowest
         ends = [k - 1 for k in (*starts[1:], len(parts))]
         return [
@@ -217,7 +220,7 @@ class DirectFeedback(Method):
 
     @property
     def hidden(self) -> list[Hidden]:
-        """Those that take feedback: all but the network's last."""
+        """This rank's layers that take feedback: all but the network's last."""
         return self.layers[:-1] if self.last else self.layers
 
     def reserve(self, batch: int) -> None:
@@ -249,7 +252,7 @@ class DirectFeedback(Method):
             self.descent.step(self.w, self.g, lr)
 
     def _forward(self, samples: Resident, ids: np.ndarray) -> np.ndarray:
-        """The outputs of this rank's last layer; those of the rank before are received, and its own sent on."""
+        """Return the outputs of this rank's last layer: receive the inputs from the rank below, send the outputs up."""
         b = len(ids)
         x = self.x[: self.inputs * b].reshape(self.inputs, b)
         if self.below is None:
@@ -263,15 +266,15 @@ class DirectFeedback(Method):
         return y
 
     def _compute(self, b: int) -> Tape:
-        """The pass through this rank's layers."""
+        """Forward pass through this rank's layers."""
         return self.model.forward(self.x[: self.inputs * b].reshape(self.inputs, b))
 
     def _error(self, b: int) -> np.ndarray:
-        """The array of e (classes, b)."""
+        """View (classes, b) of the error e."""
         return self.error[: self.network.classes * b].reshape(-1, b)
 
     def _differentiate(self, b: int) -> None:
-        """Find e, the derivatives of the mean loss with respect to the scores, limited."""
+        """Compute e, the derivatives of the mean loss with respect to the scores, clipped to `limit`."""
         scores, error = self.tape.scores, self._error(b)
         derivatives = self.objective.losses(scores, self.objective.targets(b), 1 / b)
         if self.ops.on_device:
@@ -289,7 +292,7 @@ class DirectFeedback(Method):
             dy = signal.reshape(self.tape.outputs[one.last + 1].shape)
             self.model.backward(self.tape, dy, first=one.first, last=one.last)
         if self.last:
-            # The backward pass uses it up.
+            # Backward overwrites its argument, so it takes a copy of e.
             own = self.objective.cast[: error.size].reshape(error.shape)
             own[...] = error
             self.model.backward(self.tape, own, first=self.layers[-1].first, last=self.layers[-1].last)
@@ -304,13 +307,13 @@ class DirectFeedback(Method):
         return scores if self.last else None
 
     def diagnostics(self) -> dict[str, list[float]]:
-        """The mean cosine between feedback and the gradient, of each hidden layer, over the first test samples."""
+        """Return the mean cosine between feedback and gradient of each hidden layer, over the first test samples."""
         with self.counter.paused():
             cosines = self.world.agree(self._alignment())
         return {"alignment": [round(float(c), 6) for c in cosines[: self.depth - 1]]}
 
     def _alignment(self) -> np.ndarray:
-        """The cosines of this rank's layers, at their places among all."""
+        """Return the cosines (hidden layers of the network,): those of this rank's layers, 0 for others."""
         ids = np.arange(min(ALIGNED, self.dataset.test.n))
         b = len(ids)
         self.reserve(b)
@@ -322,13 +325,13 @@ class DirectFeedback(Method):
             error[...] = self.aside.put(np.clip(derivatives, -self.limit, self.limit).astype(self.dtype))
         self.errors.forward(error, error)
         cosines = np.zeros(max(1, self.depth - 1))
-        # The gradient comes from above, layer by layer.
+        # The gradient comes from the rank above, and goes down layer by layer.
         if self.above is None:
             above = self._copy(error)
         else:
-            found = np.empty((int(np.prod(self.tape.scores.shape[:-1])), b), self.dtype)
-            self.above.backward(None, found)
-            above = self.aside.put(found)
+            received = np.empty((int(np.prod(self.tape.scores.shape[:-1])), b), self.dtype)
+            self.above.backward(None, received)
+            above = self.aside.put(received)
         back = list(zip(self.hidden, self.back, strict=True))
         for one in reversed(self.layers):
             shape = self.tape.outputs[one.last + 1].shape
@@ -336,7 +339,7 @@ class DirectFeedback(Method):
                 if hidden is one:
                     signal = self.signal[: one.width * b].reshape(one.width, b)
                     self.ops.matmul(matrix, error, signal)
-                    cosines[self.before + one.number] = self._cosine(one, self._copy(above), signal)
+                    cosines[self.offset + one.number] = self._cosine(one, self._copy(above), signal)
             x = self.tape.outputs[one.first]
             below = self.aside.empty(x.size, self.dtype).reshape(x.shape)
             self.model.backward(self.tape, above.reshape(shape), first=one.first, last=one.last, dx=below)
@@ -346,14 +349,14 @@ class DirectFeedback(Method):
         return cosines
 
     def _copy(self, array: np.ndarray) -> np.ndarray:
-        made = self.aside.empty(array.size, self.dtype).reshape(array.shape)
-        made[...] = array
-        return made
+        copy = self.aside.empty(array.size, self.dtype).reshape(array.shape)
+        copy[...] = array
+        return copy
 
     def _cosine(self, one: Hidden, gradient: np.ndarray, signal: np.ndarray) -> float:
-        """Of gradient and feedback of a layer's output, both times the activation's derivative; the mean of samples.
+        """Return the mean over samples of the cosine between gradient and feedback of a layer's output.
 
-        Both (width, b) are used up.
+        Both (width, b) are first multiplied by the activation's derivative, in place.
         """
         last = one.last
         while self.model.parts[last].layer.place == VIEW:
@@ -370,20 +373,20 @@ class DirectFeedback(Method):
 
     def work(self) -> tuple[str, str, int]:
         names = [layer.name for layer in self.network.linear]
-        mine = names[self.before : self.before + len(self.layers)]
-        return "layers", mine[0] if len(mine) == 1 else f"{mine[0]} to {mine[-1]}", self.w.size
+        own = names[self.offset : self.offset + len(self.layers)]
+        return "layers", own[0] if len(own) == 1 else f"{own[0]} to {own[-1]}", self.w.size
 
     def events(self) -> dict[str, int]:
         return {"psl_terms_past_exp_clip": self.loss.clipped}
 
 
 def widths(network: Network) -> list[int]:
-    """The number of outputs of each layer with weights, after what follows it without."""
-    found: list[int] = []
+    """Return the number of outputs of each layer with weights, after the layers without weights that follow it."""
+    counts: list[int] = []
     for layer in network.layers:
         size = int(np.prod(layer.out_shape))
         if layer.linear:
-            found.append(size)
-        elif found:
-            found[-1] = size
-    return found
+            counts.append(size)
+        elif counts:
+            counts[-1] = size
+    return counts

@@ -1,7 +1,8 @@
-"""Local SGD: every rank trains a copy of the network on its slices of the minibatches; now and then all are averaged.
+"""Local SGD: every rank trains a copy of the network on its slices of the minibatches; all-reduces average the copies.
 
-Lin et al., "Don't use large mini-batches, use local SGD" (2020). With an outer optimizer it is DiLoCo (Douillard et
-al. 2023): the mean change of a round is a gradient, with which Nesterov's momentum steps the weights of its beginning.
+Lin et al., "Don't use large mini-batches, use local SGD" (2020). With an outer optimizer the method is DiLoCo
+(Douillard et al. 2023): Nesterov's momentum takes the mean change of a round as a gradient, and steps the weights from
+the start of the round.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class Settings:
 
 
 class LocalSGD(Copies):
-    """The method on one rank, whose weights and optimizer state are its own between two averages."""
+    """Local SGD on one rank. Averages replace the weights; the optimizer state stays that of the rank."""
 
     name = "local_sgd"
     summary = "whole network on every rank, weights averaged in rounds"
@@ -51,7 +52,7 @@ class LocalSGD(Copies):
         self.state.scalar("local_steps", 0)
         self.outer = (self.outer_lr, self.beta) != (1.0, 0.0)
         if self.outer:
-            # The weights at the beginning of the round, and the momentum: the same on all ranks.
+            # Weights at the start of the round, and the outer momentum: the same on all ranks.
             self.anchor, self.momentum = (self.ops.zeros(self.w.size, self.dtype) for _ in range(2))
             self.anchor[...] = self.w
             self.keep("anchor", self.anchor, own=True)
@@ -66,7 +67,7 @@ class LocalSGD(Copies):
         check_rounds(config, "between two averages")
         o = config.of(Settings)
         if not 0 < o.outer_lr <= 100:
-            raise UserError(f"--outer-lr {o.outer_lr}: expected a number above 0, 1 for the mean itself")
+            raise UserError(f"--outer-lr {o.outer_lr}: expected a number above 0 and up to 100; 1 is the mean")
         if not 0 <= o.outer_momentum < 1:
             raise UserError(f"--outer-momentum {o.outer_momentum}: expected a number from 0 up to, not including, 1")
 
@@ -77,7 +78,7 @@ class LocalSGD(Copies):
             self._average()
 
     def _average(self) -> None:
-        """All ranks go on from the mean of their weights, or from where the outer optimizer's step leads."""
+        """Set the weights of all ranks to their mean, or to the result of the outer optimizer's step."""
         mean = self.means["weights"]
         mean[...] = self.w
         self.ops.scale(mean, 1 / self.world.size)
@@ -85,7 +86,7 @@ class LocalSGD(Copies):
         if not self.outer:
             self.w[...] = mean
             return
-        # m = beta m + d; w = anchor - lr (d + beta m), with d = anchor - mean. g is free to hold d.
+        # m = beta m + d; w = anchor - lr (d + beta m), with d = anchor - mean. The gradient's buffer holds d.
         change = self.g
         change[...] = self.anchor
         change -= mean
@@ -100,7 +101,7 @@ class LocalSGD(Copies):
 
     def restored(self, tables: bool, fresh: Set[str]) -> None:
         if self.outer and "anchor" in fresh:
-            # A round begins where the checkpoint is.
+            # The checkpoint's mean is the start of the next round.
             self.anchor[...] = self.means["weights"]
             self.momentum.fill(0)
         super().restored(tables, fresh)

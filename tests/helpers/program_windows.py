@@ -72,12 +72,12 @@ def tickets(world, count=100):
     """The minibatches that each rank has taken."""
     turns, own = Tickets(world.rank, world.size, windows_of(world).counters(1), world), []
     for turn in range(count):
-        if turns.mine(turn):
+        if turns.takes(turn):
             own.append(turn)
             turns.end()
     world.Barrier()
     turns.restart(count + 5, world.Barrier)
-    later = [turn for turn in range(count + 5, count + 20) if turns.mine(turn) and not turns.end()]
+    later = [turn for turn in range(count + 5, count + 20) if turns.takes(turn) and not turns.end()]
     everyone = bare(world).allgather([own, later])
     turns.counters.free()
     return sorted(t for one, _ in everyone for t in one), sorted(t for _, one in everyone for t in one)

@@ -51,7 +51,7 @@ class Problem:
             for ids in batches:
                 one.step(Batch(ids), LR)
             future = getattr(one, "future", None)
-            beside = None if future is None else named(future.one.layout, future.one.w)
+            beside = None if future is None else named(future.network.layout, future.network.w)
             return first, named(one.layout, one.w), beside, one.loss_sum, one.test()
 
         found = run_ranks(ranks, work, timeout=120)
@@ -320,7 +320,7 @@ def test_limits_are_said(tmp_path):
     rows = ("--dataset", "digits:rows", "--model", "lstm", "--widths", "5")
     assert "is for sequences" in refused("--dataset", "digits", "--model", "mlp")
     assert "has none: use --model rnn, gru or lstm" in refused("--dataset", "digits:rows", "--model", "mlp")
-    assert "takes the loss more than once" in refused(*rows, "--optimizer", "lbfgs")
+    assert "evaluates the loss more than once" in refused(*rows, "--optimizer", "lbfgs")
     assert "--psl-weights current is not for" in refused(*rows, "--psl-weights", "current")
     assert "--future-hidden 0: expected widths" in refused(*rows, "--future", "synthetic", "--future-hidden", "0")
     assert "are for --future synthetic" in refused(*rows, "--future-lr", "0.1")

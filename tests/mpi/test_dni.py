@@ -80,8 +80,15 @@ class Problem:
                     slow(world.rank, k)
                 method.step(Batch(self.ids[k]), self.config.optimization.lr)
             method.drain()
-            runs, beside = method.shards[world.rank], method.beside.owned[world.rank]
-            return runs, method.w.copy(), beside, method.beside.array.copy(), method.counter.sent, method.beside.layout
+            runs, beside = method.shards[world.rank], method.auxiliary_w.owned[world.rank]
+            return (
+                runs,
+                method.w.copy(),
+                beside,
+                method.auxiliary_w.array.copy(),
+                method.counter.sent,
+                method.auxiliary_w.layout,
+            )
 
         self.found = run_ranks(ranks, work, timeout=120)
         layout, other = self.network.layout(), self.found[0][5]
@@ -319,7 +326,7 @@ def test_what_is_in_flight_is_left_where_it_has_no_meaning(tmp_path):
                          tmp_path / "dp")  # fmt: skip
     assert status == 0, err
     status, out, err = run(2, "-m", "psmpi.train", *words)
-    assert status == 0 and "start afresh" in out, out + err
+    assert status == 0 and "start from initial weights" in out, out + err
 
 
 def test_minibatches_in_flight_of_other_steps_or_other_samples_are_not_learnt_from(folder, tmp_path):
@@ -350,7 +357,7 @@ def test_another_optimizer_begins_with_the_synthesizers_too(tmp_path):
         words = ("--optimizer", optimizer, "--max-steps", steps, "--resume", "auto")
         status, told, err = run(2, "-m", "psmpi.train", *options, *words)
         assert status == 0, told + err
-    assert "does not hold the optimizers of these" in told
+    assert "does not hold the optimizers of the auxiliary networks" in told
     scalars = read_contents(newest(tmp_path / "run")).scalars
     assert scalars["t"] == 5 and scalars["fits"] == 5
 
@@ -420,8 +427,8 @@ def test_errors_of_predicted_gradients_are_told_and_fall(tmp_path):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (("--layer-blocks", "7"), "which can be cut into 2 at most"),
-        (("--layer-blocks", "1"), "there are two or more"),
+        (("--layer-blocks", "7"), "the model has at most 2 blocks"),
+        (("--layer-blocks", "1"), "dni needs two or more"),
         (("--bp-lambda", "0.5"), "add --ahead 1"),
         (("--bp-lambda", "1.5", "--ahead", "1"), "from 0 to 1"),
         (("--synthesizer-lr", "-1"), "from 0 to"),

@@ -583,7 +583,7 @@ def test_settings_of_this_method_are_refused_by_others():
         Dealer(make_network("resnet", (1, 8, 8), 10), 2, 0, "blocks", min_blocks=3)
     grouped = build("grouped", (8,), [{"type": "separable_dense", "units": 8, "groups": 4},
                     {"type": "separable_dense", "units": 4, "groups": 4}], 4)  # fmt: skip
-    with pytest.raises(UserError, match="no layer of which"):
+    with pytest.raises(UserError, match="no layer whose units the next layer reads as a whole"):
         Dealer(grouped, 2, 0)
     # Where units are normalized together, all have to be there.
     layers = [{"type": "dense", "units": 8}, {"type": "layer_norm"}, {"type": "dense", "units": 6}]

@@ -571,7 +571,7 @@ LIMITS = [
     (2, ("--model", "mlp", "--widths", "5"), "has no residual layers in a row"),
     (2, ("--config", "one.toml"), "has one residual layer in a row"),
     (2, ("--config", "norm.toml"), "has batch normalization"),
-    (2, ("--config", "other.toml", "--gamma-ddt", "1"), "are not all of one kind and step size"),
+    (2, ("--config", "other.toml", "--gamma-ddt", "1"), "differ in kind or step size"),
     (2, (*DEEP, "--relaxations", "-1"), "--relaxations -1"),
     (2, (*DEEP, "--forward-cycles", "0"), "--forward-cycles 0"),
     (2, (*DEEP, "--adjoint-cycles", "0"), "--adjoint-cycles 0"),

@@ -294,7 +294,7 @@ def test_scaled_pairs_satisfy_the_secant_equation_of_the_weights():
         method.step(Batch(ids), 1e-3)
         method.gradient(Batch(ids))
         y, s, root = method.g - g, method.w - before, newton.root.copy()
-        if not (newton.taken and (newton.outcome == Outcome.UPDATED).all()):
+        if not (newton.moved and (newton.outcome == Outcome.UPDATED).all()):
             continue
         whole += 1
         np.copyto(newton.p, s / root)

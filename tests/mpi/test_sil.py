@@ -13,7 +13,7 @@ from psmpi.config import check
 from psmpi.data import Batch, Minibatches, open_dataset
 from psmpi.errors import UserError
 from psmpi.methods.sil.cost import apart, conventional, count
-from psmpi.methods.sil.plan import LAWS, Seats, Settings, count_parts, cut_activation, plan_phases
+from psmpi.methods.sil.plan import LAWS, Assignment, Settings, count_parts, cut_activation, plan_phases
 from psmpi.methods.sil.targets import LabelReader, TargetDistance, draw_targets
 from psmpi.nn.cut import split_layers
 from psmpi.nn.model import Model
@@ -214,8 +214,8 @@ def test_stored_inputs_are_those_of_their_samples(shuffle):
     chosen = np.random.default_rng(0).choice(N, 100, replace=False)
     for i in chosen:
         piece = np.arange(i // 100 * 100, min(i // 100 * 100 + 100, N))
-        assert np.array_equal(left.forward(one.line.fetch(one.train, piece))[:, i % 100], right.stored[i])
-    y = left.forward(one.line.fetch(one.train, chosen))
+        assert np.array_equal(left.forward(one.chain.fetch(one.train, piece))[:, i % 100], right.stored[i])
+    y = left.forward(one.chain.fetch(one.train, chosen))
     assert np.allclose(right.forward(y.copy()), right.forward(right.stored[chosen].T.copy()), rtol=1e-6)
 
 
@@ -239,13 +239,13 @@ def test_what_parts_learn_from_when_all_learn_at_once():
     # In the second epoch the outputs of the weights at the end of the first.
     assert np.array_equal(one.handed[: kept.size], kept) and not np.array_equal(kept, one.parts[0].w)
     one.parts[0].w[...] = kept
-    y = one.parts[0].forward(one.line.fetch(one.train, batches.ids(1, 0)))
+    y = one.parts[0].forward(one.chain.fetch(one.train, batches.ids(1, 0)))
     assert np.allclose(seen[-1], y, rtol=1e-12)
     seen.clear()
     one, kept, of, batches = watched("labels")
     noise = np.concatenate([x - y for x, y in zip(seen, of, strict=True)], axis=1)
     assert noise.std() == pytest.approx(0.1, rel=0.02) and abs(noise.mean()) < 1e-3
-    assert one.line.handed_bytes == 0 and one.line.macs == (N + 50) * sum(
+    assert one.chain.handed_bytes == 0 and one.chain.macs == (N + 50) * sum(
         part.cost.training() for part in one.parts.values()
     )
 
@@ -294,7 +294,7 @@ def test_other_ways_to_hand_over(train, ranks, way, floats, macs):
     assert differ(alone, many) <= 1e-10
     expected = N * macs(*(count(net, *stage) for stage in split_layers(net, 2)))
     assert many.rows[-1]["macs"] == alone.diagnostics()["macs"] == expected
-    assert many.rows[-1]["handed_bytes"] == 8 * N * floats and alone.line.handed_bytes == 0
+    assert many.rows[-1]["handed_bytes"] == 8 * N * floats and alone.chain.handed_bytes == 0
     if ranks == 2:
         assert many.rows[-1]["bytes_sent"] == 8 * N * floats
 
@@ -518,9 +518,9 @@ def test_phases_divide_the_epochs():
 
 
 def test_ranks_and_parts():
-    assert [Seats(2, 6).held(r) for r in range(2)] == [[0, 1, 2], [3, 4, 5]]
-    assert [Seats(4, 2).held(r) for r in range(4)] == [[0], [0], [1], [1]]
-    assert [Seats(6, 2).rank(1, row) for row in range(3)] == [3, 4, 5]
+    assert [Assignment(2, 6).held(r) for r in range(2)] == [[0, 1, 2], [3, 4, 5]]
+    assert [Assignment(4, 2).held(r) for r in range(4)] == [[0], [0], [1], [1]]
+    assert [Assignment(6, 2).rank(1, row) for row in range(3)] == [3, 4, 5]
     net = network(20, 20, 20)
     assert [count_parts(size, net, 0) for size in (1, 2, 3, 4)] == [2, 2, 3, 4]
     assert count_parts(1, network(), 0) == 1

@@ -290,7 +290,7 @@ def test_each_rank_has_a_unit_before_sums_over_all(points, tmp_path, monkeypatch
     same(parted(4, options), train_steps(1, options), 1e-12)
     network, _, config = Case("spann", ".", options).problem()
     made = settings.plan_of(4, network, config, settings.partitioned(4, network, config))
-    owners = [set(step.behind.tolist()) for step in made.steps if hasattr(step.layer, "pattern")]
+    owners = [set(step.out_owners.tolist()) for step in made.steps if hasattr(step.layer, "pattern")]
     assert owners[0] < owners[3] == {0, 1, 2, 3}
 
 
@@ -473,7 +473,7 @@ def test_bytes_are_the_connectivity_of_the_cut(points, tmp_path, ranks):
     found, plan = messages(ranks, options)
     words, owners = 0, None
     for step in (step for step in plan.steps if step.layer.linear):
-        layer, rows = step.layer, step.behind
+        layer, rows = step.layer, step.out_owners
         for unit in range(layer.in_shape[0]) if owners is not None and rows is not None else ():
             users = {int(rank) for rank in rows} - {-1}
             if hasattr(layer, "pattern"):
@@ -539,7 +539,7 @@ LIMITS = [
 )
 def test_layers_of_scores_are_dense(points, tmp_path, last):
     options = described(tmp_path / "net.toml", SLAB, TANH, last.replace("domains = 4, halo = 2", "domains = 1"))
-    with pytest.raises(UserError, match=r'makes the scores, .* add one behind it, \{type = "dense", units = 3\}'):
+    with pytest.raises(UserError, match=r'makes the scores, .* add one after it, \{type = "dense", units = 3\}'):
         find_method("spann").check(2, *Case("spann", ".", (*options, *SGD, *points(4))).problem())
 
 

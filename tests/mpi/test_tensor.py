@@ -221,7 +221,7 @@ LIMITS = [
     (
         4,
         ("--model", "deep", "--widths", "8", "--depth", "4", "--grid", "1,2,2"),
-        "has two dense layers, or another even",
+        "an even number of dense layers",
     ),
     (2, ("--model", "psnet"), "conv1 of --model psnet is none of the layers that --method tensor cuts"),
     (2, ("--dataset", "digits:rows", "--model", "lstm"), "lstm1 of --model lstm is none of the layers"),

@@ -244,7 +244,7 @@ def test_limits_are_said(tmp_path):
     assert "--chunk-steps 9: sequences have 8 steps" in refused(2, *rows, "--chunk-steps", "9")
     assert "--skew 2: rank 0 has 1 recurrent layer" in refused(2, *rows, "--skew", "2")
     assert "is for sequences" in refused(2, "--model", "mlp")
-    assert "takes the loss more than once" in refused(2, *rows, "--optimizer", "lbfgs")
+    assert "evaluates the loss more than once" in refused(2, *rows, "--optimizer", "lbfgs")
     assert "has none: use --model rnn, gru or lstm" in refused(1, "--dataset", "digits:rows", "--model", "mlp")
     assert "--psl-weights remembered" in refused(2, *rows, "--psl-weights", "remembered")
     lstm, flat = '[[model.layers]]\ntype = "lstm"\nunits = 5\n', '[[model.layers]]\ntype = "flatten"\n'

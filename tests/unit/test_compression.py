@@ -205,7 +205,7 @@ def test_a_compressed_run_goes_on_bit_for_bit(train, tmp_path, name):
     result = train(3, *options, "--max-steps", "12", "--resume", "auto", out=out)
     assert distance(train(3, *options, "--max-steps", "12").tensors(), result.tensors()) == 0
     other = train(2, *options, "--max-steps", "13", "--resume", "auto", out=out)
-    said = "the random numbers of this many ranks" if name == "qsgd" else "what compression left out on this many ranks"
+    said = "the random numbers of this many ranks" if name == "qsgd" else "the compression residuals of this many ranks"
     assert said in other.stdout
 
 
@@ -249,7 +249,7 @@ def test_powersgd_sends_two_thin_matrices_and_the_vectors(train):
         (("--compression", "topk", "--density", "0"), "expected a share above 0"),
         (("--compression", "powersgd", "--powersgd-rank", "0"), "expected 1 or more columns"),
         (("--compression", "qsgd", "--qsgd-levels", "128"), "expected 1 to 127"),
-        (("--compression", "sign", "--optimizer", "lbfgs"), "searches: use a first-order one"),
+        (("--compression", "sign", "--optimizer", "lbfgs"), "needs the exact one: use a first-order optimizer"),
         (("--compression", "sign", "--method", "local_sgd"), "is of --method data_parallel"),
     ],
 )

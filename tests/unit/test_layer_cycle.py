@@ -60,7 +60,7 @@ class Counted:
         self.line, self.sent = line, 0
 
     def send(self, values):
-        self.sent += self.line.behind is not None
+        self.sent += self.line.outgoing is not None
         return self.line.send(values)
 
     def receive(self, into):

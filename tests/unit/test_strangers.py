@@ -603,7 +603,7 @@ def test_minibatches_in_flight_are_of_training_samples(train: Any, tmp_path: Pat
         samples = file["dni_samples/samples"]
         samples[...] = np.full(samples.shape, wrong)
     seal(done.checkpoint)
-    with pytest.raises(AssertionError, match="are of no training samples"):
+    with pytest.raises(AssertionError, match="are not training samples of this data set"):
         train(1, "--resume", done.checkpoint, "--max-steps", "8")
 
 

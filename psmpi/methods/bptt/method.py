@@ -1,9 +1,9 @@
 """Truncated back-propagation through time, and synthetic gradients of the future beyond the truncation.
 
 Williams and Peng, "An efficient gradient-based algorithm for on-line training of recurrent network trajectories"
-(1990); Jaderberg and others, "Decoupled neural interfaces using synthetic gradients" (2017), section 2.2: where a
-window ends, a model predicts the gradient of its last states from these, and learns from what the next window sends
-back.
+(1990); Jaderberg and others, "Decoupled neural interfaces using synthetic gradients" (2017), section 2.2: a network
+predicts the gradient of a window's last states from these states, and learns from the gradient that the next window
+returns.
 """
 
 from __future__ import annotations
@@ -63,10 +63,10 @@ class Sequences:
 
 
 class TruncatedBackPropagation(Replica):
-    """The method on one rank: a slice of each minibatch, window by window, with an optimizer step after each.
+    """Truncated back-propagation on one rank: a slice of each minibatch, and an optimizer step after each window.
 
-    The whole network's model makes the passes, each over the steps of a window. Spaces: `bptt`, weights of the network
-    that predicts gradients; `bptt_m` and so on, vectors of its optimizer; every rank has all of them.
+    The model of the whole network makes the passes, each over the steps of a window. Spaces of checkpoints: `bptt`,
+    weights of the network that predicts gradients; `bptt_m` and so on, vectors of its optimizer; every rank has all.
     """
 
     name = "bptt"
@@ -82,10 +82,10 @@ class TruncatedBackPropagation(Replica):
 
     def __init__(self, context: Context):
         s = context.settings(Settings)
-        beside = future_network(context.network, s)
+        predictor = future_network(context.network, s)
         self.edges = windows(context.network, s)
-        # Behind the gradient that of the network beside, and the sum of squares of what came back.
-        super().__init__(context, beside.layout().size + 1 if beside is not None else 0)
+        # `summed` also holds the gradient of the predicting network, and the sum of squares of returned gradients.
+        super().__init__(context, predictor.layout().size + 1 if predictor is not None else 0)
         self.keep("weights", self.w)
         for name, vector in self.optimizer.vectors.items():
             self.keep(name, vector)
@@ -93,36 +93,36 @@ class TruncatedBackPropagation(Replica):
         self.parts = [part for part in self.model.walk() if isinstance(part, RecurrentPart)]
         self.future: Future | None = None
         self.rate = s.future_lr
-        if beside is not None:
-            self._add_future(context, Auxiliary, beside)
-        # The first window of a sequence sends nothing back that somebody has predicted.
+        if predictor is not None:
+            self._add_future(context, Auxiliary, predictor)
+        # The first window returns no gradient that was predicted, so its all-reduce carries only the trained network's.
         sizes = [self.layout.size, *([self.summed.size] if len(self.edges) > 1 else [])]
         how = context.settings(Sums).allreduce
         self.sums = [
             Buckets(self.world, self.by_host, self.summed[:n], [Bucket(0, n, 0)], how, self.own_sums) for n in sizes
         ]
         self.account.ask("buffers", lambda: tuple(self.sums))
-        self.account.ask("activations", lambda: (self.seen,))
-        self.capacity, self.seen = 0, self.ops.empty(0, self.dtype)
+        self.account.ask("activations", lambda: (self.window_x,))
+        self.capacity, self.window_x = 0, self.ops.empty(0, self.dtype)
         self.reserve(max(1, -(-context.config.data.batch_size // context.size)))
-        self.right, self.found = np.zeros(2), {}  # type: np.ndarray, dict[str, Any]
+        self.right, self.measured = np.zeros(2), {}  # type: np.ndarray, dict[str, Any]
 
     def _add_future(self, context: Context, kind: type[Auxiliary], network: Any) -> None:
         """Make the network that predicts gradients, and declare its state."""
         w, layout = self.ops.zeros(network.layout().size, self.dtype), network.layout()
-        one = kind(context.config, network, w, self.summed[self.layout.size : -1], self.ops, "future", zero=True)
-        self.future = Future(one, self.parts)
+        predictor = kind(context.config, network, w, self.summed[self.layout.size : -1], self.ops, "future", zero=True)
+        self.future = Future(predictor, self.parts)
         everyone = [Runs(((0, layout.size),))] * context.size
-        lost = "the network that predicts gradients as these options have it: it starts afresh"
+        lost = "the network that predicts gradients, with these options: it starts from initial weights"
         self.state.space("bptt", [w], self.dtype, layout, everyone, "weights", lost)
-        lost = "the optimizer of the network that predicts gradients: it starts afresh"
-        for name, vector in one.optimizer.vectors.items():
+        lost = "the optimizer of the network that predicts gradients: it starts from zeros"
+        for name, vector in predictor.optimizer.vectors.items():
             self.state.space(
                 f"bptt_{name}", [vector], self.dtype, layout, everyone, "optimizer", lost, of_optimizer=True
             )
         self.state.scalar("fits", 0)
         self.state.scalar("future_square", 0.0)
-        self.account.hold("optimizer", *one.optimizer.work, one.optimizer.scratch)
+        self.account.hold("optimizer", *predictor.optimizer.work, predictor.optimizer.scratch)
         self.account.hold("buffers", self.future)
 
     @classmethod
@@ -135,13 +135,13 @@ class TruncatedBackPropagation(Replica):
         s, layout = config.of(Settings), network.layout()
         item, share = np.dtype(config.model.dtype).itemsize, config.data.batch_size // size
         longest = max(b - a for a, b in windows(network, s))
-        more: Need = {"activations": item * network.in_shape[0] * longest * share}
-        beside = future_network(network, s)
-        if beside is not None:
-            layout = beside.layout()
-            more = added(more, vectors_needed(config, layout, layout.size, layout.size, layout.size))
-            more = added(more, {"buffers": 2 * item * count_states(network.layers) * share})
-        return [added(one, more) for one in super().needed(size, network, dataset, config)]
+        extra: Need = {"activations": item * network.in_shape[0] * longest * share}
+        predictor = future_network(network, s)
+        if predictor is not None:
+            layout = predictor.layout()
+            extra = added(extra, vectors_needed(config, layout, layout.size, layout.size, layout.size))
+            extra = added(extra, {"buffers": 2 * item * count_states(network.layers) * share})
+        return [added(one, extra) for one in super().needed(size, network, dataset, config)]
 
     @staticmethod
     def notes(size: int, network: Network, config: Config) -> Iterator[str]:
@@ -159,7 +159,7 @@ class TruncatedBackPropagation(Replica):
         self.capacity = batch
         self.worker.reserve(batch)
         longest = max(b - a for a, b in self.edges)
-        self.seen = self.ops.empty(self.network.in_shape[0] * longest * batch, self.dtype)
+        self.window_x = self.ops.empty(self.network.in_shape[0] * longest * batch, self.dtype)
         if self.future is not None:
             self.future.reserve(batch)
 
@@ -182,7 +182,7 @@ class TruncatedBackPropagation(Replica):
         self.loss_sum += loss * len(batch)
 
     def _take(self, own: Batch) -> Sequences:
-        """The samples of this rank's slice."""
+        """Return the samples of this rank's slice."""
         self.reserve(len(own))
         train, ids = self.worker.train, own.ids
         x = train.batch(ids, self.worker.x).inputs.reshape(*self.network.in_shape, len(ids))
@@ -192,20 +192,20 @@ class TruncatedBackPropagation(Replica):
         """Step the network that predicts gradients along the summed gradient of (1/b) |predicted - returned|^2."""
         if future.square:
             share = lr / self.context.config.optimization.lr
-            rate = self.rate * share if self.rate else future.one.bearable(lr)
-            future.one.step(rate, 2 / b, int(self.scalars["fits"]), self.descent.allsum)
+            rate = self.rate * share if self.rate else future.network.bearable(lr)
+            future.network.step(rate, 2 / b, int(self.scalars["fits"]), self.descent.allsum)
             self.scalars["fits"] += 1
-        future.note(float(self.ops.host(self.summed[-1:])[0]) / (b * future.one.inputs))
+        future.note(float(self.ops.host(self.summed[-1:])[0]) / (b * future.network.inputs))
         self.scalars["future_square"] = future.square
 
     def _window(self, c: int, own: Sequences, count: int) -> float:
-        """Fill g with this rank's share of the gradient of a window, and that of M; returns its share of the loss."""
+        """Fill g with this rank's share of the gradient of window c, and M's gradient; return the share of the loss."""
         (a, z), b, span = self.edges[c], len(own), own.spans[c]
         if c:
-            # There was an optimizer step since the window before.
+            # The optimizer has changed the weights since the window before.
             for part in self.parts:
                 part.prepare()
-        x = self.seen[: self.network.in_shape[0] * (z - a) * b].reshape(-1, z - a, b)
+        x = self.window_x[: self.network.in_shape[0] * (z - a) * b].reshape(-1, z - a, b)
         x[...] = own.x[:, a:z]
         tape = self.model.forward(x, None, span)
         share, dy = self._losses(tape, own, a, z, 1 / count)
@@ -233,15 +233,16 @@ class TruncatedBackPropagation(Replica):
         return share
 
     def _go_on(self, own: Sequences, step: int) -> np.ndarray | None:
-        """(b,) 1 of sequences that have the step, 0 of others; None where all have it."""
+        """Return (b,): 1 for sequences that have step number `step`, 0 for others; None if all sequences have it."""
         if own.lengths is None or (own.lengths > step).all():
             return None
         return self.ops.put((own.lengths > step).astype(self.dtype))
 
     def _losses(self, tape: Tape, own: Sequences, a: int, z: int, scale: float) -> tuple[float, np.ndarray | None]:
-        """Losses of the steps [a, z), or of the samples whose last step is among them, and the scores' derivatives.
+        """Return this rank's share of the loss in the steps [a, z), and the derivatives of the scores.
 
-        These are scaled down by the objective's report; None: there are no such losses.
+        With one target a sequence, only sequences whose last step is in [a, z) have a loss there. The derivatives are
+        scaled as the objective reports; None if no sequence has a loss in these steps.
         """
         targets, scores, ids, at = own.targets, tape.scores, own.ids, None
         if self.network.steps:
@@ -271,39 +272,42 @@ class TruncatedBackPropagation(Replica):
     def restored(self, tables: bool, fresh: Set[str]) -> None:
         if self.future is not None and fresh & self.state.spaces.keys():
             self.scalars["fits"], self.scalars["future_square"] = 0, 0.0
-            self.future.one.begin(weights="bptt" in fresh)
+            self.future.network.begin(weights="bptt" in fresh)
 
     def test(self) -> dict[str, float]:
         self.verify(self.w)
         if self.future is not None:
-            self.verify(self.future.one.w)
+            self.verify(self.future.network.w)
         worker, self.right = self.worker, np.zeros(2)
         sums = evaluate(worker.metric, worker.test_batches, self._test_scores, worker.test_targets, self.ops)
-        more = np.concatenate([self.right, self.future.error if self.future is not None else np.zeros(2)])
-        found = self.world.agree(np.concatenate([sums, more]))
-        self._report(found[len(sums) :])
-        return worker.metric.scores(found[: len(sums)])
+        own_sums = np.concatenate([self.right, self.future.error if self.future is not None else np.zeros(2)])
+        totals = self.world.agree(np.concatenate([sums, own_sums]))
+        self._report(totals[len(sums) :])
+        return worker.metric.scores(totals[: len(sums)])
 
     def _test_scores(self, ids: np.ndarray) -> np.ndarray:
-        """The scores of test samples; counts the sequences that are right as a whole."""
+        """Return the scores of test samples; count the sequences whose steps are all right."""
         scores = self.worker.test_scores(ids)
         if self.network.steps and self.dataset.task == "classes":
             self.right += sequences_right(self.ops.host(scores), self.worker.test_targets(ids)), len(ids)
         return scores
 
     def _report(self, sums: np.ndarray) -> None:
-        """Make `diagnostics` of sums over ranks: sequences that are right, all of them, and errors of predictions."""
-        right, n, off, size = sums
-        self.found = {}
+        """Set the diagnostics from sums over ranks.
+
+        sums: (4,), sequences that are right, all sequences, |predicted - returned|^2 and |returned|^2.
+        """
+        right, n, misfit, size = sums
+        self.measured = {}
         if n:
-            self.found["sequence_accuracy"] = round(float(right / n), 6)
+            self.measured["sequence_accuracy"] = round(float(right / n), 6)
         if self.future is not None:
-            self.found["future_error"] = round(float(np.sqrt(off / size)), 6) if size > 0 else None
+            self.measured["future_error"] = round(float(np.sqrt(misfit / size)), 6) if size > 0 else None
             self.future.error = np.zeros(2)
 
     def diagnostics(self) -> dict[str, Any]:
         """Share of the test's sequences whose steps are all right; |predicted - returned| / |returned| of gradients."""
-        return self.found
+        return self.measured
 
     def messages(self, step: int, batch: int) -> list[Message] | None:
         if not self.alike:

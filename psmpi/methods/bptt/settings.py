@@ -1,4 +1,4 @@
-"""Settings of the method `bptt`, and what it cannot train; made without MPI and arrays of weights."""
+"""Settings of the method `bptt`, and its checks of a configuration, which use neither MPI nor arrays of weights."""
 
 from __future__ import annotations
 
@@ -44,48 +44,48 @@ class Settings:
 
 
 def windows(network: Network, s: Settings) -> list[tuple[int, int]]:
-    """(first, behind the last) step of each window."""
+    """Return (first step, stop) of each window."""
     return chunks(network.in_shape[1], s.unroll)
 
 
 def future_network(network: Network, s: Settings) -> AuxiliaryNetwork | None:
-    """M: from the states at a window's end to the gradient of these; None where nothing is predicted."""
+    """Return M, which maps the states at a window's end to their gradient; None if no gradient is predicted."""
     if s.future == "none" or len(windows(network, s)) == 1:
         return None
     states = count_states(network.layers)
     hidden = [table for width in s.future_hidden for table in (dense(width), {"type": "relu"})]
-    return make_auxiliary("network of the future", (states,), [*hidden, dense(states)])
+    return make_auxiliary("network of future gradients", (states,), [*hidden, dense(states)])
 
 
 def check_bptt(network: Network, dataset: Dataset, config: Config) -> None:
-    """UserError for what the method cannot train, beyond what replicas cannot."""
+    """Raise UserError for a network, data or options that the method cannot train, beyond the checks of `Replica`."""
     s = config.of(Settings)
     check_recurrent(network, dataset, config)
     if config.objective.psl_weights != "none":
         raise UserError(
             f"{option('psl_weights')} {config.objective.psl_weights} is not for --method bptt: leave it out"
         )
-    check_first_order(config, "takes the loss more than once in a step, and each window has its own")
+    check_first_order(config, "evaluates the loss more than once a step, and each window has its own")
     if not (isfinite(s.future_lr) and 0 <= s.future_lr <= 1e9):
         raise UserError(f"--future-lr {s.future_lr:g}: expected a number from 0 to 1e9")
     if any(width < 1 for width in s.future_hidden):
         raise UserError(f"--future-hidden {' '.join(map(str, s.future_hidden))}: expected widths from 1 up")
     if s.future == "none" and (s.future_hidden or s.future_lr):
         raise UserError("--future-hidden and --future-lr are for --future synthetic: add that, or leave them out")
-    one = future_network(network, s)
-    if one is not None:
-        check_optimizer(config, one.layout(), ())
+    predictor = future_network(network, s)
+    if predictor is not None:
+        check_optimizer(config, predictor.layout(), ())
 
 
 def bptt_notes(network: Network, s: Settings) -> Iterator[str]:
     """See `Method.notes`."""
-    count, one = len(windows(network, s)), future_network(network, s)
-    beside = ""
-    if one is not None:
-        size = one.layout().size
-        beside = f"; gradients of the future have {counted(size, 'parameter')}, {size / network.layout().size:.2g}"
-        beside += " times the network's"
-    yield f"{counted(count, 'window')} of {network.in_shape[1]} steps{beside}"
+    count, predictor = len(windows(network, s)), future_network(network, s)
+    suffix = ""
+    if predictor is not None:
+        size = predictor.layout().size
+        suffix = f"; the network that predicts gradients has {counted(size, 'parameter')}, "
+        suffix += f"{size / network.layout().size:.2g} times the trained network's"
+    yield f"{counted(count, 'window')} of {network.in_shape[1]} steps{suffix}"
 
 
 def bptt_warnings(config: Config) -> Iterator[str]:

@@ -1,1 +1,1 @@
-"""Decoupled neural interfaces: blocks of layers that update at once, from gradients that they predict themselves."""
+"""The method `dni`: decoupled neural interfaces, blocks of layers that update at once from synthetic gradients."""

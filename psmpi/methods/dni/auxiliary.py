@@ -8,7 +8,7 @@ from typing import Any
 
 from psmpi.training.auxiliary import AuxiliaryNetwork, dense, make_auxiliary
 
-# Rows and columns of the kernels of synthesizers of images, as in the paper's convolutional networks.
+# Rows and columns of the kernels of convolutional synthesizers (Jaderberg and others 2017).
 KERNEL = 5
 
 
@@ -17,9 +17,9 @@ def _hidden(widths: Sequence[int], make: Callable[[int], Mapping[str, Any]]) -> 
 
 
 def gradient_synthesizer(shape: tuple[int, ...], given: int, hidden: Sequence[int]) -> AuxiliaryNetwork:
-    """M(h, y): from outputs of `shape` and `given` numbers of the target to the gradient of the outputs.
+    """Return M(h, y), which maps outputs of `shape` and `given` numbers of the target to the gradient of the outputs.
 
-    Without hidden layers it is linear. Of images it is convolutional, and the numbers are planes.
+    M is linear without hidden layers. For images M is convolutional, and each number of the target is a plane.
     """
     if len(shape) == 1:
         return make_auxiliary(
@@ -31,22 +31,22 @@ def gradient_synthesizer(shape: tuple[int, ...], given: int, hidden: Sequence[in
     def conv(count: int) -> Mapping[str, Any]:
         return {"type": "conv", "channels": count, "kernel": kernel, "pad": kernel // 2}
 
-    of = channels + given, height, width
-    return make_auxiliary("synthesizer of gradients", of, [*_hidden(hidden, conv), conv(channels)])
+    in_shape = channels + given, height, width
+    return make_auxiliary("synthesizer of gradients", in_shape, [*_hidden(hidden, conv), conv(channels)])
 
 
 def input_synthesizer(in_shape: tuple[int, ...], units: int, hidden: Sequence[int]) -> AuxiliaryNetwork:
-    """I(x): from samples to the inputs of a block."""
+    """Return I(x), which maps samples of `in_shape` to the `units` inputs of a block."""
     return make_auxiliary("synthesizer of inputs", (prod(in_shape),), [*_hidden(hidden, dense), dense(units)])
 
 
 def local_classifier(units: int, outputs: int) -> AuxiliaryNetwork:
-    """Scores of the outputs of a block."""
+    """Return a linear classifier: from the `units` outputs of a block to `outputs` scores."""
     return make_auxiliary("local classifier", (units,), [dense(outputs)])
 
 
 def local_features(shape: tuple[int, ...]) -> AuxiliaryNetwork:
-    """Features that `predsim` compares: a linear map of a block's outputs, or a convolution of images."""
+    """Return the features that `predsim` compares: a linear map of a block's outputs, or for images a convolution."""
     if len(shape) == 1:
         return make_auxiliary("local features", shape, [dense(shape[0])])
     kernel = min(3, shape[1] - 1 + shape[1] % 2, shape[2] - 1 + shape[2] % 2)

@@ -1,4 +1,4 @@
-"""Buffers of minibatches in flight: their sample ids, and what crosses the cuts between blocks."""
+"""Buffers of minibatches in flight: sample ids, and the outputs and gradients that cross the cuts between blocks."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class Slots:
         row[len(ids) :] = -1
 
     def of(self, k: int) -> np.ndarray:
-        """Sample ids of minibatch k."""
+        """Sample ids (b,) of minibatch k."""
         row = self.ids[k % len(self.ids)]
-        found: np.ndarray = row[: int(np.count_nonzero(row >= 0))]
-        return found
+        ids: np.ndarray = row[: int(np.count_nonzero(row >= 0))]
+        return ids
 
 
 @dataclass
@@ -37,8 +37,8 @@ class CutBuffers:
     """One rank's buffers of a cut between two blocks: outputs go up; gradients, or with local losses a credit, go down.
 
     outputs, targets: (ahead, units * largest minibatch), a row for each minibatch in flight; targets are the gradients
-    that the block above returns, None with local losses. ticket: (ahead, 1, 1), what a credit sends. handles: messages
-    under way, by row.
+    that the block above returns, None with local losses. ticket: (ahead, 1, 1), the content of credits. handles: the
+    messages under way, by row.
     """
 
     boundary: Boundary
@@ -50,7 +50,7 @@ class CutBuffers:
 
     @property
     def local(self) -> bool:
-        """Whether both blocks are on this rank, and share the arrays."""
+        """Whether both blocks are on this rank: they share the arrays, without messages."""
         return self.boundary.source == self.boundary.target
 
     def finish(self, slot: int) -> None:
@@ -68,5 +68,5 @@ class CutBuffers:
 
 def view(array: np.ndarray, slot: int, units: int, b: int) -> np.ndarray:
     """View (units, b) of row `slot`."""
-    found: np.ndarray = array[slot][: units * b].reshape(units, b)
-    return found
+    rows: np.ndarray = array[slot][: units * b].reshape(units, b)
+    return rows

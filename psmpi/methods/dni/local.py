@@ -1,4 +1,4 @@
-"""Local losses: what a block learns from in place of predicted gradients, beside the same cuts."""
+"""Local losses, from which a block learns in place of synthetic gradients."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from psmpi.nn.losses import Loss
 from psmpi.nn.objective import Objective
 from psmpi.training.auxiliary import Auxiliary
 
-# The share of the similarity in the loss `predsim`, as Nokland and Eidnes (2019) have it.
+# Weight of the similarity loss in `predsim` (Nokland and Eidnes 2019).
 SHARE = 0.99
 
 
 class LocalLoss:
-    """The loss of a block's outputs by networks beside it, which learn at once.
+    """Loss of a block's outputs, computed by auxiliary networks that learn at the same time.
 
-    scores: the local classifier; features: what similarities are taken of, None without these.
+    scores: the local classifier; features: the network whose outputs the similarity loss compares, None without it.
     """
 
     def __init__(self, ops: NumpyOps, loss: Loss, scores: Auxiliary, features: Auxiliary | None, classes: int):
@@ -36,28 +36,33 @@ class LocalLoss:
         self.dh = self.ops.empty(size, dtype)
         if self.features is not None:
             self.features.reserve(batch)
-            self.more = self.ops.empty(size, dtype)
+            self.feature_dh = self.ops.empty(size, dtype)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of what it computes with, but for the auxiliary networks' own."""
-        return int(self.objective.nbytes + self.dh.nbytes + (self.more.nbytes if self.features is not None else 0))
+        """Bytes of the buffers, without those of the auxiliary networks."""
+        return int(
+            self.objective.nbytes + self.dh.nbytes + (self.feature_dh.nbytes if self.features is not None else 0)
+        )
 
     def learn(self, h: np.ndarray, targets: np.ndarray, rate: Callable[[Auxiliary], float], done: int) -> np.ndarray:
-        """Gradient (units, b) of the summed losses of outputs h (units, b); each network steps at its `rate`."""
+        """Return the gradient (units, b) of the summed losses of outputs h (units, b); step the auxiliary networks.
+
+        rate: each network's learning rate; done: their steps so far.
+        """
         units, b = h.shape
-        found = self.dh[: units * b].reshape(units, b)
+        dh = self.dh[: units * b].reshape(units, b)
         self.objective.bring(targets)
         scores = self.scores.forward(h)
         factor = 1.0 if self.features is None else 1 - SHARE
-        dx = found.reshape(*self.scores.model.in_shape, b)
+        dx = dh.reshape(*self.scores.model.in_shape, b)
         self.objective.derive(self.scores.tape, scores, self.objective.targets(b), factor, dx=dx)
         self.scores.step(rate(self.scores), 1 / b, done)
         if self.features is not None:
-            seen = np.asarray(self.ops.host(self.features.forward(h)), np.float64)
-            _, slope = self.similarity(seen, targets, SHARE * b)
-            more = self.more[: units * b].reshape(units, b)
-            self.features.backward(self.ops.put(slope.astype(h.dtype)), more)
+            features = np.asarray(self.ops.host(self.features.forward(h)), np.float64)
+            _, slope = self.similarity(features, targets, SHARE * b)
+            feature_dh = self.feature_dh[: units * b].reshape(units, b)
+            self.features.backward(self.ops.put(slope.astype(h.dtype)), feature_dh)
             self.features.step(rate(self.features), 1 / b, done)
-            found += more
-        return found
+            dh += feature_dh
+        return dh

@@ -1,4 +1,4 @@
-"""Decoupled neural interfaces: blocks of layers on different ranks, each of which updates at once.
+"""Decoupled neural interfaces: blocks of layers on different ranks; each block updates without waiting for the others.
 
 Jaderberg and others, "Decoupled neural interfaces using synthetic gradients" (2017); Czarnecki and others,
 "Understanding synthetic gradients and decoupled neural interfaces" (2017). A block sends its outputs up, updates along
@@ -43,11 +43,11 @@ OPTIONS = ("--layer-blocks", "4", "--model", "mlp", "--widths", "20", "20", "20"
 
 
 class DecoupledInterfaces(Method):
-    """The method on one rank: consecutive blocks and their auxiliary networks, with optimizer states.
+    """Decoupled neural interfaces on one rank: consecutive blocks and their auxiliary networks, with optimizer states.
 
-    Checkpoints hold minibatches in flight too, so that a resumed training ends in the same bits. Spaces: `dni`, weights
-    of auxiliary networks; `dni_m` and so on, vectors of their optimizers; `dni_flight`, outputs and returned gradients
-    in flight; `dni_samples`, their sample ids.
+    Checkpoints hold minibatches in flight too, so that a resumed training ends in the same bits. Spaces of checkpoints:
+    `dni`, weights of auxiliary networks; `dni_m` and so on, vectors of their optimizers; `dni_flight`, outputs and
+    returned gradients in flight; `dni_samples`, sample ids of the minibatches in flight.
     """
 
     name = "dni"
@@ -63,8 +63,8 @@ class DecoupledInterfaces(Method):
         runs = [network.runs(layout, *stage) for stage in self.stages]
         ranks = [owner_of(k, self.count, context.size) for k in range(self.count)]
         self.held = [[k for k, rank in enumerate(ranks) if rank == one] for one in range(context.size)]
-        several = ([one for k in held for one in runs[k].intervals] for held in self.held)
-        super().__init__(context, Ownership(tuple(map(Runs.union, several))))
+        intervals = ([one for k in held for one in runs[k].intervals] for held in self.held)
+        super().__init__(context, Ownership(tuple(map(Runs.union, intervals))))
         self.batch = context.config.data.batch_size
         self.world = context.group()
         self.w, self.g = (ops.zeros(self.shards[self.rank].size, self.dtype) for _ in range(2))
@@ -81,8 +81,8 @@ class DecoupledInterfaces(Method):
         self.flight = Tensors(
             *in_flight(self.cuts, s, self.batch, self._owner), context.size, self.rank, ops, self.dtype
         )
-        self.beside = Tensors(*auxiliary_tensors(self.cuts, self._owner), context.size, self.rank, ops, self.dtype)
-        self.auxiliary_g = ops.zeros(self.beside.array.size, self.dtype)
+        self.auxiliary_w = Tensors(*auxiliary_tensors(self.cuts, self._owner), context.size, self.rank, ops, self.dtype)
+        self.auxiliary_g = ops.zeros(self.auxiliary_w.array.size, self.dtype)
         buffers = {k: self._cut_buffers(k) for k in range(held[0] - 1, held[-1] + 1) if 0 <= k < len(self.cuts)}
         self.auxiliary = self._auxiliary()
         ends = np.cumsum([0, *(runs[k].size for k in held)]).tolist()
@@ -105,7 +105,7 @@ class DecoupledInterfaces(Method):
             self._count(block)
         self.account.hold("buffers", *(one.outputs for one in buffers.values()))
         self.account.hold("buffers", *(one.targets for one in buffers.values() if one.targets is not None))
-        self.found: dict[str, Any] = {}
+        self.measured: dict[str, Any] = {}
 
     check, needed = staticmethod(check_dni), staticmethod(dni_needed)
     notes, warnings = staticmethod(dni_notes), staticmethod(dni_warnings)
@@ -135,18 +135,18 @@ class DecoupledInterfaces(Method):
 
     def _auxiliary(self) -> dict[tuple[int, str], Auxiliary]:
         """This rank's auxiliary networks, by cut and name."""
-        found, at = {}, 0
+        auxiliary, at = {}, 0
         for cut in self.cuts:
             for name, network in cut.networks.items():
                 if cut.side(name) not in self.held[self.rank]:
                     continue
                 place = slice(at, at + network.layout().size)
                 at = place.stop
-                found[cut.number, name] = Auxiliary(
-                    self.context.config, network, self.beside.array[place], self.auxiliary_g[place], self.ops,
+                auxiliary[cut.number, name] = Auxiliary(
+                    self.context.config, network, self.auxiliary_w.array[place], self.auxiliary_g[place], self.ops,
                     f"cut {cut.number + 1} {name}", zero=name == "gradient",
                 )  # fmt: skip
-        return found
+        return auxiliary
 
     def _networks(self, block: int) -> dict[str, Auxiliary]:
         """The auxiliary networks of a block."""
@@ -165,20 +165,20 @@ class DecoupledInterfaces(Method):
         for one in (*optimizers, *(aux.optimizer for aux in self.auxiliary.values())):
             self.account.hold("optimizer", *one.work, one.scratch)
         self.state.scalars["steps"] = 0
-        # Steps of synthesizers and of local losses; the first minibatch of which what is in flight is known.
+        # fits, learnt: steps of synthesizers and of local losses; since: first minibatch with valid tensors in flight.
         for name in ("fits", "learnt", "since"):
             state.scalar(name, 0)
         state.scalars.update(optimizers[0].scalars)
-        lost = f"the auxiliary networks of {self.count} blocks as these options have them: they start afresh"
-        layout, runs = self.beside.layout, self.beside.owned
+        lost = f"the auxiliary networks of {self.count} blocks, with these options: they start from initial weights"
+        layout, runs = self.auxiliary_w.layout, self.auxiliary_w.owned
         if layout.size:
-            state.space("dni", [self.beside.array], self.dtype, layout, runs, "weights", lost)
-            steps = "the optimizers of these: they start afresh"
+            state.space("dni", [self.auxiliary_w.array], self.dtype, layout, runs, "weights", lost)
+            steps = "the optimizers of the auxiliary networks: they start from zeros"
             steppers = [one.optimizer for one in self.auxiliary.values()]
             for name in optimizers[0].vectors:
                 arrays = [one.vectors[name] for one in steppers]
                 state.space(f"dni_{name}", arrays, self.dtype, layout, runs, "optimizer", steps, of_optimizer=True)
-        lost = "the minibatches in flight as these options have them: no synthesizer learns from those"
+        lost = "the minibatches in flight, with these options: no synthesizer learns from these minibatches"
         layout, runs = self.flight.layout, self.flight.owned
         if layout.size:
             state.space("dni_flight", [self.flight.array], self.dtype, layout, runs, "buffers", lost)
@@ -187,7 +187,7 @@ class DecoupledInterfaces(Method):
             state.space("dni_samples", [self.slots.ids.reshape(-1)], np.dtype(np.int64), ids, everyone, "samples", lost)
 
     def _count(self, block: Block) -> None:
-        """Put what a block keeps besides to the account."""
+        """Add the activations and buffers of a block to the account."""
         self.account.ask("activations", lambda: (block.x, block.model.activation_bytes))
         self.account.ask("buffers", lambda: (block.dy, block.model.buffer_bytes))
         self.account.hold("buffers", block.samples_in_order, *block.networks.values())
@@ -229,7 +229,7 @@ class DecoupledInterfaces(Method):
         for block in self.blocks:
             block.predicted = -1
         if {"dni", "dni_flight", "dni_samples"} & fresh or self.context.config.run.new_data:
-            # What was in flight is of other networks, other minibatches or other samples.
+            # The tensors in flight belong to other networks, minibatches or samples: no synthesizer learns from them.
             self.scalars["since"] = self.scalars["steps"]
         if fresh & self.state.spaces.keys() - {"dni_flight", "dni_samples"}:
             self.scalars["fits"] = self.scalars["learnt"] = 0
@@ -240,20 +240,22 @@ class DecoupledInterfaces(Method):
             self._check_slot(k)
 
     def _check_slot(self, k: int) -> None:
-        """UserError unless minibatch k in flight is of training samples, and of one at least."""
+        """Raise UserError unless minibatch k in flight has samples, and all of them are training samples."""
         ids = self.slots.of(k)
         if not len(ids) or ids.min() < 0 or ids.max() >= self.dataset.train.n:
-            raise UserError("the minibatches in flight of the checkpoint are of no training samples; use another one")
+            raise UserError(
+                "the minibatches in flight of the checkpoint are not training samples of this data set: use another one"
+            )
 
     def test(self) -> dict[str, float]:
         self.drain()
         with self.counter.paused():
             sums = evaluate(self.metric, self.batches, self._test_scores, self.tests.targets, self.ops)
-        self.found = self._errors()
+        self.measured = self._errors()
         return self.metric.scores(self.world.agree(sums))
 
     def _test_scores(self, ids: np.ndarray) -> np.ndarray | None:
-        """The scores of test samples: outputs go from block to block."""
+        """Return the scores of test samples on the last block's rank, else None; outputs go from block to block."""
         b, y = len(ids), None
         for block in self.blocks:
             if block.number == 0:
@@ -271,7 +273,7 @@ class DecoupledInterfaces(Method):
         return None
 
     def _errors(self) -> dict[str, Any]:
-        """Relative errors of synthetic gradients since the last test, of each cut, see `diagnostics`."""
+        """Return the `diagnostics`, from the errors since the last test; set these errors to 0."""
         if not self.s.predicts:
             return {}
         sums = np.zeros((len(self.cuts), 2))
@@ -283,25 +285,29 @@ class DecoupledInterfaces(Method):
         return {"synthetic_error": [round(float(np.sqrt(a / b)), 6) if b > 0 else None for a, b in sums]}
 
     def diagnostics(self) -> dict[str, Any]:
-        """|synthetic - returned| / |returned| of the gradients of each cut, over the epoch."""
-        return self.found
+        """Return "synthetic_error": |synthetic - returned| / |returned| of gradients of each cut, over the epoch."""
+        return self.measured
 
     @property
     def lead(self) -> int:
         return self.s.ahead
 
     def messages(self, step: int, batch: int) -> list[Message]:
-        found = [message for one in self.boundaries for message in one.messages(Step(batch))]
+        up = [message for one in self.boundaries for message in one.messages(Step(batch))]
         if self.s.returns:
-            return found + [message for one in self.boundaries for message in one.messages(Step(batch), back=True)]
-        return found + [message for one in self.credits for message in one.messages(Step(1), back=True)]
+            return up + [message for one in self.boundaries for message in one.messages(Step(batch), back=True)]
+        return up + [message for one in self.credits for message in one.messages(Step(1), back=True)]
 
     def work(self) -> tuple[str, str, int]:
         numbers = self.held[self.rank]
         layers = self.network.layers[self.stages[numbers[0]][0] : self.stages[numbers[-1]][1]]
         names = [layer.name for layer in layers if layer.linear or layer.inner]
         role = f"block {numbers[0] + 1}" if len(numbers) == 1 else f"blocks {numbers[0] + 1} to {numbers[-1] + 1}"
-        return role, names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}", self.w.size + self.beside.array.size
+        return (
+            role,
+            names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}",
+            self.w.size + self.auxiliary_w.array.size,
+        )
 
     def events(self) -> dict[str, int]:
         return {"psl_terms_past_exp_clip": self.last.loss.clipped if self.last is not None else 0}

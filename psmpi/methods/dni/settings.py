@@ -1,4 +1,4 @@
-"""Settings of the method `dni`, and what it cannot train; made without MPI and arrays of weights."""
+"""Settings of the method `dni`, and its checks of a configuration, which use neither MPI nor arrays of weights."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from psmpi.training.auxiliary import AuxiliaryNetwork
 from psmpi.training.checks import check_classes, check_first_order, check_slices
 from psmpi.training.context import check_optimizer, configured_loss
 
-# Minibatches in flight at most: a number is a tag of MPI, and a rank keeps what is in flight.
+# Maximum of --ahead: the number of a minibatch is an MPI tag, and a rank keeps the minibatches in flight in memory.
 MOST_AHEAD = 1024
 
 
@@ -71,12 +71,15 @@ class Settings:
 
     @property
     def returns(self) -> bool:
-        """Whether gradients go down."""
+        """Whether blocks return gradients to the blocks below."""
         return self.local_loss == "none"
 
 
 def count_blocks(size: int, network: Network, asked: int) -> int:
-    """The number of blocks on `size` ranks, `asked` or 0; UserError where these ranks or the layers do not fit."""
+    """Return the number of blocks on `size` ranks: `asked`, or for 0 one a rank and at least 2.
+
+    Raise UserError if the model has too few layers for them, or the ranks cannot hold equally many blocks.
+    """
     depth = len(starts(network))
     blocks = asked or max(2, size)
     if blocks < 2 or blocks > depth or blocks % size:
@@ -85,9 +88,9 @@ def count_blocks(size: int, network: Network, asked: int) -> int:
         if depth < 2:
             fix = "use another model or method"
         raise UserError(
-            f"--method dni cannot train --model {network.name}, which can be cut into {depth} at most, in "
-            f"{counted(blocks, 'block')} on {counted(size, 'rank')}: there are two or more, and each rank takes as "
-            f"many as the others; {fix}"
+            f"--method dni cannot cut --model {network.name} into {counted(blocks, 'block')} on "
+            f"{counted(size, 'rank')}: the model has at most {depth} blocks, dni needs two or more, and every rank "
+            f"holds the same number; {fix}"
         )
     return blocks
 
@@ -96,7 +99,8 @@ def count_blocks(size: int, network: Network, asked: int) -> int:
 class Cut:
     """The cut above block `number`, from 0: shape of the block's outputs, auxiliary networks by name.
 
-    "gradient", "scores" and "features" are on the rank of block `number`, "inputs" on that of the block above.
+    The networks "gradient", "scores" and "features" are on the rank of block `number`, "inputs" on the rank of the
+    block above.
     """
 
     number: int
@@ -108,15 +112,15 @@ class Cut:
         return prod(self.shape)
 
     def side(self, name: str) -> int:
-        """The block that an auxiliary network of the cut is beside."""
+        """Return the block on whose rank the auxiliary network `name` of the cut is."""
         return self.number + (name == "inputs")
 
 
 def find_cuts(network: Network, stages: list[tuple[int, int]], outputs: int, s: Settings) -> list[Cut]:
-    """The cuts between blocks; outputs: classes, or values of a sample."""
-    found = []
-    for number, (_, behind) in enumerate(stages[:-1]):
-        shape = network.layers[behind - 1].out_shape
+    """Return the cuts between blocks. outputs: the number of classes, or of values of a sample."""
+    cuts = []
+    for number, (_, stop) in enumerate(stages[:-1]):
+        shape = network.layers[stop - 1].out_shape
         networks = {}
         if s.predicts:
             given = outputs if s.synthetic == "cdni" else 0
@@ -127,12 +131,12 @@ def find_cuts(network: Network, stages: list[tuple[int, int]], outputs: int, s: 
             networks["scores"] = local_classifier(prod(shape), outputs)
         if s.local_loss == "predsim":
             networks["features"] = local_features(shape)
-        found.append(Cut(number, shape, networks))
-    return found
+        cuts.append(Cut(number, shape, networks))
+    return cuts
 
 
 def owner_of(block: int, blocks: int, size: int) -> int:
-    """The rank that a block is on."""
+    """Return the rank of a block."""
     return block // (blocks // size)
 
 
@@ -153,7 +157,7 @@ def check_dni(size: int, network: Network, dataset: Dataset, config: Config) -> 
             raise UserError(f"--{name} {value:g}: expected a number from 0 to {most:g}")
     if s.ahead > MOST_AHEAD:
         raise UserError(
-            f"--ahead {s.ahead}: expected 1 to {MOST_AHEAD}; blocks keep the outputs of so many minibatches"
+            f"--ahead {s.ahead}: expected 1 to {MOST_AHEAD}; blocks keep the outputs of that many minibatches"
         )
     if s.bp_lambda > 0 and s.ahead > 1:
         raise UserError(
@@ -185,8 +189,8 @@ def check_dni(size: int, network: Network, dataset: Dataset, config: Config) -> 
     least = 1 if s.synthesizer_hidden and (s.predicts or s.synthetic_inputs) else 0
     if (least and dataset.train.n % config.data.batch_size == 1) or config.data.batch_size <= least:
         raise UserError(
-            f"--batch-size {config.data.batch_size}: --synthesizer-hidden normalizes over a minibatch, and one has a "
-            "single sample; use another size"
+            f"--batch-size {config.data.batch_size}: --synthesizer-hidden normalizes over a minibatch, and one of them "
+            "has a single sample; use another size"
         )
     configured_loss(config, dataset)
     check_optimizer(config, layout, ())
@@ -201,11 +205,11 @@ def dni_notes(size: int, network: Network, config: Config) -> Iterator[str]:
     blocks = count_blocks(size, network, s.layer_blocks)
     stages = split_layers(network, blocks)
     cuts = find_cuts(network, stages, network.classes, s)
-    own = sum(one.layout().size for cut in cuts for one in cut.networks.values())
-    if own:
-        what = "synthesizers have" if s.local_loss == "none" else "local losses have"
-        times = own / network.layout().size
-        yield f"{blocks} blocks; {what} {own:,} parameters besides, {times:.2g} times the network's"
+    parameters = sum(one.layout().size for cut in cuts for one in cut.networks.values())
+    if parameters:
+        kind = "synthesizers" if s.local_loss == "none" else "local losses"
+        times = parameters / network.layout().size
+        yield f"{blocks} blocks; {kind} have {parameters:,} parameters, {times:.2g} times the network's"
 
 
 def dni_warnings(size: int, network: Network, config: Config) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Tensors of the method `dni` besides the network's: which there are, on which ranks, and this rank's share."""
+"""Tensors of the method `dni` besides the network's: their names, shapes and ranks, and this rank's arrays."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from psmpi.backend import NumpyOps
 from psmpi.layout import plain_layout
 from psmpi.methods.dni.settings import Cut, Settings
 
-# By tensor: its shape, and the ranks that have it.
+# Shape of each tensor, and the ranks that have it, by name.
 Shapes = dict[str, tuple[int, ...]]
 Owners = dict[str, set[int]]
 
 
 class Tensors:
-    """Named tensors of a space of checkpoints; this rank's lie one after the other in `array`.
+    """Named tensors of a space of checkpoints; this rank's tensors lie one after the other in `array` (n,).
 
-    layout: of all; owned: for each of `size` ranks the runs that it has; views: this rank's tensors by name.
+    layout: of all tensors; owned: the runs of each of `size` ranks; views: this rank's tensors by name.
     """
 
     def __init__(
@@ -37,9 +37,9 @@ class Tensors:
 
 
 def in_flight(cuts: Sequence[Cut], s: Settings, batch: int, owner: Callable[[int], int]) -> tuple[Shapes, Owners]:
-    """What of minibatches in flight synthesizers learn from: outputs, and gradients that the block above returns.
+    """Return shapes and ranks of the tensors in flight: outputs, and the gradients that the block above returns.
 
-    owner: the rank of a block.
+    Synthesizers learn from these tensors. owner: a function from a block to its rank.
     """
     shapes: Shapes = {}
     owners: Owners = {}
@@ -55,7 +55,10 @@ def in_flight(cuts: Sequence[Cut], s: Settings, batch: int, owner: Callable[[int
 
 
 def auxiliary_tensors(cuts: Sequence[Cut], owner: Callable[[int], int]) -> tuple[Shapes, Owners]:
-    """The parameters of all auxiliary networks, those of one network one after the other; owner: as of `in_flight`."""
+    """Return shapes and ranks of the parameters of all auxiliary networks, one network after the other.
+
+    owner: as in `in_flight`.
+    """
     shapes: Shapes = {}
     owners: Owners = {}
     for cut in cuts:

@@ -1,1 +1,1 @@
-"""Hogwild: updates of shared weights that nobody waits for."""
+"""The method `hogwild`: updates of shared weights without locks."""

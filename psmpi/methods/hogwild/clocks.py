@@ -1,4 +1,4 @@
-"""Who takes which minibatch, and how far a rank may be ahead of others (Ho et al. 2013, stale synchronous parallel)."""
+"""Assignment of minibatches to ranks, and the bound on staleness (stale synchronous parallel, Ho et al. 2013)."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from psmpi.comm.protocol import Communicator
 from psmpi.comm.watch.flight import receiving
 from psmpi.comm.windows import Counters
 
-# Seconds between looks at other clocks, first and at most.
+# First and longest pause between two reads of the other clocks, in seconds.
 SHORT, LONG = 2e-5, 1e-3
 
 
 class Turns:
-    """Minibatches for ranks in turn. `clock` is how many a rank has done, and what was added before is there.
+    """Minibatches for ranks in turn, with a bound on staleness.
 
-    A rank begins with its c-th only while c - the least clock <= bound; None: whenever it likes.
+    clock: the minibatches that this rank has finished, whose additions are in the shared weights. A rank begins its
+    next minibatch only if clock - the least clock of all ranks <= bound; with bound None it never waits.
     """
 
     def __init__(self, rank: int, size: int, bound: int | None, counters: Counters | None, world: Communicator):
@@ -26,12 +27,12 @@ class Turns:
         self.clocks = np.zeros(size, np.int64)
         self.clock = self.lead = 0
 
-    def mine(self, turn: int) -> bool:
-        """Whether this rank takes minibatch `turn`; asked for each, in their order."""
+    def takes(self, turn: int) -> bool:
+        """Whether this rank takes minibatch `turn`; callers ask for every minibatch, in order."""
         return turn % self.size == self.rank
 
     def restart(self, turn: int, barrier: Callable[[], None]) -> None:
-        """Go on with minibatch `turn`; all ranks call it together, with what makes all wait for all."""
+        """Set the clocks so that the run goes on with minibatch `turn`. Collective; barrier: a barrier of all ranks."""
         past = self.clock
         self.clock = max(0, turn - self.rank + self.size - 1) // self.size
         if self.counters is not None and self.bound is not None:
@@ -39,7 +40,7 @@ class Turns:
             barrier()
 
     def begin(self) -> None:
-        """Wait until this rank may begin with its next minibatch."""
+        """Wait until the bound allows this rank's next minibatch."""
         if self.counters is None or self.bound is None:
             return
         self.counters.read(self.clocks)
@@ -57,14 +58,17 @@ class Turns:
             self.counters.read(self.clocks)
 
     def end(self) -> None:
-        """Count a minibatch whose additions are there."""
+        """Count a minibatch whose additions are in the shared weights."""
         self.clock += 1
         if self.counters is not None and self.bound is not None:
             self.counters.count(self.rank)
 
 
 class Tickets(Turns):
-    """Minibatches for whoever comes first. A rank has the number of its next one before those before it are done."""
+    """Minibatches for the rank that comes first: a shared counter hands out their numbers.
+
+    next: the number of this rank's next minibatch, which the rank draws when it has finished the one before.
+    """
 
     def __init__(self, rank: int, size: int, counters: Counters, world: Communicator):
         super().__init__(rank, size, None, counters, world)
@@ -78,7 +82,7 @@ class Tickets(Turns):
         barrier()
         self.next = self.counters.count(0)
 
-    def mine(self, turn: int) -> bool:
+    def takes(self, turn: int) -> bool:
         return turn == self.next
 
     def end(self) -> None:

@@ -1,4 +1,4 @@
-"""Updates of partially-separable networks: each is of one element of the loss, a pair of classes, and its weights."""
+"""Updates of partially-separable networks, one for each element of the loss: a pair of classes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from psmpi.training.element_worker import ElementWorker
 
 
 def check_elements(network: Network, dataset: Dataset, config: Config) -> None:
-    """UserError for a loss or a network whose elements cannot be updated one by one."""
+    """Raise UserError for a loss or a network whose elements cannot be updated one by one."""
     check_classes(dataset, "--elements", "leave it out")
     o, loss = config.optimization, configured_loss(config, dataset)
     if not loss.pairwise or loss.weights != "none":
@@ -31,18 +31,21 @@ def check_elements(network: Network, dataset: Dataset, config: Config) -> None:
         )
     if o.optimizer != "sgd" or o.weight_decay:
         raise UserError(
-            f"--elements steps elements by themselves, and --optimizer {o.optimizer} remembers all weights: use "
-            "--optimizer sgd without --weight-decay"
+            "--elements steps one element at a time, without optimizer state and weight decay: use --optimizer sgd "
+            "without --weight-decay"
         )
     if network.normalized:
-        raise UserError("--elements is not for batch normalization: a minibatch has few samples of a class")
+        raise UserError(
+            "--elements cannot train batch normalization, as a minibatch has few samples of a class: use a network "
+            "without it"
+        )
 
 
 class ElementUpdates:
-    """For each pair of classes {i, j} an update: the gradient of f_ij and f_ji over a minibatch's samples of i and j.
+    """Updates of pairs of classes: for {i, j} the gradient of f_ij and f_ji over a minibatch's samples of i and j.
 
-    It reads and adds to the weights of the subnetworks of i and j alone. The models of all pairs compute with the same
-    memory, one after the other.
+    An update reads and changes only the weights of the subnetworks of i and j. The models of all pairs share the arrays
+    w and g, one after the other.
     """
 
     def __init__(self, context: Context, worker: ElementWorker, store: Store):
@@ -67,44 +70,44 @@ class ElementUpdates:
     def _worker(
         self, context: Context, worker: ElementWorker, number: int, pair: tuple[int, int], part: Runs
     ) -> ElementWorker:
-        # What a loss adds whatever the weights is counted with the first.
+        # The first pair, in column 0, counts the terms of a loss that do not depend on weights.
         place = Worker(0, number, pair, frozenset([pair]))
         roles = Roles(1, (place,), Ownership((part,)), Ownership((part,)))
-        made = ElementWorker(
+        element_worker = ElementWorker(
             context, place, roles, context.group([context.rank]), self.w[: part.size], self.g[: part.size], tests=False,
             samples=np.arange(0),
         )  # fmt: skip
-        made.train = worker.train
-        return made
+        element_worker.train = worker.train
+        return element_worker
 
     def memory(self) -> dict[str, int]:
-        """Bytes of what the pairs' models hold, without the samples, which they share."""
-        found = {"activations": 0, "buffers": 0}
+        """Bytes of the pairs' models, without the samples, which they share."""
+        total = {"activations": 0, "buffers": 0}
         for worker in self.workers:
-            held = worker.memory()
-            for what in found:
-                found[what] += held[what]
-        return found
+            nbytes = worker.memory()
+            for kind in total:
+                total[kind] += nbytes[kind]
+        return total
 
     @property
-    def what(self) -> str:
-        """Of what an update is."""
+    def scope(self) -> str:
+        """The samples and weights of an update, in words."""
         return "a pair of classes"
 
     def sparsity(self) -> Sparsity:
-        """That of the updates, from the partition."""
+        """Return the sparsity of the updates, from the partition."""
         return of_pairs(self.layout, self.pairs)
 
     def count(self, samples: int) -> int:
-        """The updates of a minibatch, at most."""
+        """Return the most updates that a minibatch makes."""
         return len(self.pairs)
 
     def run(self, ids: np.ndarray, lr: float) -> float:
-        """Make the updates of a minibatch; returns the sum of the losses."""
-        here, total, batch = set(np.unique(self.labels[ids]).tolist()), 0.0, Batch(ids)
+        """Make the updates of a minibatch; return the sum of the losses."""
+        present, total, batch = set(np.unique(self.labels[ids]).tolist()), 0.0, Batch(ids)
         for pair, part, worker in zip(self.pairs, self.parts, self.workers, strict=True):
-            if not here.intersection(pair):
-                # Also what its first worker counts is of no sample's.
+            if not present.intersection(pair):
+                # The first pair's worker also counts the terms that do not depend on weights.
                 total += worker.element_losses(batch, batch) * len(ids) if worker.place.column == 0 else 0.0
                 continue
             self._read(part)
@@ -145,17 +148,17 @@ class ElementUpdates:
 
 
 def places_of(part: Runs) -> np.ndarray:
-    """The elements of runs, in their order."""
+    """Return the indices (n,) int64 of the elements of runs, in order."""
     return np.concatenate([np.arange(start, stop) for start, stop in part.intervals])
 
 
 def of_pairs(layout: Layout, pairs: list[tuple[int, int]]) -> Sparsity:
-    """Omega, Delta and rho where each pair of classes updates the weights of its part, as often as the others."""
+    """Return the sparsity of updates of pairs of classes: each updates the weights of its part, all equally often."""
     counts = np.zeros(layout.size, np.int64)
     for pair in pairs:
         for start, stop in layout.part(pair).intervals:
             counts[start:stop] += 1
-    # Without weights of all, pairs meet where they have a class in common.
+    # Without weights that all pairs share, two pairs meet if they have a class in common.
     in_common = max(sum(bool(set(one) & set(other)) for other in pairs) for one in pairs)
     met = len(pairs) if (counts == len(pairs)).any() else in_common
     largest = max(layout.part(pair).size for pair in pairs)

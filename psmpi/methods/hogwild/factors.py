@@ -1,4 +1,4 @@
-"""Updates of factors of a matrix: of each entry one, of the vectors of its row and its column, by a kernel."""
+"""Updates of a matrix factorization: one for each entry, of the vectors of its row and its column, by a kernel."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from psmpi.training.context import Context
 
 
 def is_factors(network: Network, dataset: Dataset, config: Config, update_samples: int) -> bool:
-    """Whether a kernel knows the updates: plain descent of products of two tokens' vectors, a sample at a time."""
+    """Whether a kernel makes the updates: plain descent of products of two tokens' vectors, a sample at a time."""
     return (
         [type(layer) for layer in network.layers] == [Embedding, Dot]
         and config.objective.loss == "squared"
@@ -31,10 +31,10 @@ def is_factors(network: Network, dataset: Dataset, config: Config, update_sample
 
 
 class FactorUpdates:
-    """Of each sample an update, in shared memory with the others' as soon as it is made.
+    """One update for each sample, in shared memory, where other ranks see it at once.
 
-    The penalty of a vector, half of --weight-decay times its square, is taken where samples have its token, by so much
-    more the fewer these are.
+    The penalty of a vector, half of --weight-decay times its squared norm, is applied at the samples with its token,
+    times the number of all samples / the number of occurrences of the token.
     """
 
     def __init__(self, context: Context, store: SharedStore):
@@ -54,16 +54,16 @@ class FactorUpdates:
         self.owned = (*self.pairs, self.starts, self.seen)
 
     @property
-    def what(self) -> str:
-        """Of what an update is."""
+    def scope(self) -> str:
+        """The samples and weights of an update, in words."""
         return f"a sample's two vectors of {self.shape[0]} weights; counted in vectors"
 
     def sparsity(self) -> Sparsity:
-        """That of the updates, a vector as one weight."""
+        """Return the sparsity of the updates, in which a vector counts as one weight."""
         return of_rows(self.starts, self.pairs.tokens.reshape(-1), len(self.seen), self.seed)
 
     def run(self, ids: np.ndarray, lr: float) -> float:
-        """Make the updates of a minibatch; returns the sum of the losses."""
+        """Make the updates of a minibatch; return the sum of the losses."""
         w, how = self.store.w.reshape(self.shape), self.how._replace(lr=lr)
         total = self.ops.factor_steps(ids, self.pairs, w, how, self.store.atomic)
         if not isfinite(total) and not self.numbers.lenient:
@@ -73,5 +73,5 @@ class FactorUpdates:
     one_by_one = run
 
     def deal(self, ids: np.ndarray, size: int) -> tuple[np.ndarray, int, int]:
-        """As `SparseUpdates.deal`: samples with a token in common are joined."""
+        """See `SparseUpdates.deal`: samples with a token in common are in one component."""
         return self.ops.deal_components(ids, self.starts, self.pairs.tokens.reshape(-1), size, self.seen)

@@ -1,8 +1,8 @@
 """Hogwild: every rank takes minibatches of its own, and adds its updates to shared weights without waiting.
 
-Niu, Recht, Re and Wright, "Hogwild!" (2011). Between updates there is neither lock nor barrier, which at the end of an
-epoch there is. With --updates cyclades the ranks update weights of different samples only, and end as one rank would
-(Pan et al., "CYCLADES", 2016).
+Niu, Recht, Re and Wright, "Hogwild!" (2011). Between updates there is neither lock nor barrier; an epoch ends with a
+barrier. With --updates cyclades the ranks update disjoint weights only, and the result is that of one rank (Pan et al.,
+"CYCLADES", 2016).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from psmpi.training.need import Need, added, vectors_needed, worker_needed
 
 
 class Hogwild(Method):
-    """The method on one rank."""
+    """Hogwild on one rank: the store of the shared weights, and the updates that this rank makes."""
 
     name = "hogwild"
     summary = "asynchronous updates of shared weights"
@@ -64,7 +64,7 @@ class Hogwild(Method):
             )
         self.s, self.size = context.settings(Settings), context.size
         self.group, self.aside = context.group(), context.uncounted()
-        everything = Runs(((0, self.layout.size),))
+        all_weights = Runs(((0, self.layout.size),))
         self.sparse = not context.settings(Settings).elements and is_sparse(
             context.network, context.dataset, context.config
         )
@@ -72,22 +72,22 @@ class Hogwild(Method):
             context.network, context.dataset, context.config, self.s.update_samples
         )
         windows = self._choose()
-        self.store = self._store(windows, everything)
+        self.store = self._store(windows, all_weights)
         self.turns = self._turns(windows)
         self.g = self.ops.zeros(self.layout.size, self.dtype)
-        used, place = roles.parts[self.rank].inside(everything), roles.workers[self.rank]
+        used, place = roles.parts[self.rank].inside(all_weights), roles.workers[self.rank]
         assert used is not None and place is not None
-        alone = context.group([self.rank])
-        self.worker = ElementWorker(context, place, roles, alone, self.store.w[used], self.g[used])
-        self.updates = self._updates(everything)
-        self._declare(everything)
+        own_group = context.group([self.rank])
+        self.worker = ElementWorker(context, place, roles, own_group, self.store.w[used], self.g[used])
+        self.updates = self._updates(all_weights)
+        self._declare(all_weights)
 
     def _choose(self) -> Windows | None:
-        """Decide what --updates auto is, and why; the windows, None where there are none to be made."""
+        """Set `kind`, `why` and `bound`, which resolve --updates auto; return the MPI windows, None on one rank."""
         self.why, self.bound = "", self.s.bound
         self.kind: str = self.s.updates
         if self.size == 1:
-            self.kind, self.why = "raw" if self.kind == "auto" else self.kind, "one rank alone"
+            self.kind, self.why = "raw" if self.kind == "auto" else self.kind, "there is one rank"
             return None
         windows = windows_of(self.context.world)
         if self.kind == "auto":
@@ -99,7 +99,7 @@ class Hogwild(Method):
             )
         if self.kind == "atomic" and not self.ops.atomics:
             raise UserError(
-                "--updates atomic needs the compiled kernels, which are not there: use --updates accumulate, or raw"
+                "--updates atomic needs the compiled kernels, which are not built: use --updates accumulate, or raw"
             )
         fault = "" if self.kind == "server" else windows.fault()
         if fault:
@@ -123,7 +123,7 @@ class Hogwild(Method):
         self.why = "all ranks are on one host"
         return "atomic"
 
-    def _store(self, windows: Windows | None, everything: Runs) -> Store:
+    def _store(self, windows: Windows | None, all_weights: Runs) -> Store:
         n, shards = self.layout.size, self.shards.runs
         start, stop = next(iter(self.shards[self.rank].intervals), (0, 0))
         share = slice(start, stop)
@@ -131,42 +131,42 @@ class Hogwild(Method):
             return SharedStore(windows, n, share, self.aside, self.dtype, self.ops, self.kind == "atomic")
         if self.kind == "accumulate":
             return WindowStore(windows, edges_of(shards, n), self.aside, self.dtype, self.counter)
-        whole = Gather(self.aside, shards, everything, self.dtype)
+        whole = Gather(self.aside, shards, all_weights, self.dtype)
         return ServerStore(n, share, self.group, self.aside, whole, self.bound, self.dtype)
 
     def _turns(self, windows: Windows | None) -> Turns:
         if windows is not None and self.s.hand_out == "tickets" and self.kind not in ("server", "cyclades"):
             return Tickets(self.rank, self.size, windows.counters(1), self.context.world)
         if self.kind == "server" and self.size > 1:
-            # The server itself keeps clocks.
+            # The server itself counts the minibatches of workers.
             return Turns(self.rank - 1, self.size - 1, None, None, self.context.world)
         counters = None if windows is None or self.bound is None else windows.counters(self.size)
         return Turns(self.rank, self.size, self.bound, counters, self.context.world)
 
-    def _updates(self, everything: Runs) -> NetworkUpdates | SparseUpdates | ElementUpdates | FactorUpdates:
+    def _updates(self, all_weights: Runs) -> NetworkUpdates | SparseUpdates | ElementUpdates | FactorUpdates:
         if self.s.elements:
-            made = ElementUpdates(self.context, self.worker, self.store)
-            self.account.include(made.memory)
-            return made
+            updates = ElementUpdates(self.context, self.worker, self.store)
+            self.account.include(updates.memory)
+            return updates
         if self.factors and isinstance(self.store, SharedStore):
             return FactorUpdates(self.context, self.store)
         if self.sparse:
             return SparseUpdates(self.context, self.worker, self.store, self.s.update_samples)
-        return NetworkUpdates(self.context, self.worker, self.store, self.g, everything, self.s.update_samples)
+        return NetworkUpdates(self.context, self.worker, self.store, self.g, all_weights, self.s.update_samples)
 
-    def _declare(self, everything: Runs) -> None:
+    def _declare(self, all_weights: Runs) -> None:
         """Declare the state: this rank's share of the weights, and its optimizer's vectors as rows of tables."""
         self.state.scalars = self.updates.optimizer.scalars
-        # Of the run: who takes a minibatch depends on its number.
+        # Steps of the whole run: the number of a minibatch decides which rank takes it.
         self.state.scalars["steps"] = 0
-        # What is saved stays as it is while others go on.
+        # Copy for checkpoints, which does not change while other ranks go on.
         self.saved = np.zeros_like(self.store.share)
         self.state.vector("weights", self.saved, after=self._load)
         for name, vector in self.updates.optimizer.vectors.items():
             self.state.table(name, vector.reshape(1, -1))
         if self.updates.optimizer.vectors:
             self.state.rows = TableRows.one_each(self.size)
-            self.state.lost = "the optimizers of this many ranks: all begin anew"
+            self.state.lost = "the optimizer states of this many ranks: all start from zeros"
         self.account.hold("weights", *self.store.owned)
         self.account.hold("gradients", self.g)
         self.account.hold("buffers", *self.updates.owned)
@@ -176,7 +176,7 @@ class Hogwild(Method):
         self._load()
 
     def _load(self) -> None:
-        """Go on from what is in `saved` of all ranks."""
+        """Set the shared weights from `saved` of all ranks."""
         self.store.share[...] = self.saved
         self.store.loaded()
 
@@ -198,21 +198,21 @@ class Hogwild(Method):
         return need
 
     def told(self) -> Iterable[str]:
-        what = {
-            "raw": "plain stores to memory that all share",
-            "atomic": "atomic additions to memory that all share",
-            "cyclades": "plain stores to memory that all share, of samples without common weights",
+        kind = {
+            "raw": "plain stores to memory that all ranks share",
+            "atomic": "atomic additions to memory that all ranks share",
+            "cyclades": "plain stores to memory that all ranks share, of samples without common weights",
             "accumulate": "additions to MPI windows",
             "server": "messages to rank 0, which adds them",
         }[self.kind]
         if self.why.startswith("warning: "):
             yield self.why
         elif self.s.updates == "auto":
-            yield f"note: updates are {what} (--updates {self.kind}): {self.why}"
+            yield f"note: updates are {kind} (--updates {self.kind}): {self.why}"
         else:
-            yield f"note: updates are {what}"
+            yield f"note: updates are {kind}"
         if self.rank == 0:
-            yield f"note: an update is of {self.updates.what}: {self.updates.sparsity()}"
+            yield f"note: an update is of {self.updates.scope}: {self.updates.sparsity()}"
 
     def run_epoch(self, steps: Iterable[tuple[Batch, float]]) -> None:
         for batch, lr in steps:
@@ -227,7 +227,7 @@ class Hogwild(Method):
             return
         turn = int(self.scalars["steps"])
         self.scalars["steps"] = turn + 1
-        if self.turns.mine(turn):
+        if self.turns.takes(turn):
             self.turns.begin()
             self.loss_sum += self.updates.run(batch.ids, lr)
             if self.kind == "accumulate" and (self.bound is not None or self.turns.clock % self.s.flush_every == 0):
@@ -242,7 +242,7 @@ class Hogwild(Method):
     def drain(self) -> None:
         self.store.settle()
         self.saved[...] = self.store.share
-        # Nobody adds before all have their copy.
+        # No rank adds before all ranks have their copy.
         self.aside.comm.Barrier()
 
     def restored(self, tables: bool, fresh: Set[str]) -> None:
@@ -261,17 +261,20 @@ class Hogwild(Method):
         return scores
 
     def diagnostics(self) -> dict[str, Any]:
-        """Changes by how many others came between them and what they were made from, where a server counts them."""
+        """Return "staleness" with --updates server: counts of changes by their staleness.
+
+        The staleness of a change is the number of other changes that the server added since the weights were read.
+        """
         if not isinstance(self.store, ServerStore):
             return {}
         counts = np.zeros(1, np.int64)
         counts[0] = len(self.store.histogram)
         self.aside.bcast(counts, 0)
-        found = np.zeros(int(counts[0]), np.int64)
+        histogram = np.zeros(int(counts[0]), np.int64)
         if self.store.server:
-            found[...] = self.store.histogram
-        self.aside.bcast(found, 0)
-        return {"staleness": found.tolist()}
+            histogram[...] = self.store.histogram
+        self.aside.bcast(histogram, 0)
+        return {"staleness": histogram.tolist()}
 
     def work(self) -> tuple[str, str, int]:
         if isinstance(self.store, ServerStore) and self.store.server:
@@ -290,7 +293,7 @@ class Hogwild(Method):
         if isinstance(self.store, ServerStore):
             return self.store.messages(worker, updates)
         if worker != rank:
-            # Nobody knows of what others read and add here.
+            # A rank knows only of its own one-sided reads and additions.
             return []
         others = [(other, self.shards[other].size * self.dtype.itemsize) for other in range(size) if other != rank]
         return [m for other, nbytes in others for m in ((other, rank, nbytes), (rank, other, nbytes))] * updates

@@ -1,4 +1,4 @@
-"""Weights with a server, rank 0, which adds what workers send: for MPI libraries without windows that work."""
+"""Weights on a server, rank 0, which adds the changes that workers send: for MPI libraries without working windows."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from psmpi.comm.transfers import Gather, Message
 from psmpi.comm.watch.flight import receiving
 from psmpi.methods.hogwild.stores import Store
 
-# What a worker says: that it wants weights, that a change follows, of weights of a version, that its minibatch is done,
-# and that it has no more.
-# What is zeros, as that of ranks which are not there, asks for nothing.
+# Messages of a worker: END of a minibatch, READ the weights, a CHANGE follows (with the version of the weights that it
+# was made from), STOP for good. END is 0, as the zeros of ranks that are not there must ask for no answer.
 END, READ, CHANGE, STOP = range(4)
 WORDS = 2 * 8
-# Looks at all workers without sleep, and the longest sleep, in seconds.
+# Polls of all workers without a message before the server sleeps, and its longest sleep in seconds.
 LOOKS, NAP = 200, 5e-4
 
 
 class ServerStore(Store):
-    """The server's w is the weights; that of a worker is what it has read last.
+    """Shared weights on a server: the server's w (n,) are the weights, a worker's w is its last copy.
 
-    An update of a worker is a read, and a change, which names the version that it was made from. The server looks at
-    workers in turn, so that none is left out; it answers the read of a worker that is more than `bound` minibatches
-    ahead of another one when that has done what it lacks. histogram: changes by how many others came between.
+    An update of a worker is a READ and a CHANGE, which names the version of the weights that it was made from. The
+    server polls the workers in turn, so that it serves all of them. A worker more than `bound` minibatches ahead of the
+    slowest one waits for the answer to its READ. histogram: counts of changes by the number of other changes that the
+    server added since the READ.
     """
 
     def __init__(
@@ -46,14 +46,14 @@ class ServerStore(Store):
         self.share = self.w[share]
         self.version = 0
         self.histogram = np.zeros(0, np.int64)
-        # Of the server: what it receives, and for each worker its last words, minibatches, and whether it waits.
+        # On the server: a received change, and for each worker its last message, finished minibatches, and if it waits.
         self.change = np.zeros(n if self.server else 0, dtype)
-        self.said = np.zeros((self.workers + 1, 2), np.int64)
+        self.headers = np.zeros((self.workers + 1, 2), np.int64)
         self.done, self.waits = np.zeros(self.workers, np.int64), np.zeros(self.workers, bool)
         self.stopped = 0
         self.owned = (self.w, self.change)
-        # What is waited for counts when it is there.
-        self.requests = [aside.irecv(self.said[k + 1], k + 1) for k in range(self.workers)] if self.server else []
+        # These receives are not counted; `_look` counts each message that has arrived.
+        self.requests = [aside.irecv(self.headers[k + 1], k + 1) for k in range(self.workers)] if self.server else []
 
     def read(self) -> None:
         version = np.empty(1, np.int64)
@@ -72,7 +72,7 @@ class ServerStore(Store):
         self.group.send(np.array([END, 0]), 0)
 
     def serve(self, worker: int, minibatches: int) -> None:
-        """On the server: serve all until `worker`, from 0, has done so many minibatches."""
+        """On the server: serve all workers until `worker`, from 0, has finished that many minibatches."""
         with receiving(self.group.comm, worker + 1):
             self._until(lambda: bool(self.done[worker] >= minibatches))
 
@@ -90,7 +90,7 @@ class ServerStore(Store):
                 nap = min(NAP, 2 * nap)
 
     def _look(self, worker: int) -> bool:
-        """Do what a worker waits for; whether there was something."""
+        """Serve a request of a worker, if there is one; return whether there was."""
         if self.waits[worker]:
             if not self._may_begin(worker):
                 return False
@@ -100,17 +100,17 @@ class ServerStore(Store):
         if not self.requests[worker].Test():
             return False
         self.group.counter.add(0, WORDS)
-        what, version = self.said[worker + 1].tolist()
-        if what == STOP:
+        kind, version = self.headers[worker + 1].tolist()
+        if kind == STOP:
             self.stopped += 1
-            # Nothing comes any more.
+            # The worker sends no more messages.
             self.waits[worker] = True
             self.done[worker] = np.iinfo(np.int64).max
             return True
-        if what == READ:
+        if kind == READ:
             self.waits[worker] = True
             return True
-        if what == CHANGE:
+        if kind == CHANGE:
             self._take(version, worker + 1)
         else:
             self.done[worker] += 1
@@ -135,17 +135,17 @@ class ServerStore(Store):
         self.version += 1
 
     def _listen(self, worker: int) -> None:
-        self.requests[worker] = self.aside.irecv(self.said[worker + 1], worker + 1)
+        self.requests[worker] = self.aside.irecv(self.headers[worker + 1], worker + 1)
 
     def settle(self) -> None:
-        # Every rank has made all of its steps, and the server has them.
+        # Every worker has made all of its steps, and the server has received their changes.
         self.aside.bcast(self.w, 0)
 
     def loaded(self) -> None:
         self.whole.forward(self.share, self.w)
 
     def restart(self, turn: int) -> None:
-        """Go on with minibatch `turn` of all workers, who take them in turn."""
+        """Set the counts of finished minibatches so that the run goes on with minibatch `turn`."""
         self.done[:] = (turn + self.workers - 1 - np.arange(self.workers)) // self.workers
 
     def close(self) -> None:
@@ -155,6 +155,6 @@ class ServerStore(Store):
             self._until(lambda: self.stopped == self.workers)
 
     def messages(self, worker: int, updates: int) -> list[Message]:
-        """Those of a minibatch of a worker, from 0, with so many updates, on itself and the server."""
+        """Return the messages between `worker`, from 0, and the server for a minibatch of `updates` updates."""
         rank, own = worker + 1, self.w.nbytes
         return [(rank, 0, WORDS), *[(rank, 0, 2 * WORDS + own), (0, rank, WORDS // 2 + own)] * updates]

@@ -1,4 +1,4 @@
-"""Settings of the method `hogwild`, and what it cannot train; made without MPI and arrays of weights."""
+"""Settings of the method `hogwild`, and its checks of a configuration, which use neither MPI nor arrays of weights."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from psmpi.optim.first_order import FirstOrder
 from psmpi.training.checks import check_first_order, check_not_partitioned
 from psmpi.training.context import check_optimizer, configured_loss
 
-# Most clocks that a worker may be ahead of the slowest, where windows or a server are what weights are read from.
+# --staleness auto with MPI windows or a server: most minibatches that a worker may be ahead of the slowest one.
 USUAL_STALENESS = 4
-# Updates of memory that ranks share.
+# Kinds of updates in memory that ranks share.
 SHARED = ("raw", "atomic", "cyclades")
 
 
@@ -65,7 +65,7 @@ class Settings:
 
     @property
     def bound(self) -> int | None:
-        """Of `staleness`; None for any number. UserError where it is neither. auto counts as none here."""
+        """The number of `staleness`, None for none and auto. Raise UserError for anything else."""
         if self.staleness in ("auto", "none"):
             return None
         if not (self.staleness.isascii() and self.staleness.isdigit()) or len(self.staleness) > 9:
@@ -77,7 +77,7 @@ def check_hogwild(size: int, network: Network, dataset: Dataset, config: Config)
     """See `Method.check`."""
     s, o = config.of(Settings), config.optimization
     check_not_partitioned(config)
-    check_first_order(config, "has searches and pairs, and others change the weights meanwhile")
+    check_first_order(config, "has line searches and curvature pairs, and other ranks change the weights meanwhile")
     kind = find_optimizer(o.optimizer)
     if kind.needs_matrices:
         raise UserError(f"--optimizer {o.optimizer} steps whole matrices at once: use sgd, momentum or adam")
@@ -90,8 +90,8 @@ def check_hogwild(size: int, network: Network, dataset: Dataset, config: Config)
     check_optimizer(config, network.layout(), ())
     if network.layout().size < size:
         raise UserError(
-            f"--model {network.name} has {counted(network.layout().size, 'weight')} for {counted(size, 'rank')}, which "
-            "have a part each: use fewer ranks"
+            f"--model {network.name} has {counted(network.layout().size, 'weight')} for {counted(size, 'rank')}, and "
+            "each rank holds a part: use fewer ranks"
         )
     if s.hand_out == "tickets":
         if s.updates in ("server", "cyclades"):
@@ -104,11 +104,11 @@ def check_hogwild(size: int, network: Network, dataset: Dataset, config: Config)
     if s.bound is not None and s.updates == "cyclades":
         raise UserError("--staleness is not for --updates cyclades, which ends each minibatch together: leave it out")
     if s.flush_every != Settings().flush_every and s.updates not in ("auto", "accumulate"):
-        raise UserError(f"--flush-every is of --updates accumulate, not of {s.updates}: leave it out")
+        raise UserError(f"--flush-every is for --updates accumulate, not for {s.updates}: leave it out")
     if s.update_samples > config.data.batch_size:
         raise UserError(
             f"--update-samples {s.update_samples} with {counted(config.data.batch_size, 'sample')} a minibatch: an "
-            "update has those of a minibatch at most; use a larger --batch-size"
+            "update cannot have more samples than a minibatch; use a larger --batch-size"
         )
     if s.elements:
         check_elements(network, dataset, config)

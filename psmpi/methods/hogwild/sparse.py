@@ -1,4 +1,4 @@
-"""Updates of linear models with one score on sparse samples: one call of a kernel makes those of a minibatch."""
+"""Updates of linear models with one score on sparse samples: a call of a kernel makes all updates of a minibatch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from psmpi.training.element_worker import ElementWorker
 
 
 def is_sparse(network: Network, dataset: Dataset, config: Config) -> bool:
-    """Whether a kernel knows the updates: plain descent of one score on compressed rows."""
+    """Whether a kernel makes the updates: plain descent of one score on compressed rows."""
     layers = [layer for layer in network.layers if not isinstance(layer, Flatten)]
     linear = bool(layers) and isinstance(layers[0], Dense) and layers[0].units == 1
     ends = [Binary] if dataset.task == "classes" else []
@@ -38,13 +38,14 @@ def is_sparse(network: Network, dataset: Dataset, config: Config) -> bool:
 
 
 class SparseUpdates:
-    """Of each sample an update, in shared memory with the others' as soon as it is made.
+    """One update for each sample, in shared memory, where other ranks see it at once.
 
-    With `block` above 1 so many samples are stepped one after the other on a copy of the weights that they touch, and
-    the change of all is added: processors then fetch a weight that others change from each other less often. So it is
-    with a store that is no shared memory, of which a minibatch is a block where `block` is 0.
-    The penalty of a weight, half of --weight-decay times its square, is taken where samples have its feature, by so
-    much more the fewer these are (Hogwild!, section 2, of a mean over samples).
+    With `block` above 1, `block` samples are stepped one after the other on a copy of the weights that they touch, and
+    the sum of their changes is added: processors then fetch weights that others have changed less often. Stores other
+    than shared memory always use such blocks; for them `block` 0 is a whole minibatch.
+
+    The penalty of a weight, half of --weight-decay times its square, is applied at the samples with its feature, times
+    the number of all samples / the number of these samples (Hogwild!, section 2, for a mean over samples).
     """
 
     owned: tuple[np.ndarray, ...]
@@ -83,24 +84,24 @@ class SparseUpdates:
         return slice(start, stop)
 
     @property
-    def what(self) -> str:
-        """Of what an update is."""
+    def scope(self) -> str:
+        """The samples and weights of an update, in words."""
         bias = "" if self.bias is None else ", and of the bias, which all have in common; without it"
         return f"a sample{bias}"
 
     def sparsity(self) -> Sparsity:
-        """That of the updates, without the bias."""
+        """Return the sparsity of the updates, without the bias."""
         return of_rows(self.rows.starts, self.rows.columns, len(self.seen), self.seed)
 
     def run(self, ids: np.ndarray, lr: float) -> float:
-        """Make the updates of a minibatch; returns the sum of the losses."""
+        """Make the updates of a minibatch; return the sum of the losses."""
         if self.shared:
             return self._steps(ids, lr, self.block)
         block = self.block or max(1, len(ids))
         return sum(self._remote(ids[at : at + block], lr) for at in range(0, len(ids), block))
 
     def one_by_one(self, ids: np.ndarray, lr: float) -> float:
-        """`run` of shared memory without blocks."""
+        """Make the updates of a minibatch in shared memory without blocks; return the sum of the losses."""
         return self._steps(ids, lr, 1)
 
     def _remote(self, ids: np.ndarray, lr: float) -> float:
@@ -128,16 +129,17 @@ class SparseUpdates:
         return total
 
     def _places(self, ids: np.ndarray) -> np.ndarray:
-        """The elements of the weights that samples touch."""
+        """Return the indices int64 of the weights that samples touch, increasing."""
         starts = self.rows.starts
         columns = np.concatenate([self.rows.columns[starts[k] : starts[k + 1]] for k in ids])
-        found = self.weight.start + np.unique(columns).astype(np.int64)
-        return found if self.bias is None else np.sort(np.append(found, self.bias.start))
+        places = self.weight.start + np.unique(columns).astype(np.int64)
+        return places if self.bias is None else np.sort(np.append(places, self.bias.start))
 
     def deal(self, ids: np.ndarray, size: int) -> tuple[np.ndarray, int, int]:
-        """Of CYCLADES: the rank of each sample, the number of components, and the samples of the largest.
+        """Deal samples to ranks as CYCLADES does, by components of samples with weights in common.
 
-        With a bias all samples have a weight in common, and are one component.
+        Return the rank of each sample (b,) int32, the number of components, and the samples of the largest one. With a
+        bias all samples have a weight in common, and form one component.
         """
         if self.bias is not None:
             return np.zeros(len(ids), np.int32), 1, len(ids)

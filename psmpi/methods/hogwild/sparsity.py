@@ -1,7 +1,7 @@
-"""How sparse updates are: Omega, Delta and rho of Hogwild!, section 2.
+"""Sparsity of updates: Omega, Delta and rho of Niu et al., "Hogwild!" (2011), section 2.
 
-An update is a hyperedge over the weights that it changes. Omega: the weights of the largest; Delta: the share of the
-updates that change the most contended weight; rho: of the update that meets the most others, the share of all.
+An update is a hyperedge over the weights that it changes. Omega: the size of the largest hyperedge; Delta: the largest
+share of all updates that change one weight; rho: the largest share of all updates that one update intersects.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-# Updates that rho is the largest share of, where there are more.
+# Most updates of which rho takes the maximum; of more, a random sample.
 SAMPLED = 200
 
 
 class Sparsity(NamedTuple):
-    """Omega, Delta and rho; sampled: the updates that rho was looked for among, 0 for all."""
+    """Omega, Delta and rho; sampled: the number of updates of which rho is the maximum, 0 for all."""
 
     omega: int
     delta: float
@@ -23,12 +23,15 @@ class Sparsity(NamedTuple):
     sampled: int
 
     def __str__(self) -> str:
-        of = f" of {self.sampled} updates drawn" if self.sampled else ""
-        return f"Omega {self.omega:,}, Delta {self.delta:.3g}, rho {self.rho:.3g}{of}"
+        suffix = f" of {self.sampled} updates drawn" if self.sampled else ""
+        return f"Omega {self.omega:,}, Delta {self.delta:.3g}, rho {self.rho:.3g}{suffix}"
 
 
 def of_rows(starts: np.ndarray, columns: np.ndarray, features: int, seed: int, most: int = SAMPLED) -> Sparsity:
-    """Of samples in compressed rows, each of which is an update of its columns."""
+    """Return the sparsity of samples in compressed rows, each of which updates its columns.
+
+    starts: (n + 1,), columns: (entries,). seed: of the random sample of `most` updates for rho.
+    """
     n, sizes = len(starts) - 1, np.diff(starts)
     counts = np.bincount(columns, minlength=features)
     order = np.argsort(columns, kind="stable")
@@ -45,5 +48,5 @@ def of_rows(starts: np.ndarray, columns: np.ndarray, features: int, seed: int, m
 
 
 def of_all(weights: int) -> Sparsity:
-    """Of updates that may change all weights each."""
+    """Return the sparsity of updates each of which may change all weights."""
     return Sparsity(weights, 1.0, 1.0, 0)

@@ -1,4 +1,4 @@
-"""Where shared weights are: in memory that ranks share, in MPI's windows, or with a server."""
+"""Stores of shared weights: memory that the ranks of a host share, or MPI windows."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from psmpi.comm.windows import Memory, Windows
 
 
 class Store:
-    """Weights `w` (n,) that models read, this rank's `share` of them that checkpoints hold, and how all are added to.
+    """Shared weights: `w` (n,), which models read, and `share`, this rank's slice for checkpoints.
 
-    All ranks make one together, and call `settle`, `loaded` and `close` together. owned: arrays that this rank holds.
+    The constructor, `settle`, `loaded` and `close` are collective. owned: arrays that this rank holds.
     """
 
     w: np.ndarray
@@ -23,36 +23,36 @@ class Store:
     owned: tuple[np.ndarray, ...] = ()
 
     def read(self) -> None:
-        """Bring w up to date with what others have added."""
+        """Bring w up to date with the additions of other ranks."""
 
     def read_at(self, places: np.ndarray) -> None:
-        """`read` for some elements, (k,) int64, strictly increasing."""
+        """Bring the elements `places` of w up to date: (k,) int64, strictly increasing."""
         self.read()
 
     def add(self, change: np.ndarray, factor: float) -> None:
-        """Add factor change (n,) to the weights of all; `change` may be overwritten."""
+        """Add factor * change to the shared weights. change: (n,), may be overwritten."""
         raise NotImplementedError
 
     def flush(self) -> None:
-        """Return when all that this rank has added is there."""
+        """Wait until all additions of this rank are in the shared weights."""
 
     def end(self) -> None:
-        """Note that all of a minibatch is added."""
+        """Note the end of a minibatch: its changes are added."""
 
     def settle(self) -> None:
-        """Wait for all ranks; then everything is there that was added, in every `share`."""
+        """Wait for all ranks; afterwards every `share` holds all additions."""
         raise NotImplementedError
 
     def loaded(self) -> None:
-        """Go on from what all ranks have put into their shares."""
+        """Set the shared weights from the shares that all ranks have written."""
         raise NotImplementedError
 
     def close(self) -> None:
-        """Free what only all ranks together can."""
+        """Free shared memory and windows."""
 
 
 class SharedStore(Store):
-    """One array that the ranks of a host share, w, without copies; additions as the kernels make them."""
+    """One array w that the ranks of a host share, without copies; kernels add to it."""
 
     def __init__(
         self,
@@ -64,7 +64,7 @@ class SharedStore(Store):
         ops: NumpyOps,
         atomic: bool,
     ):
-        """windows: None for one rank alone."""
+        """Allocate w, in shared memory or, with windows None, for one rank."""
         self.memory: Memory | None = None if windows is None else windows.memory(n * dtype.itemsize)
         self.w = np.zeros(n, dtype) if self.memory is None else self.memory.bytes.view(dtype)
         self.group, self.ops, self.atomic = group, ops, atomic
@@ -91,7 +91,7 @@ class SharedStore(Store):
 
 
 class WindowStore(Store):
-    """A window of which each rank has a shard, and a copy w on every rank, as it was read last."""
+    """A window of which each rank holds a shard, and on every rank a copy w of all weights, as last read."""
 
     def __init__(self, windows: Windows, edges: Sequence[int], group: Group, dtype: np.dtype, counter: Counter):
         self.window, self.group, self.counter = windows.sharded(edges, dtype, counter), group, counter
@@ -103,9 +103,9 @@ class WindowStore(Store):
         self.window.read(self.w)
 
     def read_at(self, places: np.ndarray) -> None:
-        found = np.empty(len(places), self.w.dtype)
-        self.window.read_at(places, found)
-        self.w[places] = found
+        values = np.empty(len(places), self.w.dtype)
+        self.window.read_at(places, values)
+        self.w[places] = values
 
     def add(self, change: np.ndarray, factor: float) -> None:
         if factor != 1:
@@ -113,7 +113,7 @@ class WindowStore(Store):
         self.window.add(change)
 
     def add_at(self, places: np.ndarray, change: np.ndarray) -> None:
-        """Add change (k,) to some elements, (k,) int64, strictly increasing."""
+        """Add `change` (k,) to the elements `places` (k,) int64, strictly increasing."""
         self.window.add_at(places, change)
 
     def flush(self) -> None:
@@ -126,7 +126,7 @@ class WindowStore(Store):
         self.window.sync()
         with self.counter.paused():
             self.window.read(self.w)
-        # Nobody adds before all have read.
+        # No rank adds before all ranks have read.
         self.group.comm.Barrier()
 
     def loaded(self) -> None:
@@ -139,5 +139,5 @@ class WindowStore(Store):
 
 
 def edges_of(shards: Sequence[Any], n: int) -> list[int]:
-    """Where equal consecutive shards begin, and the end of the last; shards: runs of each rank."""
+    """Return the first element of each consecutive shard, and the end n of the last. shards: the runs of each rank."""
     return [next(iter(shard.intervals), (n, n))[0] for shard in shards] + [n]

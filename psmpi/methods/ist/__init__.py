@@ -1,1 +1,1 @@
-"""Independent subnet training: the method, and what deals out the network."""
+"""The method `ist`: independent subnet training."""

@@ -1,8 +1,8 @@
-"""Independent subnet training: each round every worker trains a random subnetwork of its own, and no two share weights.
+"""Independent subnet training: in each round every worker trains a random subnetwork, independently of the others.
 
 Yuan et al., "Distributed learning of fully connected neural networks using independent subnet training" (2022); by
-residual blocks it is ResIST (Dun et al. 2022). One round: weights of the subnets from the ranks that hold the network,
-local steps on each worker's own slices of the minibatches without a message, weights back.
+residual blocks it is ResIST (Dun et al. 2022). One round: the ranks that hold the network send the weights of the
+subnets; every worker makes local steps on its slices of the minibatches, without messages; the weights go back.
 """
 
 from __future__ import annotations
@@ -67,10 +67,10 @@ OPTIONS = (
 
 
 class IndependentSubnets(Method):
-    """The method on one rank: a shard of the network, a subnet to train, or both.
+    """Independent subnet training on one rank: a shard of the network, a subnet to train, or both.
 
-    A round ends after --local-steps, at the end of an epoch and before a checkpoint. With travelling state what the
-    optimizer knows of a weight is held and goes out and back with it; else each round begins with a fresh optimizer.
+    A round ends after --local-steps, at the end of an epoch and before a checkpoint. With --optimizer-state travel the
+    optimizer's vectors go out and back with the weights; else each round begins with a fresh optimizer.
     """
 
     name = "ist"
@@ -90,9 +90,9 @@ class IndependentSubnets(Method):
         super().__init__(context, self.subnets.shards)
         self.every = context.settings(Rounds).local_steps
         shard = self.shards[self.rank]
-        # One that holds all of it tests with it where it is.
-        alone = len(self.holders) == 1 and self.rank in self.holders
-        self.w = ops.mirror((ops.zeros if alone else np.zeros)(shard.size, self.dtype))
+        # A rank that holds the whole network evaluates it in place, so the weights are on the device.
+        sole_holder = len(self.holders) == 1 and self.rank in self.holders
+        self.w = ops.mirror((ops.zeros if sole_holder else np.zeros)(shard.size, self.dtype))
         context.draw_weights(shard, self.w.host)
         self.travel = self.options.optimizer_state == "travel"
         self.account.hold("buffers", self.subnets)
@@ -111,21 +111,21 @@ class IndependentSubnets(Method):
             held = [self.shards[rank] for rank in self.holders]
             self.evaluator = Evaluator(self.network, group, held, self.w, self.dataset.test, self.metric, ops)
             self.account.hold("tests", self.evaluator)
-        # Steps of the present round; between two rounds none.
+        # Steps of the present round; 0 between two rounds.
         self.steps = 0
 
     def _make_subnet(self, context: Context) -> None:
-        """The network that a worker trains: it has the same shape in every round."""
+        """Make the network that this worker trains; it has the same shape in every round."""
         inner, ops = context.of_network(self.dealer.networks[self.number]), self.ops
         size, roles = inner.layout.size, replicate(inner.layout, len(self.workers))
-        everything = Runs(((0, size),))
-        place, used = roles.workers[self.number], roles.parts[self.number].inside(everything)
+        all_weights = Runs(((0, size),))
+        place, used = roles.workers[self.number], roles.parts[self.number].inside(all_weights)
         assert place is not None and used is not None
         self.part, self.g = (ops.zeros(size, self.dtype) for _ in range(2))
         self.unused = slice(used.stop, None)
         row = inner.group([self.rank])
         self.worker = ElementWorker(inner, place, roles, row, self.part[used], self.g[used], tests=False)
-        self.descent = Descent(inner, everything, counted=self.travel)
+        self.descent = Descent(inner, all_weights, counted=self.travel)
         self.optimizer = self.descent.optimizer
         self.account.hold("weights", self.part)
         self.account.hold("gradients", self.g)
@@ -139,7 +139,7 @@ class IndependentSubnets(Method):
     def check(cls, size: int, network: Network, dataset: Dataset, config: Config) -> None:
         _, workers = find_roles(size, config)
         make_dealer(network, len(workers), config)
-        check_first_order(config, "has searches and pairs that would not outlive a round")
+        check_first_order(config, "has line searches and curvature pairs, which do not outlive a round")
         check_optimizer(config, network.layout(), (), counted=config.of(Settings).optimizer_state == "travel")
         check_rounds(config, "in a round")
         check_slices(network, config.data.batch_size, len(workers), "workers")
@@ -150,28 +150,28 @@ class IndependentSubnets(Method):
         holders, workers = find_roles(size, config)
         dealer = make_dealer(network, len(workers), config)
         layout, travel = network.layout(), config.of(Settings).optimizer_state == "travel"
-        found: list[Need] = [{} for _ in range(size)]
+        needs: list[Need] = [{} for _ in range(size)]
         edges = [(p.unit_size, even_edges(p.units, len(holders))) for p in layout.parameters]
         for number, rank in enumerate(holders):
-            # What `shard_rows` deals to it.
+            # The rank's shard, as `shard_rows` deals it.
             shard = sum(size * (rows[number + 1] - rows[number]) for size, rows in edges)
-            found[rank] = vectors_needed(config, layout, shard, 0, shard * travel, counted=True)
+            needs[rank] = vectors_needed(config, layout, shard, 0, shard * travel, counted=True)
         for number, rank in enumerate(workers):
             subnet, inner = dealer.networks[number], dealer.layouts[number]
             roles = replicate(inner, len(workers))
             place = roles.workers[number]
             assert place is not None
             own = vectors_needed(config, inner, *[inner.size] * 3, counted=travel)
-            found[rank] = added(found[rank], own, worker_needed(config, subnet, dataset, place, roles, tests=False))
-        return found
+            needs[rank] = added(needs[rank], own, worker_needed(config, subnet, dataset, place, roles, tests=False))
+        return needs
 
     @staticmethod
     def warnings(size: int, network: Network, config: Config) -> Iterator[str]:
         _, workers = find_roles(size, config)
         if config.of(Settings).deal == "units" and not network.normalized and len(workers) > 1:
             yield (
-                "without batch normalization the inputs of a subnet's layers are scaled up for the units that are "
-                "elsewhere: --batch-norm learns better with this method"
+                "without batch normalization, the layers of a subnet scale up their inputs for the missing units: "
+                "--batch-norm learns better with this method"
             )
 
     def step(self, batch: Batch, lr: float) -> None:
@@ -191,7 +191,7 @@ class IndependentSubnets(Method):
             self.drain()
 
     def _begin(self) -> None:
-        """Deal out the network: each worker gets its subnet's weights, and what travels with them."""
+        """Deal out the network: each worker gets its subnet's weights, and the optimizer vectors that travel."""
         self.subnets.plan(int(self.scalars["rounds"]))
         if self.worker is not None:
             for vector in self.optimizer.vectors.values():
@@ -206,7 +206,7 @@ class IndependentSubnets(Method):
                 mirror.settle()
 
     def drain(self) -> None:
-        """End the round: put the subnets back, what one worker has trained as it is, of what all have the mean."""
+        """End the round: put the subnets back. Weights that several workers have trained become their mean."""
         if self.steps == 0:
             return
         if self.worker is not None:
@@ -217,7 +217,7 @@ class IndependentSubnets(Method):
         self.scalars["rounds"] += 1
 
     def _own(self, name: str) -> np.ndarray | None:
-        """A worker's vector of its subnet, in host memory."""
+        """Return this worker's vector of its subnet in host memory; None on a rank that is no worker."""
         return self.mirrors[name].host if self.worker is not None else None
 
     def test(self) -> dict[str, float]:
@@ -243,7 +243,9 @@ class IndependentSubnets(Method):
         return (out + back) * len(self.state.entries)
 
     def work(self) -> tuple[str, str, int]:
-        names = [name for name, mine in (("master", self.rank in self.holders), ("worker", self.number >= 0)) if mine]
+        names = [
+            name for name, active in (("master", self.rank in self.holders), ("worker", self.number >= 0)) if active
+        ]
         return "+".join(names), "all", self.part.size if self.worker is not None else 0
 
     def events(self) -> dict[str, int]:
@@ -251,13 +253,16 @@ class IndependentSubnets(Method):
 
 
 def make_dealer(network: Network, workers: int, config: Config) -> Dealer:
-    """The ranks that deal out the network; UserError where that cannot be."""
+    """Return the dealer of the network; raise UserError if the network cannot be dealt out."""
     o = config.of(Settings)
     return Dealer(network, workers, o.subnet_seed, o.deal, o.strata, o.min_blocks)
 
 
 def find_roles(size: int, config: Config) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The ranks that hold the network, and those that train subnets: both of them all ranks with --placement owner."""
+    """Return the ranks that hold the network, and those that train subnets; with --placement owner both are all ranks.
+
+    Raise UserError for --masters, --colocate and --placement that do not fit together.
+    """
     o, every = config.of(Masters), tuple(range(size))
     if o.placement == "owner" and (o.masters != 1 or o.colocate):
         raise UserError(

@@ -1,1 +1,1 @@
-"""Layer-parallel training: residual layers solved at once by multigrid reduction in layer time."""
+"""The method `layer_parallel`: residual layers solved at once by multigrid reduction in layer time."""

@@ -1,7 +1,7 @@
-"""Multigrid reduction in time (MGRIT) on one rank: pure, over steps that are marched and values that are passed on.
+"""Multigrid reduction in time (MGRIT) on one rank, given a function that makes one step, and the neighbours' messages.
 
 Full approximation scheme for u_{i+1} = Phi_i(u_i) with u_0 given (Guenther et al., arXiv 1812.04352; XBraid). Every
-m-th point of a level, m the factor, is a C-point, and the points of the next level; the others are F-points.
+m-th point of a level, m the coarsening factor, is a C-point and a point of the next level; the others are F-points.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 
 from psmpi.backend import NumpyOps
 
-# step(stride, j, x, out): out = the j-th of this rank's steps that span `stride` steps of the finest level, of x.
+# march(stride, j, x, out): apply this rank's j-th step that spans `stride` steps of the finest level to x, into out.
 March = Callable[[int, int, np.ndarray, np.ndarray], None]
 
 
@@ -23,48 +23,49 @@ class Waiting(Protocol):
     """A message under way."""
 
     def finish(self) -> None:
-        """Wait until it is done."""
+        """Wait until the message is complete."""
 
 
 class Neighbours(Protocol):
-    """The ranks with the steps before this one's and behind them; messages of ends that have none are nothing."""
+    """The ranks with the previous and the next steps; at the ends of the row, messages are empty."""
 
     def send(self, values: np.ndarray) -> Waiting:
-        """Begin to send to the rank behind; values are not to be written before it is finished."""
+        """Begin to send to the next rank; `values` must not be written before the message is finished."""
 
     def receive(self, into: np.ndarray) -> Waiting:
-        """Begin to receive from the rank before; elsewhere than on the first rank `into` is filled when finished."""
+        """Begin to receive from the previous rank; `finish` returns when `into` is filled. Empty on the first rank."""
 
 
 class Cycle:
     """V-cycles over this rank's steps.
 
-    store: room for the states, of at least as many numbers as `shape` says. Points of coarser levels are views of those
-    of the finest. relaxations: C-relaxations of each cycle on each level but the coarsest; 1 is FCF.
+    store: buffer for the states, of at least (steps + 1) * size numbers, see `shape`. Points of coarser levels are
+    views of those of the finest level. relaxations: C-relaxations of each cycle, on each level but the coarsest; 1 is
+    FCF.
 
-    residuals: of each cycle of the last pass the sum of |u_jm - Phi(u_jm-1)|^2 over this rank's C-points of the finest
-    level before the coarse correction, and of |u_jm|^2.
+    residuals: for each cycle of the last pass, two sums over this rank's C-points of the finest level: of
+    |u_jm - Phi(u_jm-1)|^2 before the coarse correction, and of |u_jm|^2.
     """
 
     def __init__(self, march: March, neighbours: Neighbours, store: np.ndarray, relaxations: int, ops: NumpyOps):
         self.march, self.neighbours, self.relaxations, self.ops, self.store = march, neighbours, relaxations, ops, store
-        # What is added to the steps of coarser levels, and room for two states.
-        self.more = self.room = store[:0]
+        # Right-hand sides g of the coarser levels, and room for two states.
+        self.rhs = self.room = store[:0]
         self.sent: list[Waiting] = []
         self.residuals: list[tuple[float, float]] = []
 
     def reserve(self, steps: int, size: int, factors: tuple[int, ...]) -> None:
-        """Make room for shapes of no more steps and numbers, and these factors."""
+        """Make room for shapes of up to `steps` steps and states of up to `size` numbers, with these factors."""
         counts = [steps // stride for stride in _strides(factors)[1:]]
-        self.more = self.ops.empty(sum(counts) * size, self.store.dtype)
+        self.rhs = self.ops.empty(sum(counts) * size, self.store.dtype)
         self.room = self.ops.empty(2 * size if factors else 0, self.store.dtype)
 
     def shape(self, steps: int, size: int, factors: tuple[int, ...]) -> np.ndarray:
-        """Go on with so many steps of states of `size` numbers; returns these, (steps + 1, size).
+        """Set the shape of the next passes; return the states (steps + 1, size).
 
-        The points are those between this rank's steps and at both ends: the first is a copy of the last of the rank
-        before. factors: of each level but the coarsest, how many of its steps are one of the next, 2 or more; their
-        product divides the steps.
+        The states are the points between this rank's steps and at both ends: the first is a copy of the last point of
+        the previous rank. factors: for each level but the coarsest, the number of its steps that are one step of the
+        next level, 2 or more. Raise ValueError unless their product divides the steps.
         """
         self.factors, self.strides = factors, _strides(factors)
         if steps % self.strides[-1]:
@@ -73,21 +74,21 @@ class Cycle:
         self.u, self.g, at = [states[::stride] for stride in self.strides], [], 0
         for u in self.u[1:]:
             count = (len(u) - 1) * size
-            self.g.append(self.more[at : at + count].reshape(-1, size))
+            self.g.append(self.rhs[at : at + count].reshape(-1, size))
             at += count
         self.two = self.room[: 2 * size].reshape(-1, size)
         return states
 
     @property
     def nbytes(self) -> int:
-        """Bytes besides the states."""
-        return int(self.room.nbytes + self.more.nbytes)
+        """Bytes of the buffers, without the states."""
+        return int(self.room.nbytes + self.rhs.nbytes)
 
     def run(self, cycles: int) -> None:
-        """A pass: so many cycles from the states as they are, the first of them on the first rank given."""
+        """Make a pass of `cycles` cycles from the present states; on the first rank, the first state is given."""
         self.residuals = []
         for number in range(cycles if self.factors else 1):
-            # After a cycle all F-points are those that a relaxation would make.
+            # A cycle ends with an F-relaxation, so the next one does not begin with another.
             self._cycle(0, relaxed=number > 0)
         self._settle()
 
@@ -104,7 +105,7 @@ class Cycle:
         self._relax(level)
 
     def _step(self, level: int, j: int, out: np.ndarray) -> None:
-        """The value that step j of a level makes of the point before it."""
+        """Apply step j of a level to the point before it, into out."""
         self.march(self.strides[level], j, self.u[level][j], out)
         if level:
             out += self.g[level - 1][j]
@@ -119,7 +120,7 @@ class Cycle:
         self.sent.append(self.neighbours.send(u[-1]))
 
     def _relax(self, level: int, arrival: Waiting | None = None) -> None:
-        """F-relaxation, the interval behind the first point last; arrival: of that point."""
+        """F-relaxation; the interval after the first point comes last. arrival: the message with the first point."""
         u, m = self.u[level], self.factors[level]
         for first in range(len(u) - 1 - m, -1, -m):
             if first == 0 and arrival is not None:
@@ -128,7 +129,7 @@ class Cycle:
                 self._step(level, j, u[j + 1])
 
     def _relax_points(self, level: int) -> None:
-        """C-relaxation, the last point first, and F-relaxation."""
+        """C-relaxation, the last point first, then F-relaxation."""
         u, m = self.u[level], self.factors[level]
         self._settle()
         arrival = self.neighbours.receive(u[0])
@@ -139,45 +140,48 @@ class Cycle:
         self._relax(level, arrival)
 
     def _restrict(self, level: int) -> None:
-        """g of the next level: v_j - Phi^c(v_{j-1}) + r_j with r_j the residual at point j m."""
+        """Compute g of the next level: v_j - Phi^c(v_{j-1}) + r_j with r_j the residual at point j m."""
         u, m = self.u[level], self.factors[level]
         fine, coarse = self.two
-        found = np.zeros(2)
+        squares = np.zeros(2)
         for j, g in enumerate(self.g[level]):
             v = u[(j + 1) * m]
             self._step(level, (j + 1) * m - 1, fine)
             # r_j, then v_j + r_j - Phi^c(v_{j-1}).
             self.ops.combine(g, (1.0, fine), (-1.0, v))
             if level == 0:
-                found += self.ops.squared_norm(g), self.ops.squared_norm(v)
+                squares += self.ops.squared_norm(g), self.ops.squared_norm(v)
             self.march(self.strides[level + 1], j, u[j * m], coarse)
             self.ops.combine(g, (1.0, g), (1.0, v), (-1.0, coarse))
         if level == 0:
-            self.residuals.append((float(found[0]), float(found[1])))
+            self.residuals.append((float(squares[0]), float(squares[1])))
 
     def _settle(self) -> None:
-        """Wait until what was sent may be written again."""
+        """Wait until all sent arrays may be written again."""
         for one in self.sent:
             one.finish()
         self.sent.clear()
 
 
 def _strides(factors: tuple[int, ...]) -> list[int]:
-    """Steps of the finest level that a step of each level spans."""
+    """Return the number of steps of the finest level that a step of each level spans."""
     return list(accumulate(factors, mul, initial=1))
 
 
 def exact_cycles(steps: int, factors: tuple[int, ...], relaxations: int) -> int:
-    """Cycles after which all points are exact (derived): k of them make points up to k (relaxations + 1) m + m - 1."""
+    """Return the number of cycles after which all points are exact.
+
+    k cycles make the points up to k (relaxations + 1) m + m - 1 exact (derived).
+    """
     return -(-steps // ((relaxations + 1) * factors[0])) if factors else 1
 
 
 def evaluations(steps: int, ranks: int, factors: tuple[int, ...], relaxations: int, cycles: int) -> int:
-    """Steps that follow one another in a pass of so many steps in all: its time over that of a step (derived).
+    """Return the critical path of a pass over `steps` steps in all, in steps: its time over that of a step (derived).
 
-    With two levels of factor m and one relaxation 3 n + N / m in the first cycle, n a rank's steps of all N. Further
-    ones have n (1 - 1/m) less, and wait for no other rank on the coarsest level: a rank begins the next cycle while
-    those behind it still march there, so that N / m counts once, and later n / m.
+    With two levels, factor m and one relaxation, the first cycle takes 3 n + N / m, where n of all N steps are a
+    rank's. A further cycle takes n (1 - 1/m) fewer. It does not wait for other ranks on the coarsest level: a rank
+    begins the next cycle while later ranks still march there, so N / m counts once, and n / m in further cycles.
     """
 
     def cycle(level: int, n: int, relaxed: bool) -> int:

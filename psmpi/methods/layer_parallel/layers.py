@@ -16,10 +16,10 @@ from psmpi.nn.network import Network
 
 
 class Layers:
-    """The residual layers `stage` (first, behind the last) of a network, over their weights w and gradient g.
+    """The residual layers `stage` (first, stop) of a network, over their weights w and gradient g.
 
-    A state is (numbers,), the outputs (units, ..., b) of a layer. The pass of a layer through its branch is kept: its
-    adjoint is taken at the state that the layer has seen last, of whatever step size.
+    A state is flat, (numbers,): the outputs (units, ..., b) of a layer. Each layer keeps the tape of its last forward
+    pass, and takes its adjoint at the state of that pass, for any step size.
     """
 
     def __init__(
@@ -36,9 +36,9 @@ class Layers:
         self.shape, self.units = self.model.in_shape, self.model.size
         self.rooms: list[Room] = []
         self.none = ops.empty(0, w.dtype)
-        self.kept: list[Tape | None] = [None] * len(self.parts)
+        self.tapes: list[Tape | None] = [None] * len(self.parts)
         runs = network.runs(layout, *stage)
-        # Where each layer's weights are in w.
+        # Slice of each layer's weights in w.
         self.slices = [inside(network, layout, (k, k + 1), runs) for k in range(*stage)]
 
     def reserve(self, batch: int) -> None:
@@ -50,40 +50,40 @@ class Layers:
 
     @property
     def nbytes(self) -> int:
-        """Bytes besides weights, gradients and what the passes keep."""
+        """Bytes of the buffers, without weights, gradients and tapes."""
         arrays = [array for part in self.parts for array in part.arrays()]
         return int(self.scratch.nbytes + self.model.space.nbytes + sum(array.nbytes for array in arrays))
 
     @property
     def kept_bytes(self) -> int:
-        """Bytes of what the passes keep."""
+        """Bytes of the tapes."""
         return sum(sum(room_bytes(room)) for room in self.rooms)
 
     def forward(self, layer: int, factor: float, x: np.ndarray, out: np.ndarray) -> None:
-        """out = x + factor h F(x), a step of layer number `layer` of this rank's."""
+        """Compute out = x + factor h F(x), a step of this rank's layer number `layer`."""
         part = self.parts[layer]
-        _, self.kept[layer] = part.forward(self._shaped(x), self._shaped(out), (self.rooms[layer], self.none), factor)
+        _, self.tapes[layer] = part.forward(self._shaped(x), self._shaped(out), (self.rooms[layer], self.none), factor)
 
     def backward(self, layer: int, factor: float, x: np.ndarray, out: np.ndarray) -> None:
-        """out = x + factor h J^T x with J the derivative of the branch where the layer's pass was last."""
-        part, tape = self.parts[layer], self.kept[layer]
+        """Compute out = x + factor h J^T x, J the derivative of the branch at the state of the layer's last pass."""
+        part, tape = self.parts[layer], self.tapes[layer]
         assert tape is not None
         out[...] = x
         dy = self._shaped(out)
-        found = part.backward(tape.outputs[0], dy, tape, dy, dy, None, factor)
-        if found is not dy:
-            dy[...] = found
+        dx = part.backward(tape.outputs[0], dy, tape, dy, dy, None, factor)
+        if dx is not dy:
+            dy[...] = dx
 
     def gradient(self, layer: int, factor: float, x: np.ndarray) -> None:
-        """Write the gradient of the layer's weights, given that of its outputs, x."""
-        part, tape = self.parts[layer], self.kept[layer]
+        """Write the gradient of the layer's weights, given x, the gradient of its outputs."""
+        part, tape = self.parts[layer], self.tapes[layer]
         assert tape is not None
         dy = self._shaped(self.scratch[: x.size])
         dy[...] = self._shaped(x)
         part.backward(tape.outputs[0], dy, tape, dy, None, part.g, factor)
 
     def march(self, x: np.ndarray, spare: Sequence[np.ndarray]) -> np.ndarray:
-        """The outputs of all layers, one after the other, of x; in one of two arrays like it, or x itself."""
+        """Return the outputs of all layers, one after the other, for x: one of the two arrays `spare`, like x, or x."""
         for layer in range(len(self.parts)):
             self.forward(layer, 1.0, x, spare[layer % 2])
             x = spare[layer % 2]

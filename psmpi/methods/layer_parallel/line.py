@@ -1,4 +1,4 @@
-"""The ranks of a row, one behind the other: what a pass sends to its neighbours, up and back."""
+"""Messages between neighbouring ranks of a row, in forward and in adjoint passes."""
 
 from __future__ import annotations
 
@@ -11,28 +11,32 @@ from psmpi.comm.transfers.base import Handle
 
 
 class Line:
-    """The neighbours of the rank at `position` of a row, in the direction of forward passes.
+    """The neighbours of the rank at `position` of a row, see `Neighbours`.
 
-    boundaries: between each two ranks of the row. back: in the direction of adjoint passes.
+    boundaries: between each two consecutive ranks of the row. back: whether passes go from the last rank to the first,
+    as adjoint passes do.
     """
 
     def __init__(self, boundaries: Sequence[Boundary], position: int, back: bool = False):
-        before = boundaries[position - 1] if position > 0 else None
-        behind = boundaries[position] if position < len(boundaries) else None
+        lower = boundaries[position - 1] if position > 0 else None
+        upper = boundaries[position] if position < len(boundaries) else None
         self.back = back
-        self.before, self.behind = (behind, before) if back else (before, behind)
+        self.incoming, self.outgoing = (upper, lower) if back else (lower, upper)
 
     def send(self, values: np.ndarray) -> Handle:
-        if self.behind is None:
+        if self.outgoing is None:
             return Handle([])
-        return self.behind.begin_back(values, None) if self.back else self.behind.begin(values, None)
+        return self.outgoing.begin_back(values, None) if self.back else self.outgoing.begin(values, None)
 
     def receive(self, into: np.ndarray) -> Handle:
-        if self.before is None:
+        if self.incoming is None:
             return Handle([])
-        return self.before.begin_back(None, into) if self.back else self.before.begin(None, into)
+        return self.incoming.begin_back(None, into) if self.back else self.incoming.begin(None, into)
 
 
 def messages_of_cycle(levels: int, relaxations: int) -> int:
-    """The messages of a cycle from one rank to the next: one in each C-relaxation, and one on the coarsest level."""
+    """Return the number of messages from a rank to the next in a cycle.
+
+    Each C-relaxation sends one, and so does the coarsest level.
+    """
     return (levels - 1) * relaxations + 1

@@ -1,8 +1,8 @@
 """Layer-parallel training: residual layers dealt to ranks, states and adjoints solved by multigrid in layer time.
 
 Guenther, Ruthotto, Schroder, Cyr and Gauger, "Layer-parallel training of deep residual neural networks", arXiv
-1812.04352. In a step some cycles of multigrid solve for the states of all layers at once, some for their adjoints, and
-the weights move along the gradient that follows, which is exact after enough cycles only (one-shot optimisation).
+1812.04352. In a step, some multigrid cycles solve for the states of all layers at once, and some for their adjoints.
+The optimizer steps along the resulting gradient, which is exact only after enough cycles (one-shot optimisation).
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ OPTIONS = ("--model", "deep", "--widths", "6", "--depth", "32")
 
 
 class LayerParallel(Method):
-    """The method on one rank: consecutive residual layers, on the first rank of a row all layers before these too, on
-    the last one those behind.
+    """Layer-parallel training on one rank: consecutive residual layers.
 
-    Checkpoints hold what warm starts go on from, in spaces `layer_states` and `layer_adjoints`.
+    The first rank of a row also has the layers before the residual ones, the last rank those after them. Checkpoints
+    hold the states and adjoints for warm starts, in spaces `layer_states` and `layer_adjoints`.
     """
 
     name = "layer_parallel"
@@ -63,7 +63,7 @@ class LayerParallel(Method):
         self.plan = plan = plan_of(context.size, network, s)
         super().__init__(context, Ownership(tuple(plan.runs(layout, plan.position(r)) for r in range(context.size))))
         self.position, self.row = plan.position(self.rank), plan.row(self.rank)
-        self.world, self.line = context.group(), context.group(plan.members(self.row))
+        self.world, self.row_group = context.group(), context.group(plan.members(self.row))
         self.peers = context.group(plan.peers(self.position))
         shard, batch = self.shards[self.rank], min(context.config.data.batch_size, dataset.train.n)
         self.batch, self.per_epoch = batch, -(-dataset.train.n // context.config.data.batch_size)
@@ -84,7 +84,7 @@ class LayerParallel(Method):
         self.layers = Layers(network, layout, stages["march"], self.w[place], self.g[place], ops)
         numbers = (plan.steps + 1) * self.layers.units * self.share
         self.states, self.adjoints = (ops.zeros(numbers, self.dtype) for _ in range(2))
-        self.solver = Solver(self.layers, plan.steps, self.line, self.states, self.adjoints, s.relaxations, ops)
+        self.solver = Solver(self.layers, plan.steps, self.row_group, self.states, self.adjoints, s.relaxations, ops)
         self.solver.reserve(self.share, s.factors)
         self.objective: Objective | None = None
         if "closing" in self.models:
@@ -102,12 +102,12 @@ class LayerParallel(Method):
         self.exact = exact_cycles(plan.depth, s.factors, s.relaxations)
         self.keeps = keeps(s, context.config, dataset)
         self._declare(numbers)
-        # Sums of squared residuals and of squares since the last test, of each cycle of forward and adjoint passes.
+        # (forward or adjoint, cycle, 2): sums of squared residuals and of squared states since the last test.
         self.residuals = np.zeros((2, 1 + max(self.exact, s.forward_cycles, s.adjoint_cycles), 2))
         self.gradient_error: float | None = None
-        self.before = ops.empty(self.w.size if s.adapt_every else 0, self.dtype)
-        self.account.hold("gradients", self.before)
-        self.found: dict[str, Any] = {}
+        self.last_gradient = ops.empty(self.w.size if s.adapt_every else 0, self.dtype)
+        self.account.hold("gradients", self.last_gradient)
+        self.measured: dict[str, Any] = {}
 
     check, needed = staticmethod(check_layer_parallel), staticmethod(layer_parallel_needed)
     notes, warnings = staticmethod(layer_parallel_notes), staticmethod(layer_parallel_warnings)
@@ -121,12 +121,12 @@ class LayerParallel(Method):
         layer = self.network.layers[numbers[0]]
         assert isinstance(layer, Residual)
         size, at = slices[0].stop - slices[0].start, self.position
-        before = Boundary(self.line, at - 1, at, size, self.dtype) if at else None
-        behind = Boundary(self.line, at, at + 1, size, self.dtype) if at < plan.ranks - 1 else None
-        return Penalty(slices, (before, behind), s.gamma_tik, s.gamma_ddt, layer.scale, self.dtype, self.ops)
+        previous = Boundary(self.row_group, at - 1, at, size, self.dtype) if at else None
+        following = Boundary(self.row_group, at, at + 1, size, self.dtype) if at < plan.ranks - 1 else None
+        return Penalty(slices, (previous, following), s.gamma_tik, s.gamma_ddt, layer.scale, self.dtype, self.ops)
 
     def _reserve(self, most: int) -> None:
-        """Make room for minibatches, and tests, of up to `most` samples."""
+        """Make room for training and test minibatches of up to `most` samples."""
         for model in self.models.values():
             model.reserve(most)
         self.layers.reserve(most)
@@ -134,7 +134,7 @@ class LayerParallel(Method):
             self.objective.reserve(self.network.classes, self.share)
         inputs = self.dataset.train.features if self.position == 0 else 0
         self.x = self.ops.empty(inputs * most, self.dtype)
-        # Outputs of two layers, one after the other, of tests.
+        # Outputs of two consecutive layers in an evaluation.
         self.spare = self.ops.empty(2 * self.layers.units * most, self.dtype).reshape(2, -1)
 
     def _declare(self, numbers: int) -> None:
@@ -143,12 +143,12 @@ class LayerParallel(Method):
         state.vector("weights", self.w)
         state.optimizer(self.optimizer)
         state.scalars["steps"] = 0
-        # Samples of the step whose states are kept, 0 where none are; cycles of passes, 0 for exact ones.
+        # kept: samples of the step whose states are kept, 0 for none; forward, adjoint: cycles of passes, 0 for exact.
         for name, value in (("kept", 0), ("forward", s.forward_cycles), ("adjoint", s.adjoint_cycles)):
             state.scalar(name, value)
         size = numbers // (plan.steps + 1)
         layout = plain_layout({"values": (plan.rows, plan.depth + 1, size)})
-        lost = "the states that a warm start goes on from: the next step starts cold"
+        lost = "the states for a warm start: the next step starts cold"
         for name, array, back in (("layer_states", self.states, False), ("layer_adjoints", self.adjoints, True)):
             if not self.keeps[back]:
                 self.account.hold("activations", array)
@@ -171,11 +171,11 @@ class LayerParallel(Method):
             account.ask("buffers", partial(lambda one: (one.buffer_bytes,), model))
 
     def _over_layers(self, values: np.ndarray) -> np.ndarray:
-        """Sums over the layers, all rows of which have the same."""
+        """Return the sums of `values` over all layers; all rows have the same values, so row 0 alone adds them."""
         return self.world.agree(values * (self.row == 0))
 
     def _stride(self, step: int) -> int:
-        """Every how manieth layer is trained in a step."""
+        """Return the distance between trained layers in a step; 1: all layers are trained."""
         return self.s.stride(step // self.per_epoch, self.plan.depth)
 
     def step(self, batch: Batch, lr: float) -> None:
@@ -183,7 +183,8 @@ class LayerParallel(Method):
         stride, b = self._stride(step), len(batch)
         if step and stride != self._stride(step - 1):
             self._begin_depth()
-        # The order of a minibatch says nothing, and so samples of a whole data set keep their places.
+        # The order of a minibatch has no meaning; sorted, the samples of a whole data set keep their places between
+        # steps, as warm starts need.
         ids = np.sort(batch.ids)
         warm = b == self.batch == self.scalars["kept"] and stride == 1
         loss = self.descent.search(self.w, self.g, lr, partial(self._gradient, ids, stride, warm))
@@ -195,17 +196,17 @@ class LayerParallel(Method):
         self.scalars["steps"] = step + 1
 
     def _gradient(self, ids: np.ndarray, stride: int, warm: bool, trial: bool) -> float:
-        """Fill g with the gradient of the mean loss over the samples, and penalties; returns this rank's share of it.
+        """Fill g with the gradient of mean loss plus penalties over samples `ids`; return this rank's share of the sum.
 
-        A `trial` of a search goes on from the states of the one before it.
+        A `trial` of a line search starts from the states of the trial before it.
         """
         kept = [(warm or (trial and stride == 1)) and keep for keep in self.keeps]
         cycles = int(self.scalars["forward"]), int(self.scalars["adjoint"])
-        mine = ids[np.array_split(np.arange(len(ids)), self.plan.rows)[self.row]]
-        loss = self._passes(mine, len(ids), stride, cycles, kept, trial)
+        own = ids[np.array_split(np.arange(len(ids)), self.plan.rows)[self.row]]
+        loss = self._passes(own, len(ids), stride, cycles, kept, trial)
         every = self.s.adapt_every
         if every and cycles[0] and int(self.scalars["steps"]) % every == 0:
-            loss = self._adapt(mine, len(ids), stride, cycles, loss)
+            loss = self._adapt(own, len(ids), stride, cycles, loss)
         if self.penalty is not None:
             loss += self.penalty.add(self.w, self.g, stride) * (self.row == 0)
         return loss
@@ -213,7 +214,7 @@ class LayerParallel(Method):
     def _passes(
         self, ids: np.ndarray, b: int, stride: int, cycles: tuple[int, int], warm: Sequence[bool], trial: bool
     ) -> float:
-        """Fill g with the gradient of the sum of the losses of this row's samples over b, summed over rows."""
+        """Fill g with the gradient of the sum of losses / b over all rows' samples; return this rank's share of it."""
         loss = 0.0
         self.g.fill(0)
         if len(ids):
@@ -226,7 +227,7 @@ class LayerParallel(Method):
         return loss
 
     def _open(self, ids: np.ndarray) -> None:
-        """Put the first state where the march begins."""
+        """Write the first state of the forward march, on the first rank of the row."""
         if self.position:
             return
         x = self.x[: self.dataset.train.features * len(ids)].reshape(-1, len(ids))
@@ -237,7 +238,10 @@ class LayerParallel(Method):
         self.solver.u[0][...] = x.reshape(-1)
 
     def _close(self, ids: np.ndarray, b: int, state: np.ndarray, trial: bool) -> float:
-        """Put the adjoint of the last state where the adjoint march begins; returns the losses' sum over b."""
+        """Write the first state of the adjoint march, on the last rank of the row; return the sum of losses / b.
+
+        Raise FloatingPointError for a loss that is not finite; a `trial` returns infinity. Other ranks return 0.
+        """
         if self.objective is None:
             return 0.0
         model, objective, n = self.models["closing"], self.objective, len(ids)
@@ -250,46 +254,49 @@ class LayerParallel(Method):
             objective.derive(tape, tape.scores.reshape(-1, n), objective.targets(n), 1 / b, dx=dx)
             loss = objective.value()
         except FloatingPointError:
-            # The other ranks wait for adjoints, of whatever values.
+            # The other ranks wait for adjoints, so a failed trial sends zeros.
             if not trial:
                 raise
             dx.fill(0)
         return inf if trial and not isfinite(loss) else loss
 
     def _go_back(self, cycles: int, warm: bool) -> None:
-        """Fill g from the states, and the adjoint of the last one."""
+        """Solve for the adjoints, and fill g from states and adjoints."""
         adjoint = self.solver.backward(cycles, warm)
         self.solver.gradients()
         for sums, cycle in zip(self.residuals, (self.solver.forward_cycle, self.solver.adjoint_cycle), strict=True):
-            for total, found in zip(sums, cycle.residuals, strict=False):
-                total += found
+            for total, squares in zip(sums, cycle.residuals, strict=False):
+                total += squares
         if "opening" in self.models:
             dy = self.layers.scratch[: adjoint.size]
             dy[...] = adjoint
             self.models["opening"].backward(self.opened, dy.reshape(self.opened.scores.shape))
 
     def _adapt(self, ids: np.ndarray, b: int, stride: int, cycles: tuple[int, int], loss: float) -> float:
-        """Take the gradient of one more cycle; where it is another, passes have a cycle more from now on."""
-        self.before[...] = self.g
+        """Fill g with the gradient after one more cycle; return the loss.
+
+        If the two gradients differ by more than --adapt-bound, later passes have one more cycle.
+        """
+        self.last_gradient[...] = self.g
         self.g.fill(0)
-        more = cycles[0] + 1, cycles[1] + 1
+        further = cycles[0] + 1, cycles[1] + 1
         if len(ids):
             loss = self._close(ids, b, self.solver.more_forward(1), False)
-            self._go_back(more[1], False)
+            self._go_back(further[1], False)
         if self.plan.rows > 1:
             self.sums.backward(self.g, self.g)
-        self.ops.combine(self.before, (1.0, self.before), (-1.0, self.g))
-        squares = np.array([self.ops.squared_norm(self.before), self.ops.squared_norm(self.g)])
-        apart, whole = self._over_layers(squares)
-        self.gradient_error = float(np.sqrt(apart / whole)) if whole > 0 else 0.0
-        # A gradient that is no number is dealt with as any other.
+        self.ops.combine(self.last_gradient, (1.0, self.last_gradient), (-1.0, self.g))
+        squares = np.array([self.ops.squared_norm(self.last_gradient), self.ops.squared_norm(self.g)])
+        difference, whole = self._over_layers(squares)
+        self.gradient_error = float(np.sqrt(difference / whole)) if whole > 0 else 0.0
+        # NaN fails this comparison; the optimizer step handles a gradient that is not finite.
         if self.gradient_error > self.s.adapt_bound:
-            exact = max(more) >= self.exact
-            self.scalars["forward"], self.scalars["adjoint"] = (0, 0) if exact else more
+            exact = max(further) >= self.exact
+            self.scalars["forward"], self.scalars["adjoint"] = (0, 0) if exact else further
         return loss
 
     def _begin_depth(self) -> None:
-        """Begin the optimizer anew, for other layers."""
+        """Reset the optimizer, as other layers are trained from here on."""
         for vector in self.optimizer.vectors.values():
             vector.fill(0)
         for name in ("t", "count", "head"):
@@ -297,7 +304,7 @@ class LayerParallel(Method):
                 self.optimizer.scalars[name] = 0
 
     def _interpolate(self, stride: int) -> None:
-        """Give the layers between those that are trained the weights of the one before them."""
+        """Copy the weights of each trained layer to the layers between it and the next trained one."""
         parts = self.layers.slices
         for k, at in enumerate(parts):
             if k % stride:
@@ -312,15 +319,15 @@ class LayerParallel(Method):
             verify(self.peers, self.ops.host(self.w), "use another MPI library")
         with self.counter.paused():
             sums = evaluate(self.metric, self.batches, self._test_scores, self._test_targets, self.ops)
-        self.found = self._measured()
+        self.measured = self._measured()
         return self.metric.scores(self.world.agree(sums))
 
     def _test_targets(self, ids: np.ndarray) -> np.ndarray:
-        found: np.ndarray = self.dataset.test.targets[ids].T
-        return found
+        targets: np.ndarray = self.dataset.test.targets[ids].T
+        return targets
 
     def _test_scores(self, ids: np.ndarray) -> np.ndarray | None:
-        """The scores of test samples: exact, one layer after the other and one rank after the other."""
+        """Return the exact scores of test samples on the last rank, else None: layer after layer, rank after rank."""
         b, size = len(ids), self.layers.units * len(ids)
         at, last = self.position, self.plan.ranks - 1
         if at == 0:
@@ -339,29 +346,29 @@ class LayerParallel(Method):
         return self.models["closing"].forward(state.reshape(-1, b)).scores.reshape(-1, b)
 
     def _measured(self) -> dict[str, Any]:
-        """Relative residuals of each cycle since the last test, see `diagnostics`."""
-        found: dict[str, Any] = {}
+        """Return the `diagnostics` since the last test, and reset the sums of residuals."""
+        values: dict[str, Any] = {}
         self.world.agree(self.residuals.reshape(-1))
         for name, sums in zip(("forward_residual", "adjoint_residual"), self.residuals, strict=True):
-            found[name] = [float(f"{np.sqrt(a / b):.4g}") for a, b in sums if b > 0]
+            values[name] = [float(f"{np.sqrt(a / b):.4g}") for a, b in sums if b > 0]
         self.residuals.fill(0)
         if self.s.adapt_every:
-            found["cycles"] = [int(self.scalars["forward"]), int(self.scalars["adjoint"])]
-            found["gradient_error"] = self.gradient_error
+            values["cycles"] = [int(self.scalars["forward"]), int(self.scalars["adjoint"])]
+            values["gradient_error"] = self.gradient_error
         if self.s.nested_depths:
-            found["layers"] = self.plan.depth // self._stride(max(0, int(self.scalars["steps"]) - 1))
-        return found
+            values["layers"] = self.plan.depth // self._stride(max(0, int(self.scalars["steps"]) - 1))
+        return values
 
     def diagnostics(self) -> dict[str, Any]:
-        """Of each cycle the root mean squared residual of points over that of their states, and of adjoints.
+        """Return the relative residual of each cycle, of states and of adjoints: the root of |residual|^2 / |state|^2.
 
         With --adapt-every also the cycles of passes, 0 for exact ones, and the relative error of the gradient that was
-        looked at last; with --nested-depths how many layers were trained.
+        compared last; with --nested-depths the number of trained layers.
         """
-        return self.found
+        return self.measured
 
     def messages(self, step: int, batch: int) -> list[Message] | None:
-        """Those of this row, and with the rows that have the same layers."""
+        """Return the messages of this row, and those with the ranks of other rows that have the same layers."""
         if self.optimizer.needs_closure or self.s.adapt_every:
             return None
         s, stride = self.s, self._stride(step)
@@ -370,12 +377,12 @@ class LayerParallel(Method):
         last = min(size, n - (step - 1) % self.per_epoch * size) if step else 0
         warm = batch == self.batch == last and stride == 1 == self._stride(max(0, step - 1))
         cold = not (warm and self.keeps[0]), not (warm and self.keeps[1])
-        found = []
+        messages = []
         if share:
-            found += self.solver.messages(share, (s.forward_cycles, s.adjoint_cycles), cold, s.levels)
+            messages += self.solver.messages(share, (s.forward_cycles, s.adjoint_cycles), cold, s.levels)
         if self.penalty is not None:
-            found += self.penalty.messages()
-        return found + (self.sums.messages(Step(1), back=True) if self.plan.rows > 1 else [])
+            messages += self.penalty.messages()
+        return messages + (self.sums.messages(Step(1), back=True) if self.plan.rows > 1 else [])
 
     @property
     def lead(self) -> int:

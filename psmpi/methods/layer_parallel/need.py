@@ -1,4 +1,4 @@
-"""The memory that ranks of the method `layer_parallel` need at least; made without MPI and arrays of weights."""
+"""Minimum memory of each rank of the method `layer_parallel`, computed without MPI and arrays of weights."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def layer_parallel_needed(size: int, network: Network, dataset: Dataset, config:
     share = -(-min(config.data.batch_size, dataset.train.n) // plan.rows)
     tests = network.evaluation_batches(dataset.test.n)
     units = prod(network.layers[plan.first].in_shape)
-    # Of one layer of the march, all of which are much alike, what its branch puts out.
+    # Outputs inside the branch of one layer of the march; the layers are much alike.
     inside = output_numbers(network.stages(range(network.classes), layers=(plan.first, plan.first + 1))[0].inner)
-    found = []
+    all_needs = []
     for rank in range(size):
-        position, mine = plan.position(rank), tests[plan.row(rank) :: plan.rows]
-        most, tested = max(share, *(at.stop - at.start for at in tests)), sum(at.stop - at.start for at in mine)
+        position, row_tests = plan.position(rank), tests[plan.row(rank) :: plan.rows]
+        most, tested = max(share, *(at.stop - at.start for at in tests)), sum(at.stop - at.start for at in row_tests)
         stages, shard = plan.stages(position), plan.runs(layout, position).size
         first, last = position == 0, position == plan.ranks - 1
         needs = [
@@ -38,5 +38,5 @@ def layer_parallel_needed(size: int, network: Network, dataset: Dataset, config:
         needs += [
             passes_needed(config, network, most, layers=stage) for name, stage in stages.items() if name != "march"
         ]
-        found.append(added(*needs))
-    return found
+        all_needs.append(added(*needs))
+    return all_needs

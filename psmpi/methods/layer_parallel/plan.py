@@ -1,4 +1,4 @@
-"""The plan of the method `layer_parallel`: which layers are solved in parallel, and who has which; pure."""
+"""The plan of the method `layer_parallel`: the layers that are solved in parallel, and the layers of each rank."""
 
 from __future__ import annotations
 
@@ -12,68 +12,68 @@ from psmpi.nn.network import Network
 
 @dataclass(frozen=True)
 class Plan:
-    """`ranks` of a row, one behind the other, each with as many consecutive residual layers; `rows` replicas of these.
+    """Deal of layers to a row of `ranks` ranks, each with equally many consecutive residual layers; `rows` such rows.
 
-    first, behind: of the layers that are solved in parallel. The layers before them are the first rank's, those behind
-    the last one's.
+    first, stop: of the layers that are solved in parallel. The first rank of a row also has the layers before them, the
+    last rank those after them.
     """
 
     network: Network
     first: int
-    behind: int
+    stop: int
     ranks: int
     rows: int
 
     @property
     def depth(self) -> int:
-        """Layers that are solved in parallel."""
-        return self.behind - self.first
+        """The number of layers that are solved in parallel."""
+        return self.stop - self.first
 
     @property
     def steps(self) -> int:
-        """Such layers of each rank."""
+        """The number of these layers on each rank."""
         return self.depth // self.ranks
 
     def position(self, rank: int) -> int:
-        """The place of a rank in its row."""
+        """Return the place of a rank in its row."""
         return rank % self.ranks
 
     def row(self, rank: int) -> int:
         return rank // self.ranks
 
     def members(self, row: int) -> range:
-        """The ranks of a row."""
+        """Return the ranks of a row."""
         return range(row * self.ranks, (row + 1) * self.ranks)
 
     def peers(self, position: int) -> range:
-        """The ranks with the same layers."""
+        """Return the ranks with the same layers, one of each row."""
         return range(position, self.ranks * self.rows, self.ranks)
 
     def stages(self, position: int) -> dict[str, tuple[int, int]]:
-        """(first, behind the last) layer of what a rank has: opening, layers of the march, closing."""
+        """Return (first, stop) of the layers of a rank: of its "march", and at the ends of "opening" and "closing"."""
         start = self.first + position * self.steps
-        found = {}
+        stages = {}
         if position == 0 and self.first:
-            found["opening"] = (0, self.first)
-        found["march"] = (start, start + self.steps)
+            stages["opening"] = (0, self.first)
+        stages["march"] = (start, start + self.steps)
         if position == self.ranks - 1:
-            found["closing"] = (self.behind, len(self.network.layers))
-        return found
+            stages["closing"] = (self.stop, len(self.network.layers))
+        return stages
 
     def runs(self, layout: Layout, position: int) -> Runs:
-        """The elements of the flat vector that a rank has."""
+        """Return the runs of the flat vector that a rank has."""
         stages = list(self.stages(position).values())
         return self.network.runs(layout, stages[0][0], stages[-1][1])
 
     def penalized(self, position: int) -> list[int]:
-        """The residual layers of a rank among those of the network's longest run, the serial ones too."""
-        first, behind = residual_run(self.network)
+        """Return the residual layers of a rank that are in the network's longest run, those of serial ends too."""
+        first, stop = residual_run(self.network)
         stages = list(self.stages(position).values())
-        return list(range(max(first, stages[0][0]), min(behind, stages[-1][1])))
+        return list(range(max(first, stages[0][0]), min(stop, stages[-1][1])))
 
 
 def residual_run(network: Network) -> tuple[int, int]:
-    """(first, behind the last) of the longest run of residual layers, whose inputs and outputs are all of one shape."""
+    """Return (first, stop) of the longest run of residual layers, whose inputs and outputs all have one shape."""
     best, start = (0, 0), 0
     for k, layer in enumerate((*network.layers, None)):
         if isinstance(layer, Residual):
@@ -85,19 +85,19 @@ def residual_run(network: Network) -> tuple[int, int]:
 
 
 def make_plan(size: int, network: Network, serial_ends: int, rows: int) -> Plan:
-    """The plan on `size` ranks; UserError where the ranks or the layers do not fit."""
-    first, behind = residual_run(network)
-    depth = behind - first - 2 * serial_ends
-    if behind - first < 2:
+    """Return the plan on `size` ranks; raise UserError if the ranks or the layers do not fit."""
+    first, stop = residual_run(network)
+    depth = stop - first - 2 * serial_ends
+    if stop - first < 2:
         raise UserError(
-            f"--model {network.name} has {'one residual layer' if behind > first else 'no residual layers'} in a row, "
+            f"--model {network.name} has {'one residual layer' if stop > first else 'no residual layers'} in a row, "
             "and --method layer_parallel solves many at once: use --model deep (--depth, --widths), or --model custom "
             'with [[model.layers]] of type "residual"'
         )
     if depth < 1:
         raise UserError(
-            f"--serial-ends {serial_ends} leaves none of {behind - first} residual layers to be solved in parallel: "
-            f"use {(behind - first - 1) // 2} or fewer"
+            f"--serial-ends {serial_ends} leaves none of {stop - first} residual layers to be solved in parallel: "
+            f"use {(stop - first - 1) // 2} or fewer"
         )
     if size % rows:
         fit = [k for k in range(1, size + 1) if size % k == 0]
@@ -109,19 +109,19 @@ def make_plan(size: int, network: Network, serial_ends: int, rows: int) -> Plan:
     if depth % ranks:
         fit = [k for k in range(1, depth + 1) if depth % k == 0 and k <= ranks]
         raise UserError(
-            f"--method layer_parallel gives each rank as many of {depth} residual layers of --model {network.name} as "
-            f"the others, and {ranks} ranks in a row do not divide them: start "
-            f"{counted(fit[-1] * rows, 'rank')}, or use a depth that is a multiple of {ranks}"
+            f"--method layer_parallel deals the {depth} residual layers of --model {network.name} evenly to ranks, and "
+            f"{ranks} ranks in a row do not divide them: start {counted(fit[-1] * rows, 'rank')}, or use a depth that "
+            f"is a multiple of {ranks}"
         )
-    return Plan(network, first + serial_ends, behind - serial_ends, ranks, rows)
+    return Plan(network, first + serial_ends, stop - serial_ends, ranks, rows)
 
 
 def inside(network: Network, layout: Layout, stage: tuple[int, int], shard: Runs) -> slice:
-    """The slice of a rank's local vector that some layers have; UserError where they have no slice of it."""
-    found = network.runs(layout, *stage).inside(shard)
-    if found is None:
+    """Return the slice of a rank's local vector with the layers `stage`; raise UserError if they form no slice."""
+    part = network.runs(layout, *stage).inside(shard)
+    if part is None:
         raise UserError(
-            f"--model {network.name} has layers whose units are of single classes among and behind its residual "
+            f"--model {network.name} has layers whose units belong to single classes among or after its residual "
             "layers, and --method layer_parallel takes each layer as a whole: use layers without groups there"
         )
-    return found
+    return part

@@ -1,4 +1,4 @@
-"""Settings of the method `layer_parallel`, and what it cannot train; made without MPI and arrays of weights."""
+"""Settings of the method `layer_parallel`, and its checks of a configuration; neither uses MPI or arrays of weights."""
 
 from __future__ import annotations
 
@@ -71,12 +71,12 @@ class Settings:
 
     @property
     def span(self) -> int:
-        """Layers of the finest level that are one of the coarsest."""
+        """The number of layers of the finest level that are one step of the coarsest."""
         spans: int = self.coarsening ** (self.levels - 1)
         return spans
 
     def stride(self, epoch: int, depth: int) -> int:
-        """Every how manieth of `depth` layers are trained in an epoch, from 0."""
+        """Return the distance between trained layers among `depth` layers in an epoch, from 0."""
         for layers, epochs in zip(self.nested_depths, self.nested_epochs, strict=True):
             if epoch < epochs:
                 return depth // layers
@@ -85,7 +85,7 @@ class Settings:
 
 
 def keeps(s: Settings, config: Config, dataset: Dataset) -> tuple[bool, bool]:
-    """Whether states, and adjoints, are kept for the next step."""
+    """Return whether states, and whether adjoints, are kept for the next step."""
     whole = config.data.batch_size >= dataset.train.n
     return s.warm_start in ("states", "both") or (s.warm_start == "auto" and whole), s.warm_start == "both"
 
@@ -114,8 +114,8 @@ def check_layer_parallel(size: int, network: Network, dataset: Dataset, config: 
         raise UserError(f"--adapt-bound {s.adapt_bound:g}: expected a number above 0, up to 1e9")
     if s.adapt_every and config.optimization.optimizer not in FIRST_ORDER:
         raise UserError(
-            f"--adapt-every {s.adapt_every} changes gradients in the middle of a search, which --optimizer "
-            f"{config.optimization.optimizer} makes: use a first-order one (sgd, momentum, adam, ...)"
+            f"--adapt-every {s.adapt_every} would change the gradient within a line search of --optimizer "
+            f"{config.optimization.optimizer}: use a first-order one (sgd, momentum, adam, ...)"
         )
     check_slices(network, config.data.batch_size, plan.rows, "rows of ranks", "--layer-replicas")
     configured_loss(config, dataset)
@@ -127,45 +127,45 @@ def check_layer_parallel(size: int, network: Network, dataset: Dataset, config: 
 
 
 def _check_layers(network: Network, plan: Plan, s: Settings) -> None:
-    """UserError for layers that cannot be solved or penalized."""
+    """Raise UserError for layers that cannot be solved or penalized."""
     if network.normalized:
         raise UserError(
-            f"--model {network.name} has batch normalization, whose statistics would be those of states that are not "
+            f"--model {network.name} has batch normalization, whose statistics would come from states that are not "
             "exact yet: use a network without it, or with group normalization (group_norm)"
         )
-    if not any(layer.linear for layer in leaves(network.layers[plan.behind :])):
+    if not any(layer.linear for layer in leaves(network.layers[plan.stop :])):
         raise UserError(
             f"--model {network.name} ends in a residual layer, and --method layer_parallel needs a layer with weights "
-            "behind those: add one"
+            "after the residual ones: add one"
         )
-    first, behind = residual_run(network)
-    layers = [layer for layer in network.layers[first:behind] if isinstance(layer, Residual)]
+    first, stop = residual_run(network)
+    layers = [layer for layer in network.layers[first:stop] if isinstance(layer, Residual)]
     if any(not layer.parameters() for layer in layers):
         raise UserError(f"--model {network.name} has residual layers without weights: leave them out")
     if s.gamma_ddt:
         shapes = {tuple(p.shape for p in layer.parameters()) for layer in layers}
         if len(shapes) > 1 or len({layer.scale for layer in layers}) > 1:
             raise UserError(
-                f"--gamma-ddt compares each residual layer with the one before, and those of --model {network.name} "
-                "are not all of one kind and step size: leave the option out"
+                f"--gamma-ddt compares each residual layer with the one before, and the layers of --model "
+                f"{network.name} differ in kind or step size: leave the option out"
             )
 
 
-def _check_levels(depth: int, ranks: int, s: Settings, of: str = "") -> None:
-    """UserError unless ranks own whole intervals on every level, and the coarsest has two steps."""
-    each = depth // ranks
-    if s.levels > 1 and (each % s.span or depth // s.span < 2):
+def _check_levels(depth: int, ranks: int, s: Settings, suffix: str = "") -> None:
+    """Raise UserError unless ranks own whole intervals on every level, and the coarsest level has two steps."""
+    per_rank = depth // ranks
+    if s.levels > 1 and (per_rank % s.span or depth // s.span < 2):
         fit = [
             (levels, m)
             for levels in range(2, s.levels + 1)
             for m in range(2, s.coarsening + 1)
-            if each % m ** (levels - 1) == 0 and depth // m ** (levels - 1) >= 2
+            if per_rank % m ** (levels - 1) == 0 and depth // m ** (levels - 1) >= 2
         ]
         fix = f"use --levels {fit[-1][0]} --coarsening {fit[-1][1]}" if fit else "use --levels 1"
         raise UserError(
             f"--levels {s.levels} --coarsening {s.coarsening} needs layers of each rank in multiples of {s.span} and "
-            f"two on the coarsest level, and there are {counted(each, 'layer')} on each of {counted(ranks, 'rank')}"
-            f"{of}: {fix}, or another depth"
+            f"two on the coarsest level, and there are {counted(per_rank, 'layer')} on each of {counted(ranks, 'rank')}"
+            f"{suffix}: {fix}, or another depth"
         )
 
 
@@ -188,11 +188,13 @@ def _check_nested(plan: Plan, config: Config, s: Settings) -> None:
             "1 up that leave some epochs for all layers"
         )
     if s.serial_ends:
-        raise UserError(f"{typed} leaves out layers evenly, and --serial-ends {s.serial_ends} keeps some: use one")
+        raise UserError(
+            f"{typed} leaves out layers evenly, and --serial-ends {s.serial_ends} keeps some: use one option"
+        )
     for depth in depths:
         if depth % plan.ranks:
             raise UserError(
-                f"{typed}: {depth} layers cannot be dealt evenly to {plan.ranks} ranks: use multiples of it"
+                f"{typed}: {depth} layers cannot be dealt evenly to {plan.ranks} ranks: use multiples of {plan.ranks}"
             )
         _check_levels(depth, plan.ranks, s, f" with {typed}")
 
@@ -206,8 +208,8 @@ def layer_parallel_notes(size: int, network: Network, config: Config) -> Iterato
         yield f"{plan.depth} residual layers, {plan.steps} a rank, one after the other: --levels 1 is exact"
         return
     yield (
-        f"{plan.depth} residual layers, {plan.steps} a rank; passes of {s.forward_cycles} and "
-        f"{counted(s.adjoint_cycles, 'cycle')}, exact ones would have {exact}; evaluations are exact"
+        f"{plan.depth} residual layers, {plan.steps} a rank; {counted(s.forward_cycles, 'forward cycle')} and "
+        f"{counted(s.adjoint_cycles, 'adjoint cycle')} a step, of which {exact} would be exact; evaluations are exact"
     )
 
 
@@ -217,7 +219,7 @@ def layer_parallel_warnings(size: int, network: Network, config: Config) -> Iter
     plan = plan_of(size, network, s)
     exact = exact_cycles(plan.depth, s.factors, s.relaxations)
     if s.levels > 1 and min(s.forward_cycles, s.adjoint_cycles) > exact:
-        yield f"{exact} cycles make passes exact: more of them are for nothing"
+        yield f"{exact} cycles make passes exact: further cycles change nothing"
     if s.warm_start == "both" and s.adjoint_cycles == 1:
         yield (
             "adjoints of the step before are far from those of this one unless weights change slowly: use "

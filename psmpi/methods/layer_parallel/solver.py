@@ -13,10 +13,10 @@ from psmpi.methods.layer_parallel.line import Line, messages_of_cycle
 
 
 class Solver:
-    """States and adjoints of `steps` layers of this rank, the one at `position` of the row `group`.
+    """Solver for states and adjoints of this rank's `steps` layers; group: the ranks of its row.
 
-    states, adjoints: room of (steps + 1) states of the largest minibatch each; adjoints lie from the last point to the
-    first. stride: where it is more than 1, only every so many layers march, with so many times the step size.
+    states, adjoints: buffers for (steps + 1) states of the largest minibatch each; adjoints lie from the last point to
+    the first. stride: above 1, only every `stride`-th layer marches, with `stride` times the step size.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class Solver:
         lines = [Line(self.boundaries, group.rank, back) for back in (False, True)]
         self.forward_cycle = Cycle(self._forward, lines[0], states, relaxations, ops)
         self.adjoint_cycle = Cycle(self._adjoint, lines[1], adjoints, relaxations, ops)
-        # What cold passes begin with, from the first rank and from the last one.
+        # Broadcasts of the first state and of the last adjoint, from which cold passes begin.
         self.first = Spread(group, layers.units, dtype, 0, per_sample=True)
         self.last = Spread(group, layers.units, dtype, group.size - 1, per_sample=True)
         self.stride = 1
@@ -47,43 +47,44 @@ class Solver:
 
     @property
     def nbytes(self) -> int:
-        """Bytes besides states, adjoints and layers."""
+        """Bytes of the cycles' buffers, without states, adjoints and layers."""
         return self.forward_cycle.nbytes + self.adjoint_cycle.nbytes
 
     def begin(self, b: int, stride: int, factors: tuple[int, ...]) -> None:
-        """Go on with minibatches of b samples, every `stride`-th layer, and these factors between levels."""
+        """Set the shape of the next passes: b samples, every `stride`-th layer, and the factors between levels."""
         self.stride, self.factors, count, size = stride, factors, self.steps // stride, self.layers.units * b
         self.count = count
         self.u = self.forward_cycle.shape(count, size, factors)
         self.w = self.adjoint_cycle.shape(count, size, factors)
 
     def forward(self, cycles: int, warm: bool) -> np.ndarray:
-        """Solve for the states, from those of the last pass or, cold, from copies of the first; returns the last one.
+        """Solve for the states; return this rank's last state.
 
-        u[0] is given on the first rank of the row.
+        A warm pass begins from the states of the last pass, a cold one from copies of the first state. The caller sets
+        u[0] on the first rank of the row.
         """
         self._start(self.u, self.first, warm)
         return self.more_forward(cycles)
 
     def more_forward(self, cycles: int) -> np.ndarray:
-        """Further cycles."""
+        """Run further cycles on the states; return this rank's last state."""
         self.forward_cycle.run(cycles)
-        found: np.ndarray = self.u[-1]
-        return found
+        last: np.ndarray = self.u[-1]
+        return last
 
     def backward(self, cycles: int, warm: bool) -> np.ndarray:
-        """Solve for the adjoints of the last forward pass; returns that of this rank's first point.
+        """Solve for the adjoints of the last forward pass; return the adjoint of this rank's first point.
 
-        w[0] is given on the last rank of the row.
+        The caller sets w[0] on the last rank of the row.
         """
         self._linearize()
         self._start(self.w, self.last, warm)
         self.adjoint_cycle.run(cycles)
-        found: np.ndarray = self.w[-1]
-        return found
+        adjoint: np.ndarray = self.w[-1]
+        return adjoint
 
     def _linearize(self) -> None:
-        """Pass the last layer of each interval again: the others have been where the states are now."""
+        """Repeat the forward pass of the last layer of each interval; the other tapes belong to the present states."""
         m, out = self.factors[0] if self.factors else 0, self.layers.scratch[: self.u.shape[1]]
         for j in range(m - 1, self.count, m) if m else ():
             self._forward(1, j, self.u[j], out)
@@ -105,17 +106,17 @@ class Solver:
         self.layers.forward(j * stride, stride, x, out)
 
     def _adjoint(self, stride: int, j: int, x: np.ndarray, out: np.ndarray) -> None:
-        """The layer at the left end of the interval, whose pass was at the state there."""
+        """Adjoint step of the layer at the left end of an interval, whose last pass was at the state there."""
         left = self.count - (j + 1) * stride
         self.layers.backward(left * self.stride, stride * self.stride, x, out)
 
     def messages(self, b: int, cycles: tuple[int, int], cold: tuple[bool, bool], levels: int) -> list[Message]:
-        """Those of a forward and an adjoint pass of the row on b samples."""
-        found = []
+        """Return the messages of the row in a forward and an adjoint pass on b samples."""
+        messages = []
         for back, (spread, is_cold, count) in enumerate(zip((self.first, self.last), cold, cycles, strict=True)):
             if is_cold and levels > 1:
-                found += spread.messages(Step(b))
+                messages += spread.messages(Step(b))
             each = (count if levels > 1 else 1) * messages_of_cycle(levels, self.relaxations)
             for boundary in self.boundaries:
-                found += each * boundary.messages(Step(b), back=bool(back))
-        return found
+                messages += each * boundary.messages(Step(b), back=bool(back))
+        return messages

@@ -1,1 +1,1 @@
-"""In-network training: agents on a graph, each with its own samples: the graph, the samples, the rules, the method."""
+"""The method `next`: in-network training of agents on a graph, each with its own samples."""

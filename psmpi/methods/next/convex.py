@@ -1,8 +1,8 @@
-"""What the convex models of the rule `next` add to the loss, and the sets that weights stay in.
+"""Regularizers and constraint sets of the convex models of the rule `next`.
 
 A regularizer r(x) is none, l2, lam |x|^2, or l1, lam |x|_1; a set is all vectors, a box |x_q| <= size, or a ball
-|x| <= size. `nearest` minimises (t/2) |x - z|^2 + r(x) over a set, in closed form: of a box one weight at a time, of a
-ball first without it, then projected, which is the same where r is l2 or l1 (Yu, 2013).
+|x| <= size. `nearest` minimises (t/2) |x - z|^2 + r(x) over a set, in closed form: for a box weight by weight; for a
+ball first over all vectors and then by projection, which is exact for l2 and l1 (Yu, 2013).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Terms:
     size: float = 0.0
 
     def nearest(self, ops: NumpyOps, x: np.ndarray, t: float) -> None:
-        """x (n,) becomes the minimum of (t/2) |x' - x|^2 + r(x') over x' in the set."""
+        """Replace x (n,) by the minimum of (t/2) |x' - x|^2 + r(x') over x' in the set."""
         if self.regularizer == "l2":
             ops.scale(x, t / (t + 2 * self.lam))
         elif self.regularizer == "l1":
@@ -38,7 +38,7 @@ class Terms:
         self.project(ops, x)
 
     def project(self, ops: NumpyOps, x: np.ndarray) -> None:
-        """x (n,) becomes the nearest vector of the set."""
+        """Replace x (n,) by the nearest vector of the set."""
         if self.kind == "box":
             np.minimum(x, self.size, out=x)
             np.maximum(x, -self.size, out=x)
@@ -49,7 +49,7 @@ class Terms:
 
 
 def read_set(words: str) -> tuple[str, float]:
-    """Kind and size of none, box:SIZE or ball:SIZE; UserError for anything else."""
+    """Return kind and size of none, box:SIZE or ball:SIZE; raise UserError for anything else."""
     kind, _, number = words.partition(":")
     if words == "none":
         return "", 0.0

@@ -1,4 +1,4 @@
-"""Which training samples each agent has: all alike, sorted by target, or a few classes each."""
+"""The deal of training samples to agents: at random, sorted by target, or a few classes each."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ import numpy as np
 from psmpi.data import Dataset
 from psmpi.errors import UserError
 
-# Keeps the deal of samples apart from all else drawn from a seed.
+# Key of the deal of samples, which separates it from other draws from a seed.
 DEAL = 0x6465616C
 
 
 def deal_samples(dataset: Dataset, agents: int, how: str, seed: int) -> list[np.ndarray]:
-    """For each agent the ids of its training samples, growing; each sample is of one agent.
+    """Return for each agent the ids of its training samples, increasing; each sample goes to one agent.
 
-    Of a private data set the samples that this rank can read, to so many agents.
+    Of a private data set, deal the samples that this rank can read to `agents` agents.
 
     how: iid, at random; sorted, by class, or by the first value; skewed:K, each agent samples of about K classes
     (McMahan and others, 2017: samples sorted by class are cut into agents times K pieces, and each agent draws K).
-    UserError for anything else, or where an agent would have no sample.
+    Raise UserError for anything else, or if an agent would have no sample.
     """
-    own = dataset.own or range(dataset.train.n)
-    n, targets = len(own), dataset.train.targets[own.start : own.stop]
-    return [own.start + ids for ids in _deal(dataset, targets, n, agents, how, seed)]
+    readable = dataset.own or range(dataset.train.n)
+    n, targets = len(readable), dataset.train.targets[readable.start : readable.stop]
+    return [readable.start + ids for ids in _deal(dataset, targets, n, agents, how, seed)]
 
 
 def _deal(dataset: Dataset, targets: np.ndarray, n: int, agents: int, how: str, seed: int) -> list[np.ndarray]:
-    """As `deal_samples`, of `n` samples numbered from 0."""
+    """Deal `n` samples, numbered from 0, see `deal_samples`."""
     rng = np.random.default_rng([seed, DEAL])
     if how == "iid":
         return [np.sort(part) for part in np.array_split(rng.permutation(n), agents)]
@@ -40,11 +40,11 @@ def _deal(dataset: Dataset, targets: np.ndarray, n: int, agents: int, how: str, 
         raise UserError(f"--split {how}: {n} training samples are too few for {agents} agents with {kinds} pieces each")
     pieces = np.array_split(order, agents * kinds)
     drawn = rng.permutation(len(pieces)).reshape(agents, kinds)
-    return [np.sort(np.concatenate([pieces[k] for k in mine])) for mine in drawn]
+    return [np.sort(np.concatenate([pieces[k] for k in numbers])) for numbers in drawn]
 
 
 def classes_each(how: str) -> int:
-    """The K of skewed:K; UserError where `how` is no way to deal samples."""
+    """Return the K of skewed:K; raise UserError for any other `how`."""
     kind, _, number = how.partition(":")
     if kind == "skewed" and number.isdecimal() and 0 < int(number) < 1 << 20:
         return int(number)

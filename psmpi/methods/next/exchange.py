@@ -1,4 +1,4 @@
-"""One exchange among agents: what each sends goes to its neighbours' ranks, and is summed by the graph's weights."""
+"""One exchange among agents: their vectors go to the neighbours' ranks, which sum them with the graph's weights."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from psmpi.methods.next.rules import halves
 
 
 class Exchange:
-    """Sums over each agent of this rank and its neighbours, in the order of the agents' numbers: the same on any ranks.
+    """Weighted sums over each agent and its neighbours, in the order of agents: the same bits on any number of ranks.
 
-    sent: (agents of this rank, ...) what each sends; owners: for each agent its rank. Between agents of one rank
-    nothing is sent.
+    sent: (agents of this rank, ...), the vectors that agents send; owners: the rank of each agent. Agents of one rank
+    exchange vectors without messages.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class Exchange:
         self.plan(0)
 
     def plan(self, iteration: int) -> None:
-        """Take the links that work in an iteration from now on."""
+        """Set the links to those that work in an iteration."""
         links = self.graph.active(iteration)
         if links != self.links:
             self.links = links
@@ -41,32 +41,32 @@ class Exchange:
             self.weights = weights(self.graph.count, links)
 
     def run(self, iteration: int) -> None:
-        """Send and receive."""
+        """Send and receive the vectors of an iteration."""
         self.plan(iteration)
         count = len(self.sent)
         self.neighbours.forward(self.sent.reshape(count, -1), self.room[: len(self.neighbours.sources)])
 
     def terms(self, own: int) -> Iterator[tuple[float, np.ndarray]]:
-        """(weight, what was sent) of an agent of this rank, by its place here, and of its neighbours."""
+        """Yield (weight, sent vector) of an agent of this rank and of its neighbours; own: its place on this rank."""
         at = dict(zip(self.neighbours.sources, self.room, strict=False))
         row = self.weights[self.first + own]
         for agent in np.flatnonzero(row).tolist():
-            here = agent - self.first
-            yield float(row[agent]), at[agent] if agent in at else self.sent[here].reshape(-1)
+            place = agent - self.first
+            yield float(row[agent]), at[agent] if agent in at else self.sent[place].reshape(-1)
 
     def mix(self, out: np.ndarray) -> None:
-        """out (agents of this rank, ...) = the weighed sums of what was sent."""
+        """Fill out (agents of this rank, ...) with the weighted sums of the sent vectors."""
         for own, mixed in enumerate(out):
             self.ops.combine(mixed.reshape(-1), *self.terms(own))
 
     def add_sparse(self, out: np.ndarray) -> None:
-        """Add the weighed sums of components that were sent, see `halves`, to out (agents of this rank, size)."""
+        """Add the weighted sums of sent components, see `halves`, to out (agents of this rank, size)."""
         for own, near in enumerate(out):
             for weight, row in self.terms(own):
                 values, places = halves(row)
                 near[places] += weight * values
 
     def messages(self, iteration: int) -> list[Message]:
-        """The messages of an iteration's exchange."""
+        """Return the messages of an iteration's exchange."""
         self.plan(iteration)
         return self.neighbours.messages(Step(round=iteration))

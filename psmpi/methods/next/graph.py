@@ -1,4 +1,4 @@
-"""Graphs of agents and the weights with which neighbours are averaged; pure functions of names, numbers and seeds."""
+"""Graphs of agents, and the weights of averages over neighbours: pure functions of names, numbers and seeds."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import numpy as np
 
 from psmpi.errors import UserError, expanded
 
-# Keeps draws of graphs, and of their active edges, apart from all else drawn from a seed.
+# Keys of the draws of graphs, and of their active edges, which separate them from other draws from a seed.
 GRAPH, ACTIVE = 0x67726170, 0x65646765
 KINDS = "ring, grid, exponential, complete, erdos:P with a probability P, or a file"
-# Edges of a file that errors name.
+# Most edges, or agents, that an error names.
 NAMED = 5
 
 Edge = tuple[int, int]
@@ -21,9 +21,9 @@ Edge = tuple[int, int]
 
 @dataclass(frozen=True)
 class Graph:
-    """Agents 0 .. count - 1 and the links between them: (a, b) with a < b, which both use.
+    """Agents 0 .. count - 1 and the links between them: (a, b) with a < b, used in both directions.
 
-    probability: with which each link works in an iteration, by draws from `seed`, the same for whoever asks.
+    probability: of a link to work in an iteration. Draws depend on `seed` and the iteration, so all ranks draw alike.
     """
 
     count: int
@@ -32,7 +32,7 @@ class Graph:
     seed: int = 0
 
     def active(self, iteration: int) -> tuple[Edge, ...]:
-        """The links that work in an iteration."""
+        """Return the links that work in an iteration."""
         if self.probability >= 1:
             return self.links
         draws = np.random.default_rng([self.seed, ACTIVE, iteration]).random(len(self.links))
@@ -40,7 +40,7 @@ class Graph:
 
     @cached_property
     def gap(self) -> float:
-        """1 less the second largest magnitude of the eigenvalues of the weights of all links: how fast agents agree."""
+        """The spectral gap of all links' weights, 1 minus the second largest |eigenvalue|: how fast agents agree."""
         if self.count == 1:
             return 1.0
         sizes = np.sort(np.abs(np.linalg.eigvalsh(weights(self.count, self.links))))
@@ -48,32 +48,32 @@ class Graph:
 
     @cached_property
     def degrees(self) -> tuple[int, ...]:
-        """Of each agent the number of its links."""
+        """The number of links of each agent."""
         return tuple(np.bincount(np.array(self.links, int).reshape(-1), minlength=self.count).tolist())
 
 
 def weights(count: int, links: Iterable[Edge]) -> np.ndarray:
-    """Metropolis weights (count, count) float64: symmetric, not negative, rows and columns sum to 1.
+    """Return the Metropolis weights (count, count) float64: symmetric, not negative, rows and columns sum to 1.
 
     c_ij = 1 / (1 + max(d_i, d_j)) on a link, with the degrees d; the rest of a row is the agent's own (Xiao, Boyd and
     Lall, 2005).
     """
     pairs = np.array(sorted(set(links)), int).reshape(-1, 2)
     degrees = np.bincount(pairs.reshape(-1), minlength=count)
-    found = np.zeros((count, count))
+    matrix = np.zeros((count, count))
     a, b = pairs.T
-    found[a, b] = found[b, a] = 1 / (1 + np.maximum(degrees[a], degrees[b]))
-    found[np.diag_indices(count)] = 1 - found.sum(axis=1)
-    return found
+    matrix[a, b] = matrix[b, a] = 1 / (1 + np.maximum(degrees[a], degrees[b]))
+    matrix[np.diag_indices(count)] = 1 - matrix.sum(axis=1)
+    return matrix
 
 
 def both(links: Iterable[Edge]) -> list[Edge]:
-    """The links as edges both ways."""
+    """Return the links as edges in both directions."""
     return [edge for a, b in links for edge in ((a, b), (b, a))]
 
 
 def make_graph(name: str, count: int, seed: int, probability: float = 1.0) -> Graph:
-    """The graph of so many agents called `name`; UserError where there is none, or where it is not connected."""
+    """Return the graph `name` of `count` agents; raise UserError for an unknown name, or an unconnected graph."""
     if name == "ring":
         links = {(k, (k + 1) % count) for k in range(count)}
     elif name == "grid":
@@ -92,14 +92,14 @@ def make_graph(name: str, count: int, seed: int, probability: float = 1.0) -> Gr
         small = min(parts, key=len)
         shown = " ".join(map(str, small[:NAMED])) + (" ..." if len(small) > NAMED else "")
         raise UserError(
-            f"--graph {name}: the graph of {count} agents falls into {len(parts)} parts, one of them the agent(s) "
-            f"{shown}, which never hear of the others: add links, or use --graph ring"
+            f"--graph {name}: the graph of {count} agents is not connected: it falls into {len(parts)} parts, one of "
+            f"them the agent(s) {shown}: add links, or use --graph ring"
         )
     return Graph(count, plain, probability, seed)
 
 
 def _grid(count: int) -> set[Edge]:
-    """Rows and columns as nearly a square as `count` has divisors for."""
+    """Return the links of a grid of rows and columns, as nearly square as the divisors of `count` allow."""
     rows = max(d for d in range(1, int(count**0.5) + 1) if count % d == 0)
     columns = count // rows
     across = {(k, k + 1) for k in range(count) if (k + 1) % columns}
@@ -107,7 +107,7 @@ def _grid(count: int) -> set[Edge]:
 
 
 def _erdos(name: str, count: int, seed: int) -> set[Edge]:
-    """Each pair with a probability, drawn again until all agents hear of each other."""
+    """Return each pair with the probability in `name`; draw again until the graph is connected."""
     try:
         p = float(name.removeprefix("erdos:"))
     except ValueError:
@@ -127,7 +127,7 @@ def _erdos(name: str, count: int, seed: int) -> set[Edge]:
 
 
 def _read(name: str, count: int) -> set[Edge]:
-    """The links of a text file, "A B" a line; # begins a comment."""
+    """Return the links of a text file, "A B" a line; # begins a comment."""
     path = expanded(name, "--graph")
     if not name or path.is_dir():
         raise UserError(f"--graph {name!r}: neither a graph nor a file: expected {KINDS}")
@@ -137,7 +137,7 @@ def _read(name: str, count: int) -> set[Edge]:
         raise UserError(f"--graph {name}: neither a graph nor a file: expected {KINDS}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--graph {name}: cannot be read ({error}): expected lines of two agents' numbers") from None
-    found: set[Edge] = set()
+    links: set[Edge] = set()
     for number, line in enumerate(lines, 1):
         words, where = line.partition("#")[0].split(), f"--graph {name}:{number}"
         if not words:
@@ -150,30 +150,30 @@ def _read(name: str, count: int) -> set[Edge]:
             raise UserError(f"{where}: {a} {b}: agents are numbered 0 to {count - 1}; --agents says how many")
         if a == b:
             raise UserError(f"{where}: {a} {b}: an agent needs no link to itself: leave the line out")
-        found.add((a, b))
-    ways = [(a, b) for a, b in sorted(found) if (b, a) in found]
-    single = [(a, b) for a, b in sorted(found) if (b, a) not in found]
+        links.add((a, b))
+    ways = [(a, b) for a, b in sorted(links) if (b, a) in links]
+    single = [(a, b) for a, b in sorted(links) if (b, a) not in links]
     if ways and single:
         shown = ", ".join(f"{a} {b}" for a, b in single[:NAMED])
         raise UserError(
-            f"--graph {name}: some links are there both ways, others one way only ({shown}): messages go both "
+            f"--graph {name}: the file has some links both ways, and others one way only ({shown}): messages go both "
             "ways over a link; give each link once, or all both ways"
         )
-    return found
+    return links
 
 
 def components(count: int, links: Iterable[Edge]) -> list[list[int]]:
-    """The agents that hear of each other, part by part."""
+    """Return the connected components of a graph, each as increasing agents."""
     near: list[set[int]] = [set() for _ in range(count)]
     for a, b in links:
         near[a].add(b)
         near[b].add(a)
-    left, found = set(range(count)), []
+    left, parts = set(range(count)), []
     while left:
         part, edge = set(), {min(left)}
         while edge:
             part |= edge
             edge = set().union(*(near[k] for k in edge)) - part
-        found.append(sorted(part))
+        parts.append(sorted(part))
         left -= part
-    return found
+    return parts

@@ -1,8 +1,8 @@
-"""In-network training: agents on a graph, each with its own samples, that send what they find to neighbours alone.
+"""In-network training: agents on a graph, each with its own samples, which exchange vectors with neighbours only.
 
 Scardapane and Di Lorenzo, "A framework for parallel and distributed training of neural networks" (2017), and methods
-to compare it with. There is no master: an iteration is a gradient of each agent's own samples, and one exchange
-along the links of the graph. Checkpoints hold the mean of the agents' weights, which is tested too, and all agents.
+to compare it with. There is no master: an iteration is a gradient over each agent's own samples, and one exchange along
+the links of the graph. Checkpoints hold the mean of the agents' weights, which tests evaluate too, and all agents.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ from psmpi.training.method import Exactness, Method
 from psmpi.training.replica import verify
 from psmpi.training.rounds import Rounds
 
-# Keeps the order of an agent's samples apart from all else drawn from a seed.
+# Key of the order of an agent's samples, which separates it from other draws from a seed.
 ORDER = 0x6F726472
 
 
 class InNetwork(Method):
-    """The method on one rank: some agents, rows of `w`, `g` and of the rule's vectors, (agents, all parameters)."""
+    """In-network training on one rank: its agents, rows of w, g and the rule's vectors, (agents, all parameters)."""
 
     name = "next"
     summary = "agents on a graph, each with samples of its own"
@@ -62,40 +62,42 @@ class InNetwork(Method):
         s, o, ops, size = context.settings(Settings), context.config, context.ops, context.layout.size
         self.s, self.clip, self.seed = s, o.optimization.clip, o.run.seed
         self.count, self.owners = s.agents, owners(s.agents, context.size)
-        here = [agent for agent, rank in enumerate(self.owners) if rank == self.rank]
-        self.here = range(here[0], here[-1] + 1)
+        own = [agent for agent, rank in enumerate(self.owners) if rank == self.rank]
+        self.agents = range(own[0], own[-1] + 1)
         if s.private_data:
-            check_samples(context.network, context.dataset, o, len(here))
-            self.samples = deal_samples(context.dataset, len(here), s.split, self.seed)
+            check_samples(context.network, context.dataset, o, len(own))
+            self.samples = deal_samples(context.dataset, len(own), s.split, self.seed)
         else:
             dealt = deal_samples(context.dataset, s.agents, s.split, self.seed)
-            self.samples = [dealt[agent] for agent in self.here]
-        # An agent's mean loss counts as its samples do, so that the mean over agents is the loss of all samples.
+            self.samples = [dealt[agent] for agent in self.agents]
+        # Weight of each agent's mean loss, by its number of samples: the mean over agents is the loss of all samples.
         self.factors = [s.agents * len(ids) / context.dataset.train.n for ids in self.samples]
         self.steps_per_epoch = -(-context.dataset.train.n // o.data.batch_size)
         self.chunk = max(o.data.batch_size, CHUNK)
         self.order: tuple[int, list[np.ndarray]] = (-1, [])
-        everything = Runs(((0, size),))
-        self.everything = everything
+        all_weights = Runs(((0, size),))
+        self.all_weights = all_weights
         self.aside = context.uncounted()
         self.w, self.g = self._rows(), self._rows()
-        # What passes compute with: an agent's weights, or their mean; the gradient of a minibatch.
+        # Arrays of a pass: the weights of an agent, or their mean, and the gradient of a minibatch.
         self.x, self.dx = ops.zeros(size, self.dtype), ops.zeros(size, self.dtype)
-        # Of a private data set a rank tests all of its samples.
+        # With private data, a rank tests all test samples of its data set.
         tested, number = (replicate(context.layout, 1), 0) if s.private_data else (roles, self.rank)
-        used, place = tested.parts[number].inside(everything), tested.workers[number]
+        used, place = tested.parts[number].inside(all_weights), tested.workers[number]
         assert used is not None and place is not None
         self.worker = ElementWorker(
             context, place, tested, context.group([self.rank]), self.x[used], self.dx[used],
             samples=np.sort(np.concatenate(self.samples)),
         )  # fmt: skip
-        self._declare(everything)
+        self._declare(all_weights)
         group = context.group()
         sparse = isinstance(self.rule, Choco)
         self.mixed = self.rule.near if isinstance(self.rule, Choco) else self._rows(self.rule.sent)
         sent = 2 * sent_components(size, s.gossip_density) if sparse else self.rule.sent * size
-        room = ops.zeros(len(self.here) * sent, self.dtype)
-        self.sent = room.reshape(len(self.here), -1) if sparse else room.reshape(len(self.here), self.rule.sent, size)
+        room = ops.zeros(len(self.agents) * sent, self.dtype)
+        self.sent = (
+            room.reshape(len(self.agents), -1) if sparse else room.reshape(len(self.agents), self.rule.sent, size)
+        )
         graph = graph_of(s)
         self.links = crc32(np.array(graph.links, np.int64).tobytes())
         if not self.aside.same_bits(np.array([self.links])):
@@ -103,13 +105,13 @@ class InNetwork(Method):
         self.scalars["graph"] = self.links
         self.exchange = Exchange(group, graph, self.owners, self.sent, self.dtype, ops)
         self.period_of_exchange = context.settings(Rounds).local_steps if s.rule == "kgt" else 1
-        context.put_weights(everything, self.x)
+        context.put_weights(all_weights, self.x)
         self._spread()
         self.account.hold("gradients", self.g, self.dx)
         self.account.hold("weights", self.mixed)
         self.account.ask("buffers", lambda: (self.exchange.sent, self.exchange.room))
         self.account.include(self.worker.memory)
-        self.found: dict[str, Any] = {}
+        self.measured: dict[str, Any] = {}
 
     check, needed = staticmethod(check_next), staticmethod(next_needed)
     notes, warnings = staticmethod(next_notes), staticmethod(next_warnings)
@@ -119,25 +121,25 @@ class InNetwork(Method):
         return config.of(Settings).private_data
 
     def _rows(self, each: int = 1) -> np.ndarray:
-        """Zeros (agents here, all parameters), or (agents here, each, all parameters)."""
-        found = self.ops.zeros(len(self.here) * each * self.layout.size, self.dtype)
-        shape = (len(self.here), self.layout.size) if each == 1 else (len(self.here), each, self.layout.size)
-        return found.reshape(shape)
+        """Return zeros (agents of this rank, all parameters), or (agents of this rank, each, all parameters)."""
+        zeros = self.ops.zeros(len(self.agents) * each * self.layout.size, self.dtype)
+        shape = (len(self.agents), self.layout.size) if each == 1 else (len(self.agents), each, self.layout.size)
+        return zeros.reshape(shape)
 
-    def _declare(self, everything: Runs) -> None:
+    def _declare(self, all_weights: Runs) -> None:
         """Declare the state: the mean of the weights, and all vectors of each agent as rows of tables."""
         size, shard = self.layout.size, next(iter(self.shards[self.rank].intervals), (0, 0))
         share = self.x[slice(*shard)]
-        self.whole = Gather(self.aside, self.shards.runs, everything, self.dtype)
+        self.whole = Gather(self.aside, self.shards.runs, all_weights, self.dtype)
         self.state.vector("weights", share, after=partial(self.whole.forward, share, self.x))
         self.account.hold("weights", self.x)
         optimizer = configured_optimizer(
-            self.context.config, self.layout, Runs(((0, len(self.here) * size),)), self.ops
+            self.context.config, self.layout, Runs(((0, len(self.agents) * size),)), self.ops
         )
         self.optimizer, self.state.scalars = optimizer, optimizer.scalars
         self.account.ask("optimizer", lambda: optimizer.arrays)
         self.unstepped = dict(optimizer.scalars)
-        # The steps of the run, and the graph that what agents remember of each other is of.
+        # Steps of the run, and a checksum of the graph to which the agents' memories of each other belong.
         self.state.scalars["steps"] = 0
         self.state.scalar("graph", 0)
         self.inner = self._inner() if self.s.linearization == "partial" else None
@@ -155,7 +157,7 @@ class InNetwork(Method):
         self.state.lost = "the weights of these agents: all of them start from the mean"
 
     def _inner(self) -> Inner:
-        """What solves convex models that linearise the network alone."""
+        """Make the solver of convex models that linearise only the network."""
         context = self.context
         model = Model(context.network, self.layout, self.x, self.dx, self.ops)
         jacobian = Jacobian(model, self.worker.train, int(np.prod(context.dataset.shape)))
@@ -163,15 +165,15 @@ class InNetwork(Method):
         jacobian.reserve(max(-(-len(ids) // parts) for ids in self.samples))
 
         def loss() -> Loss:
-            made = configured_loss(context.config, context.dataset)
-            made.lenient = True
-            return made
+            lenient = configured_loss(context.config, context.dataset)
+            lenient.lenient = True
+            return lenient
 
         self.account.hold("buffers", jacobian.rows)
         return Inner(jacobian, loss, self.s.terms, self.s.tau, self.s.inner_blocks, self.ops.threads)
 
     def _minimum(self, own: int, w: np.ndarray, y: np.ndarray) -> np.ndarray:
-        """The minimum of an agent's convex model at the weights that its last gradient was taken at."""
+        """Return the minimum (all parameters,) of an agent's convex model at the weights of its last gradient."""
         assert self.inner is not None
         ids = self._ids(own, int(self.scalars["steps"]))
         self.x[...] = w
@@ -180,11 +182,11 @@ class InNetwork(Method):
             targets = targets.T
         scale = self.factors[own] / (self.count * len(ids))
         w, y = np.asarray(host(w), np.float64), np.asarray(host(y), np.float64)
-        found: np.ndarray = self.ops.put(self.inner.solve(ids, targets, scale, w, y).astype(self.dtype))
-        return found
+        minimum: np.ndarray = self.ops.put(self.inner.solve(ids, targets, scale, w, y).astype(self.dtype))
+        return minimum
 
     def _spread(self) -> None:
-        """Let all agents start from x."""
+        """Set the weights of all agents to x, and reset the rule."""
         self.w[...] = self.x
         self.rule.begin()
 
@@ -201,11 +203,11 @@ class InNetwork(Method):
                 self.exchange.add_sparse(self.rule.near)
             else:
                 self.exchange.mix(self.mixed)
-            self.rule.take(self.mixed.reshape(len(self.here), -1, self.layout.size), lr)
+            self.rule.take(self.mixed.reshape(len(self.agents), -1, self.layout.size), lr)
         self.scalars["steps"] = iteration + 1
 
     def _gradient(self, own: int, iteration: int) -> float:
-        """Fill row `own` of g with the gradient of an agent's samples; returns their mean loss."""
+        """Fill row `own` of g with the gradient of an agent's samples; return their mean loss."""
         g, ids = self.g[own], self._ids(own, iteration)
         self.x[...] = self.w[own]
         g.fill(0)
@@ -214,18 +216,18 @@ class InNetwork(Method):
             share = len(some) / len(ids)
             loss += share * self.worker.element_losses(some, some)
             self.ops.combine(g, (1.0, g), (share * self.factors[own], self.dx))
-        self.numbers.sound(self.ops, loss, [(g, self.everything)], self.layout, len(ids))
+        self.numbers.sound(self.ops, loss, [(g, self.all_weights)], self.layout, len(ids))
         if self.clip > 0:
-            self.numbers.clip(g, self.clip, no_sum, self.ops, self.layout, self.everything)
+            self.numbers.clip(g, self.clip, no_sum, self.ops, self.layout, self.all_weights)
         return loss
 
     def _ids(self, own: int, iteration: int) -> np.ndarray:
-        """The samples of an agent's gradient: all, or its share of a minibatch."""
+        """Return the samples of an agent's gradient: all, or its share of a minibatch."""
         if self.s.tracking == "full":
             return self.samples[own]
         epoch, step = divmod(iteration, self.steps_per_epoch)
         if self.order[0] != epoch:
-            rngs = (np.random.default_rng([self.seed, ORDER, agent, epoch]) for agent in self.here)
+            rngs = (np.random.default_rng([self.seed, ORDER, agent, epoch]) for agent in self.agents)
             shuffled = [rng.permutation(ids) for rng, ids in zip(rngs, self.samples, strict=True)]
             self.order = epoch, shuffled
         return np.array_split(self.order[1][own], self.steps_per_epoch)[step]
@@ -238,7 +240,7 @@ class InNetwork(Method):
         return self.exchange.messages(step) if (step + 1) % self.period_of_exchange == 0 else []
 
     def drain(self) -> None:
-        """x becomes the mean of all agents' weights."""
+        """Set x to the mean of all agents' weights."""
         self.x.fill(0)
         for row in self.w:
             self.ops.combine(self.x, (1.0, self.x), (1 / self.count, row))
@@ -251,56 +253,56 @@ class InNetwork(Method):
             self.scalars.update(self.unstepped)
             self._spread()
         elif self.s.rule == "next":
-            # The set may be a new one.
+            # The constraint set may have changed.
             for w in self.w:
                 self.s.terms.project(self.ops, w)
         elif self.s.rule in FIXED and self.scalars["graph"] != self.links:
-            # What agents remember was sent over other links.
+            # The agents' memories belong to other links.
             self.rule.begin()
         self.scalars["graph"] = self.links
 
     def test(self) -> dict[str, float]:
-        """The scores of the mean of the agents' weights; also finds those of every agent, see `diagnostics`."""
+        """Return the scores of the mean of the agents' weights; measure those of every agent, see `diagnostics`."""
         self.drain()
         verify(self.aside, self.ops.host(self.x), "use another MPI library")
         scores = self.worker.metric.scores(self.aside.agree(self.worker.test()))
-        self.found = self._distances()
-        each = []
+        self.measured = self._distances()
+        agent_scores = []
         for agent, rank in enumerate(self.owners):
             if rank == self.rank:
-                self.x[...] = self.w[agent - self.here[0]]
+                self.x[...] = self.w[agent - self.agents[0]]
             self.aside.bcast(self.x, rank)
-            each.append(self.worker.metric.scores(self.aside.agree(self.worker.test())))
-        for name in each[0]:
-            values = [one[name] for one in each]
-            self.found[f"agents_{name}"] = values
+            agent_scores.append(self.worker.metric.scores(self.aside.agree(self.worker.test())))
+        for name in agent_scores[0]:
+            values = [one[name] for one in agent_scores]
+            self.measured[f"agents_{name}"] = values
             worst = max(values) if name in ("loss", "rmse") else min(values)
-            self.found[f"worst_{name}"], self.found[f"mean_{name}"] = worst, float(np.mean(values))
+            self.measured[f"worst_{name}"], self.measured[f"mean_{name}"] = worst, float(np.mean(values))
         return scores
 
     def _distances(self) -> dict[str, Any]:
-        """How far agents are from their mean x, and the tracked gradients' mean from that of the gradients."""
+        """Return the largest distance of an agent from the mean x, and the error of the mean tracked gradient."""
         far = np.zeros(len(self.owners))
         for own, row in enumerate(self.w):
             self.ops.combine(self.dx, (1.0, row), (-1.0, self.x))
-            far[self.here[own]] = float(np.sqrt(self.ops.squared_norm(self.dx)))
-        found = {"disagreement": float(self.aside.agree(far).max())}
+            far[self.agents[own]] = float(np.sqrt(self.ops.squared_norm(self.dx)))
+        distances = {"disagreement": float(self.aside.agree(far).max())}
         if self.rule.tracked:
-            # Of trackers after an exchange, which have not seen the next gradient yet.
+            # After an exchange, trackers still belong to the last gradients.
             total = np.zeros(self.dx.size)
             for y, g in zip(self.rule.vectors[self.rule.tracked], self.rule.vectors["gradient"], strict=True):
                 self.ops.combine(self.dx, (1.0, y), (-1.0, g))
                 total += self.ops.host(self.dx)
             total /= self.count
-            found["tracking_error"] = float(np.abs(self.aside.agree(total)).max())
-        return found
+            distances["tracking_error"] = float(np.abs(self.aside.agree(total)).max())
+        return distances
 
     def diagnostics(self) -> dict[str, Any]:
-        """Spectral gap of the graph, distances of agents, and the scores of the last test of each, worst and mean."""
-        return {"spectral_gap": graph_of(self.s).gap, **self.found}
+        """Return the graph's spectral gap, the agents' distances, and the agents' last scores, with worst and mean."""
+        return {"spectral_gap": graph_of(self.s).gap, **self.measured}
 
     def work(self) -> tuple[str, str, int]:
-        role = f"agent {self.here[0]}" if len(self.here) == 1 else f"agents {self.here[0]} to {self.here[-1]}"
+        role = f"agent {self.agents[0]}" if len(self.agents) == 1 else f"agents {self.agents[0]} to {self.agents[-1]}"
         return role, f"{sum(map(len, self.samples)):,} samples", self.layout.size
 
     def events(self) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""The memory that ranks of the method `next` need at least; made without MPI and arrays of weights."""
+"""Minimum memory of each rank of the method `next`, computed without MPI and arrays of weights."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from psmpi.training.need import Need, added, vectors_needed, worker_needed
 
 
 def next_needed(size: int, network: Network, dataset: Dataset, config: Config) -> list[Need]:
-    """See `Method.needed`. What is received is left out, and of the samples all: whose they are is drawn later."""
+    """See `Method.needed`. Receive buffers are left out, and so are samples, which are dealt later."""
     s, layout, itemsize = config.of(Settings), network.layout(), np.dtype(config.model.dtype).itemsize
     whole, roles, rule, held = layout.size, replicate(layout, size), RULES[s.rule], owners(s.agents, size)
-    found = []
+    needs = []
     for rank, worker in enumerate(roles.workers):
         assert worker is not None
-        need, here = worker_needed(config, network, dataset, worker, roles), held.count(rank)
+        need, count = worker_needed(config, network, dataset, worker, roles), held.count(rank)
         need.pop("samples", None)
-        vectors = vectors_needed(config, layout, (here + 1) * whole, (here + 1) * whole, here * whole)
+        vectors = vectors_needed(config, layout, (count + 1) * whole, (count + 1) * whole, count * whole)
         sent = 2 * sent_components(whole, s.gossip_density) if rule is Choco else rule.sent * whole
         mixed = 0 if rule is Choco else rule.sent * whole
-        more = {"optimizer": rule.kept * here * whole, "weights": mixed * here, "buffers": sent * here}
+        extra = {"optimizer": rule.kept * count * whole, "weights": mixed * count, "buffers": sent * count}
         if s.linearization == "partial":
             # Derivatives of all scores of a step, and the smaller system of a block, in float64.
             steps = 1 if s.tracking == "full" else -(-dataset.train.n // config.data.batch_size)
             rows = network.classes * -(-dataset.train.n // (s.agents * steps))
-            more["buffers"] += 8 // itemsize * (rows * whole + min(rows, -(-whole // s.inner_blocks)) ** 2)
-        found.append(added(added(need, vectors), {name: n * itemsize for name, n in more.items()}))
-    return found
+            extra["buffers"] += 8 // itemsize * (rows * whole + min(rows, -(-whole // s.inner_blocks)) ** 2)
+        needs.append(added(added(need, vectors), {name: n * itemsize for name, n in extra.items()}))
+    return needs

@@ -1,6 +1,6 @@
-"""The convex model that linearises the network alone, inside the loss; solved in blocks of weights, a core each.
+"""The convex model that linearises only the network inside the loss, solved in blocks of weights, each on a core.
 
-Of an agent at weights w, with scores f of its samples, their derivatives J and the tracked gradient y, the model in
+For an agent at weights w, with scores f of its samples, their derivatives J and the tracked gradient y, the model in
 d = x - w is  c sum_m l(f_m + J_m d) + p d + tau/2 |d|^2 + r(w + d),  p such that its gradient at d = 0 is y
 (Scardapane and Di Lorenzo, 2017, partial linearisation). All of it is float64 in host memory.
 """
@@ -20,17 +20,17 @@ from psmpi.methods.next.convex import Terms
 from psmpi.nn.losses import Loss
 from psmpi.nn.model import Model
 
-# Parameters above which no derivatives of all scores are kept.
+# Most parameters for which the derivatives of all scores are kept.
 MOST = 10_000
-# The norm of a gradient, over 1 + |y|, at which the inner problem counts as solved, with the squared loss and with
-# others; iterations after which an inner solution is taken as it is.
+# Tolerances of the inner problem on the gradient's norm over 1 + |y|, with the squared loss and with other losses; most
+# iterations of an inner solution.
 ENOUGH, ENOUGH_OTHERS, STEPS = 1e-11, 1e-8, 2000
 
 
 class Jacobian:
     """Scores of samples and their derivatives: `scores` (classes, b), `rows` (classes * b, size) by class, then sample.
 
-    A forward and a backward pass a row, each of one sample: the network has no layers that couple samples.
+    Each row takes a forward and a backward pass of one sample: the network has no layers that couple samples.
     """
 
     def __init__(self, model: Model, samples: Resident, features: int):
@@ -40,13 +40,13 @@ class Jacobian:
         self.rows, self.scores = np.empty((0, model.part.size)), np.empty((model.size, 0))
 
     def reserve(self, samples: int) -> None:
-        """Make room for so many samples."""
+        """Make room for `samples` samples."""
         count = self.model.size
         if samples * count > len(self.rows):
             self.rows = np.empty((samples * count, self.model.part.size))
 
     def fill(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Scores and rows of some samples at the model's weights, until the next call."""
+        """Return scores and rows of some samples at the model's weights; both are valid until the next call."""
         model, count, b = self.model, self.model.size, len(ids)
         assert model.g is not None
         self.reserve(b)
@@ -54,7 +54,7 @@ class Jacobian:
         for k in range(b):
             inputs = self.samples.batch(ids[k : k + 1], self.x).inputs
             for j in range(count):
-                # A backward pass uses up what some layers keep of a forward pass, and its dy.
+                # Backward overwrites dy and the tapes of some layers, so each row needs a forward pass.
                 tape = model.forward(inputs)
                 if j == 0:
                     self.scores[:, k] = model.ops.host(tape.scores)[:, 0]
@@ -66,7 +66,7 @@ class Jacobian:
 
 
 def damped_solve(rows: np.ndarray, curvature: float, damping: float, v: np.ndarray) -> np.ndarray:
-    """(curvature J^T J + damping Id)^-1 v for J = rows (n, q), by a system of q or of n equations, the fewer.
+    """Return (curvature J^T J + damping Id)^-1 v for J = rows (n, q), by a system of min(n, q) equations.
 
     (c J^T J + a Id)^-1 = (Id - J^T ((a/c) Id + J J^T)^-1 J) / a (Woodbury).
     """
@@ -82,10 +82,10 @@ def damped_solve(rows: np.ndarray, curvature: float, damping: float, v: np.ndarr
 
 
 class Inner:
-    """Solves the convex models of a rank's agents.
+    """Solver of the convex models of a rank's agents.
 
-    loss: makes one, of float64, for each core; blocks: how many blocks of weights are solved apart, the others staying
-    where they are, on so many cores.
+    loss: makes a float64 loss, one for each block; blocks: the number of blocks of weights, each of which is solved
+    with the other weights fixed; cores: the number of threads at most.
     """
 
     def __init__(
@@ -99,21 +99,21 @@ class Inner:
         self.pool = ThreadPoolExecutor(min(cores, blocks)) if min(cores, blocks) > 1 else None
 
     def solve(self, ids: np.ndarray, targets: np.ndarray, scale: float, w: np.ndarray, y: np.ndarray) -> np.ndarray:
-        """The minimum x (size,) of an agent's convex model at w (size,), which the Jacobian's model has for weights.
+        """Return the minimum x (size,) of an agent's convex model at w (size,), the weights of the Jacobian's model.
 
-        ids, targets: of its samples, as the loss takes them; scale: the factor c of a sample's loss; y: the tracked
-        gradient.
+        ids, targets: of the agent's samples, as the loss takes them; scale: the factor c of a sample's loss; y:
+        (size,), the tracked gradient.
         """
         scores, rows = self.jacobian.fill(ids)
 
         def block(number: int) -> None:
             at, loss = self.blocks[number], self.losses[number]
-            found[at] = self._block(loss, scores, rows[:, at], targets, scale, w[at], y[at])
+            x[at] = self._block(loss, scores, rows[:, at], targets, scale, w[at], y[at])
 
-        found = np.empty(w.size)
+        x = np.empty(w.size)
         for _ in (self.pool.map if self.pool is not None else map)(block, range(len(self.blocks))):
             pass
-        return found
+        return x
 
     def _block(
         self,
@@ -141,18 +141,19 @@ class Inner:
 
 
 def norm(x: np.ndarray) -> float:
-    """The Euclidean norm."""
+    """Return the Euclidean norm."""
     return float(np.linalg.norm(x))
 
 
 def accelerated(
     gradient: Callable[[np.ndarray], np.ndarray], terms: Terms, start: np.ndarray, length: float, enough: float
 ) -> np.ndarray:
-    """The minimum of a smooth convex function plus a regularizer over a set, by accelerated proximal steps.
+    """Return the minimum of a smooth convex function plus a regularizer over a set, by accelerated proximal steps.
 
-    FISTA (Beck and Teboulle, 2009) with a restart where momentum goes uphill (O'Donoghue and Candes, 2015). length: a
-    lower bound of the gradient's Lipschitz constant, which is raised where a step shows it to be too low, and lowered a
-    little after each other step. Ends where a step times that constant is below `enough`, or after STEPS.
+    FISTA (Beck and Teboulle, 2009) with a restart when momentum goes uphill (O'Donoghue and Candes, 2015). start: (n,).
+    length: a lower bound of the gradient's Lipschitz constant, which is raised when a step shows that it is too low,
+    and lowered a little after each other step. The iteration ends when a step times that constant is at most `enough`,
+    or after STEPS.
     """
     ops, x, t, least = NumpyOps(), np.array(start, np.float64), 1.0, length
     z, at = x.copy(), None
@@ -162,12 +163,12 @@ def accelerated(
         new: np.ndarray = z - slope / length
         terms.nearest(ops, new, length)
         step = new - z
-        gone = norm(step)
-        if gone * length <= enough:
+        moved = norm(step)
+        if moved * length <= enough:
             return new
-        # Below, differences of gradients are rounding.
-        if gone > 1e-7 * (1 + norm(z)):
-            bend = float(step @ (gradient(new) - slope)) / gone**2
+        # For shorter steps, the difference of gradients is rounding error.
+        if moved > 1e-7 * (1 + norm(z)):
+            bend = float(step @ (gradient(new) - slope)) / moved**2
             if bend > length:
                 length, at = max(2 * length, bend), slope
                 continue

@@ -1,7 +1,8 @@
-"""What agents do between two exchanges, and with what neighbours sent: the rules of in-network training.
+"""The rules of in-network training: the steps of agents between two exchanges, and the use of mixed vectors.
 
-Vectors are of all agents of a rank, (agents, size): w the weights, g their gradients, each of the agent's own mean loss
-in the scale of the global one. `mixed` are sums of what the agent and its neighbours sent, by the graph's weights.
+Vectors are those of all agents of a rank, (agents, size): w the weights, g their gradients, each of the agent's own
+mean loss in the scale of the global one. `mixed` are the sums of the vectors that an agent and its neighbours sent,
+with the graph's weights.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from psmpi.optim import Optimizer
 
 @dataclass
 class Agents:
-    """What a rule works with: the arrays of this rank's agents, and how to step along a gradient.
+    """The arrays of this rank's agents, and the functions that a rule calls.
 
-    make: zeros like w. step(w, g, lr): the optimizer's, of all agents at once; g is used up. scalar: declares one of
-    the scalars, which checkpoints hold. minimum(own, w, y): of the convex model of one of the agents, (size,),
-    where the network alone is linearised.
+    make: returns zeros like w. step(w, g, lr): the optimizer's step of all agents at once; g is overwritten. scalar:
+    declares one of the scalars, which checkpoints hold. minimum(own, w, y): returns the minimum (size,) of an agent's
+    convex model that linearises only the network; None for other models.
     """
 
     ops: NumpyOps
@@ -40,16 +41,16 @@ class Agents:
         self.optimizer.step(w.reshape(-1), g.reshape(-1), lr, lambda values: values)
 
     def add(self, out: np.ndarray, *terms: tuple[float, np.ndarray]) -> None:
-        """out = the sum of one or two multiples of arrays, of which out may be one."""
+        """Compute out, the sum of one or two multiples of arrays, of which out may be one."""
         self.ops.combine(out.reshape(-1), *((factor, array.reshape(-1)) for factor, array in terms))
 
 
 class Rule:
-    """The base class: what is sent, and what becomes of what is mixed.
+    """Base class of rules: the vectors that agents send, and the use of mixed vectors.
 
-    vectors: what an agent has besides its weights, by name, (agents, size) each, kept in checkpoints; kept: how many.
-    sent: vectors that an exchange sends. tracked: which of the vectors has the mean over agents of the
-    gradients, if one does.
+    vectors: the vectors of agents besides their weights, by name, (agents, size) each, kept in checkpoints; kept: their
+    number. sent: the number of vectors of an exchange. tracked: the name of the vector whose mean over agents is that
+    of their gradients, "" without one.
     """
 
     kept: ClassVar[int] = 0
@@ -61,23 +62,23 @@ class Rule:
         self.vectors: dict[str, np.ndarray] = {}
 
     def begin(self) -> None:
-        """Take up weights that are new: at the start, and where a checkpoint lacks the vectors."""
+        """Reset the vectors for new weights: at the start, and if a checkpoint lacks the vectors."""
         for vector in self.vectors.values():
             vector.fill(0)
 
     def move(self, out: Any, lr: float) -> None:
-        """Go on from the gradients g; fill out (agents, sent, size), where there is an exchange, else None."""
+        """Step with the gradients g; fill out (agents, sent, size) for the exchange, None if there is none."""
         raise NotImplementedError
 
     def take(self, mixed: np.ndarray, lr: float) -> None:
-        """Take what the exchange has mixed, (agents, sent, size)."""
+        """Use the mixed vectors (agents, sent, size) of an exchange."""
         raise NotImplementedError
 
 
 class Descent(Rule):
     """Adapt, then combine: z = the optimizer's step along an agent's own gradient; w = mixed z.
 
-    With plain gradient descent it is decentralized gradient descent (Nedic and Ozdaglar, 2009; Chen and Sayed, 2012).
+    With the optimizer sgd, the rule is decentralized gradient descent (Nedic and Ozdaglar, 2009; Chen and Sayed, 2012).
     """
 
     def move(self, out: Any, lr: float) -> None:
@@ -85,7 +86,7 @@ class Descent(Rule):
         self._step(out, self.a.g, lr)
 
     def _step(self, out: np.ndarray, g: np.ndarray, lr: float) -> None:
-        # One vector of all agents for the optimizer: rows of `out` may lie apart.
+        # The optimizer steps one vector of all agents, and the rows of `out` may not be contiguous.
         z = self.a.w
         self.a.step(z, g, lr)
         out[:, 0] = z
@@ -105,16 +106,16 @@ class Tracking(Descent):
 
     def __init__(self, agents: Agents):
         super().__init__(agents)
-        self.y, self.before = agents.make(), agents.make()
-        self.vectors = {"tracker": self.y, "gradient": self.before}
+        self.y, self.last_g = agents.make(), agents.make()
+        self.vectors = {"tracker": self.y, "gradient": self.last_g}
 
     def move(self, out: Any, lr: float) -> None:
         a = self.a
         self.y += a.g
-        self.y -= self.before
-        self.before[...] = a.g
+        self.y -= self.last_g
+        self.last_g[...] = a.g
         out[:, 1] = self.y
-        # The optimizer uses up the gradient that it is given.
+        # The optimizer overwrites the gradient that it is given.
         a.g[...] = self.y
         self._step(out, a.g, lr)
 
@@ -124,10 +125,10 @@ class Tracking(Descent):
 
 
 class Next(Tracking):
-    """NEXT (Di Lorenzo and Scutari, 2016; Scardapane and Di Lorenzo, 2017): to the minimum wt of a convex model.
+    """NEXT (Di Lorenzo and Scutari, 2016; Scardapane and Di Lorenzo, 2017): steps to the minimum wt of a convex model.
 
-    Fully linearised, it is y^T (w - w_i) + tau/2 |w - w_i|^2 + r(w), over a set; partially, see `Inner`. z = w + a (wt
-    - w), and a shrinks by mu.
+    The fully linearised model is y^T (w - w_i) + tau/2 |w - w_i|^2 + r(w), over a set; for the partially linearised one
+    see `Inner`. z = w + a (wt - w), and a shrinks by mu.
     """
 
     def __init__(self, agents: Agents):
@@ -150,16 +151,16 @@ class Next(Tracking):
             a.add(g, (-1 / s.tau, g), (1.0, a.w))
             for y in g:
                 s.terms.nearest(a.ops, y, s.tau)
-        # g is the minimum now.
+        # g holds the minima wt here.
         a.add(a.w, (1 - length, a.w), (length, g))
         out[:, 0] = a.w
         a.scalars["shrink"] = float(a.scalars["shrink"]) * max(0.0, 1 - s.mu * length)
 
 
 class Extra(Rule):
-    """EXTRA (Shi, Ling, Wu and Yin, 2015): w' = w + mixed w - (v + mixed v)/2 - a (g - g_v), v the weights before.
+    """EXTRA (Shi, Ling, Wu and Yin, 2015): w' = w + mixed w - (v + mixed v)/2 - a (g - g_v).
 
-    The last three terms of one iteration but for g are `carry` of the next: (w + mixed w)/2 - a g.
+    v and g_v are weights and gradient of the last iteration; `carry` is (v + mixed v)/2 - a g_v.
     """
 
     kept = 1
@@ -188,9 +189,9 @@ class Extra(Rule):
 
 
 class LocalSteps(Rule):
-    """K-GT (Liu, Lin, Koloskova and Stich, 2023): steps along g + c, and an exchange every few of them.
+    """K-GT (Liu, Lin, Koloskova and Stich, 2023): steps along g + c, with an exchange every few steps.
 
-    c, the correction, is what an agent's gradients lack of the mean over agents; its mean over agents is 0.
+    The correction c estimates the mean gradient over agents minus the agent's own; its mean over agents is 0.
     """
 
     kept = sent = 2
@@ -218,7 +219,7 @@ class LocalSteps(Rule):
 
     def take(self, mixed: np.ndarray, lr: float) -> None:
         a = self.a
-        # c += (mixed z - z) / (sum of lr), z what an agent has gone.
+        # c += (mixed z - z) / (sum of lr), with z the agent's weights at the last exchange minus those now.
         change = mixed[:, 1]
         change -= self.start
         length = float(a.scalars["length"])
@@ -231,11 +232,11 @@ class LocalSteps(Rule):
 
 
 class Choco(Rule):
-    """CHOCO-SGD (Koloskova, Stich and Jaggi, 2019): agents send the largest components of what others do not know.
+    """CHOCO-SGD (Koloskova, Stich and Jaggi, 2019): agents send the largest components of w - known.
 
-    known: what all neighbours think that this agent's weights are; near: the mixed sum of these. After the optimizer's
-    step w goes by `gossip_rate` of near - known. What is sent are the values of some components, then their places, as
-    the bits of numbers of the same size.
+    known: the copy of this agent's weights that all neighbours have; near: the mixed sum of such copies. After the
+    optimizer's step, w moves by `gossip_rate` times near - known. A message holds the values of some components, then
+    their places, integers in the bits of numbers of the same size.
     """
 
     kept = 2
@@ -258,20 +259,20 @@ class Choco(Rule):
             known[at] += values
 
     def take(self, mixed: np.ndarray, lr: float) -> None:
-        """Here mixed is `near`."""
+        """Move the weights; `mixed` is `near` itself."""
         a = self.a
         a.add(a.g, (1.0, self.near), (-1.0, self.known))
         a.add(a.w, (1.0, a.w), (a.settings.gossip_rate, a.g))
 
 
 def halves(row: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The values and the places (integers) of what Choco sends."""
+    """Return views of the values and of the places (integers) in a message of `Choco`."""
     count = row.size // 2
     return row[:count], row[count:].view(np.int32 if row.dtype.itemsize == 4 else np.int64)
 
 
 def sent_components(size: int, density: float) -> int:
-    """How many of so many components Choco sends."""
+    """Return how many of `size` components `Choco` sends."""
     return max(1, round(density * size))
 
 

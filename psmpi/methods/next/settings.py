@@ -1,4 +1,4 @@
-"""Settings of the method `next`, and what it cannot train; made without MPI and arrays of weights."""
+"""Settings of the method `next`, and its checks of a configuration, which use neither MPI nor arrays of weights."""
 
 from __future__ import annotations
 
@@ -108,11 +108,11 @@ class Settings:
 
     @property
     def terms(self) -> Terms:
-        """What the convex model has besides the loss; UserError for a set that is none."""
+        """The regularizer and the set of the convex model; raise UserError for an unknown set."""
         return Terms(self.regularizer, self.regularizer_weight, *read_set(self.constraint))
 
 
-# The rules that use a setting which others do not.
+# Rules that use a setting, for settings that not all rules use.
 USERS = {
     "tau": ("next",),
     "mu": ("next",),
@@ -124,22 +124,22 @@ USERS = {
     "gossip_density": ("choco",),
     "gossip_rate": ("choco",),
 }
-# Samples of a pass at most where all of an agent are gone through, unless minibatches are larger.
+# Most samples of a pass in a gradient over all samples of an agent, unless minibatches are larger.
 CHUNK = 256
 # Rules whose step is plain gradient descent.
 PLAIN = ("next", "extra", "kgt")
-# Rules that remember what was sent over a link, which has to work each time.
+# Rules that remember the vectors sent over a link, so that every link must work in every exchange.
 FIXED = ("extra", "choco")
 
 
 def owners(agents: int, size: int) -> tuple[int, ...]:
-    """For each agent the rank that it is on."""
+    """Return the rank of each agent."""
     return tuple(rank for rank, part in enumerate(np.array_split(np.arange(agents), size)) for _ in part)
 
 
 @lru_cache(maxsize=4)
 def graph_of(s: Settings) -> Graph:
-    """The graph of the settings; UserError where there is none."""
+    """Return the graph of the settings; raise UserError if there is none."""
     return make_graph(s.graph, s.agents, s.graph_seed, s.link_probability)
 
 
@@ -154,8 +154,8 @@ def check_next(size: int, network: Network, dataset: Dataset, config: Config) ->
         )
     check_rounds(config, "between two exchanges")
     if s.rule != "kgt" and config.of(Rounds).local_steps != Rounds().local_steps:
-        raise UserError(f"--local-steps is of --rule kgt, and the rule here is {s.rule}: leave it out")
-    check_first_order(config, "has searches and pairs that every agent would make its own")
+        raise UserError(f"--local-steps is for --rule kgt, not for {s.rule}: leave it out")
+    check_first_order(config, "has line searches and curvature pairs, and every agent would need its own")
     if find_optimizer(o.optimizer).needs_matrices:
         raise UserError(
             f"--optimizer {o.optimizer} steps whole matrices, and agents step vectors: use adam, momentum or sgd"
@@ -177,7 +177,7 @@ def check_next(size: int, network: Network, dataset: Dataset, config: Config) ->
     if s.tracking == "minibatch":
         check_slices(network, config.data.batch_size, s.agents, "agents", "--agents")
     if s.private_data:
-        # What ranks have is known when all of them have opened their files.
+        # The samples of ranks are known only when all ranks have opened their files.
         return
     if dataset.train.n < s.agents:
         raise UserError(f"--agents {s.agents}: there are {dataset.train.n:,} training samples only; use fewer")
@@ -201,17 +201,16 @@ def _check_numbers(s: Settings) -> None:
     for name, rules in USERS.items():
         if s.rule not in rules and getattr(s, name) != _default(name):
             raise UserError(
-                f"{option(name)} is of --rule {rules[0]}, and the rule here is {s.rule}: leave it out, or choose "
-                "that one"
+                f"{option(name)} is for --rule {rules[0]}, not for {s.rule}: leave it out, or use --rule {rules[0]}"
             )
     if s.graph_seed and s.link_probability == 1 and not s.graph.startswith("erdos:"):
         raise UserError(
-            f"--graph-seed {s.graph_seed}: nothing is drawn of --graph {s.graph} whose links all work: leave it out"
+            f"--graph-seed {s.graph_seed}: nothing is drawn of --graph {s.graph} if all links work: leave it out"
         )
     if s.rule in FIXED and s.link_probability < 1:
         raise UserError(
-            f"--link-probability {s.link_probability:g}: --rule {s.rule} remembers what was sent over each link, which "
-            "has to work each time; use --rule tracking, next, dgd or kgt"
+            f"--link-probability {s.link_probability:g}: --rule {s.rule} needs every link in every exchange; use "
+            "--rule tracking, next, dgd or kgt"
         )
     if (s.regularizer == "none") != (s.regularizer_weight == 0):
         raise UserError(
@@ -220,12 +219,12 @@ def _check_numbers(s: Settings) -> None:
 
 
 def _check_model(network: Network, config: Config, s: Settings) -> None:
-    """UserError for a convex model that cannot be solved, or a step that leaves its set."""
+    """Raise UserError for a convex model that cannot be solved, or a step that leaves its set."""
     lr, size = config.optimization.lr, network.layout().size
     if not (lr <= 1 and s.mu * lr < 1):
         raise UserError(
-            f"--lr {lr:g} with --mu {s.mu:g}: the step of --rule next to the minimum of its model is 1 at most, and mu "
-            "times it below 1; use a larger --tau for shorter steps"
+            f"--lr {lr:g} with --mu {s.mu:g}: the step length of --rule next is 1 at most, and --mu times it is below "
+            "1; use a smaller --lr, or a larger --tau for shorter steps"
         )
     kind = s.terms.kind
     if s.linearization == "full":
@@ -253,8 +252,8 @@ def _check_model(network: Network, config: Config, s: Settings) -> None:
         raise UserError(f"--inner-blocks {s.inner_blocks}: the model has {counted(size, 'weight')} only; use fewer")
     if kind == "ball" and s.inner_blocks > 1:
         raise UserError(
-            f"--constraint {s.constraint} with --inner-blocks {s.inner_blocks}: blocks cannot keep one length of all "
-            "weights, each alone; use one block, or box:B"
+            f"--constraint {s.constraint} with --inner-blocks {s.inner_blocks}: separate blocks cannot keep one length "
+            "of all weights; use one block, or box:B"
         )
 
 
@@ -263,7 +262,10 @@ def _default(name: str) -> object:
 
 
 def check_samples(network: Network, dataset: Dataset, config: Config, agents: int) -> None:
-    """UserError where one of so many agents, all or of a private data set, would have no sample, or in a step none."""
+    """Raise UserError if an agent would have too few samples, in all or in a step.
+
+    agents: the number of all agents, or for a private data set of this rank's.
+    """
     s, n = config.of(Settings), len(dataset.own or range(dataset.train.n))
     if n < agents:
         raise UserError(
@@ -276,8 +278,8 @@ def check_samples(network: Network, dataset: Dataset, config: Config, agents: in
     least = 2 if network.normalized else 1
     if fewest < least:
         raise UserError(
-            f"--split {s.split} leaves an agent with {counted(fewest, 'sample')}, which batch normalization makes 0: "
-            "use fewer --agents"
+            f"--split {s.split} leaves an agent with {counted(fewest, 'sample')}, and each agent needs at least {least}"
+            f"{' for batch normalization' * network.normalized}: use fewer --agents"
         )
     if s.tracking == "minibatch" and fewest < least * steps:
         raise UserError(
@@ -301,6 +303,6 @@ def next_warnings(size: int, network: Network, config: Config) -> Iterator[str]:
     """See `Method.warnings`."""
     if network.normalized and config.of(Settings).tracking == "full":
         yield (
-            "batch normalization takes the statistics of the samples of a pass: with --tracking full an agent's, up to "
-            f"{max(CHUNK, config.data.batch_size)} at a time"
+            "batch normalization takes its statistics from the samples of a pass: with --tracking full these are up to "
+            f"{max(CHUNK, config.data.batch_size)} samples of an agent"
         )

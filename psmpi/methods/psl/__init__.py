@@ -1,1 +1,1 @@
-"""The partially-separable loss: the method, its partitioned quasi-Newton steps, and the elements of these."""
+"""The method `psl`: the partially-separable loss, its partitioned quasi-Newton steps, and their elements."""

@@ -1,4 +1,4 @@
-"""The choice among ways to lay the work of the method `psl` out on ranks, by counted operations and bytes."""
+"""Ways to lay the work of the method `psl` out on ranks, and their costs in counted operations and bytes."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from psmpi.nn.cut import trunk_length
 from psmpi.nn.layers.chain import walk
 from psmpi.nn.network import Network
 
-# Multiplications that take as long as a byte that a rank sends or receives: a core does some 3e10 a second, through
-# memory or a link of 10 Gb/s about 1e9 bytes a second go.
+# Multiplications in the time of one byte sent or received: a core makes some 3e10 a second, and memory or a link of
+# 10 Gb/s moves about 1e9 bytes a second.
 BALANCE = 30.0
 
 
 @dataclass(frozen=True)
 class Cost:
-    """The most multiplications of a rank in a step, forward and backward, and the most bytes that one moves.
+    """The most multiplications of a rank in a step, forward and backward, and the most bytes that a rank moves.
 
-    Bytes are those sent and received of weights, their gradients and features. Sums over classes and of statistics, a
-    few numbers a sample or unit, are left out, and memory plays no part.
+    Bytes are those of weights, their gradients and features, sent and received. Sums over classes and of statistics, a
+    few numbers a sample or unit, are left out, and so is memory.
     """
 
     macs: int
@@ -51,18 +51,18 @@ class Arrangement:
 
 
 def arrangements(network: Network, workers: int, least: int, replicas: int) -> Iterator[Arrangement]:
-    """The arrangements of so many workers; least: the fewest rows there can be; replicas: rows if given, else 0."""
+    """Yield the arrangements of `workers` workers. least: the fewest rows; replicas: the rows to take, 0 for any."""
     most = least if network.normalized else workers
     for rows in [replicas] if replicas else range(least, most + 1):
         if rows in (replicas, least) or workers % rows == 0:
             yield Arrangement(rows, False)
-            # Statistics of batch normalization are summed in host memory, and a device may compute.
+            # A split trunk would sum the statistics of batch normalization in host memory; ranks may use devices.
             if workers > rows and trunk_length(network) and not network.normalized:
                 yield Arrangement(rows, True)
 
 
 def cost(network: Network, roles: Roles, split: bool, batch: int, itemsize: int) -> Cost:
-    """The cost of a step on `batch` samples, convolutions counted whole, also where pooling is folded into them."""
+    """Return the cost of a step on `batch` samples. Convolutions count whole, even if pooling is folded into them."""
     traffic = np.zeros(roles.size, np.int64)
     for move in plan_moves(roles):
         ranks, sizes = list(move.ranks), np.array([b - a for a, b in move.slices])
@@ -93,13 +93,16 @@ def cost(network: Network, roles: Roles, split: bool, batch: int, itemsize: int)
 
 
 def _macs(network: Network, worker: Worker, length: int, samples: int, sliced: int) -> int:
-    """Multiplications of a worker's step: of the first `length` layers on `sliced` samples, of the others on all."""
+    """Return the multiplications of a worker's step.
+
+    The first `length` layers process `sliced` samples, the others `samples` samples.
+    """
     total, first = 0, True
     for layers, count in (((0, length), sliced), ((length, len(network.layers)), samples)):
         stages = network.stages(worker.classes, fold=False, layers=layers) if layers[0] < layers[1] else ()
         for stage in (one for outer in stages for one in walk(outer)):
             macs = stage.layer.macs // len(stage.kept) * int(np.count_nonzero(stage.kept)) * count
-            # The gradient of the samples themselves is not made.
+            # Samples need no gradient, so the first layer makes two products and not three.
             total += macs * (2 if first else 3)
             first = first and not macs
     return total

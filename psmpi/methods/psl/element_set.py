@@ -1,8 +1,8 @@
-"""The element functions of a worker one by one: their variables, their gradients and their values on a minibatch.
+"""The element functions of a worker: variables, gradient and value of each element on a minibatch.
 
-An element f_ij is the sum of the loss terms of the pair (label i, other class j); it sees the subnetworks of i and j.
-All elements of a worker share the forward pass. Backward goes once through each class's subnetwork, with the samples
-kept apart: what a score adds to the gradient of an element is a weighted sum over the samples of the element's label.
+An element f_ij is the sum of the loss terms of the pair (label i, other class j); it depends on the subnetworks of i
+and j. All elements of a worker share the forward pass. Backward goes once through each class's subnetwork and sums the
+samples' gradients with weights for each element: those of the samples with the element's label.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ from psmpi.optim.curvature import curvature_ops
 
 
 def elements_of(pairs: Iterable[tuple[int, int]], merged: bool) -> list[tuple[int, int]]:
-    """The elements of pairs of classes in their order: {i, j} as (i, j) with i < j, or both orders."""
+    """Return the elements of pairs of classes, in order: `merged` (i, j) with i < j, else both (i, j) and (j, i)."""
     unordered = sorted((min(pair), max(pair)) for pair in pairs)
     return unordered if merged else [pair for i, j in unordered for pair in ((i, j), (j, i))]
 
 
 def largest_element(layout: Layout) -> int:
-    """The number of variables of the network's largest element."""
+    """Return the number of variables of the network's largest element."""
     return max(layout.part(pair).size for pair in combinations(range(layout.classes), 2))
 
 
 @dataclass(frozen=True)
 class Side:
-    """One class's score in the loss of the elements that see it: `terms` weighted sums of its samples' gradients.
+    """One class's score in the loss of the elements that depend on it: `terms` weighted sums of samples' gradients.
 
-    number: the class's among the worker's; slices: its part in the worker's; others: (terms,) numbers of the other
-    classes. lost, won: (terms,), the factors of the loss's derivatives with respect to the other's score over samples
-    of this class (0 or -1), and to this score over samples of the other (0 or 1). sums: (terms, size of the part);
-    spread: from there to the elements' gradients.
+    number: of the class among the worker's; slices: of the class's weights in the worker's part; others: (terms,)
+    numbers of the other classes. lost, won: (terms,), the factors of the loss's derivatives with respect to the other
+    score over samples of this class (0 or -1), and to this score over samples of the other class (0 or 1). sums:
+    (terms, weights of the class); spread: adds these sums to the elements' gradients.
     """
 
     number: int
@@ -60,8 +60,9 @@ class Side:
 class ElementSet:
     """Ordered elements (i, j) and (j, i) of each of `pairs`, or with `merged` their sums {i, j}.
 
-    classes: the worker's classes. An element's variables are a row of `size`, that of the network's largest element;
-    smaller ones are filled up with zeros. Vectors, samples and the mask of `loss` are where `ops` computes.
+    classes: the worker's classes. The variables of an element are a row of `size` numbers, as many as the network's
+    largest element has; rows of smaller elements end in zeros. Vectors, samples and the mask of `loss` are where `ops`
+    computes.
     """
 
     def __init__(
@@ -82,7 +83,7 @@ class ElementSet:
         ordered = elements_of(pairs, merged=False)
         variables = [layout.part(e) for e in self.elements]
         self.count = len(self.elements)
-        # The same on every rank: its rows are those of a table of all elements.
+        # The same on every rank, as the rows of all ranks form one table.
         self.size = largest_element(layout)
         self.curvature = curvature_ops(ops)
         self.restriction = self.curvature.restriction([self._slices(v) for v in variables], self.size)
@@ -93,11 +94,11 @@ class ElementSet:
         self.mask = ops.put(mask)
         self.whole = Model(network, layout, ops.zeros(self.part.size, self.dtype), None, ops, self.classes)
         self.objective = Objective(loss, self.whole)
-        # One class after the other makes its sums.
+        # One buffer for the sums of all classes, one class after the other.
         largest = max(layout.part((c,)).size for c in self.classes)
         self.sums = ops.empty((1 if merged else 2) * (len(self.classes) - 1) * largest, self.dtype)
         self.sides = [self._side(network, layout, c, at, ordered, merged) for c in self.classes]
-        # Of a merged element either label will do.
+        # A merged element has samples of both labels, another one of its first label.
         self.labels = np.array([[at[c] for c in (e[0], e[-1] if merged else e[0])] for e in self.elements], int)
         self.labels = self.labels.reshape(self.count, 2)
         record = self.objective.record
@@ -114,7 +115,7 @@ class ElementSet:
         ordered: Sequence[tuple[int, int]],
         merged: bool,
     ) -> Side:
-        mine = layout.part((c,))
+        runs = layout.part((c,))
         # Element, other class, factors: a merged element takes the terms of both labels at once.
         if merged:
             terms = [((min(c, j), max(c, j)), j, -1, 1) for i, j in ordered if i == c]
@@ -123,34 +124,34 @@ class ElementSet:
         table = []
         for k, (e, _, _, _) in enumerate(terms):
             variables, row = layout.part(e), self.elements.index(e) * self.size
-            for run in mine.intervals:
-                start = mine.local(*run).start
-                table.append((k * mine.size + start, row + variables.local(*run).start, run[1] - run[0]))
-        own = self.ops.zeros(mine.size, self.dtype)
+            for run in runs.intervals:
+                start = runs.local(*run).start
+                table.append((k * runs.size + start, row + variables.local(*run).start, run[1] - run[0]))
+        own = self.ops.zeros(runs.size, self.dtype)
         model = Model(network, layout, own, None, self.ops, (c,), space=self.whole.space)
         return Side(
             number=at[c],
-            slices=[self.part.local(*run) for run in mine.intervals],
+            slices=[self.part.local(*run) for run in runs.intervals],
             model=model,
             borrowed=Borrowed(model, self.whole),
             others=self.ops.put(np.array([at[other] for _, other, _, _ in terms], np.int64)),
             lost=self.ops.put(np.array([lost for _, _, lost, _ in terms], self.dtype)),
             won=self.ops.put(np.array([won for _, _, _, won in terms], self.dtype)),
-            sums=self.sums[: len(terms) * mine.size].reshape(-1, mine.size),
+            sums=self.sums[: len(terms) * runs.size].reshape(-1, runs.size),
             spread=self.ops.run_copies(np.array(table, np.int64).reshape(-1, 3)),
         )
 
     def _slices(self, runs: Runs) -> list[tuple[int, int]]:
-        """The slices of the part that are these runs of the flat vector."""
+        """Return the slices of the part with these runs of the flat vector."""
         return [(s.start, s.stop) for s in (self.part.local(*run) for run in runs.intervals)]
 
     def make_vectors(self) -> np.ndarray:
-        """(elements, size) zeros."""
+        """Return zeros (elements, size)."""
         return self.ops.zeros(self.count * self.size, self.dtype).reshape(self.count, self.size)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of everything it holds."""
+        """Bytes of all arrays."""
         models = [self.whole, *(side.model for side in self.sides)]
         held = sum(m.w.nbytes + m.activation_bytes + m.buffer_bytes for m in models)
         held += sum(side.borrowed.nbytes for side in self.sides)
@@ -166,7 +167,7 @@ class ElementSet:
         count = len(self.classes)
         self.scores = self.ops.empty(count * batch, self.dtype)
         self.weights = self.ops.empty(2 * count * batch, self.dtype)
-        # The derivative of a score by itself, which the backward pass uses up.
+        # The derivative of a score with respect to itself, which backward overwrites.
         self.ones = self.ops.empty(batch, self.dtype)
         self.objective.reserve(count, batch)
         self.whole.reserve(batch)
@@ -174,16 +175,17 @@ class ElementSet:
             side.borrowed.reserve(batch)
 
     def restrict(self, vector: np.ndarray, out: np.ndarray) -> None:
-        """out (elements, size) = U_e vector for every element; behind small elements nothing is written."""
+        """Compute out (elements, size) = U_e vector for every element; the ends of smaller elements' rows stay."""
         self.restriction.restrict(vector, out)
 
     def accumulate(self, values: np.ndarray, out: np.ndarray) -> None:
-        """out (part's size) = sum_e U_e^T values_e, values (elements, size)."""
+        """Compute out (weights of the part,) = sum_e U_e^T values_e, values (elements, size)."""
         self.restriction.accumulate(values, out)
 
     def value(self, w: np.ndarray, x: np.ndarray, labels: np.ndarray, scale: float) -> float:
-        """The scaled sum of the elements at the part's weights w, over the first samples of x (features, any), as many
-        as labels (b,), numbers among `classes` in host memory. FloatingPointError where it is not finite.
+        """Return the scaled sum of the elements at the part's weights w, over the first b samples of x (features, any).
+
+        labels: (b,), numbers among `classes`, in host memory. Raise FloatingPointError for a sum that is not finite.
         """
         if len(labels) == 0:
             return 0.0
@@ -192,7 +194,7 @@ class ElementSet:
         return self.objective.value()
 
     def gradients(self, w: np.ndarray, x: np.ndarray, labels: np.ndarray, scale: float, out: np.ndarray) -> float:
-        """`value`, and out (elements, size) the gradient of each element, zeros behind small ones."""
+        """Return `value`; fill out (elements, size) with the gradient of each element, and zeros after it."""
         if len(labels) == 0:
             out.fill(0)
             return 0.0
@@ -201,13 +203,13 @@ class ElementSet:
         return self.objective.value()
 
     def _bring(self, w: np.ndarray, labels: np.ndarray, batch: int) -> None:
-        """Get weights and labels to where recorded work on `batch` samples finds them."""
+        """Copy weights and labels to the arrays that recorded passes on `batch` samples read."""
         self.reserve(batch)
         self.objective.bring(labels)
         self.whole.w[...] = w
 
     def _losses(self, x: np.ndarray, b: int, scale: float, derivatives: bool = False) -> tuple[Tape, np.ndarray]:
-        """Compute the losses of the first b samples of x; the pass, and their derivatives (classes, b), if wanted."""
+        """Compute the losses of the first b samples of x; return the tape, and their derivatives (classes, b)."""
         tape = self.whole.forward(x)
         scores = tape.scores
         if b < x.shape[1]:
@@ -221,7 +223,7 @@ class ElementSet:
         """Fill `out` (elements, size) with the gradients over the first b samples of x."""
         batch = x.shape[1]
         out.fill(0)
-        # Of a pairwise loss the derivative with respect to another class's score is that of one term alone.
+        # The derivative of a pairwise loss with respect to another class's score comes from one term alone.
         (whole, grad), report = self._losses(x, b, scale, derivatives=True), self.objective.report.array
         for side in self.sides:
             terms, model, start = len(side.others), side.model, 0
@@ -241,7 +243,7 @@ class ElementSet:
         self.ops.unscale(out.reshape(-1), report, GRADIENT_LIMIT[self.dtype])
 
     def seen(self, labels: np.ndarray) -> np.ndarray:
-        """(elements,) bool: whether the samples have a label of the element."""
+        """Return (elements,) bool: whether the labels have one of the element's."""
         present = np.bincount(labels, minlength=len(self.classes)) > 0
-        found: np.ndarray = present[self.labels].any(axis=1)
-        return found
+        seen: np.ndarray = present[self.labels].any(axis=1)
+        return seen

@@ -1,4 +1,4 @@
-"""Partially-separable training: each worker computes its element losses, the owners of the weights step them.
+"""Partially-separable training: each worker computes its element losses, and the owners step the weights.
 
 Raynaud, Orban, Bigeon, "Partially-separable loss to parallelize partitioned neural network training" (G-2023-36). One
 step: weights out to the parts, forward, sums over classes along the replica row (partition `scores` only), backward,
@@ -17,7 +17,15 @@ from psmpi.comm.transfers import Exchange, Message, Step
 from psmpi.data import Batch
 from psmpi.data.names import listed
 from psmpi.methods.psl.newton import PartitionedNewton
-from psmpi.methods.psl.plan import Settings, check_psl, choice, element_rows, make_plan, others, psl_needed
+from psmpi.methods.psl.plan import (
+    Settings,
+    check_psl,
+    element_rows,
+    make_plan,
+    other_placements,
+    psl_needed,
+    trunk_notes,
+)
 from psmpi.nn.finite import spans
 from psmpi.nn.tiles import TiledObjective
 from psmpi.optim.curvature import RULES
@@ -34,7 +42,7 @@ FAILURES = ("failed_searches", "failed_steps")
 
 
 class PartiallySeparable(Method):
-    """The method on one rank: a shard to optimize, a part to compute with, and the exchange between the two."""
+    """Partially-separable training on one rank: a shard to step, a part to compute with, and their exchange."""
 
     name = "psl"
     summary = "partially-separable loss, class subnetworks on ranks"
@@ -60,7 +68,7 @@ class PartiallySeparable(Method):
         self.descent = Descent(context, shard, allsum=self.allsum, world=self.world)
         self.optimizer = self.descent.optimizer
         self.deciders = self.world if self.optimizer.needs_closure else context.group(holders)
-        # Sums of a private block all hold it: in a global sum it counts once, at its owner of record.
+        # Several ranks may hold a private block; a global sum counts the block once, at its owner of record.
         self.counts = self.shards.record[self.rank] == shard
         self.metric = context.metric()
         self.worker: ElementWorker | None = None
@@ -73,7 +81,7 @@ class PartiallySeparable(Method):
             self.exchange.use_nccl(self.ops.stream)
         self.state.vector("weights", self.w)
         self.state.optimizer(self.optimizer)
-        # Weights of the tail that are stepped tile by tile, a slice of the shard.
+        # Slice of the shard with the tail's weights, if they are stepped tile by tile.
         self.early: slice | None = None
         objective = self.worker.objective if self.worker is not None else None
         if isinstance(objective, TiledObjective) and isinstance(self.optimizer, FirstOrder):
@@ -88,22 +96,22 @@ class PartiallySeparable(Method):
             )
             self.state.rows = element_rows(self.roles, context.config.optimization.merge_pairs)
             self.state.lost = "the curvature of these elements: it starts afresh"
-            # From here on the workers make the steps of the owners themselves.
+            # From here on, workers repeat the steps of the owners, and no weights are sent.
             self.exchange.forward(self.w, self.w_part)
         self.failed_before: dict[str, float | int] = {}
         self.lr = 0.0
 
     check, needed = staticmethod(check_psl), staticmethod(psl_needed)
-    arrangements = classmethod(others)
-    notes = staticmethod(choice)
+    arrangements = classmethod(other_placements)
+    notes = staticmethod(trunk_notes)
 
     def _remember(self) -> None:
-        """Keep what psl remembers of each sample, on all workers."""
+        """Make the state that the loss remembers of each sample, on all workers."""
         workers = [rank for rank, place in enumerate(self.roles.workers) if place is not None]
         group = self.context.group(workers, bridge=Bridge()) if self.worker is not None else None
         samples, size = self.dataset.train.n, self.context.size
         self.remembered = Remembered(group, workers, size, samples, self.dtype, self.state)
-        # Steps so far: at the end of an epoch workers exchange what they have found.
+        # Steps so far: at the end of an epoch, workers exchange what they remember of samples.
         self.state.scalar("steps", 0)
         self.steps_per_epoch = -(-samples // self.context.config.data.batch_size)
         if self.worker is not None:
@@ -113,21 +121,26 @@ class PartiallySeparable(Method):
         return self.remembered is not None and (step + 1) % self.steps_per_epoch == 0
 
     def allsum(self, values: np.ndarray) -> np.ndarray:
-        """`values` (k,) float64 summed over the shards, in place, the same on every rank that takes part."""
+        """Sum `values` (k,) float64 over the shards, in place; return them, the same on all ranks that take part."""
         if not self.counts:
             values.fill(0)
         # Ranks without a shard need no sums of first-order steps.
         return self.deciders.agree(values) if self.deciders.rank >= 0 else values
 
     def _stepped_in_tiles(self, objective: TiledObjective, optimizer: FirstOrder) -> slice | None:
-        """Let the tail's weights be stepped as their gradients are made, where nothing has to be known before.
+        """Let the objective step the tail's weights tile by tile, as it computes gradients; return their slice.
 
-        That is so where this rank owns all of them, nobody else adds to their gradients, no norm of the gradient is
-        wanted, no step is left out, and the loss is `immediate`. Elsewhere None.
+        Return None if a step needs the whole gradient before. It does not if this rank owns all of these weights, no
+        other rank adds to their gradients, no norm of the gradient is needed, no step may be skipped, and the loss is
+        `immediate`.
         """
         inside, tail = self.exchange.inside, objective.tail
-        alone = self.roles.rows == 1 and self.descent.clip == 0 and self.numbers.mode == "stop"
-        if inside is None or not (alone and objective.loss.immediate and tail.in_rows) or optimizer.needs_matrices:
+        needs_no_sum = self.roles.rows == 1 and self.descent.clip == 0 and self.numbers.mode == "stop"
+        if (
+            inside is None
+            or not (needs_no_sum and objective.loss.immediate and tail.in_rows)
+            or optimizer.needs_matrices
+        ):
             return None
         rows = tail.run(0, tail.classes)
         if rows.start < inside.start or rows.stop > inside.stop or not self.counts:
@@ -139,7 +152,7 @@ class PartiallySeparable(Method):
         return slice(rows.start - shift, rows.stop - shift)
 
     def _step_in_tiles(self, optimizer: FirstOrder, early: slice, batch: Batch, lr: float) -> float:
-        """A step in which the gradient of the tail is nowhere all at once; returns this rank's share of the loss."""
+        """Make a step without an array for the gradient of the tail; return this rank's share of the loss."""
         self.lr = lr
         optimizer.begin()
         loss = self.gradient(batch)
@@ -166,9 +179,9 @@ class PartiallySeparable(Method):
             self.remembered.drain()
 
     def gradient(self, batch: Batch, trial: bool = False) -> float:
-        """Fill the shards' gradient of the mean loss over the samples; returns this rank's share of that loss.
+        """Fill g (shard,) with the gradient of the mean loss over `batch`; return this rank's share of that loss.
 
-        A loss that is not finite is a FloatingPointError, in a `trial` of a line search infinity.
+        Raise FloatingPointError for a loss that is not finite; a `trial` of a line search returns infinity instead.
         """
         self.exchange.forward(self.w, self.w_part)
         loss = 0.0
@@ -180,7 +193,7 @@ class PartiallySeparable(Method):
                     raise
                 loss = inf
             if trial and not isfinite(loss):
-                # The others of the row may be fine with their own elements, and wait for this rank's share.
+                # Other ranks of the row may have finite losses, and wait for this rank's share.
                 self.g_part.fill(0)
                 loss = inf
         self.exchange.backward(self.g_part, self.g)
@@ -194,7 +207,7 @@ class PartiallySeparable(Method):
             self.remembered.restored()
 
     def test(self) -> dict[str, float]:
-        # The weights that other ranks own have moved since they were last sent.
+        # Owners have stepped the weights since they last sent them.
         self.exchange.forward(self.w, self.w_part)
         self.exchange.verify(self.w)
         share = self.worker.test() if self.worker is not None else self.metric.zeros()
@@ -203,10 +216,10 @@ class PartiallySeparable(Method):
     def messages(self, step: int, batch: int) -> list[Message] | None:
         if self.optimizer.needs_closure:
             return None
-        found = [*self.exchange.messages(Step(batch)), *self.exchange.messages(Step(batch), back=True)]
+        messages = [*self.exchange.messages(Step(batch)), *self.exchange.messages(Step(batch), back=True)]
         if self.remembered is not None and self._ends_epoch(step):
-            found += self.remembered.messages()
-        return found + (self.worker.messages(batch) if self.worker is not None else [])
+            messages += self.remembered.messages()
+        return messages + (self.worker.messages(batch) if self.worker is not None else [])
 
     def work(self) -> tuple[str, str, int]:
         worker = self.roles.workers[self.rank]
@@ -220,7 +233,7 @@ class PartiallySeparable(Method):
 
     def events(self) -> dict[str, int]:
         clipped = self.worker.loss.clipped if self.worker is not None else 0
-        # Scalars are the same everywhere: the first rank counts them, from where a resumed run began.
+        # Scalars are the same on all ranks, so rank 0 counts them; a resumed run counts from its beginning.
         failed = {
             f"optimizer_{name}": int(self.scalars[name] - self.failed_before.get(name, 0)) * (self.rank == 0)
             for name in FAILURES

@@ -1,8 +1,8 @@
 """One step of partitioned quasi-Newton training: PLBFGS, PLSR1 and PLSE over the ranks of the pair partition.
 
 Raynaud, Orban, Bigeon, "PLSR1" (Cahiers du GERAD G-2023-41). Every element keeps its own curvature on the worker that
-owns it. A product of the whole matrix B with a vector is one scatter and one gather; no weights travel, for the workers
-repeat the steps of the owners of the weights bit for bit.
+owns it. A product of the whole matrix B with a vector is one scatter and one gather. No weights are sent, as the
+workers repeat the steps of the owners of the weights bit for bit.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from psmpi.training.context import Context
 from psmpi.training.element_worker import ElementWorker
 from psmpi.training.state import State
 
-# How often the multiple of the identity may become the one of the start, where the learning rate goes to 0.
+# Largest factor of sigma over its first value, as the learning rate goes to 0.
 STIFF = 1e6
-# The shortest step that a line search begins with.
+# Shortest first step of a line search.
 TINY = 1e-30
 
 
 class PartitionedNewton:
-    """Steps w (this rank's shard) and w_part (what its worker computes with), which stay equal where both lie.
+    """Steps of w (this rank's shard) and w_part (its worker's part), which stay equal where they overlap.
 
-    world: all ranks; `worker` is None on ranks that only hold weights. scalars: the radius, the first length that a
-    line search tries, theta of the adaptive momentum and counts, the same on every rank. Declared to the state, over
-    the shard, where they are used: `v` of the momentum, `squares` of the gradients, and as tables this rank's rows of
-    what elements remember.
+    world: all ranks; `worker` is None on ranks that only hold weights. scalars: the trust radius, the first length that
+    a line search tries, theta of the adaptive momentum and counts, the same on every rank. The state has, over the
+    shard and if they are used, `v` of the momentum and `squares` of the gradients, and as tables this rank's rows of
+    the elements' curvature.
     """
 
     def __init__(
@@ -75,15 +75,16 @@ class PartitionedNewton:
         self.beta2, self.eps = given(o, "beta2"), o.eps
         self.scaled = o.scaling == "moments"
         if self.scaled:
-            # What a step in the scaled variables is multiplied by to be one in the weights.
+            # Factor from a step of the scaled variables to a step of the weights.
             self.root_part, self.root = self._pair()
             self.squares = ops.zeros(w.size, self.dtype)
             self.account.hold("curvature", self.squares)
             state.vector("squares", self.squares)
             scalars["t"] = 0
         self.counts = dict.fromkeys(("skipped", "rejected", "reset", "updated"), 0)
-        # Pairs that the last step brought to this rank's elements, and steps that brought none to any.
-        self.taken, self.brought, self.idle = False, 0, 0
+        # Whether the last step moved the weights, the number of this rank's elements that it updated, and the number of
+        # steps that updated no element of any rank.
+        self.moved, self.updated, self.idle_steps = False, 0, 0
         self.elements: ElementSet | None = None
         classes: list[tuple[int, int]] = []
         if worker is not None:
@@ -96,7 +97,7 @@ class PartitionedNewton:
             self.numbers.watch(self.elements.objective)
             self.before, self.after, self.s = (self.elements.make_vectors() for _ in range(3))
             self.account.hold("curvature", self.elements, self.before, self.after, self.s)
-            # What the last pairs did to their elements.
+            # Outcome of the last pair of each element.
             self.outcome = np.full(len(classes), Outcome.SKIPPED)
         self.operators = ElementOperators(
             len(classes),
@@ -110,24 +111,24 @@ class PartitionedNewton:
             rescaled=o.initial == "scaled",
         )
         self.account.ask("curvature", lambda: self.operators.arrays)
-        # This rank's rows of what all elements remember, and which elements they are.
+        # This rank's rows of the elements' curvature, and the classes of these elements.
         state.table("classes", np.array(classes, np.int64).reshape(-1, 2))
         state.table("pairs", self.operators.pairs)
         for name, table in self.operators.state().items():
             state.table(name, table)
 
     def _pair(self) -> tuple[np.ndarray, np.ndarray]:
-        """A vector on this rank's part, and on its shard."""
+        """Make a vector on this rank's part, and on its shard."""
         part, shard = self.exchange.make_vectors()
         self.account.hold("curvature", part, shard)
         return part, shard
 
     def step(self, batch: Batch, lr: float) -> float:
-        """One step on training samples; returns this rank's share of their mean loss before it.
+        """Make one step on training samples; return this rank's share of their mean loss before the step.
 
-        As lr falls below the one the schedule starts from, the multiple of the identity rises.
-        With a momentum "before" is after the extrapolation. Where that loss is not finite, FloatingPointError, or the
-        weights stay; a step that is not sound has a loss of 0.
+        sigma, the multiple of the identity, rises as lr falls below the first learning rate of the schedule. With
+        momentum, the loss is taken after the extrapolation. For a loss that is not finite, raise FloatingPointError, or
+        with lenient numbers leave the weights as they are; a step that is not sound has a loss of 0.
         """
         self.sigma = self.first_sigma * min(self.first_lr / lr, STIFF) if lr > 0 else self.first_sigma * STIFF
         self._extrapolate()
@@ -137,8 +138,8 @@ class PartitionedNewton:
         if self.elements is not None:
             share = self.elements.gradients(self.w_part, x, labels, self.scale, self.before)
             self.elements.accumulate(self.before, self.q_part)
-        start, brought = self.world.agree(np.array([share, self.brought])).tolist()
-        self._count(brought)
+        start, updated = self.world.agree(np.array([share, self.updated])).tolist()
+        self._count(updated)
         part = [(self.q_part, self.elements.part)] if self.elements is not None else []
         if not self.numbers.sound(self.ops, share, part, self.layout):
             return 0.0
@@ -151,11 +152,11 @@ class PartitionedNewton:
         if self.scaled:
             self._scale()
         self.x_part.fill(0)
-        found = truncated_cg(
+        cg = truncated_cg(
             self.g, self.x, self._product, self._follow, self.world.agree, (self.r, self.p, self.q),
             ops=self.ops, radius=inf if self.search else self.region.radius, rtol=self.rtol, itmax=self.itmax,
         )  # fmt: skip
-        self.scalars["products"] += found.iterations
+        self.scalars["products"] += cg.iterations
         if self.elements is not None:
             self.elements.restrict(self.x_part, self.s)
         if self.scaled:
@@ -164,21 +165,21 @@ class PartitionedNewton:
 
         def value(length: float) -> float:
             self.scalars["trials"] += 1
-            mine = self._value(length, x, labels)
-            return float(self.world.agree(np.array([mine]))[0])
+            share_after = self._value(length, x, labels)
+            return float(self.world.agree(np.array([share_after]))[0])
 
         length: float | None = None
         if self.search:
             first = float(self.scalars["first"])
-            searched = armijo(value, start, found.slope, extend=self.extend, first=first)
+            searched = armijo(value, start, cg.slope, extend=self.extend, first=first)
             length = None if searched is None else searched[0]
             if self.follows:
-                # After a search that found nothing the next one begins where it ended, until steps are longer again.
+                # After a failed search the next one begins with the length that it ended with, until steps get longer.
                 self.scalars["first"] = max(first * SHORTEST, TINY) if length is None else min(1.0, 10 * length)
-        elif found.iterations:
-            decrease = -(found.slope + found.curvature / 2)
-            length = 1.0 if self.region.judge(start, value(1.0), decrease, found.length) else None
-        self.taken = length is not None
+        elif cg.iterations:
+            decrease = -(cg.slope + cg.curvature / 2)
+            length = 1.0 if self.region.judge(start, value(1.0), decrease, cg.length) else None
+        self.moved = length is not None
         if length is not None:
             self._move(length)
             self._update(x, labels, length)
@@ -189,42 +190,42 @@ class PartitionedNewton:
         self.scalars["radius"] = self.region.radius
         if self.momentum is not None:
             self.scalars["theta"] = self.momentum.theta
-        # What every sample adds, whatever the weights, is no part of any element: one worker counts it.
+        # The loss's constant for each sample belongs to no element: the worker in column 0 adds it.
         counts = self.worker is not None and self.worker.place.column == 0
         return share + (self._loss().constant if counts else 0.0)
 
     def restored(self) -> None:
-        """Take up scalars, vectors and tables that were restored."""
+        """Go on from restored scalars, vectors and tables."""
         self.operators.settled()
         self.exchange.forward(self.w, self.w_part)
         self.region.radius = float(self.scalars["radius"])
         if not self.follows:
-            # A run with --first-step last may have left another.
+            # A run with --first-step last may have left another length.
             self.scalars["first"] = 1.0
         if self.momentum is not None:
             self.momentum.theta = float(self.scalars["theta"])
             self.exchange.forward(self.v, self.v_part)
 
     def events(self) -> dict[str, int]:
-        """Counts of what went wrong, on this rank since the start. All ranks call it."""
-        (brought,) = self.world.agree(np.array([float(self.brought)])).tolist()
-        self._count(brought)
-        # What all ranks count is the first one's.
-        mine = self.world.rank == 0
+        """Return this rank's counts of failed updates since the start. Collective."""
+        (updated,) = self.world.agree(np.array([float(self.updated)])).tolist()
+        self._count(updated)
+        # All ranks count the same steps, so only rank 0 reports them.
+        reports = self.world.rank == 0
         pairs = {f"curvature_pairs_{name}": self.counts[name] for name in ("skipped", "rejected", "reset")}
-        return {**pairs, "steps_without_update": self.idle * mine}
+        return {**pairs, "steps_without_update": self.idle_steps * reports}
 
-    def _count(self, brought: float) -> None:
-        """Count the last step, once, if it brought no pair to any element of any rank."""
-        self.idle += self.taken and not brought
-        self.taken = False
+    def _count(self, updated: float) -> None:
+        """Count the last step, once, if it updated no element of any rank."""
+        self.idle_steps += self.moved and not updated
+        self.moved = False
 
     def _loss(self) -> Loss:
         assert self.worker is not None
         return self.worker.loss
 
     def _scale(self) -> None:
-        """Update the scale of the variables, on all ranks, and bring the gradient to them."""
+        """Update the scale of the variables on all ranks, and scale the gradient g."""
         self.scalars["t"] += 1
         correction = 1 - self.beta2 ** self.scalars["t"]
         self.curvature.moment_scale(self.g, self.squares, self.root, self.beta2, correction, self.eps)
@@ -232,25 +233,25 @@ class PartitionedNewton:
         self.ops.multiply(self.g, self.root)
 
     def _batch(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
-        """This worker's samples of the minibatch, (features, b or more), and their labels (b,) among its classes.
+        """Return this worker's samples of a minibatch, (features, b or more), and their labels (b,) among its classes.
 
-        Whatever follows the labelled samples makes the minibatch a multiple that suits the backend.
+        Repeated samples after the first b make the size a multiple of `batch_multiple`, as the backend needs.
         """
         worker, ids = self.worker, batch.ids
         if worker is None:
             return self.x_part[:0], np.empty(0, np.int64)
         labels = worker.numbers[worker.dataset.train.labels[ids]]
-        mine = np.flatnonzero(labels >= 0)
+        own = np.flatnonzero(labels >= 0)
         filled = (
-            np.resize(ids[mine], -(-len(mine) // self.batch_multiple) * self.batch_multiple) if len(mine) else ids[mine]
+            np.resize(ids[own], -(-len(own) // self.batch_multiple) * self.batch_multiple) if len(own) else ids[own]
         )
         worker.reserve(max(1, len(filled)))
         x = worker.x[: worker.features * len(filled)].reshape(worker.features, len(filled))
         worker.train.fetch(filled, x)
-        return x, labels[mine]
+        return x, labels[own]
 
     def _product(self, p: np.ndarray, q: np.ndarray) -> None:
-        """q = (B + sigma I) p."""
+        """Compute q = (B + sigma I) p, both over the shard."""
         self.exchange.forward(p, self.p_part)
         if self.elements is not None:
             self.operators.restricted_product(self.elements.restriction, self.p_part, self.q_part)
@@ -262,7 +263,7 @@ class PartitionedNewton:
         self.ops.combine(self.x_part, (1.0, self.x_part), (a, self.p_part))
 
     def _value(self, length: float, x: np.ndarray, labels: np.ndarray) -> float:
-        """This rank's share of the loss after a step of this length; infinity where it is not finite."""
+        """Return this rank's share of the loss after a step of `length`; infinity if it is not finite."""
         if self.elements is None:
             return 0.0
         self.ops.combine(self.t_part, (1.0, self.w_part), (length, self.x_part))
@@ -273,7 +274,7 @@ class PartitionedNewton:
         return value if isfinite(value) else inf
 
     def _move(self, length: float) -> None:
-        """w += length x, and so the momentum."""
+        """Add length * x to the weights, and to the momentum's vector."""
         moved = [(self.w_part, self.x_part)]
         if self.momentum is not None:
             moved.append((self.v_part, self.x_part))
@@ -288,7 +289,7 @@ class PartitionedNewton:
         if self.momentum is None:
             return
         factor, moved = self.momentum.next(), [(self.w_part, self.v_part)]
-        # Where the shard is a slice of the part they share memory.
+        # If the shard is a slice of the part, the two share memory.
         if self.exchange.inside is None:
             moved.append((self.w, self.v))
         for w, v in moved:
@@ -306,7 +307,7 @@ class PartitionedNewton:
         with np.errstate(all="ignore"):
             self.after -= self.before
         self.ops.scale(self.s.reshape(-1), length)
-        # The gradients before are not needed any more.
+        # The array of the earlier gradients is free from here on.
         if self.scaled:
             self.elements.restrict(self.root_part, self.before)
             self.ops.multiply(self.after.reshape(-1), self.before.reshape(-1))
@@ -318,4 +319,4 @@ class PartitionedNewton:
             ("updated", Outcome.UPDATED),
         ):
             self.counts[name] += int(np.count_nonzero(outcome == which))
-        self.brought = int(np.count_nonzero(outcome == Outcome.UPDATED))
+        self.updated = int(np.count_nonzero(outcome == Outcome.UPDATED))

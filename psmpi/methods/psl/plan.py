@@ -1,4 +1,4 @@
-"""The plan of the method `psl`: settings, roles and refusals; made without MPI and arrays of weights."""
+"""The plan of the method `psl`: settings, roles and checks; made without MPI and arrays of weights."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Settings:
 class Plan:
     """The roles of all ranks, and the number of first layers that the workers of a row compute on slices of samples.
 
-    costs: of the arrangements among which --trunk auto has chosen, the cheapest first.
+    costs: of the arrangements that --trunk auto compares, the cheapest first.
     """
 
     roles: Roles
@@ -68,59 +68,59 @@ class Plan:
 
 
 def make_plan(network: Network, size: int, config: Config) -> Plan:
-    """The plan of `size` ranks; UserError where there is none."""
+    """Return the plan of `size` ranks; raise UserError if there is none."""
     masters, itemsize = config.of(Masters), np.dtype(config.model.dtype).itemsize
     return _planned(network, size, config.of(Settings), masters, config.data.batch_size, itemsize)
 
 
 @lru_cache(maxsize=16)
-def _planned(network: Network, size: int, own: Settings, masters: Masters, batch: int, itemsize: int) -> Plan:
-    """`make_plan`, of what it takes of the configuration."""
+def _planned(network: Network, size: int, settings: Settings, masters: Masters, batch: int, itemsize: int) -> Plan:
+    """Return the plan, from the parts of the configuration that it depends on."""
     layout = network.layout()
 
     def roles(rows: int) -> Roles:
-        return assign_roles(layout, size, partition=own.partition, replicas=rows, **asdict(masters))
+        return assign_roles(layout, size, partition=settings.partition, replicas=rows, **asdict(masters))
 
-    first = roles(own.replicas)
-    if own.trunk == "replicated" or own.partition == "pairs":
+    first = roles(settings.replicas)
+    if settings.trunk == "replicated" or settings.partition == "pairs":
         return Plan(first, 0)
     length = trunk_length(network)
-    if own.trunk == "split":
+    if settings.trunk == "split":
         return Plan(first, length)
-    workers, found = sum(w is not None for w in first.workers), []
-    for one in arrangements(network, workers, first.rows, own.replicas):
+    workers, candidates = sum(w is not None for w in first.workers), []
+    for one in arrangements(network, workers, first.rows, settings.replicas):
         try:
             planned = roles(one.rows)
-            _check_cut(network, planned, own.partition, batch)
+            _check_cut(network, planned, settings.partition, batch)
             if one.split:
                 _check_trunk_slices(planned, batch)
         except UserError:
-            # Masters that are workers too are of the first row; others, no such network or minibatch can have.
+            # The masters, the network or the minibatch do not allow this arrangement.
             continue
-        found.append((one, planned, cost(network, planned, one.split, batch, itemsize)))
-    if not found:
+        candidates.append((one, planned, cost(network, planned, one.split, batch, itemsize)))
+    if not candidates:
         return Plan(first, 0)
-    found.sort(key=lambda each: each[2].time)
-    best, chosen, _ = found[0]
-    return Plan(chosen, length * best.split, tuple((one, spent) for one, _, spent in found))
+    candidates.sort(key=lambda each: each[2].time)
+    best, chosen, _ = candidates[0]
+    return Plan(chosen, length * best.split, tuple((one, spent) for one, _, spent in candidates))
 
 
-def choice(size: int, network: Network, config: Config) -> Iterator[str]:
-    """Notes on what --trunk auto has chosen and the costs of what it has not, and on a --trunk without effect."""
-    plan, own = make_plan(network, size, config), config.of(Settings)
+def trunk_notes(size: int, network: Network, config: Config) -> Iterator[str]:
+    """Yield notes on the choice of --trunk auto and the costs of its alternatives, or on a --trunk without effect."""
+    plan, settings = make_plan(network, size, config), config.of(Settings)
     if len(plan.costs) > 1:
-        (best, least), *others = plan.costs
-        rest = "; ".join(f"{one}: {spent}" for one, spent in others[:3])
-        yield f"--trunk auto takes {best}: at most {least} of a rank a step ({rest})"
-    elif own.trunk == "auto" and own.partition == "pairs":
+        (best, least), *alternatives = plan.costs
+        other_costs = "; ".join(f"{one}: {spent}" for one, spent in alternatives[:3])
+        yield f"--trunk auto takes {best}: at most {least} for a rank and step ({other_costs})"
+    elif settings.trunk == "auto" and settings.partition == "pairs":
         yield "--trunk auto changes nothing: with --partition pairs a worker has the samples of its own classes alone"
-    elif own.trunk == "split" and max(_columns(plan.roles).values()) == 1:
+    elif settings.trunk == "split" and max(_columns(plan.roles).values()) == 1:
         yield "--trunk split changes nothing: each row has one worker, which computes all layers"
 
 
-def others(kind: Any, config: Config) -> Iterator[tuple[str, Config]]:
-    """Other placements of the same training, with the split trunk too: see `Method.arrangements`."""
-    own = replace(config, parallel=replace(config.parallel, method=kind.name))
+def other_placements(kind: Any, config: Config) -> Iterator[tuple[str, Config]]:
+    """Yield other placements of the same training, also with a split trunk, see `Method.arrangements`."""
+    psl_config = replace(config, parallel=replace(config.parallel, method=kind.name))
     split, owners = replace(config.of(Settings), trunk="split"), Masters(colocate=True, placement="owner")
     for options, changed in (
         ("", [Masters()]),
@@ -130,16 +130,16 @@ def others(kind: Any, config: Config) -> Iterator[tuple[str, Config]]:
         ("--colocate --placement owner", [owners]),
         ("--colocate --placement owner --trunk split", [owners, split]),
     ):
-        yield f"--method {kind.name} {options}".rstrip(), own.having(changed)
+        yield f"--method {kind.name} {options}".rstrip(), psl_config.having(changed)
 
 
 def _columns(roles: Roles) -> Counter[int]:
-    """The number of workers of each row."""
+    """Return the number of workers of each row."""
     return Counter(w.row for w in roles.workers if w is not None)
 
 
 def check_psl(size: int, network: Network, dataset: Dataset, config: Config) -> None:
-    """UserError for a configuration that `size` ranks cannot train; needs no MPI and no arrays of weights."""
+    """See `Method.check`."""
     plan = make_plan(network, size, config)
     _check_roles(network, plan.roles, dataset, config)
     _check_trunk(network, plan, config)
@@ -147,7 +147,7 @@ def check_psl(size: int, network: Network, dataset: Dataset, config: Config) -> 
 
 
 def _check_trunk(network: Network, plan: Plan, config: Config) -> None:
-    """UserError where no layers can be computed on slices, or these would be too small."""
+    """Raise UserError if no layers can be computed on slices, or the slices would be too small."""
     if config.of(Settings).trunk != "split":
         return
     if config.of(Settings).partition == "pairs":
@@ -159,14 +159,14 @@ def _check_trunk(network: Network, plan: Plan, config: Config) -> None:
         return
     if not plan.trunk:
         raise UserError(
-            f"--trunk split: --model {network.name} has no layers with weights that all classes share before some that "
-            "they do not; leave it out"
+            f"--trunk split: --model {network.name} has no layers with weights that all classes share before layers "
+            "that they do not share; leave it out"
         )
     _check_trunk_slices(plan.roles, config.data.batch_size)
 
 
 def _check_trunk_slices(roles: Roles, batch: int) -> None:
-    """UserError for a minibatch that does not give each worker of a row a sample."""
+    """Raise UserError for a minibatch that does not give each worker of a row a sample."""
     workers, rows = max(_columns(roles).values()), roles.rows
     if batch // rows < workers:
         raise UserError(
@@ -176,7 +176,7 @@ def _check_trunk_slices(roles: Roles, batch: int) -> None:
 
 
 def _check_roles(network: Network, roles: Roles, dataset: Dataset, config: Config) -> None:
-    """UserError where the network, the loss or the minibatch does not allow these roles."""
+    """Raise UserError if the network, the loss or the minibatch does not allow these roles."""
     loss, partition = configured_loss(config, dataset), config.of(Settings).partition
     if partition == "pairs":
         check_classes(dataset, "--partition pairs", "leave it out")
@@ -191,13 +191,13 @@ def _check_roles(network: Network, roles: Roles, dataset: Dataset, config: Confi
     if partition == "pairs" and loss.weights == "current":
         raise UserError(
             "--psl-weights current needs a sum over all classes in each step, and a worker of --partition pairs has "
-            "that of its own pairs: use --psl-weights remembered, or --partition scores"
+            "only the sum over its own pairs: use --psl-weights remembered, or --partition scores"
         )
     _check_newton(network, roles, config)
 
 
 def _check_cut(network: Network, roles: Roles, partition: str, batch: int) -> None:
-    """UserError where the layers or the size of a minibatch do not allow these roles."""
+    """Raise UserError if the layers or the size of a minibatch do not allow these roles."""
     workers = [w for w in roles.workers if w is not None]
     tie = network.tie()
     if tie is not None and any(w.column > 0 for w in workers):
@@ -210,55 +210,58 @@ def _check_cut(network: Network, roles: Roles, partition: str, batch: int) -> No
     if network.normalized and (roles.rows > 1 or partition == "pairs"):
         fix = f"use --partition scores with --replicas 1 and no more workers than classes, or --method {WHOLE}"
         raise UserError(
-            "with batch normalization every worker of --method psl has to see whole minibatches: "
+            "with batch normalization, every worker of --method psl needs whole minibatches: "
             + (fix if tie is None else f"use --method {WHOLE}")
         )
     check_slices(network, batch, roles.rows, "replica rows")
 
 
 def _sliced(network: Network, workers: int) -> str:
-    """How to give each worker a slice of the minibatch: by replicas, but where layers need whole minibatches."""
+    """Return the option that gives each worker a slice of the minibatch; layers may rule out --replicas."""
     return f"--method {WHOLE}" if network.normalized else f"--replicas {workers}"
 
 
 def psl_needed(size: int, network: Network, dataset: Dataset, config: Config) -> list[Need]:
-    """What each of `size` ranks needs at least, see `Method.needed`."""
+    """See `Method.needed`."""
     layout = network.layout()
-    plan, found = make_plan(network, size, config), []
+    plan, needs = make_plan(network, size, config), []
     roles = plan.roles
     for part, shard, worker in zip(roles.parts, roles.shards, roles.workers, strict=True):
-        apart = shard.inside(part) is None
-        vector = part.size + apart * shard.size
-        tiled = not apart and worker is not None and worker_tiles(config, network, dataset, worker, roles)
+        separate = shard.inside(part) is None
+        vector = part.size + separate * shard.size
+        tiled = not separate and worker is not None and worker_tiles(config, network, dataset, worker, roles)
         rows = _stepped_at_once(network, layout, roles, dataset, config, shard) if tiled else 0
         need = vectors_needed(config, layout, vector, vector - rows, shard.size)
         if worker is not None:
             need = added(need, worker_needed(config, network, dataset, worker, roles, trunk=plan.trunk))
-        found.append(need)
-    return found
+        needs.append(need)
+    return needs
 
 
 def _stepped_at_once(
     network: Network, layout: Layout, roles: Roles, dataset: Dataset, config: Config, shard: Runs
 ) -> int:
-    """Weights of classes that may be stepped tile by tile: their gradient is never there all at once."""
-    o, alone = config.optimization, roles.rows == 1 and config.optimization.clip == 0 and config.run.on_nan == "stop"
+    """Return the number of weights that may be stepped tile by tile, without an array for their gradient."""
+    o, needs_no_sum = (
+        config.optimization,
+        roles.rows == 1 and config.optimization.clip == 0 and config.run.on_nan == "stop",
+    )
     one_by_one = o.optimizer in FIRST_ORDER and not find_optimizer(o.optimizer).needs_matrices
     tail = tail_of(network)
-    if not (alone and one_by_one and configured_loss(config, dataset).immediate and tail is not None):
+    if not (needs_no_sum and one_by_one and configured_loss(config, dataset).immediate and tail is not None):
         return 0
     return (network.runs(layout, *tail) & shard).size
 
 
 def element_rows(roles: Roles, merged: bool) -> TableRows:
-    """The elements of each rank, numbered as those of all ranks together are."""
+    """Return the elements of each rank, as rows of the table of all elements."""
     held = [() if w is None or w.elements is None else w.elements for w in roles.workers]
     number = {e: k for k, e in enumerate(elements_of((pair for pairs in held for pair in pairs), merged))}
     return TableRows(tuple(tuple(number[e] for e in elements_of(pairs, merged)) for pairs in held))
 
 
 def _check_newton(network: Network, roles: Roles, config: Config) -> None:
-    """UserError for settings that partitioned quasi-Newton training cannot have."""
+    """Raise UserError for settings that partitioned quasi-Newton training cannot have."""
     o, masters = config.optimization, config.of(Masters)
     if not 1 <= o.memory <= 100:
         raise UserError(f"--memory {o.memory}: expected 1 to 100 pairs")
@@ -280,7 +283,7 @@ def _check_newton(network: Network, roles: Roles, config: Config) -> None:
     if keeping:
         raise UserError(
             f"{name} shares one forward pass among the elements, and what {network.named(keeping[0])} of --model "
-            f"{network.name} keeps of it is of all units at once: use a network without normalization, or another "
+            f"{network.name} keeps belongs to all units at once: use a network without normalization, or another "
             "--optimizer"
         )
     if roles.rows > 1:
@@ -288,7 +291,7 @@ def _check_newton(network: Network, roles: Roles, config: Config) -> None:
         pairs = {pair for w in workers for pair in w.elements or ()}
         most = masters.masters * (not masters.colocate) + min(len(workers), len(pairs))
         raise UserError(
-            f"{name} keeps each element on one worker, and replicas would each keep their own: use --replicas 1 and "
+            f"{name} keeps each element on one worker, and each replica would keep its own: use --replicas 1 and "
             f"{most} ranks or fewer"
         )
     if config.run.on_nan == "skip" and o.extrapolation != "none":
@@ -303,6 +306,6 @@ def _check_newton(network: Network, roles: Roles, config: Config) -> None:
         value = getattr(o, setting)
         if value != getattr(usual, setting) and o.globalization != "line-search":
             raise UserError(
-                f"--{setting.replace('_', '-')} {value} goes with --globalization line-search, and it is "
-                f"{o.globalization} here: leave one of them out"
+                f"--{setting.replace('_', '-')} {value} is for --globalization line-search, not for "
+                f"{o.globalization}: leave one of the two out"
             )

@@ -1,1 +1,1 @@
-"""Synthetic intermediate labels: the method, its plan, its parts, their labels and their costs."""
+"""The method `sil`: synthetic intermediate labels."""

@@ -1,10 +1,10 @@
-"""Synthetic intermediate labels: runs of layers that are trained apart, on random vectors that stand for the classes.
+"""Synthetic intermediate labels: runs of layers that are trained separately, on a random vector for each class.
 
 Karadag and Topaloglu, "Partitioned Neural Network Training via Synthetic Intermediate Labels", arXiv 2403.11204. The
-outputs of each part but the last learn a fixed random vector of the sample's class, those of the last one the class; a
-part learns from the outputs of the finished one before, handed over once, and no gradient goes from part to part. What
-the paper leaves open is chosen here, and so this is psmpi's SIL: distances over the units and the square of the labels'
-scale, the network's own activations, more than two parts, several ranks a part, and all schedules but `stored`.
+outputs of each part but the last learn a fixed random vector of the sample's class, those of the last part the class. A
+part learns from the outputs of the finished part before it, handed over once, and no gradient goes from part to part.
+The paper leaves some choices open, which are psmpi's own: distances over the units and the square of the labels' scale,
+the network's own activations, more than two parts, several ranks a part, and all schedules but `stored`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from psmpi.errors import UserError
 from psmpi.layout import Ownership, Runs
 from psmpi.methods.sil.part import TrainedPart
 from psmpi.methods.sil.plan import (
+    Assignment,
     Phase,
-    Seats,
     Settings,
     check_sil,
     count_parts,
@@ -40,7 +40,7 @@ from psmpi.training.method import Exactness, Method
 from psmpi.training.replica import verify
 from psmpi.training.state import Places
 
-# Keeps the noise on labels apart from all else drawn from their seed.
+# Key of the noise on labels, which separates it from other draws from the seed.
 NOISE = 0x6E6F6973
 
 
@@ -51,10 +51,10 @@ OPTIONS = (
 
 
 class SyntheticLabels(Method):
-    """The method on one rank: one or more parts, the weights and optimizer state of these alone.
+    """Synthetic intermediate labels on one rank: one or more parts, with their weights and optimizer state.
 
-    parts: this rank's, by number from 0. With several ranks a part these are its rows, each of which takes its slice of
-    each minibatch and sends to the same row of the next part.
+    parts: this rank's parts, by number from 0. With several ranks a part, each of them is a row: it takes its slice of
+    each minibatch, and sends to the same row of the next part.
     """
 
     name = "sil"
@@ -67,19 +67,23 @@ class SyntheticLabels(Method):
         network, layout, dataset, ops = context.network, context.layout, context.dataset, context.ops
         s, config = context.settings(Settings), context.config
         self.count = count_parts(context.size, network, s.parts)
-        self.seats, self.stages = Seats(context.size, self.count), split_layers(network, self.count)
+        self.assignment, self.stages = Assignment(context.size, self.count), split_layers(network, self.count)
         runs = [network.runs(layout, *stage) for stage in self.stages]
-        held = self.seats.held(context.rank)
-        # All rows of a part have its shard; checkpoints are written by the first.
-        several = ([one for k in self.seats.held(rank) for one in runs[k].intervals] for rank in range(context.size))
-        super().__init__(context, Ownership(tuple(map(Runs.union, several))))
-        self.clip, self.way = config.optimization.clip, s.hand_over
+        held = self.assignment.held(context.rank)
+        # All rows of a part hold its shard; the first row writes checkpoints.
+        intervals = (
+            [one for k in self.assignment.held(rank) for one in runs[k].intervals] for rank in range(context.size)
+        )
+        super().__init__(context, Ownership(tuple(map(Runs.union, intervals))))
+        self.clip, self.mode = config.optimization.clip, s.hand_over
         self.seed, self.noise = s.labels_seed, s.labels_noise * s.labels_scale
         self.phases = plan_phases(self.count, config.run.epochs, s)
         self.per_epoch = -(-dataset.train.n // config.data.batch_size)
-        self.row = self.rank % self.seats.rows
+        self.row = self.rank % self.assignment.rows
         self.world = context.group()
-        self.peers = context.group([self.seats.rank(held[0], row) for row in range(self.seats.rows)], nccl=True)
+        self.peers = context.group(
+            [self.assignment.rank(held[0], row) for row in range(self.assignment.rows)], nccl=True
+        )
         self.w, self.g = (ops.zeros(self.shards[self.rank].size, self.dtype) for _ in range(2))
         ends = np.cumsum([0, *(runs[k].size for k in held)]).tolist()
         places = {k: slice(a, b) for k, (a, b) in zip(held, pairwise(ends), strict=True)}
@@ -88,13 +92,15 @@ class SyntheticLabels(Method):
         self.sums = {k: Sum(self.peers, part.w.size, self.dtype) for k, part in self.parts.items()}
         self.metric = context.metric()
         train, tests = np.arange(dataset.train.n), np.arange(dataset.test.n)
-        mine = [tests[at] for at in network.evaluation_batches(dataset.test.n)[self.row :: self.seats.rows]]
+        test_batches = [
+            tests[at] for at in network.evaluation_batches(dataset.test.n)[self.row :: self.assignment.rows]
+        ]
         if 0 not in held:
-            train, mine = train[:0], []
+            train, test_batches = train[:0], []
         self.train = Resident(dataset.train, train, self.dtype, ops)
-        self.tests = Resident(dataset.test, np.concatenate([tests[:0], *mine]), self.dtype, ops)
-        self.line = Row(context, self.parts, self.seats, self.stages, self.world, self.peers, self.train)
-        self.handed = ops.empty(self.w.size if self.way == "stale" else 0, self.dtype)
+        self.tests = Resident(dataset.test, np.concatenate([tests[:0], *test_batches]), self.dtype, ops)
+        self.chain = Row(context, self.parts, self.assignment, self.stages, self.world, self.peers, self.train)
+        self.handed = ops.empty(self.w.size if self.mode == "stale" else 0, self.dtype)
         self._declare(places)
         self.account.hold("gradients", self.g)
         self.account.hold("weights", self.handed)
@@ -113,11 +119,11 @@ class SyntheticLabels(Method):
         state.pieces("weights", list(zip((part.w for part in self.parts.values()), spots, strict=True)))
         for name in optimizers[0].vectors:
             state.pieces(name, list(zip((one.vectors[name] for one in optimizers), spots, strict=True)))
-        if self.way == "stale":
-            # The weights that made what was handed over last.
+        if self.mode == "stale":
+            # The weights that computed the outputs which were handed over last.
             self.handed[...] = self.w
             state.pieces("handed", list(zip((self.handed[at] for at in places.values()), spots, strict=True)), own=True)
-        # The steps of the run, and what the run was planned to be: see `restored`.
+        # Steps of the run, and its plan, which `restored` compares with the present one.
         state.scalars["steps"] = 0
         for name, value in (("macs", 0), ("handed_bytes", 0), ("parts", self.count), ("phase", 0)):
             state.scalar(name, value)
@@ -132,16 +138,16 @@ class SyntheticLabels(Method):
         if within == 0:
             self._begin(phase, epoch)
         self.scalars["phase"] = self.phases.index(phase)
-        mine = np.array_split(np.arange(len(ids)), self.seats.rows)[self.row]
+        places = np.array_split(np.arange(len(ids)), self.assignment.rows)[self.row]
         trained = [self.parts[k] for k in phase.parts if k in self.parts]
         before = self.loss_sum
-        if not len(mine):
+        if not len(places):
             self.g.fill(0)
         elif phase.joined:
-            self._learn_joined(ids, mine)
+            self._learn_joined(ids, places)
         else:
             for k in phase.parts:
-                self._learn_apart(k, ids, mine, labels=epoch == phase.start, counts=k == phase.parts[-1])
+                self._learn_apart(k, ids, places, labels=epoch == phase.start, counts=k == phase.parts[-1])
         for part in trained:
             self.sums[part.number].backward(part.g, part.g)
         gradients = [(part.g, part.runs) for part in trained]
@@ -165,59 +171,62 @@ class SyntheticLabels(Method):
             self.scalars["t"] += 1
 
     def _begin(self, phase: Phase, epoch: int) -> None:
-        """The preparations of an epoch: fresh optimizers in a new phase, and what is handed over."""
+        """Prepare an epoch: reset the optimizers in a new phase, and hand over outputs."""
         if epoch == phase.start:
             self._refresh()
         first, last = self._hand_overs(phase, epoch)
-        if first < last and self.way == "stale":
+        if first < last and self.mode == "stale":
             self.handed[...] = self.w
-        self.line.hand_over(first, last)
+        self.chain.hand_over(first, last)
 
     def _hand_overs(self, phase: Phase, epoch: int) -> tuple[int, int]:
-        """The first and the last part of what is handed over at the beginning of an epoch; twice the same: nothing."""
-        if self.way == "stored" and epoch == phase.start and phase.parts[0] > 0 and not phase.joined:
+        """Return the first and the last part of the hand-over at the start of an epoch; equal numbers: no hand-over."""
+        if self.mode == "stored" and epoch == phase.start and phase.parts[0] > 0 and not phase.joined:
             return phase.parts[0] - 1, phase.parts[0]
-        if self.way == "stale" and epoch > phase.start and not phase.joined:
+        if self.mode == "stale" and epoch > phase.start and not phase.joined:
             return 0, self.count - 1
         return 0, 0
 
     def _refresh(self) -> None:
-        """Begin all optimizers anew: of a part that is done nothing is needed of its own any more."""
+        """Reset all optimizers: a new phase needs no state of the finished parts."""
         for part in self.parts.values():
             for vector in part.optimizer.vectors.values():
                 vector.fill(0)
         if "t" in self.scalars:
             self.scalars["t"] = 0
 
-    def _learn_apart(self, k: int, ids: np.ndarray, mine: np.ndarray, *, labels: bool, counts: bool) -> None:
-        """Part k's gradient of its own loss over the samples ids[mine] of a minibatch; `labels` is of `stale`."""
-        part, own = self.parts.get(k), ids[mine]
+    def _learn_apart(self, k: int, ids: np.ndarray, places: np.ndarray, *, labels: bool, counts: bool) -> None:
+        """Fill part k's gradient of its own loss over the samples ids[places] of a minibatch.
+
+        labels: whether, with --hand-over stale, inputs are labels; counts: whether the loss counts in `loss_sum`.
+        """
+        part, own = self.parts.get(k), ids[places]
         x = None
-        if k == 0 or self.way == "recompute":
-            x = self.line.fetch(self.train, own)
+        if k == 0 or self.mode == "recompute":
+            x = self.chain.fetch(self.train, own)
             for before in range(k):
-                x = self.line.pass_on(before, x, len(own))
+                x = self.chain.pass_on(before, x, len(own))
         if part is None:
             return
-        if x is None and (self.way == "labels" or (self.way == "stale" and labels)):
-            x = self._labels(part, ids, mine)
+        if x is None and (self.mode == "labels" or (self.mode == "stale" and labels)):
+            x = self._labels(part, ids, places)
         elif x is None:
             x = part.room(len(own))
             part.samples.fetch(own, x)
         part.objective.ids = own
         loss = part.learn(x, self.dataset.train.labels[own], 1 / len(ids))
-        self.line.macs += part.cost.training() * len(own)
+        self.chain.macs += part.cost.training() * len(own)
         self.loss_sum += loss * len(ids) * counts
 
-    def _learn_joined(self, ids: np.ndarray, mine: np.ndarray) -> None:
-        """All parts' gradients of the last one's loss: outputs go from part to part, their gradients come back."""
-        own = ids[mine]
-        x, dy = self.line.fetch(self.train, own), None
+    def _learn_joined(self, ids: np.ndarray, places: np.ndarray) -> None:
+        """Fill all parts' gradients of the last part's loss: outputs go from part to part, and their gradients back."""
+        own = ids[places]
+        x, dy = self.chain.fetch(self.train, own), None
         for k in range(self.count - 1):
-            x = self.line.pass_on(k, x, len(own))
+            x = self.chain.pass_on(k, x, len(own))
         for k in reversed(range(self.count)):
             if k < self.count - 1:
-                dy = self.line.pass_back(k, dy, len(own))
+                dy = self.chain.pass_back(k, dy, len(own))
             part = self.parts.get(k)
             if part is None:
                 continue
@@ -227,18 +236,21 @@ class SyntheticLabels(Method):
                 part.objective.ids = own
                 loss = part.learn(x, self.dataset.train.labels[own], 1 / len(ids), dx)
                 self.loss_sum += loss * len(ids)
-                self.line.macs += part.cost.forward * len(own)
+                self.chain.macs += part.cost.forward * len(own)
             else:
                 assert dy is not None
                 part.back(dy, dx)
-            self.line.macs += (part.cost.training(inputs=k > 0) - part.cost.forward) * len(own)
+            self.chain.macs += (part.cost.training(inputs=k > 0) - part.cost.forward) * len(own)
             dy = dx
 
-    def _labels(self, part: TrainedPart, ids: np.ndarray, mine: np.ndarray) -> np.ndarray:
-        """For inputs, the labels of the part before; in `labels` with noise, of the step and not of the row."""
-        x = part.room(len(mine))
-        part.columns.fetch(self.dataset.train.labels[ids[mine]], x)
-        if self.way == "labels":
+    def _labels(self, part: TrainedPart, ids: np.ndarray, places: np.ndarray) -> np.ndarray:
+        """Return the labels of the part before, as inputs (inputs, b); with --hand-over labels, with noise.
+
+        The noise is drawn for the whole minibatch, so that it does not depend on the number of rows.
+        """
+        x = part.room(len(places))
+        part.columns.fetch(self.dataset.train.labels[ids[places]], x)
+        if self.mode == "labels":
             all_of = slice(0, part.inputs * len(ids))
             rng = np.random.default_rng([self.seed, NOISE, part.number, int(self.scalars["steps"])])
             part.noise.settle()
@@ -246,62 +258,62 @@ class SyntheticLabels(Method):
             rng.standard_normal(dtype=self.dtype.type, out=noise)
             noise *= self.noise
             part.noise.push(all_of)
-            x += part.noise.array[all_of].reshape(part.inputs, -1)[:, mine[0] : mine[-1] + 1]
+            x += part.noise.array[all_of].reshape(part.inputs, -1)[:, places[0] : places[-1] + 1]
         return x
 
     def _over_parts(self, values: np.ndarray) -> np.ndarray:
-        """Sums over the parts, all rows of which have the same."""
+        """Return the sums of `values` over the parts; all rows have the same values, so row 0 alone adds them."""
         return self.world.agree(values * (self.row == 0))
 
     def drain(self) -> None:
-        self.scalars["macs"], self.scalars["handed_bytes"] = self.line.totals()
+        self.scalars["macs"], self.scalars["handed_bytes"] = self.chain.totals()
 
     def restored(self, tables: bool, fresh: Set[str]) -> None:
-        """Also makes anew what was handed over, by the same weights and in the same pieces, so to the same bits."""
+        """Go on from a checkpoint; repeat its hand-over, from the same weights and in the same pieces, to the bit."""
         if "handed" in fresh:
             self.handed[...] = self.w
-        self.line.past = int(self.scalars["macs"]), int(self.scalars["handed_bytes"])
-        self.line.macs = self.line.handed_bytes = 0
+        self.chain.past = int(self.scalars["macs"]), int(self.scalars["handed_bytes"])
+        self.chain.macs = self.chain.handed_bytes = 0
         if self.scalars["parts"] != self.count:
             raise UserError(
-                f"the checkpoint is of {int(self.scalars['parts'])} parts, and this run would have {self.count}: use "
+                f"the checkpoint has {int(self.scalars['parts'])} parts, and this run would have {self.count}: use "
                 f"--parts {int(self.scalars['parts'])}"
             )
         steps = int(self.scalars["steps"])
         before = next((k for k, phase in enumerate(self.phases) if (steps - 1) // self.per_epoch < phase.stop), -1)
         if steps and before != self.scalars["phase"]:
-            # Other epochs: what was learnt last was another part.
+            # With the epochs of this run, the checkpoint's last step was of another phase.
             self._refresh()
         epoch, within = divmod(int(self.scalars["steps"]), self.per_epoch)
         phase = next((phase for phase in self.phases if epoch < phase.stop), None)
         if phase is None or phase.joined:
             return
-        with self.line.uncounted():
-            if self.way == "stored":
-                # What a phase begins with is handed over by its first step.
-                self.line.hand_over(0, phase.parts[0] - ((epoch, within) == (phase.start, 0)))
-            elif self.way == "stale" and epoch > phase.start and within:
+        with self.chain.uncounted():
+            if self.mode == "stored":
+                # The first step of a phase makes the hand-over itself.
+                self.chain.hand_over(0, phase.parts[0] - ((epoch, within) == (phase.start, 0)))
+            elif self.mode == "stale" and epoch > phase.start and within:
                 self.g[...] = self.w
                 self.w[...] = self.handed
-                self.line.hand_over(0, self.count - 1)
+                self.chain.hand_over(0, self.count - 1)
                 self.w[...] = self.g
 
     def test(self) -> dict[str, float]:
-        if self.seats.rows > 1:
+        if self.assignment.rows > 1:
             verify(self.peers, self.ops.host(self.w), "use another MPI library")
         for part in self.parts.values():
             part.forget()
-        batches = self.network.evaluation_batches(self.dataset.test.n)[self.row :: self.seats.rows]
-        with self.line.uncounted():
+        batches = self.network.evaluation_batches(self.dataset.test.n)[self.row :: self.assignment.rows]
+        with self.chain.uncounted():
             sums = evaluate(self.metric, batches, self._test_scores, self.tests.targets, self.ops)
         self._look_at_cuts()
         return self.metric.scores(self.world.agree(sums))
 
     def _test_scores(self, ids: np.ndarray) -> np.ndarray | None:
-        """The scores of test samples where the last part is; looks at the outputs of the others."""
-        x = self.line.fetch(self.tests, ids)
+        """Return the scores of test samples on the last part's rank, else None; measure the other parts' outputs."""
+        x = self.chain.fetch(self.tests, ids)
         for k in range(self.count - 1):
-            x = self.line.pass_on(k, x, len(ids))
+            x = self.chain.pass_on(k, x, len(ids))
         for part in self.parts.values():
             if not part.last:
                 part.look(self.dataset.test.labels[ids])
@@ -311,16 +323,16 @@ class SyntheticLabels(Method):
         return self.last.forward(x)
 
     def _look_at_cuts(self) -> None:
-        """Put together what the test found at the outputs of all parts but the last."""
+        """Set `cuts` from what the test measured at the outputs of all parts but the last."""
         if self.count == 1:
             return
         sums = np.zeros((self.count - 1, 5))
         for k, part in self.parts.items():
             alive = self.peers.agree(part.alive.astype(np.float64))
             if not part.last:
-                sums[k] = [*part.found, np.count_nonzero(alive == 0) * (self.row == 0)]
+                sums[k] = [*part.cut_sums, np.count_nonzero(alive == 0) * (self.row == 0)]
         distance, nearest, solved, samples, dead = self.world.agree(sums).T
-        relu = [cut_activation(self.network, behind) == "relu" for _, behind in self.stages[:-1]]
+        relu = [cut_activation(self.network, stop) == "relu" for _, stop in self.stages[:-1]]
         self.cuts = {
             "target_distance": (distance / samples).tolist(),
             "nearest_accuracy": (nearest / samples).tolist(),
@@ -329,27 +341,29 @@ class SyntheticLabels(Method):
         }
 
     def diagnostics(self) -> dict[str, Any]:
-        """The phase, MACs and bytes sent from part to part so far, and what the last test found at the cuts.
+        """Return the phase, MACs and bytes sent from part to part so far, and the last test's measurements at the cuts.
 
-        Of each part but the last: mean distance over the scale squared, accuracies read from its outputs, dead units.
+        For each part but the last: mean distance over the scale squared, accuracies read from its outputs, dead units.
         """
         epoch = max(0, int(self.scalars["steps"]) - 1) // self.per_epoch
         phase = next((phase.name for phase in self.phases if epoch < phase.stop), "")
-        macs, handed = self.line.totals()
+        macs, handed = self.chain.totals()
         return {"phase": phase, "macs": macs, "handed_bytes": handed, **self.cuts}
 
     def messages(self, step: int, batch: int) -> list[Message]:
-        """Those of this row."""
+        """Return the messages of this row."""
         epoch, within = divmod(step, self.per_epoch)
         phase = next(phase for phase in self.phases if epoch < phase.stop)
-        mine = Step(len(np.array_split(np.arange(batch), self.seats.rows)[self.row]))
-        found = self.line.handed_over(*self._hand_overs(phase, epoch)) if within == 0 else []
+        share = Step(len(np.array_split(np.arange(batch), self.assignment.rows)[self.row]))
+        messages = self.chain.handed_over(*self._hand_overs(phase, epoch)) if within == 0 else []
         if phase.joined:
-            found += [m for cut in self.line.boundaries for back in (False, True) for m in cut.messages(mine, back)]
-        elif self.way == "recompute":
-            found += [m for k in phase.parts for cut in self.line.boundaries[:k] for m in cut.messages(mine)]
+            messages += [
+                m for cut in self.chain.boundaries for back in (False, True) for m in cut.messages(share, back)
+            ]
+        elif self.mode == "recompute":
+            messages += [m for k in phase.parts for cut in self.chain.boundaries[:k] for m in cut.messages(share)]
         trained = [self.sums[k] for k in phase.parts if k in self.sums]
-        return found + [m for one in trained for m in one.messages(mine, back=True)]
+        return messages + [m for one in trained for m in one.messages(share, back=True)]
 
     def work(self) -> tuple[str, str, int]:
         numbers = sorted(self.parts)

@@ -1,4 +1,4 @@
-"""The plan of the method `sil`: phases, ranks and what it cannot train; made without MPI and arrays of weights."""
+"""The plan of the method `sil`: phases, ranks and checks; made without MPI and arrays of weights."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from psmpi.training.checks import check_classes, check_first_order, check_layers
 from psmpi.training.context import check_optimizer, configured_loss
 from psmpi.training.need import Need, added, derivatives_needed, passes_needed, samples_needed, vectors_needed
 
-# The least and the largest value of labels at scale 1, and of activations.
+# Smallest and largest value of labels at scale 1, and of activations.
 LAWS = {"uniform": (0.0, 1.0), "sign": (-1.0, 1.0), "gaussian": (-inf, inf), "orthogonal": (-inf, inf)}
 REACH = {"sigmoid": (0.0, 1.0), "tanh": (-1.0, 1.0), "relu": (0.0, inf), "identity": (-inf, inf)}
 
@@ -75,12 +75,12 @@ class Phase:
 
 
 def plan_phases(parts: int, epochs: int, settings: Settings) -> list[Phase]:
-    """The phases of training; UserError where the epochs do not add up."""
-    given, recovery, way = settings.part_epochs, settings.recovery_epochs, settings.hand_over
-    left, everyone, in_turn = epochs - recovery, tuple(range(parts)), way in ("stored", "recompute")
+    """Return the phases of training; raise UserError if the epochs do not add up."""
+    given, recovery, mode = settings.part_epochs, settings.recovery_epochs, settings.hand_over
+    left, everyone, in_turn = epochs - recovery, tuple(range(parts)), mode in ("stored", "recompute")
     typed = f"--part-epochs {' '.join(map(str, given))}"
     if given and not in_turn:
-        raise UserError(f"{typed} is for parts in turn, and with --hand-over {way} all learn at once: leave it out")
+        raise UserError(f"{typed} is for parts in turn, and with --hand-over {mode} all learn at once: leave it out")
     if given and (len(given) != parts or any(not isinstance(n, int) or n < 1 for n in given)):
         raise UserError(f"{typed}: expected a number from 1 up for each of {parts} part(s)")
     if given and sum(given) != left:
@@ -105,8 +105,8 @@ def plan_phases(parts: int, epochs: int, settings: Settings) -> list[Phase]:
 
 
 @dataclass(frozen=True)
-class Seats:
-    """The parts that each rank holds: a run of parts each, or `rows` ranks each part, which share each minibatch."""
+class Assignment:
+    """Assignment of parts to ranks: a run of parts to each rank, or `rows` ranks to each part."""
 
     size: int
     parts: int
@@ -123,22 +123,25 @@ class Seats:
 
 
 def count_parts(size: int, network: Network, asked: int) -> int:
-    """The number of parts on `size` ranks, `asked` or 0; UserError where these ranks or the layers do not fit."""
+    """Return the number of parts on `size` ranks: `asked`, or for 0 one a rank and at least 2 if there are two layers.
+
+    Raise UserError if the model has too few layers for them, or ranks and parts do not divide each other.
+    """
     depth = len(network.linear)
     parts = asked or max(size, min(2, depth))
     fit = [k for k in range(1, depth + 1) if k % size == 0 or size % k == 0]
     if parts not in fit:
         raise UserError(
-            f"--method sil cannot train --model {network.name}, {depth} layer(s) with weights, in {parts} parts on "
-            f"{size} rank(s): each rank takes as many parts as the others, or each part as many ranks; use --parts "
-            f"{fit[-1]}{f', or --method {WHOLE}' if depth == 1 else ''}"
+            f"--method sil cannot cut --model {network.name}, with {depth} layer(s) with weights, into {parts} parts "
+            f"on {size} rank(s): every rank holds equally many parts, or every part has equally many ranks; use "
+            f"--parts {fit[-1]}{f', or --method {WHOLE}' if depth == 1 else ''}"
         )
     return parts
 
 
-def cut_activation(network: Network, behind: int) -> str:
-    """The activation whose values the layers before `behind` put out."""
-    for layer in reversed(network.layers[:behind]):
+def cut_activation(network: Network, stop: int) -> str:
+    """Return the activation whose range the outputs of the layers before `stop` have."""
+    for layer in reversed(network.layers[:stop]):
         if layer.activation:
             return layer.activation
         if not layer.keeps_range:
@@ -147,23 +150,23 @@ def cut_activation(network: Network, behind: int) -> str:
 
 
 def check_sil(size: int, network: Network, dataset: Dataset, config: Config) -> None:
-    """UserError for a configuration that `size` ranks cannot train; needs no MPI and no arrays of weights."""
+    """See `Method.check`."""
     s = config.of(Settings)
     check_classes(dataset, "--method sil", "use another method")
     parts = count_parts(size, network, s.parts)
     plan_phases(parts, config.run.epochs, s)
     check_layers(network, config, parts)
     check_first_order(config, "takes one loss for all weights, and each part has its own")
-    check_slices(network, config.data.batch_size, Seats(size, parts).rows, "ranks of a part")
-    if config.parallel.nccl and Seats(size, parts).rows == 1:
-        raise UserError(f"--nccl sums over the ranks of a part, and {size} rank(s) share {parts} part(s): leave it out")
+    check_slices(network, config.data.batch_size, Assignment(size, parts).rows, "ranks of a part")
+    if config.parallel.nccl and Assignment(size, parts).rows == 1:
+        raise UserError(f"--nccl sums over the ranks of a part, and each of {parts} part(s) has one: leave it out")
     if not 1e-6 <= s.labels_scale <= 1e6:
         raise UserError(f"--labels-scale {s.labels_scale}: expected a number from 1e-6 to 1e6, usually 1")
     if s.hand_over != "labels" and s.labels_noise != Settings().labels_noise:
         raise UserError(f"--labels-noise {s.labels_noise} is for --hand-over labels: leave it out")
     if not 0 <= s.labels_noise <= 1e6:
         raise UserError(f"--labels-noise {s.labels_noise}: expected 0 (none) or a number above it, up to 1e6")
-    widths = [int(np.prod(network.layers[behind - 1].out_shape)) for _, behind in split_layers(network, parts)[:-1]]
+    widths = [int(np.prod(network.layers[stop - 1].out_shape)) for _, stop in split_layers(network, parts)[:-1]]
     if s.labels == "orthogonal" and min(widths, default=network.classes) < network.classes:
         raise UserError(
             f"--labels orthogonal: {network.classes} vectors of {min(widths)} units cannot be; use --labels uniform"
@@ -173,14 +176,17 @@ def check_sil(size: int, network: Network, dataset: Dataset, config: Config) -> 
 
 
 def sil_needed(size: int, network: Network, dataset: Dataset, config: Config) -> list[Need]:
-    """What each of `size` ranks needs at least, see `Method.needed`."""
+    """See `Method.needed`."""
     s, layout, dtype = config.of(Settings), network.layout(), np.dtype(config.model.dtype)
     parts = count_parts(size, network, s.parts)
-    seats, stages = Seats(size, parts), split_layers(network, parts)
+    assignment, stages = Assignment(size, parts), split_layers(network, parts)
     pieces = [at.stop - at.start for n in (dataset.train.n, dataset.test.n) for at in network.evaluation_batches(n)]
-    found = []
+    all_needs = []
     for rank in range(size):
-        held, tests = seats.held(rank), network.evaluation_batches(dataset.test.n)[rank % seats.rows :: seats.rows]
+        held, tests = (
+            assignment.held(rank),
+            network.evaluation_batches(dataset.test.n)[rank % assignment.rows :: assignment.rows],
+        )
         shard = sum(network.runs(layout, *stages[k]).size for k in held)
         needs = [vectors_needed(config, layout, shard, shard, shard)]
         for k in held:
@@ -191,25 +197,25 @@ def sil_needed(size: int, network: Network, dataset: Dataset, config: Config) ->
                 inputs = int(np.prod(network.layers[stages[k][0]].in_shape))
                 needs.append({"samples": dtype.itemsize * dataset.train.n * inputs})
         if 0 in held:
-            tested, share = sum(at.stop - at.start for at in tests), -(-config.data.batch_size // seats.rows)
+            tested, share = sum(at.stop - at.start for at in tests), -(-config.data.batch_size // assignment.rows)
             needs.append(samples_needed(dataset, dataset.train.n, tested, share))
-        found.append(added(*needs))
-    return found
+        all_needs.append(added(*needs))
+    return all_needs
 
 
 def warnings(size: int, network: Network, config: Config) -> Iterator[str]:
-    """Notes for the user on a network before it is trained so."""
+    """See `Method.warnings`."""
     s = config.of(Settings)
-    if network.normalized and Seats(size, count_parts(size, network, s.parts)).rows > 1:
+    if network.normalized and Assignment(size, count_parts(size, network, s.parts)).rows > 1:
         yield slices_are_normalized(" of a part")
     o = config.optimization
     if s.hand_over in ("stored", "recompute") and (o.schedule != "constant" or o.warmup_steps):
         yield (
-            "the course of the learning rate is over all epochs, and parts are trained one after the other: each has a "
-            "piece of it"
+            "the learning rate schedule runs over all epochs, and parts are trained one after the other: each part has "
+            "a piece of it"
         )
-    for k, (_, behind) in enumerate(split_layers(network, count_parts(size, network, s.parts))[:-1]):
-        units, kind = int(np.prod(network.layers[behind - 1].out_shape)), cut_activation(network, behind)
+    for k, (_, stop) in enumerate(split_layers(network, count_parts(size, network, s.parts))[:-1]):
+        units, kind = int(np.prod(network.layers[stop - 1].out_shape)), cut_activation(network, stop)
         (least, most), (low, high) = (np.array(LAWS[s.labels]) * s.labels_scale, REACH[kind])
         if least < low or most > high:
             yield (

@@ -1,4 +1,4 @@
-"""One row of the parts of the method `sil`: outputs from part to part, their gradients back, and what both cost."""
+"""One row of the parts of the method `sil`: outputs from part to part, gradients back, and counts of their costs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from psmpi.comm.group import Group
 from psmpi.comm.transfers import Boundary, Message, Spread, Step
 from psmpi.data import Resident
 from psmpi.methods.sil.part import TrainedPart
-from psmpi.methods.sil.plan import Seats
+from psmpi.methods.sil.plan import Assignment
 from psmpi.training.context import Context
 
 
@@ -26,25 +26,25 @@ class Row:
         self,
         context: Context,
         parts: dict[int, TrainedPart],
-        seats: Seats,
+        assignment: Assignment,
         stages: list[tuple[int, int]],
         world: Group,
         peers: Group,
         train: Resident,
     ):
         network, n = context.network, context.dataset.train.n
-        self.parts, self.seats, self.world, self.train = parts, seats, world, train
-        self.row = context.rank % seats.rows
-        # Behind each part but the last, in this row; and what one row shares with the others of a part.
-        units = [int(np.prod(network.layers[behind - 1].out_shape)) for _, behind in stages]
-        at = [seats.rank(k, self.row) for k in range(len(stages))]
+        self.parts, self.assignment, self.world, self.train = parts, assignment, world, train
+        self.row = context.rank % assignment.rows
+        # Boundaries after each part but the last, in this row; for each part here, a broadcast from each row.
+        units = [int(np.prod(network.layers[stop - 1].out_shape)) for _, stop in stages]
+        at = [assignment.rank(k, self.row) for k in range(len(stages))]
         self.boundaries = [Boundary(world, at[k], at[k + 1], units[k], context.dtype) for k in range(len(stages) - 1)]
         self.shared = {
-            k: [Spread(peers, part.inputs, context.dtype, row, per_sample=True) for row in range(seats.rows)]
+            k: [Spread(peers, part.inputs, context.dtype, row, per_sample=True) for row in range(assignment.rows)]
             for k, part in parts.items()
         }
-        # The pieces in which all training samples are handed over: normalized over samples from all of the file, which
-        # may be in the order of the classes.
+        # Pieces in which all training samples are handed over. Normalization needs samples from the whole data set in
+        # each piece, as a data set may be sorted by class.
         self.pieces = network.evaluation_batches(n)
         if network.normalized:
             self.pieces = [slice(k, None, len(self.pieces)) for k in range(len(self.pieces))]
@@ -52,7 +52,7 @@ class Row:
         self.count = n
 
     def fetch(self, samples: Resident, ids: np.ndarray) -> np.ndarray | None:
-        """The samples, where part 0 is."""
+        """Return samples (inputs, b) on part 0's rank, else None."""
         if 0 not in self.parts:
             return None
         x = self.parts[0].room(len(ids))
@@ -60,7 +60,7 @@ class Row:
         return x
 
     def pass_on(self, k: int, x: np.ndarray | None, b: int) -> np.ndarray | None:
-        """The outputs (units, b) of part k for its inputs x, where part k + 1 of this row is; elsewhere None."""
+        """Return the outputs (units, b) of part k for inputs x on the rank of this row's part k + 1, else None."""
         part, after, y = self.parts.get(k), self.parts.get(k + 1), None
         if part is not None:
             assert x is not None
@@ -74,7 +74,7 @@ class Row:
         return received
 
     def pass_back(self, k: int, dx: np.ndarray | None, b: int) -> np.ndarray | None:
-        """The gradient of the outputs of part k, where that is, from that of part k + 1's inputs."""
+        """Return the gradient of part k's outputs on its rank, else None; dx: that of part k + 1's inputs."""
         part, after = self.parts.get(k), self.parts.get(k + 1)
         if part is not None and after is not None:
             return dx
@@ -85,14 +85,14 @@ class Row:
         return received
 
     def hand_over(self, first: int, last: int) -> None:
-        """The parts behind `first` up to `last` store what those before make of all training samples.
+        """Store, in each part after `first` up to `last`, the outputs of the part before for all training samples.
 
-        Rows take pieces in turn; in a part, whose rows are to have all of them, the row that received one shares it.
+        Rows process pieces in turn. All rows of a part need all pieces, so the row that has a piece broadcasts it.
         """
         if first >= last:
             return
         for number, at in enumerate(self.pieces):
-            ids, row = np.arange(self.count)[at], number % self.seats.rows
+            ids, row = np.arange(self.count)[at], number % self.assignment.rows
             x = None
             if row == self.row and first == 0:
                 x = self.fetch(self.train, ids)
@@ -109,26 +109,26 @@ class Row:
                     after.stored[at] = x.T
 
     def handed_over(self, first: int, last: int) -> list[Message]:
-        """The messages of `hand_over`, those of this row and of its parts."""
-        found = []
+        """Return the messages of `hand_over`, those of this row and of its parts."""
+        messages = []
         for number, at in enumerate(self.pieces):
-            step, row = Step(len(range(*at.indices(self.count)))), number % self.seats.rows
+            step, row = Step(len(range(*at.indices(self.count)))), number % self.assignment.rows
             for k in range(first, last):
-                found += self.boundaries[k].messages(step) if row == self.row else []
-                found += self.shared[k + 1][row].messages(step) if k + 1 in self.shared else []
-        return found
+                messages += self.boundaries[k].messages(step) if row == self.row else []
+                messages += self.shared[k + 1][row].messages(step) if k + 1 in self.shared else []
+        return messages
 
     @contextmanager
     def uncounted(self) -> Iterator[None]:
-        """Work that is no part of the training."""
+        """Context manager for work that is not part of the training: operations and bytes do not count."""
         before = self.macs, self.handed_bytes
         with self.world.counter.paused():
             yield
         self.macs, self.handed_bytes = before
 
     def totals(self) -> tuple[int, int]:
-        """MACs and bytes sent from part to part, of all ranks and since the first start."""
-        # In two halves: a float64 holds 2^53.
+        """Return the MACs and the bytes sent from part to part, of all ranks since the first start."""
+        # In two halves, as the sums are float64, which holds integers up to 2^53.
         halves = np.array([divmod(n, 1 << 32) for n in (self.macs, self.handed_bytes)], np.float64)
         (macs, macs_low), (handed, handed_low) = self.world.agree(halves.reshape(-1)).reshape(2, 2).astype(int).tolist()
         return self.past[0] + (macs << 32) + macs_low, self.past[1] + (handed << 32) + handed_low

@@ -1,4 +1,4 @@
-"""Synthetic intermediate labels: a random vector for each class, the loss on these, and how they are read back."""
+"""Synthetic intermediate labels: a random vector for each class, their loss, and classes read from outputs."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ LAWS = ("uniform", "gaussian", "sign", "orthogonal")
 
 
 def draw_targets(law: str, units: int, classes: int, seed: int, part: int, scale: float) -> np.ndarray:
-    """S (units, classes) float32, column j the target of class j, from (law, seed, part) alone, times `scale`.
+    """Return S (units, classes) float32, column j the target of class j, from (law, seed, part) alone, times `scale`.
 
-    uniform: U(0, 1), as Karadag and Topaloglu (arXiv 2403.11204) are said to do; psmpi's: gaussian N(0, 1), sign -1 or
-    1, orthogonal: columns that are, as far from each other as uniform ones are in the mean, sqrt(units / 6).
+    uniform: U(0, 1), the reported choice of Karadag and Topaloglu (arXiv 2403.11204). psmpi's own: gaussian, N(0, 1);
+    sign, -1 or 1; orthogonal, orthogonal columns with the mean distance of uniform ones, sqrt(units / 6). Raise
     ValueError for orthogonal columns of fewer units than classes.
     """
     rng = np.random.default_rng([seed, part])
@@ -33,16 +33,16 @@ def draw_targets(law: str, units: int, classes: int, seed: int, part: int, scale
         raise ValueError(f"{classes} columns of {units} units cannot be orthogonal")
     else:
         q, r = np.linalg.qr(rng.standard_normal((units, classes)))
-        # Without the signs that a library happens to choose.
+        # The signs of R depend on the library, so they are removed.
         drawn = (q * np.copysign(sqrt(units / 12), np.diag(r))).astype(np.float32)
     drawn *= np.float32(scale)
     return drawn
 
 
 class TargetDistance(Loss):
-    """||f - S_y||^2 / (units kappa^2) of outputs f (units, b): kappa, the scale of S, is not to change the rate.
+    """The loss ||f - S_y||^2 / (units kappa^2) of outputs f (units, b), with kappa the scale of S.
 
-    (psmpi's choice; the paper's loss is not known.)
+    Through the division, kappa does not change the rate of learning. (psmpi's choice; the paper's loss is not known.)
     """
 
     name = "targets"
@@ -50,7 +50,7 @@ class TargetDistance(Loss):
     def __init__(self, targets: np.ndarray, scale: float, ops: NumpyOps | None = None):
         super().__init__(np.dtype(np.float64))
         self.targets, self.share = targets.astype(np.float64), 1 / (len(targets) * scale**2)
-        # Where one pass over the outputs finds them.
+        # Copy for the fused kernel.
         self.columns = (ops or NumpyOps()).put(self.targets)
 
     @property
@@ -86,10 +86,10 @@ class TargetDistance(Loss):
 
 
 class LabelReader:
-    """Classes read from outputs (units, b): the nearest column of S, or the largest of S^+ f.
+    """Classes read from outputs f (units, b): the nearest column of S, or the largest entry of S^+ f.
 
-    The outputs of least squared distance are S p, p (classes, b) the probabilities of the classes, so p = S^+ f where
-    S has full column rank (derived).
+    The outputs of least expected squared distance are S p, p (classes, b) the probabilities of the classes, so p = S^+
+    f if S has full column rank (derived).
     """
 
     def __init__(self, targets: np.ndarray):
@@ -102,11 +102,11 @@ class LabelReader:
         return sum(int(array.nbytes) for array in (self.columns, self.halves, self.inverse))
 
     def nearest(self, outputs: np.ndarray) -> np.ndarray:
-        """argmin_j ||f - S_j|| (b,)."""
+        """Return argmin_j ||f - S_j||, (b,)."""
         places: np.ndarray = (self.columns @ outputs - self.halves).argmax(axis=0)
         return places
 
     def probabilities(self, outputs: np.ndarray) -> np.ndarray:
-        """S^+ f (classes, b)."""
-        solved: np.ndarray = self.inverse @ outputs
-        return solved
+        """Return S^+ f, (classes, b)."""
+        probabilities: np.ndarray = self.inverse @ outputs
+        return probabilities

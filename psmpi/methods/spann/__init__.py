@@ -1,1 +1,1 @@
-"""Spatial domains and parts of sparse networks on ranks, with halos between them."""
+"""The method `spann`: spatial domains, or parts of sparse networks, on ranks, with halos between them."""

@@ -1,4 +1,4 @@
-"""Layers in which ranks exchange what they have of the same samples."""
+"""Layers that exchange units of the same samples between ranks."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from psmpi.nn.layers.uses import Uses, joined, single
 
 @dataclass(frozen=True)
 class Ghosts(Layer):
-    """The units that a rank needs, perhaps none, from those that it and others have.
+    """Halo exchange: from a rank's own units to the units that the rank needs, perhaps none.
 
-    classes: of the network; halo: None where nothing is computed.
+    classes: of the network; halo: the transfer, None in a network that only describes a rank.
     """
 
     classes: int
@@ -27,7 +27,7 @@ class Ghosts(Layer):
     exchanges: ClassVar[bool] = True
 
     def sources(self, uses: Uses) -> Uses:
-        """All scores, for other ranks may use what this one does not."""
+        """Return uses by all scores, as other ranks may use units that this rank does not use."""
         return joined([(0, self.in_shape[0], single(Classes.of(range(self.classes))))])
 
     def present(self, inputs: np.ndarray, wanted: np.ndarray) -> np.ndarray:
@@ -52,7 +52,7 @@ class GhostsPart(Part):
     ) -> np.ndarray:
         assert self.layer.halo is not None
         if dx is None:
-            # The first layer of a rank that has none of the units before, which has gradients for others all the same.
+            # A rank without units of the layer before still sends gradients to other ranks.
             dx = x[:0]
         self.layer.halo.backward(dy, dx)
         return dx
@@ -60,7 +60,7 @@ class GhostsPart(Part):
 
 @dataclass(frozen=True)
 class Total(Layer):
-    """Sums over ranks, which all of them have; transfer: None where nothing is computed."""
+    """All-reduce of units over ranks; transfer: None in a network that only describes a rank."""
 
     transfer: Sum | None = field(default=None, compare=False, repr=False)
 
@@ -71,15 +71,15 @@ class Total(Layer):
 
 
 class TotalPart(Part):
-    """Each rank's x (units, b) -> their sum; the gradient of the sum is that of each."""
+    """x (units, b) -> the sum of x over ranks; the gradient of x is that of the sum."""
 
     layer: Total
 
     def forward(self, x: np.ndarray, y: np.ndarray | None, room: Any) -> tuple[np.ndarray, Any]:
         assert self.layer.transfer is not None
-        found = x if y is None else y
-        self.layer.transfer.backward(x, found)
-        return found, None
+        total = x if y is None else y
+        self.layer.transfer.backward(x, total)
+        return total, None
 
     def backward(
         self, x: np.ndarray, y: np.ndarray, kept: Any, dy: np.ndarray, dx: np.ndarray | None, into: Any

@@ -29,12 +29,12 @@ from psmpi.training.method import Exactness, Method
 
 
 def shared_owners(context: Context) -> dict[str, np.ndarray]:
-    """`partitioned` as the first rank makes it, on all ranks."""
+    """Broadcast the owners that `partitioned` finds on rank 0; return them on all ranks."""
     layers = [layer for chain in chains(context.network) for layer in chain]
     if context.size == 1 or not layers:
         return {}
     sizes = [layer.units for layer in layers]
-    # Ranks from 1 on: where a start is rehearsed, zeros come.
+    # Ranks plus 1, as the broadcast of a rehearsed start brings zeros.
     shared = np.zeros(sum(sizes))
     if context.rank == 0:
         _fill(shared, layers, context)
@@ -46,16 +46,16 @@ def shared_owners(context: Context) -> dict[str, np.ndarray]:
 
 
 def _fill(shared: np.ndarray, layers: Sequence[Sparse], context: Context) -> None:
-    made = partitioned(context.size, context.network, context.config)
-    shared[:] = np.concatenate([made[layer.name] for layer in layers])
+    owners = partitioned(context.size, context.network, context.config)
+    shared[:] = np.concatenate([owners[layer.name] for layer in layers])
     shared += 1
 
 
 class SpatialDomains(Method):
-    """The method on one rank: its units of each layer, all of their weights, and all samples of a minibatch.
+    """Spatial domains on one rank: its units of each layer, all of their weights, and all samples of a minibatch.
 
-    w, g: the weights of its units, each of which no other rank has, and their gradient, with --in-place that of one
-    layer at a time.
+    w: the weights of the rank's units, which no other rank has; g: their gradient, with --in-place that of one layer at
+    a time.
     """
 
     name = "spann"
@@ -77,14 +77,14 @@ class SpatialDomains(Method):
         self.local = local_network(plan, self.rank, self.transfers)
         own = self.local.layout()
         self.in_place = context.settings(Settings).in_place
-        # Behind these the first rank has what no score depends on, whose gradient is 0.
+        # After the used weights, rank 0 has those that no score depends on, whose gradient is 0.
         used, self.rest = slice(own.size), slice(own.size, shard.size)
         self.g = ops.zeros(largest(self.local) if self.in_place else shard.size, self.dtype)
         self.model = Model(
             self.local, own, self.w[used], self.g[used], ops, across=host.allreduce if context.size > 1 else None,
             apart=self.in_place,
         )  # fmt: skip
-        # Of each part the slice of its weights, where layers are stepped one by one; the rate of the step.
+        # With --in-place: the slice of each part's weights, and the learning rate of the step.
         self.slices, self.lr = self.model.slices, 0.0
         if self.in_place:
             self.model.finished = self._step_layer
@@ -109,7 +109,7 @@ class SpatialDomains(Method):
     check, needed, notes = staticmethod(check_spann), staticmethod(spann_needed), staticmethod(spann_notes)
 
     def _declare(self) -> None:
-        """Tell the state, and the account, what there is."""
+        """Declare the state, and account for memory."""
         self.state.vector("weights", self.w)
         self.state.optimizer(self.descent.optimizer)
         self.account.hold("gradients", self.g)
@@ -132,7 +132,7 @@ class SpatialDomains(Method):
                 self.descent.step(self.w, self.g, lr)
 
     def _step_rest(self) -> None:
-        """Step the weights that no score depends on, piece by piece: they may decay."""
+        """Step the weights that no score depends on, piece by piece: weight decay may change them."""
         for start in range(self.rest.start, self.rest.stop, self.g.size):
             at = slice(start, min(start + self.g.size, self.rest.stop))
             g = self.g[: at.stop - at.start]
@@ -140,7 +140,7 @@ class SpatialDomains(Method):
             self.optimizer.step_piece(self.w, g, self.lr, at)
 
     def _step_layer(self, number: int) -> None:
-        """Step the weights of a part, whose gradient lies at the beginning of g."""
+        """Step the weights of part `number`, whose gradient is at the start of g."""
         if number in self.slices:
             at = self.slices[number]
             g = self.g[: at.stop - at.start]
@@ -151,7 +151,7 @@ class SpatialDomains(Method):
         self.ops.unscale(g, self.scores.objective.report.array, GRADIENT_LIMIT[self.dtype])
 
     def _gradient(self, ids: np.ndarray, scale: float) -> float:
-        """Fill g with the gradient of the minibatch's loss; returns this rank's share of the loss."""
+        """Fill g with the gradient of the minibatch's loss; return this rank's share of the loss."""
         tape = self._forward(self.train, ids)
         self.model.backward(tape, self.scores.derivatives(tape, self.train, ids, scale))
         if not self.in_place:
@@ -159,7 +159,7 @@ class SpatialDomains(Method):
         return self.scores.value()
 
     def _forward(self, samples: Resident, ids: np.ndarray) -> Tape:
-        """A pass of a minibatch."""
+        """Forward pass of a minibatch."""
         x = self.x[: self.local.in_shape[0] * len(ids)].reshape(-1, len(ids))
         samples.fetch(ids, x)
         return self.model.forward(x)
@@ -174,17 +174,17 @@ class SpatialDomains(Method):
         return self.scores.metric.scores(self.world.agree(totals))
 
     def messages(self, step: int, batch: int) -> list[Message] | None:
-        """Those of all ranks in their exchanges."""
-        found: list[Message] = []
+        """Return the messages of all ranks in their exchanges."""
+        messages: list[Message] = []
         for halo in self.transfers.halos:
-            found += halo.messages(Step(batch)) + halo.messages(Step(batch), back=True)
+            messages += halo.messages(Step(batch)) + halo.messages(Step(batch), back=True)
         for total in self.transfers.totals:
-            found += total.messages(Step(batch), back=True)
+            messages += total.messages(Step(batch), back=True)
         wide = np.dtype(np.float64)
         for layer in self.local.layers if self.world.size > 1 else ():
             for numbers in layer.unit_sums:
-                found += Sum(self.world, numbers * batch, wide).messages(Step(), back=True)
-        return found + self.scores.messages(batch)
+                messages += Sum(self.world, numbers * batch, wide).messages(Step(), back=True)
+        return messages + self.scores.messages(batch)
 
     def work(self) -> tuple[str, str, int]:
         scores = self.plan.scores

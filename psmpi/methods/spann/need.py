@@ -1,4 +1,4 @@
-"""The memory that ranks of the method `spann` need at least, without arrays."""
+"""Minimum memory of each rank of the method `spann`, computed without arrays of weights."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ def spann_needed(size: int, network: Network, dataset: Dataset, config: Config) 
     owned = plan.ownership(layout)
     batches = network.evaluation_batches(dataset.test.n)
     most = max([config.data.batch_size, *(at.stop - at.start for at in batches)])
-    found: list[Need] = []
+    needs: list[Need] = []
     for rank in range(size):
         own, weights = local_network(plan, rank), owned[rank].size
         exchanged = sum(sum(step.exchanged(rank)) for step in plan.steps if step.moves)
         rooms = np.dtype(config.model.dtype).itemsize * exchanged
         sample = dataset.train.dtype.itemsize * len(plan.inputs[rank])
-        # Sparse samples may be next to nothing.
+        # Sparse samples may need almost no memory, so they do not count.
         samples = (sample + 8) * (dataset.train.n + dataset.test.n) if dataset.train.compressed is None else 0
-        found.append(
+        needs.append(
             added(
                 vectors_needed(config, layout, weights, largest(own) if in_place else weights, weights),
                 passes_needed(config, own, most),
@@ -38,4 +38,4 @@ def spann_needed(size: int, network: Network, dataset: Dataset, config: Config) 
                 {"samples": samples, "buffers": rooms * most},
             )
         )
-    return found
+    return needs

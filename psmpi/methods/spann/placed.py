@@ -1,4 +1,4 @@
-"""One layer on ranks: the units that each has, those that it needs of the layer before, and its own layer of these."""
+"""One layer on ranks: the units that each rank computes, the input units that it needs, and its local layer."""
 
 from __future__ import annotations
 
@@ -20,30 +20,31 @@ Units = np.ndarray
 
 @dataclass(frozen=True, eq=False)
 class Placed:
-    """One layer on `size` ranks. before, behind: (units,) int32, the rank that has each unit that goes in, and out.
+    """One layer on `size` ranks.
 
-    Units that no score depends on are of no rank, -1. before is None where the samples go in: each rank reads what it
-    needs of these. behind is None where every rank has all of what comes out.
+    in_owners, out_owners: (units,) int32, the rank of each input and of each output unit, -1 for units that no score
+    depends on. in_owners is None if the inputs are samples, of which each rank reads what it needs; out_owners is None
+    if every rank has all outputs.
     """
 
     layer: Layer
     size: int
-    before: np.ndarray | None
-    behind: np.ndarray | None
+    in_owners: np.ndarray | None
+    out_owners: np.ndarray | None
 
     def own(self, rank: int) -> Units:
-        """The units that a rank makes, increasing."""
-        if self.behind is None:
+        """Return the output units that a rank computes, increasing."""
+        if self.out_owners is None:
             return np.arange(prod(self.layer.out_shape))
-        return np.flatnonzero(self.behind == rank)
+        return np.flatnonzero(self.out_owners == rank)
 
-    def had(self, rank: int) -> Units:
-        """The units of those that go in which a rank has; none of samples."""
-        return np.flatnonzero(self.before == rank) if self.before is not None else np.empty(0, np.int64)
+    def held(self, rank: int) -> Units:
+        """Return the input units that a rank has, increasing; none if the inputs are samples."""
+        return np.flatnonzero(self.in_owners == rank) if self.in_owners is not None else np.empty(0, np.int64)
 
     def needs(self, rank: int) -> Units:
-        """The units that go in which a rank uses, increasing."""
-        return self.had(rank)
+        """Return the input units that a rank uses, increasing."""
+        return self.held(rank)
 
     @cached_property
     def needed(self) -> list[Units]:
@@ -52,38 +53,38 @@ class Placed:
 
     @cached_property
     def moves(self) -> bool:
-        """Whether some rank uses units in other than those that it has."""
-        if self.before is None:
+        """Whether some rank uses other input units than those that it has."""
+        if self.in_owners is None:
             return False
-        return any(not np.array_equal(units, self.had(rank)) for rank, units in enumerate(self.needed))
+        return any(not np.array_equal(units, self.held(rank)) for rank, units in enumerate(self.needed))
 
     def volume(self) -> int:
-        """Numbers a sample that go to other ranks: of each unit one to each of these."""
+        """Return the numbers a sample that ranks send: each unit once to every other rank that uses it."""
         return sum(self.exchanged(rank)[0] for rank in range(self.size))
 
     def exchanged(self, rank: int) -> tuple[int, int]:
-        """Numbers a sample that come to a rank, and that go from it."""
-        if self.before is None:
+        """Return the numbers a sample that a rank receives, and those that it sends."""
+        if self.in_owners is None:
             return 0, 0
         others = (units for user, units in enumerate(self.needed) if user != rank)
-        out = sum(int((self.before[units] == rank).sum()) for units in others)
-        return int((self.before[self.needed[rank]] != rank).sum()), out
+        sent = sum(int((self.in_owners[units] == rank).sum()) for units in others)
+        return int((self.in_owners[self.needed[rank]] != rank).sum()), sent
 
     def local(self, rank: int) -> Layer:
-        """The layer of a rank's units."""
+        """Return the layer of a rank's units."""
         units = (len(self.own(rank)),)
         if isinstance(self.layer, Activation):
             return replace(self.layer, in_shape=units, out_shape=units)
         return self.layer.restrict(units[0], units)
 
     def boxes(self, rank: int) -> list[Box]:
-        """A rank's part of the layer's parameters."""
+        """Return a rank's boxes of the layer's parameters."""
         return [Box(p.name, (run,)) for p in self.layer.parameters() for run in _runs(self.own(rank))]
 
 
 @dataclass(frozen=True, eq=False)
 class PlacedSamples(Placed):
-    """A layer that takes each value of a sample by itself: ranks compute those that the first other layer uses."""
+    """A pointwise layer on samples: a rank computes the values that it needs of `user`, the first other layer."""
 
     user: Placed
 
@@ -99,7 +100,7 @@ class PlacedSlab(Placed):
     layer: Slab
 
     def domains(self, rank: int) -> range:
-        """The domains of a rank."""
+        """Return the domains of a rank."""
         edges = even_edges(self.layer.inputs.count, self.size)
         return range(edges[rank], edges[rank + 1])
 
@@ -115,7 +116,7 @@ class PlacedSlab(Placed):
 
 
 class PlacedRows(Placed):
-    """A dense layer of which a rank has some rows, and uses all units that go in: a mixing layer."""
+    """A dense layer of which a rank has some rows, and uses all input units: a mixing layer."""
 
     layer: Dense
 
@@ -127,54 +128,54 @@ class PlacedRows(Placed):
 
 
 class PlacedSparse(Placed):
-    """A sparse layer: a rank has rows of it, and uses the units that these see."""
+    """A sparse layer of which a rank has some rows, and uses the input units that these rows read."""
 
     layer: Sparse
 
     def needs(self, rank: int) -> Units:
         pattern = self.layer.pattern
-        return np.unique(pattern.columns[np.repeat(self._mine(rank), pattern.fan_in)]).astype(np.int64)
+        return np.unique(pattern.columns[np.repeat(self._rows(rank), pattern.fan_in)]).astype(np.int64)
 
-    def _mine(self, rank: int) -> np.ndarray:
-        """(units,) bool: whether a rank makes them."""
-        mine = np.zeros(self.layer.units, bool)
-        mine[self.own(rank)] = True
-        return mine
+    def _rows(self, rank: int) -> np.ndarray:
+        """Return (units,) bool: the rows that a rank has."""
+        rows = np.zeros(self.layer.units, bool)
+        rows[self.own(rank)] = True
+        return rows
 
     def local(self, rank: int) -> Layer:
         seen = np.zeros(self.layer.pattern.inputs, bool)
         seen[self.needed[rank]] = True
-        pattern, _ = self.layer.pattern.restricted(self._mine(rank), seen)
+        pattern, _ = self.layer.pattern.restricted(self._rows(rank), seen)
         return replace(self.layer, in_shape=(pattern.inputs,), out_shape=(pattern.rows,), pattern=pattern)
 
     def boxes(self, rank: int) -> list[Box]:
         starts, rows = self.layer.pattern.starts, _runs(self.own(rank))
         weight, *bias = self.layer.parameters()
         entries = [(int(starts[a]), int(starts[b])) for a, b in rows]
-        found = [Box(weight.name, (run,)) for run in entries if run[0] < run[1]]
-        return found + [Box(one.name, (run,)) for one in bias for run in rows]
+        weights = [Box(weight.name, (run,)) for run in entries if run[0] < run[1]]
+        return weights + [Box(one.name, (run,)) for one in bias for run in rows]
 
 
 class PlacedColumns(Placed):
-    """A dense layer of which a rank has the columns of its units, and adds up what others make of theirs."""
+    """A dense layer of which a rank has the columns of its input units; outputs are sums over ranks."""
 
     layer: Dense
 
     def bias(self, rank: int) -> bool:
-        """Whether a rank adds the biases: one does."""
+        """Whether a rank adds the biases; rank 0 does."""
         return self.layer.bias and rank == 0
 
     def local(self, rank: int) -> Layer:
-        return replace(self.layer, in_shape=(len(self.had(rank)),), bias=self.bias(rank))
+        return replace(self.layer, in_shape=(len(self.held(rank)),), bias=self.bias(rank))
 
     def boxes(self, rank: int) -> list[Box]:
         name, rows = self.layer.name, (0, self.layer.units)
-        found = [Box(f"{name}.weight", (rows, run)) for run in _runs(self.had(rank))]
-        return [*found, Box(f"{name}.bias", (rows,))] if self.bias(rank) else found
+        weights = [Box(f"{name}.weight", (rows, run)) for run in _runs(self.held(rank))]
+        return [*weights, Box(f"{name}.bias", (rows,))] if self.bias(rank) else weights
 
 
 def _runs(units: Units) -> list[tuple[int, int]]:
-    """Increasing units as runs (first, behind the last)."""
+    """Return increasing units as runs (first, stop)."""
     cuts = np.flatnonzero(np.diff(units, prepend=-2) != 1)
     firsts, lasts = units[cuts], units[np.append(cuts[1:], len(units)) - 1] if len(units) else units
     return [(int(a), int(b) + 1) for a, b in zip(firsts, lasts, strict=True)]

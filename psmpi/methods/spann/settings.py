@@ -1,4 +1,4 @@
-"""Settings of the method `spann`, and what it cannot train; made without MPI and arrays of weights."""
+"""Settings of the method `spann`, and its checks of a configuration, which use neither MPI nor arrays of weights."""
 
 from __future__ import annotations
 
@@ -49,15 +49,15 @@ class Settings:
 
 
 def plan_of(size: int, network: Network, config: Config, owners: Mapping[str, np.ndarray] | None = None) -> Plan:
-    """The network on so many ranks; UserError for one that cannot be.
+    """Return the plan of the network on `size` ranks; raise UserError if the network cannot be cut.
 
-    owners: of units of sparse layers, as `partitioned` makes them; without them neighbours are together.
+    owners: of units of sparse layers, see `partitioned`; without owners, ranks have neighbouring units.
     """
     return make_plan(network, size, config.of(Settings).scores == "distributed", owners)
 
 
 def mode_of(network: Network, config: Config) -> str:
-    """How sparse layers are cut: nothing where there are none."""
+    """Return how sparse layers are cut, "" without sparse layers."""
     mode = config.of(Settings).cut
     if not chains(network):
         return ""
@@ -67,19 +67,22 @@ def mode_of(network: Network, config: Config) -> str:
 
 
 def partitioned(size: int, network: Network, config: Config) -> dict[str, np.ndarray]:
-    """The rank of each unit of sparse layers, (units,) int32 by their names; UserError where what cuts is not there."""
-    mode, found = mode_of(network, config), {}
+    """Return the rank of each unit of sparse layers, (units,) int32 by layer name.
+
+    Raise UserError if the partitioner is not installed.
+    """
+    mode, owners_of = mode_of(network, config), {}
     for chain in chains(network) if mode and size > 1 else ():
         owners = partition([layer.pattern for layer in chain], size, mode)
-        found.update({layer.name: of for layer, of in zip(chain, owners, strict=True)})
-    return found
+        owners_of.update({layer.name: layer_owners for layer, layer_owners in zip(chain, owners, strict=True)})
+    return owners_of
 
 
 def spann_notes(size: int, network: Network, config: Config) -> Iterator[str]:
     """See `Method.notes`."""
     if size > 1 and config.of(Settings).cut == "auto" and mode_of(network, config) == "slab":
         yield (
-            "--cut slab, for Mt-KaHyPar, which finds parts that send each other less, is not installed: pip install "
+            "--cut auto takes slab, as Mt-KaHyPar is not installed, whose parts exchange less: pip install "
             "'psmpi[partition]'"
         )
 
@@ -96,7 +99,7 @@ def check_spann(size: int, network: Network, dataset: Dataset, config: Config) -
     cut, mode = config.of(Settings).cut, mode_of(network, config)
     if cut != "auto" and not mode:
         raise UserError(
-            f"--cut {cut} is of sparse layers, and --model {network.name} has none before the scores: leave it out"
+            f"--cut {cut} is for sparse layers, and --model {network.name} has none before the scores: leave it out"
         )
     try:
         check_mode(mode or "slab")
@@ -105,8 +108,8 @@ def check_spann(size: int, network: Network, dataset: Dataset, config: Config) -
     check_first_order(config, "sums over all weights as one vector, which no rank has")
     if find_optimizer(config.optimization.optimizer).needs_matrices:
         raise UserError(
-            f"--optimizer {config.optimization.optimizer} steps whole matrices, which ranks have parts of here: use "
-            "--optimizer adamw"
+            f"--optimizer {config.optimization.optimizer} steps whole matrices, and --method spann has parts of "
+            "them: use --optimizer adamw"
         )
     if config.of(Settings).in_place:
         if config.optimization.clip:
@@ -116,7 +119,8 @@ def check_spann(size: int, network: Network, dataset: Dataset, config: Config) -
             )
         if config.run.on_nan == "skip":
             raise UserError(
-                "--in-place has stepped layers before others turn out not to be finite: use --on-nan stop, or rollback"
+                "--on-nan skip needs all gradients before a step, and --in-place steps layer by layer: use --on-nan "
+                "stop, or rollback"
             )
     configured_loss(config, dataset)
     check_optimizer(config, network.layout(), ())

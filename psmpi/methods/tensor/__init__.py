@@ -1,1 +1,1 @@
-"""Tensor parallelism: every weight matrix, and what goes through it, cut into tiles on a grid of ranks."""
+"""The method `tensor`: weight matrices and activations cut into tiles on a grid of ranks."""

@@ -1,4 +1,4 @@
-"""The bytes of grids, and the grid that has the fewest."""
+"""The numbers that ranks of a grid receive, and the grid with the fewest."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from psmpi.nn.network import Network
 
 
 def received(plan: Plan, rank: int, batch: int, keeps: bool) -> int:
-    """Numbers that a rank receives in a training step for its products, on minibatches of `batch` samples.
+    """Return the numbers that a rank receives for its products in a training step on `batch` samples.
 
-    Of the sums of vectors over samples, and over units, it does not tell: they are few.
+    Sums of vectors over samples and over units do not count: they are few. keeps: whether gathered arrays are kept.
     """
-    grid, place, found = plan.grid, plan.grid.place(rank), 0
+    grid, place, numbers = plan.grid, plan.grid.place(rank), 0
     samples = even_edges(batch, grid.size("i"))
     own = samples[place["i"] + 1] - samples[place["i"]]
     tiles = list(plan.tiles.values())
@@ -25,32 +25,32 @@ def received(plan: Plan, rank: int, batch: int, keeps: bool) -> int:
         rows, inputs = tile.product(place)
         (a, b), (c, d) = tile.box(place).ranges
         if grid.products == "panels":
-            others = grid.size("i") - 1
-            mine = tile.inputs.counts[place["j"]]
+            other_rows = grid.size("i") - 1
+            own_inputs = tile.inputs.counts[place["j"]]
             panels = (inputs - (d - c)) * rows
-            found += panels * (1 + wanted) + (d - c) * rows * others
-            found += 0 if tile.given else 2 * (inputs - mine) * columns
-            found += others * mine * columns * wanted
+            numbers += panels * (1 + wanted) + (d - c) * rows * other_rows
+            numbers += 0 if tile.given else 2 * (inputs - own_inputs) * columns
+            numbers += other_rows * own_inputs * columns * wanted
             continue
-        again = 1 + (wanted and not keeps and number < len(tiles) - 2)
-        found += (rows - (b - a)) * inputs * again + (b - a) * inputs * (grid.size("i") - 1)
-        for axis, of, back in ((tile.before, tile.inputs, False), (tile.behind, tile.outputs, True)):
+        gathers = 1 + (wanted and not keeps and number < len(tiles) - 2)
+        numbers += (rows - (b - a)) * inputs * gathers + (b - a) * inputs * (grid.size("i") - 1)
+        for axis, cut, back in ((tile.input_axis, tile.inputs, False), (tile.output_axis, tile.outputs, True)):
             if not axis:
                 continue
-            shares, at = tile.shares(of, place), place[axis]
+            shares, at = tile.shares(cut, place), place[axis]
             gather = (sum(shares) - shares[at]) * columns
             scatter = shares[at] * (len(shares) - 1) * columns
             if grid.products == "whole":
-                found += gather + scatter if back or wanted else 0
+                numbers += gather + scatter if back or wanted else 0
             elif back:
-                found += gather + scatter
+                numbers += gather + scatter
             else:
-                found += gather * (1 if keeps else 2) + scatter * wanted
-    return found
+                numbers += gather * (1 if keeps else 2) + scatter * wanted
+    return numbers
 
 
 def cheapest(size: int, network: Network, batch: int, keeps: bool) -> Plan:
-    """The plan of least bytes, of those with the fewest axes where several have as few; UserError where none fits."""
+    """Return the plan of least bytes, and among equals of fewest axes; raise UserError if no grid fits."""
     best, least, wrong = None, 0, None
     for grid in all_grids(size):
         if grid.size("i") > batch:
@@ -60,7 +60,7 @@ def cheapest(size: int, network: Network, batch: int, keeps: bool) -> Plan:
         except UserError as error:
             wrong = wrong or error
             continue
-        # Longer pieces come first.
+        # Pieces get shorter from rank to rank, so the first and the last rank are the extremes.
         moved = max(received(plan, rank, batch, keeps) for rank in {0, size - 1})
         if best is None or moved < least:
             best, least = plan, moved

@@ -1,4 +1,4 @@
-"""Grids of ranks, and how units are dealt over their axes: pure index arithmetic."""
+"""Grids of ranks, and the deal of units over their axes: pure index arithmetic."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from psmpi.errors import UserError, counted
 from psmpi.layout import even_edges
 
 AXES = ("i", "j", "l")
-# Grids that have names, see `named_grid`.
+# Names of grids, see `named_grid`.
 NAMES = ("1d", "1d-sharded", "2d", "3d")
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Ranks on the axes i, j, l, of `sizes`; l counts fastest. Samples are dealt over i, units over j and l.
+    """Ranks on the axes i, j, l, of `sizes`; l varies fastest. Samples are dealt over i, units over j and l.
 
-    products: how a layer's product is made: "gathered" from what the axes gather; "panels", SUMMA's, of a square grid;
-    "whole", where every other activation is whole on all ranks.
+    products: how ranks make a layer's product: "gathered", from operands gathered along the axes; "panels", by SUMMA on
+    a square grid; "whole", with every other activation whole on all ranks.
     """
 
     sizes: tuple[int, int, int]
@@ -32,33 +32,33 @@ class Grid:
 
     @property
     def text(self) -> str:
-        """The grid for people: 2 x 2 x 1."""
+        """The grid in messages, such as 2 x 2 x 1."""
         return " x ".join(map(str, self.sizes))
 
     def size(self, axis: str) -> int:
         return self.sizes[AXES.index(axis)]
 
     def place(self, rank: int) -> dict[str, int]:
-        """The rank's place on each axis."""
+        """Return the rank's place on each axis."""
         _, j, l = self.sizes  # noqa: E741
         return {"i": rank // (j * l), "j": rank // l % j, "l": rank % l}
 
     def members(self, rank: int, *axes: str) -> list[int]:
-        """The ranks that differ from this one on these axes alone, in their order on them, the first axis slowest."""
-        here, (_, j, l) = self.place(rank), self.sizes  # noqa: E741
-        found = []
+        """Return the ranks that differ from this one on `axes` alone, in order, the first of `axes` slowest."""
+        own, (_, j, l) = self.place(rank), self.sizes  # noqa: E741
+        ranks = []
         for places in product(*(range(self.size(axis)) for axis in axes)):
-            at = {**here, **dict(zip(axes, places, strict=True))}
-            found.append((at["i"] * j + at["j"]) * l + at["l"])
-        return found
+            at = {**own, **dict(zip(axes, places, strict=True))}
+            ranks.append((at["i"] * j + at["j"]) * l + at["l"])
+        return ranks
 
 
 @dataclass(frozen=True)
 class Cut:
     """Units that are dealt over axes of a grid: `edges` of consecutive pieces, in the order of the places on `axes`.
 
-    The first axis is the coarser one: the pieces along the second are side by side, and together are a block. Without
-    axes each rank has all.
+    The first axis is the coarser one: the pieces along the second axis are consecutive, and together form a block.
+    Without axes, each rank has all units.
     """
 
     grid: Grid
@@ -71,44 +71,44 @@ class Cut:
 
     @property
     def counts(self) -> list[int]:
-        """The units of each piece."""
+        """The number of units of each piece."""
         return [b - a for a, b in pairwise(self.edges)]
 
     def _pieces(self, place: dict[str, int], axes: tuple[str, ...]) -> slice:
-        """The pieces of the places that differ from this one along all axes but `axes`, the first ones."""
+        """Return the pieces of all places that equal `place` on `axes`, the first of the cut's axes."""
         at, count = 0, prod(self.grid.size(axis) for axis in self.axes[len(axes) :])
         for axis in axes:
             at = at * self.grid.size(axis) + place[axis]
         return slice(at * count, (at + 1) * count)
 
     def piece(self, place: dict[str, int]) -> tuple[int, int]:
-        """The units (first, behind the last) of a place."""
+        """Return the units (first, stop) of a place."""
         at = self._pieces(place, self.axes)
         return self.edges[at.start], self.edges[at.stop]
 
     def block(self, place: dict[str, int]) -> tuple[int, int]:
-        """The units that the places along the finer axis have together; where there is one axis, the place's own."""
+        """Return the units (first, stop) of all places along the finer axis; with one axis, the place's units."""
         at = self._pieces(place, self.axes[:1])
         return self.edges[at.start], self.edges[at.stop]
 
     def fine(self, place: dict[str, int]) -> list[int]:
-        """The counts of the pieces of a place's block."""
+        """Return the numbers of units of the pieces of a place's block."""
         return self.counts[self._pieces(place, self.axes[:1])]
 
-    def is_as(self, other: Cut) -> bool:
-        """Whether every rank has the same units of both."""
-        mine, theirs = ([axis for axis in one.axes if self.grid.size(axis) > 1] for one in (self, other))
-        return self.edges == other.edges and mine == theirs
+    def matches(self, other: Cut) -> bool:
+        """Whether every rank has the same units of both cuts."""
+        axes, other_axes = ([axis for axis in one.axes if self.grid.size(axis) > 1] for one in (self, other))
+        return self.edges == other.edges and axes == other_axes
 
     def scaled(self, factor: int, divisor: int) -> Cut:
-        """The same cut of `factor / divisor` times the units."""
+        """Return the cut with all edges times `factor / divisor`."""
         return Cut(self.grid, self.axes, tuple(edge * factor // divisor for edge in self.edges))
 
 
 def cut(grid: Grid, axes: tuple[str, ...], units: int, grain: int, what: str, fix: str) -> Cut:
-    """Units in multiples of `grain`, dealt evenly over axes, larger pieces first.
+    """Return the cut of units in multiples of `grain`, dealt evenly over axes, larger pieces first.
 
-    UserError where there are too few; what: "dense2 has 10 units"; fix: what to do then.
+    Raise UserError for too few units. what: start of its message, such as "dense2 has 10 units"; fix: its advice.
     """
     grains, pieces = units // grain, prod(grid.size(axis) for axis in axes)
     if grains < pieces:
@@ -125,7 +125,7 @@ def cut(grid: Grid, axes: tuple[str, ...], units: int, grain: int, what: str, fi
 
 
 def named_grid(name: str, ranks: int) -> Grid:
-    """The grid that a name stands for; UserError for a number of ranks that it is not for."""
+    """Return the grid of a name; raise UserError for a number of ranks that the grid cannot have."""
     if name == "2d":
         root = isqrt(ranks)
         if root * root != ranks:
@@ -147,7 +147,7 @@ def named_grid(name: str, ranks: int) -> Grid:
 
 
 def read_grid(text: str, ranks: int) -> Grid | None:
-    """The grid that --grid says: a name, or the sizes of three axes; None: auto. UserError for what is no grid."""
+    """Return the grid of --grid, a name or the sizes of three axes; None for auto. Raise UserError for other text."""
     if text == "auto":
         return None
     if text in NAMES:
@@ -167,12 +167,12 @@ def read_grid(text: str, ranks: int) -> Grid | None:
 
 
 def all_grids(ranks: int) -> Iterator[Grid]:
-    """The grids of so many ranks, those of the fewest axes first."""
-    found = [
+    """Yield the grids of `ranks` ranks, those of the fewest axes first."""
+    grids = [
         Grid((i, j, ranks // (i * j)))
         for i in range(1, ranks + 1)
         if ranks % i == 0
         for j in range(1, ranks // i + 1)
         if ranks // i % j == 0
     ]
-    yield from sorted(found, key=lambda grid: (sum(size > 1 for size in grid.sizes), grid.sizes))
+    yield from sorted(grids, key=lambda grid: (sum(size > 1 for size in grid.sizes), grid.sizes))

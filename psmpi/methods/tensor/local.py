@@ -1,4 +1,4 @@
-"""What one rank of a grid computes: the network of its units, and the products that it makes with others."""
+"""The network of one rank's units on a grid, and the products that the rank makes with other ranks."""
 
 from __future__ import annotations
 
@@ -24,45 +24,45 @@ from psmpi.nn.network import Network
 
 
 def local_network(plan: Plan, rank: int, keeps: bool, products: Mapping[str, Products] | None = None) -> Network:
-    """The network with the units of a rank; its classes are those that the rank has of the scores."""
+    """Return the network of a rank's units; its classes are the rank's scores."""
     place, network = plan.grid.place(rank), plan.network
     shape: tuple[int, ...] = network.in_shape
     if plan.local_layers is not network.layers:
-        # Samples are taken flat.
+        # Without the leading flatten layer, samples are flat.
         shape = (prod(shape),)
     a, b = plan.start.piece(place)
     shape = (b - a, *shape[1:])
 
     def cut(layers: Sequence[Layer], shape: tuple[int, ...]) -> tuple[Layer, ...]:
-        made: list[Layer] = []
+        cut_layers: list[Layer] = []
         for layer in layers:
             a, b = plan.cuts[layer.name][1].piece(place)
             out = (b - a, *layer.out_shape[1:])
             if isinstance(layer, Residual):
-                made.append(layer.with_inner(cut(layer.layers, shape), shape))
+                cut_layers.append(layer.with_inner(cut(layer.layers, shape), shape))
             elif layer.name in plan.tiles:
                 tile = plan.tiles[layer.name]
                 rows, columns = (d - c for c, d in tile.box(place).ranges)
                 own = None if products is None else products[layer.name]
-                made.append(TileLayer(layer.name, shape, out, (rows, columns), tile, rank, keeps, own))
+                cut_layers.append(TileLayer(layer.name, shape, out, (rows, columns), tile, rank, keeps, own))
             elif isinstance(layer, Embedding):
-                made.append(replace(layer, out_shape=out))
+                cut_layers.append(replace(layer, out_shape=out))
             else:
-                made.append(layer.restrict(b - a, shape))
-            shape = made[-1].out_shape
-        return tuple(made)
+                cut_layers.append(layer.restrict(b - a, shape))
+            shape = cut_layers[-1].out_shape
+        return tuple(cut_layers)
 
     return Network(network.name, shape, cut(plan.local_layers, shape))
 
 
 def local_layout(plan: Plan, rank: int) -> Layout:
-    """The layout of a rank's vectors: tiles of weights, then its units of the other parameters."""
+    """Return the layout of a rank's vectors: tiles of weights, then its units of the other parameters."""
     return plain_layout(plan.shapes(rank))
 
 
 @dataclass
-class Made:
-    """The products of a rank by layer; weights: what gathers their weights, None where panels are broadcast."""
+class RankProducts:
+    """The products of a rank, by layer; weights: the gathered weights, None if panels are broadcast instead."""
 
     by_layer: dict[str, Products]
     weights: Weights | None
@@ -77,28 +77,33 @@ def make_products(
     *,
     keeps: bool,
     ahead: bool,
-) -> Made:
-    """The products of a rank's layers. group: makes a group of ranks; all ranks make theirs in the same order."""
+) -> RankProducts:
+    """Make the products of a rank's layers. group: makes a group of ranks; all ranks call it in the same order."""
     grid, place, dtype = plan.grid, plan.grid.place(rank), space.dtype
     groups = {axis: group(grid.members(rank, axis)) for axis in ("i", "j", "l")}
     tiles = list(plan.tiles.values())
     if grid.products == "panels":
-        return Made({tile.layer.name: _panels(tile, place, groups, ops, space, ahead) for tile in tiles}, None)
+        return RankProducts({tile.layer.name: _panels(tile, place, groups, ops, space, ahead) for tile in tiles}, None)
     exchanges, shapes = [], []
     for tile in tiles:
         edges, (rows, columns) = tile.rows(place), tile.product(place)
         exchanges.append(RowExchange(groups["i"], np.diff(edges).tolist(), dtype))
         shapes.append((rows, columns))
     weights = Weights(exchanges, shapes, ops, dtype, keeps, ahead)
-    # Of the first layer's inputs no gradient is made, unless layers with weights are before it.
+    # Samples need no gradient, so backward ends at the second tile if the first one's inputs are samples.
     ends = len(tiles) - 1, int(tiles[0].given)
-    made: dict[str, Products] = {}
+    by_layer: dict[str, Products] = {}
     for number, tile in enumerate(tiles):
-        before = RowExchange(groups[tile.before], tile.shares(tile.inputs, place), dtype) if tile.before else None
-        behind = RowExchange(groups[tile.behind], tile.shares(tile.outputs, place), dtype) if tile.behind else None
+        inputs = outputs = None
+        if tile.input_axis:
+            inputs = RowExchange(groups[tile.input_axis], tile.shares(tile.inputs, place), dtype)
+        if tile.output_axis:
+            outputs = RowExchange(groups[tile.output_axis], tile.shares(tile.outputs, place), dtype)
         whole = grid.products == "whole"
-        made[tile.layer.name] = Gathered(before, behind, weights, number, ends, ops, space, whole=whole, keeps=keeps)
-    return Made(made, weights)
+        by_layer[tile.layer.name] = Gathered(
+            inputs, outputs, weights, number, ends, ops, space, whole=whole, keeps=keeps
+        )
+    return RankProducts(by_layer, weights)
 
 
 def _panels(
@@ -111,7 +116,10 @@ def _panels(
 
 
 def starts_of_vectors(plan: Plan, own: Layout) -> tuple[int, int]:
-    """Where in a rank's vectors the parameters begin that are no tiles, and those of them that each rank has whole."""
+    """Return two places in a rank's vectors: of the first parameter that is no tile, and of the first whole one.
+
+    Every rank has the whole parameters, which come last.
+    """
     sizes = {p.name: prod(p.shape) for p in own.parameters}
     vectors = [(sizes[name], plan.whole(layer)) for layer, name in plan.vectors()]
     tiles = own.size - sum(size for size, _ in vectors)

@@ -1,4 +1,4 @@
-"""Tensor parallelism: every weight matrix, and what goes through it, cut into tiles on a grid of ranks.
+"""Tensor parallelism: weight matrices and activations cut into tiles on a grid of ranks.
 
 Bian, Xu, Wang and You, "Maximizing parallelism in distributed training for huge neural networks", arXiv 2105.14450
 (3-D), on grids of any shape; Shoeybi et al., "Megatron-LM", arXiv 1909.08053 (1-D); van de Geijn and Watts, "SUMMA"
@@ -35,9 +35,10 @@ from psmpi.training.state import Places
 
 
 class TensorParallel(Method):
-    """The method on one rank: its units of each layer, its samples of each minibatch, its tile of each weight.
+    """Tensor parallelism on one rank: its units of each layer, its samples of a minibatch, its tile of each weight.
 
-    w, g: the rank's tiles of weights, then its units of the other parameters, which ranks with other samples have too.
+    w, g: the rank's tiles of weights, then its units of the other parameters, of which ranks with other samples have
+    copies.
     """
 
     name = "tensor"
@@ -67,14 +68,14 @@ class TensorParallel(Method):
         self.places = find_places(plan.boxes(self.rank), context.layout, shard)
         self._draw(shard)
         self.world = context.group()
-        # Ranks with the same samples and other units, in the order of scores; with the same units and other samples.
+        # Ranks with the same samples and other units, in the order of scores; ranks with the same units, other samples.
         units = grid.members(self.rank, *(plan.scores.axes or ("j", "l")))
         self.units, self.samples = context.group(units), context.group(grid.members(self.rank, "i"))
         keeps, self.space = s.saved == "gathered", Workspace(ops, self.dtype)
-        made = make_products(plan, self.rank, context.group, ops, self.space, keeps=keeps, ahead=s.prefetch)
-        self.products, self.weights = made.by_layer, made.weights
+        rank_products = make_products(plan, self.rank, context.group, ops, self.space, keeps=keeps, ahead=s.prefetch)
+        self.products, self.weights = rank_products.by_layer, rank_products.weights
         self.local = local_network(plan, self.rank, keeps, self.products)
-        # The same ranks, for sums that are made in host memory.
+        # Groups of the same ranks, for sums in host memory.
         self.units_by_host = context.group(units, bridge=Bridge())
         over_samples = context.group(self.samples.ranks, bridge=Bridge())
         self.model = Model(
@@ -85,12 +86,12 @@ class TensorParallel(Method):
         counts = plan.scores.counts if plan.scores.axes else None
         self.scores = DealtScores(context, self.model, self.units, self.units_by_host, counts, self.world)
         self.descent = Descent(context, shard, allsum=self._over_tiles, world=self.world, layout=own)
-        # Behind tiles of weights, what ranks with other samples have too; from `whole` on, what all ranks have.
+        # From `tiles` on, parameters of which ranks with other samples have copies; from `whole` on, all ranks have.
         tiles, whole = starts_of_vectors(plan, own)
         self.vectors, first = slice(tiles, own.size), self.at["i"] == 0
-        several = self.samples.size > 1 and tiles < own.size
-        self.shared = Spread(self.samples, own.size - tiles, self.dtype) if several else None
-        # What counts as another rank's.
+        has_copies = self.samples.size > 1 and tiles < own.size
+        self.shared = Spread(self.samples, own.size - tiles, self.dtype) if has_copies else None
+        # Copies that another rank counts in norms.
         self.copies = slice(whole if first else tiles, whole if first and self.units.rank == 0 else own.size)
         self._declare()
         dataset = context.dataset
@@ -114,16 +115,16 @@ class TensorParallel(Method):
     check, needed, notes = staticmethod(check_tensor), staticmethod(tensor_needed), staticmethod(tensor_notes)
 
     def _draw(self, shard: Runs) -> None:
-        """Initial weights, drawn in the order of the shard."""
+        """Set the initial weights, drawn in the order of the shard."""
         drawn, mirror = np.empty(shard.size, self.dtype), self.ops.mirror(self.w)
         self.context.draw_weights(shard, drawn)
-        for there, here in self.places:
-            mirror.host[here] = drawn[there]
+        for in_shard, in_vector in self.places:
+            mirror.host[in_vector] = drawn[in_shard]
         mirror.push()
         mirror.settle()
 
     def _declare(self) -> None:
-        """Tell the state, and the account, what there is."""
+        """Declare the state, and account for memory."""
         state, model = self.state, self.model
         state.pieces("weights", [(self.w, self.places)])
         optimizer = self.descent.optimizer
@@ -146,27 +147,27 @@ class TensorParallel(Method):
             self.scores.reserve(batch)
 
     def _over_tiles(self, values: np.ndarray) -> np.ndarray:
-        """Sums over all weights of squares of gradients, from each rank's, to which copies are not to add."""
+        """Return sums over all weights of squared gradients, from each rank's own; copies count once."""
         values -= self.ops.squared_norm(self.g[self.copies])
         return self.world.agree(values)
 
     def step(self, batch: Batch, lr: float) -> None:
-        ids, mine = self._share(batch.ids)
-        loss = self._gradient(ids, mine / self.dataset.train.count(batch.ids))
+        ids, counts = self._share(batch.ids)
+        loss = self._gradient(ids, counts / self.dataset.train.count(batch.ids))
         if self.descent.sound(loss, self.g):
             self.loss_sum += loss * len(batch)
             self.descent.step(self.w, self.g, lr)
 
     def _share(self, ids: np.ndarray) -> tuple[np.ndarray, bool]:
-        """This rank's samples of a minibatch, and whether they are its own.
+        """Return this rank's samples of a minibatch, and whether they count.
 
-        One without a sample takes part in sums over weights all the same: with the first sample, which counts nothing.
+        A rank without samples takes part in sums over ranks with the first sample, which does not count.
         """
         share = Batch(ids).share(self.at["i"], self.rows).ids
         return (share, True) if len(share) else (ids[:1], False)
 
     def _gradient(self, ids: np.ndarray, scale: float) -> float:
-        """Fill g with the gradient of the minibatch's loss; returns this rank's share of the loss."""
+        """Fill g with the gradient of the minibatch's loss; return this rank's share of the loss."""
         tape = self._forward(self.train, ids)
         self.model.backward(tape, self.scores.derivatives(tape, self.train, ids, scale))
         if self.weights is not None:
@@ -179,7 +180,7 @@ class TensorParallel(Method):
         return self.scores.value()
 
     def _forward(self, samples: Resident, ids: np.ndarray) -> Tape:
-        """A pass of this rank's share of a minibatch."""
+        """Forward pass of this rank's share of a minibatch."""
         b = len(ids)
         self._reserve(b)
         whole = self.x[: self.dataset.train.features * b].reshape(-1, b)
@@ -195,33 +196,35 @@ class TensorParallel(Method):
         totals = self.scores.metric.zeros()
         with self.counter.paused():
             for at in self.batches:
-                ids, mine = self._share(np.arange(at.start, at.stop))
+                ids, counts = self._share(np.arange(at.start, at.stop))
                 scores = self.ops.host(self._forward(self.tests, ids).scores)
-                if mine:
+                if counts:
                     self.scores.add_sums(totals, scores, self.tests, ids)
         return self.scores.metric.scores(self.world.agree(totals))
 
     def messages(self, step: int, batch: int) -> list[Message] | None:
-        """Those of this rank's groups; None where the steps that count are not known before."""
+        """Return the messages of this rank's groups; None if the number of steps with a loss varies."""
         share = len(self._share(np.arange(batch))[0])
-        train, found = self.dataset.train, []
+        train, messages = self.dataset.train, []
         if train.by_step and (train.counts != train.counts[0]).any():
             return None
         tiles = self.plan.tiles
         for name, products in self.products.items():
             tile = tiles[name]
             columns = share * prod(tile.layer.in_shape[1:])
-            found += products.messages(columns, not tile.given)
+            messages += products.messages(columns, not tile.given)
         wide = np.dtype(np.float64)
         for layer in leaves(self.local.layers):
             for numbers in layer.unit_sums if self.units.size > 1 else ():
-                found += Sum(self.units, numbers * share * prod(layer.in_shape[1:]), wide).messages(Step(), back=True)
+                messages += Sum(self.units, numbers * share * prod(layer.in_shape[1:]), wide).messages(
+                    Step(), back=True
+                )
             for numbers in layer.rank_sums if self.samples.size > 1 else ():
-                found += Sum(self.samples, numbers, wide).messages(Step(), back=True)
-        found += self.scores.messages(share * (int(train.counts[0]) if train.by_step else 1))
+                messages += Sum(self.samples, numbers, wide).messages(Step(), back=True)
+        messages += self.scores.messages(share * (int(train.counts[0]) if train.by_step else 1))
         if self.shared is not None:
-            found += self.shared.messages(Step(), back=True) + self.shared.messages(Step())
-        return found
+            messages += self.shared.messages(Step(), back=True) + self.shared.messages(Step())
+        return messages
 
     def work(self) -> tuple[str, str, int]:
         grid = self.plan.grid
@@ -232,14 +235,21 @@ class TensorParallel(Method):
 
 
 def find_places(boxes: Sequence[Box], layout: Layout, shard: Runs) -> Places:
-    """Where the elements of boxes, one after the other, lie in the local vector of a shard: (there, here) slices."""
-    found: Places = []
+    """Return where the elements of boxes, one after the other, lie in the local vector of a shard.
+
+    Each place is (slice of the shard's vector, slice of the vector of boxes).
+    """
+    places: Places = []
     at = 0
     for box in boxes:
         for start, stop in layout.runs_of(box).intervals:
-            there, here = shard.local(start, stop), slice(at, at + stop - start)
-            at = here.stop
-            if found and found[-1][0].stop == there.start:
-                there, here = slice(found[-1][0].start, there.stop), slice(found.pop()[1].start, here.stop)
-            found.append((there, here))
-    return found
+            in_shard, in_boxes = shard.local(start, stop), slice(at, at + stop - start)
+            at = in_boxes.stop
+            # Merge adjacent places.
+            if places and places[-1][0].stop == in_shard.start:
+                in_shard, in_boxes = (
+                    slice(places[-1][0].start, in_shard.stop),
+                    slice(places.pop()[1].start, in_boxes.stop),
+                )
+            places.append((in_shard, in_boxes))
+    return places

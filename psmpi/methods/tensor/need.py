@@ -1,4 +1,4 @@
-"""The memory that ranks of the method `tensor` need at least, without arrays."""
+"""Minimum memory of each rank of the method `tensor`, computed without arrays of weights."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from psmpi.training.need import (
 def tensor_needed(size: int, network: Network, dataset: Dataset, config: Config) -> Sequence[Need]:
     """See `Method.needed`."""
     plan, keeps = plan_of(size, network, config), config.of(Settings).saved == "gathered"
-    found: list[Need] = []
+    needs: list[Need] = []
     batches = network.evaluation_batches(dataset.test.n)
     most = max([config.data.batch_size, *(at.stop - at.start for at in batches)])
     for rank in range(size):
@@ -34,7 +34,7 @@ def tensor_needed(size: int, network: Network, dataset: Dataset, config: Config)
         edges = even_edges(most, along)
         batch = edges[place + 1] - edges[place]
         scores = prod(own.layers[-1].out_shape) * batch
-        found.append(
+        needs.append(
             added(
                 vectors_needed(config, network.layout(), weights, weights, weights),
                 passes_needed(config, own, batch),
@@ -42,4 +42,4 @@ def tensor_needed(size: int, network: Network, dataset: Dataset, config: Config)
                 samples_needed(dataset, dataset.train.n, dataset.test.n, 0),
             )
         )
-    return found
+    return needs

@@ -1,4 +1,4 @@
-"""Which units, samples and tiles of weights each rank of a grid has; made without MPI and arrays of weights."""
+"""Units, samples and tiles of weights of each rank of a grid; made without MPI and arrays of weights."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from psmpi.registry import WHOLE
 
 @dataclass(frozen=True)
 class Tile:
-    """One dense layer on the grid: how its inputs and outputs are dealt.
+    """One dense layer on the grid: the cuts of its inputs and outputs.
 
     given: whether the inputs are the samples, of which each rank fetches what its product needs without a message.
     """
@@ -40,78 +40,81 @@ class Tile:
 
     @property
     def gathers(self) -> str:
-        """The axis along which pieces of inputs are gathered; nothing where each rank has what its product needs."""
+        """The axis along which pieces of inputs are gathered; "" if each rank has what its product needs."""
         if self.given or self.grid.products != "gathered":
             return ""
         return self.inputs.axes[1] if self.grid.size(self.inputs.axes[1]) > 1 else ""
 
     @property
-    def before(self) -> str:
-        """The axis along which gradients of inputs are summed; nothing where none are, or by panels."""
+    def input_axis(self) -> str:
+        """The axis along which gradients of inputs are summed; "" if none are, or by panels."""
         if self.grid.products == "whole":
             return "" if self.given or self.inputs.axes or self.grid.size("j") == 1 else "j"
         return self.gathers
 
     @property
-    def behind(self) -> str:
-        """The axis along which products are summed; nothing where none are, or by panels."""
+    def output_axis(self) -> str:
+        """The axis along which products are summed; "" if none are, or by panels."""
         if self.grid.products == "whole":
             return "" if self.outputs.axes or self.grid.size("j") == 1 else "j"
         if self.grid.products == "panels":
             return ""
         return self.outputs.axes[1] if self.grid.size(self.outputs.axes[1]) > 1 else ""
 
-    def shares(self, of: Cut, place: dict[str, int]) -> list[int]:
-        """The units of each rank along `before` or `behind`, of those that a product takes or makes."""
+    def shares(self, units_cut: Cut, place: dict[str, int]) -> list[int]:
+        """Return the units of each rank along `input_axis` or `output_axis`, of a product's inputs or outputs."""
         if self.grid.products == "whole":
-            edges = even_edges(of.units, self.grid.size("j"))
+            edges = even_edges(units_cut.units, self.grid.size("j"))
             return [b - a for a, b in pairwise(edges)]
-        return of.fine(place)
+        return units_cut.fine(place)
 
     def product(self, place: dict[str, int]) -> tuple[int, int]:
-        """(outputs, inputs) of a rank's product, or of all of its panels."""
+        """Return (outputs, inputs) of a rank's product, or of all of its panels together."""
         (a, b), (c, d) = self.outputs.block(place), self.inputs.block(place)
         return b - a, self.inputs.units if self.grid.products == "panels" else d - c
 
     def room(self, place: dict[str, int], keeps: bool) -> int:
-        """Numbers a column that a pass keeps besides its inputs and outputs; keeps: gathered inputs are kept."""
+        """Return the numbers a column that a pass keeps besides inputs and outputs.
+
+        keeps: whether gathered inputs are kept.
+        """
         return self.product(place)[1] if keeps and self.gathers else 0
 
     def workspace(self, place: dict[str, int], columns: int, wanted: bool, keeps: bool) -> dict[str, int]:
-        """Numbers of each array that products need for a while; wanted: the gradient of the inputs is."""
+        """Return the numbers of each temporary array. wanted: whether the gradient of the inputs is computed."""
         rows, inputs = self.product(place)
         if self.grid.products == "panels":
             most = max(self.inputs.counts)
-            found = {"products": rows * columns}
+            numbers = {"products": rows * columns}
             for k in range(2):
-                found[f"panel of weights {k}"] = rows * most
-                found[f"sums {k}"] = max(rows * most, most * columns * wanted)
+                numbers[f"panel of weights {k}"] = rows * most
+                numbers[f"sums {k}"] = max(rows * most, most * columns * wanted)
                 if not self.given:
-                    found[f"panel of inputs {k}"] = most * columns
-            return found
-        found = {}
+                    numbers[f"panel of inputs {k}"] = most * columns
+            return numbers
+        numbers = {}
         if self.gathers and not keeps:
-            found["gathered inputs"] = inputs * columns
-        if self.behind:
-            found["products"] = rows * columns
+            numbers["gathered inputs"] = inputs * columns
+        if self.output_axis:
+            numbers["products"] = rows * columns
             if self.grid.products == "gathered":
-                found["gathered gradients"] = rows * columns
-        if wanted and self.before:
-            found["products"] = max(found.get("products", 0), inputs * columns)
-        return found
+                numbers["gathered gradients"] = rows * columns
+        if wanted and self.input_axis:
+            numbers["products"] = max(numbers.get("products", 0), inputs * columns)
+        return numbers
 
     def rows(self, place: dict[str, int]) -> list[int]:
-        """The edges of the output units of which the places along i have a weight's rows each."""
-        first, behind = self.outputs.block(place)
+        """Return the edges of the weight's rows that the places along i have, in output units."""
+        first, stop = self.outputs.block(place)
         if self.grid.products == "panels":
-            return [first, behind]
-        return [first + edge for edge in even_edges(behind - first, self.grid.size("i"))]
+            return [first, stop]
+        return [first + edge for edge in even_edges(stop - first, self.grid.size("i"))]
 
     def box(self, place: dict[str, int]) -> Box:
-        """The place's tile of the weight (outputs, inputs)."""
+        """Return the place's tile of the weight (outputs, inputs)."""
         edges = self.rows(place)
         if self.grid.products == "panels":
-            # Of the inputs the i-th piece, as the j-th place has of what goes in.
+            # Place (i, j) has the columns of the i-th piece of inputs, and of activations the j-th piece.
             columns = self.inputs.edges[place["i"]], self.inputs.edges[place["i"] + 1]
             return Box(f"{self.layer.name}.weight", ((edges[0], edges[1]), columns))
         at = place["i"]
@@ -120,9 +123,9 @@ class Tile:
 
 @dataclass(frozen=True)
 class Plan:
-    """A network on a grid. start: the features of the samples that a rank's first layer takes.
+    """A network on a grid. start: the cut of the samples' features that the first layer reads.
 
-    cuts: of each layer, how what goes in and what comes out is dealt; tiles: by layer.
+    cuts: for each layer, the cuts of its inputs and of its outputs; tiles: by layer.
     """
 
     network: Network
@@ -133,7 +136,7 @@ class Plan:
 
     @property
     def dealt(self) -> bool:
-        """Whether some layer's outputs are dealt already."""
+        """Whether the outputs of some layer are dealt to ranks so far."""
         return bool(self.tiles) or any(isinstance(layer, Embedding) for layer in self.network.layers[:1])
 
     @property
@@ -141,22 +144,22 @@ class Plan:
         return self.cuts[self.network.layers[-1].name][1]
 
     def whole(self, layer: Layer) -> bool:
-        """Whether each rank has all units of a layer's outputs, and computes what the others do."""
+        """Whether each rank has all output units of a layer, which ranks then compute redundantly."""
         return not self.cuts[layer.name][1].axes
 
     def vectors(self) -> list[tuple[Layer, str]]:
-        """The parameters that are dealt by units, each with its layer: those that a rank has a piece of come first."""
-        found = []
+        """Return the parameters that are dealt by units, each with its layer; those that ranks have whole come last."""
+        parameters = []
         for layer in leaves(self.network.layers):
             for p in layer.parameters():
                 if layer.name not in self.tiles or p.name.endswith(".bias"):
-                    found.append((layer, p.name))
-        return sorted(found, key=lambda one: self.whole(one[0]))
+                    parameters.append((layer, p.name))
+        return sorted(parameters, key=lambda one: self.whole(one[0]))
 
     def boxes(self, rank: int) -> list[Box]:
-        """What a rank has of each parameter: tiles of weights, then its units of all others, see `vectors`.
+        """Return a rank's boxes: tiles of weights, then its units of all other parameters, see `vectors`.
 
-        Of a weight of fewer rows than there are ranks for, some have none.
+        A rank has no box of a weight with fewer rows than places along i, if none of them is the rank's.
         """
         place = self.grid.place(rank)
         tiles = [
@@ -165,19 +168,19 @@ class Plan:
         return tiles + [Box(name, (self.cuts[layer.name][1].piece(place),)) for layer, name in self.vectors()]
 
     def shapes(self, rank: int) -> dict[str, tuple[int, ...]]:
-        """The shapes of the boxes by parameter."""
+        """Return the shapes of a rank's boxes by parameter."""
         whole = {p.name: p.shape for p in self.network.layout().parameters}
         return {box.parameter: tuple(b - a for a, b in box.of(whole[box.parameter])) for box in self.boxes(rank)}
 
     @property
     def local_layers(self) -> tuple[Layer, ...]:
-        """The layers that ranks compute with: samples are taken flat."""
+        """The layers that ranks compute with: all but a leading flatten layer, as samples are read flat."""
         layers = self.network.layers
         return layers[1:] if isinstance(layers[0], Flatten) else layers
 
 
 def make_plan(network: Network, grid: Grid) -> Plan:
-    """The plan of a network; UserError for layers that a grid cannot have, and for too few units."""
+    """Return the plan of a network; raise UserError for layers that cannot be cut, and for too few units."""
     first = network.layers[0]
     units = prod(network.in_shape) if isinstance(first, Flatten) else network.in_shape[0]
     start = Cut(grid, (), (0, units))
@@ -185,15 +188,15 @@ def make_plan(network: Network, grid: Grid) -> Plan:
     if grid.products == "gathered" and not images and not isinstance(first, Embedding):
         start = _samples(grid, 0, units, f"--model {network.name}")
     plan = Plan(network, grid, start)
-    found = _walk(plan, plan.local_layers, start, 0)
+    scores = _walk(plan, plan.local_layers, start, 0)
     if not plan.tiles:
         raise UserError(f"--model {network.name} has no dense layer, and --method tensor cuts those: use --model mlp")
-    assert found.units == network.classes
+    assert scores.units == network.classes
     return plan
 
 
 def _axes(grid: Grid, turn: int) -> tuple[str, ...]:
-    """The axes that activations are dealt over before (`turn` even) and behind each dense layer in turn."""
+    """Return the axes over which activations are dealt after `turn` dense layers; two choices alternate."""
     if grid.products == "panels":
         return ("j",)
     if grid.products == "whole":
@@ -201,12 +204,12 @@ def _axes(grid: Grid, turn: int) -> tuple[str, ...]:
     return ("j", "l") if turn % 2 else ("l", "j")
 
 
-def _walk(plan: Plan, layers: Sequence[Layer], before: Cut, turn: int) -> Cut:
-    """Cut some layers, given how what goes into them is dealt; returns how what comes out is."""
+def _walk(plan: Plan, layers: Sequence[Layer], inputs: Cut, turn: int) -> Cut:
+    """Cut some layers, given the cut of their inputs; return the cut of their outputs."""
     network, grid = plan.network, plan.grid
     for k, layer in enumerate(layers):
         label = f"{network.named(layer.name)} of --model {network.name}"
-        behind = before
+        outputs = inputs
         known = isinstance(layer, LayerNorm) or type(layer).sources is Layer.sources
         mixes = isinstance(layer, Attention) or any(one.linear for one in leaves(layer.inner))
         if not plan.dealt and (mixes or (known and layer.parameters())):
@@ -215,53 +218,53 @@ def _walk(plan: Plan, layers: Sequence[Layer], before: Cut, turn: int) -> Cut:
                 "dense layer before it"
             )
         if isinstance(layer, Residual):
-            behind = _walk(plan, layer.layers, before, turn)
-            if not behind.is_as(before):
+            outputs = _walk(plan, layer.layers, inputs, turn)
+            if not outputs.matches(inputs):
                 raise UserError(
-                    f"{label}: what goes past a residual block is dealt to ranks as what its branch makes only where "
-                    "that has two dense layers, or another even number: give it one more, or use --grid "
+                    f"{label}: the branch of a residual block must deal its outputs to ranks as its inputs, which "
+                    "takes an even number of dense layers: add one to the branch, or use --grid "
                     f"{grid.ranks},1,1"
                 )
-            behind = before
+            outputs = inputs
         elif isinstance(layer, Dense):
             if layer.groups > 1:
                 raise UserError(f"{label} is cut into groups already: use --model mlp, or another method")
             turn += 1
-            grain, of = _grain(layers[k + 1 :])
-            what = f"{label} has {layer.units // grain} {of}"
-            behind = cut(grid, _axes(grid, turn), layer.units, grain, what, "another --grid, or fewer ranks")
+            grain, grain_name = _grain(layers[k + 1 :])
+            message = f"{label} has {layer.units // grain} {grain_name}"
+            outputs = cut(grid, _axes(grid, turn), layer.units, grain, message, "another --grid, or fewer ranks")
             given = not plan.tiles and not plan.dealt
             if given:
-                before = _samples(grid, turn - 1, before.units, label)
-            plan.tiles[layer.name] = Tile(layer, before, behind, given)
+                inputs = _samples(grid, turn - 1, inputs.units, label)
+            plan.tiles[layer.name] = Tile(layer, inputs, outputs, given)
         elif isinstance(layer, Embedding):
             units = layer.out_shape[0]
-            what = f"{label} has {units} units"
-            behind = cut(grid, _axes(grid, turn), units, 1, what, "another --grid, or fewer ranks")
+            message = f"{label} has {units} units"
+            outputs = cut(grid, _axes(grid, turn), units, 1, message, "another --grid, or fewer ranks")
         elif isinstance(layer, Attention):
-            if any(edge % (3 * layer.size) for edge in before.edges):
+            if any(edge % (3 * layer.size) for edge in inputs.edges):
                 raise UserError(
-                    f"{label} is dealt by whole heads, and what comes to it is not: let a dense layer of "
-                    f"{layer.in_shape[0]} units be right before it"
+                    f"{label} is dealt by whole heads, and its inputs are not: put a dense layer of "
+                    f"{layer.in_shape[0]} units right before it"
                 )
-            behind = before.scaled(1, 3)
+            outputs = inputs.scaled(1, 3)
         elif not known:
             raise UserError(
                 f"{label} is none of the layers that --method tensor cuts (dense, attention, layer_norm, gelu, "
                 f"embedding, activations, residual): use --model mlp or transformer, or --method {WHOLE}"
             )
-        plan.cuts[layer.name] = (before, behind)
-        before = behind
-    return before
+        plan.cuts[layer.name] = (inputs, outputs)
+        inputs = outputs
+    return inputs
 
 
 def _samples(grid: Grid, turn: int, units: int, label: str) -> Cut:
-    """How the samples' features are used by the first dense layer: each rank has those of its product."""
+    """Return the cut of the samples' features for the first dense layer: each rank reads those of its product."""
     return cut(grid, _axes(grid, turn)[:1], units, 1, f"{label} has {units} inputs", "another --grid, or fewer ranks")
 
 
 def _grain(following: Sequence[Layer]) -> tuple[int, str]:
-    """In multiples of what a dense layer's units are dealt, and what these are, by what follows it."""
+    """Return the grain in whose multiples a dense layer's units are dealt, and its name; following: the next layers."""
     for layer in following:
         if isinstance(layer, Attention):
             return layer.in_shape[0] // layer.heads, "heads"

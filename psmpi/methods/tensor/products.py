@@ -15,7 +15,7 @@ from psmpi.comm.transfers import Handle, Message, RowExchange, Spread, Step
 from psmpi.methods.tensor.weights import Weights
 from psmpi.nn.layers.workspace import Workspace
 
-# An array, and what it waits for; what begins to bring one by its number.
+# An array, and the message that fills it; a function that begins to fetch a panel by its number.
 Panel = tuple[np.ndarray, Handle]
 Begin = Callable[[int], Panel]
 
@@ -27,32 +27,32 @@ class Products(Protocol):
         """Compute with this tile of the weight, (rows, columns), from now on."""
 
     def forward(self, x: np.ndarray, y: np.ndarray, kept: np.ndarray) -> None:
-        """y (outputs, n) for x (inputs, n), both this rank's pieces; `backward` gets what is in kept (any, n)."""
+        """Compute y (outputs, n) from x (inputs, n), both this rank's pieces; kept (any, n) is for `backward`."""
 
     def backward(
         self, x: np.ndarray, dy: np.ndarray, dx: np.ndarray | None, gw: np.ndarray | None, kept: np.ndarray
     ) -> None:
-        """Fill dx with the gradient of x, and gw, by the time the pass is finished, with that of the rank's tile."""
+        """Fill dx with the gradient of x, and gw, before the pass is finished, with that of the rank's tile."""
 
     def messages(self, columns: int, wanted: bool) -> list[Message]:
-        """The messages of a forward and a backward pass; wanted: the gradient of x is."""
+        """Return the messages of a forward and a backward pass; wanted: whether the gradient of x is computed."""
 
 
 class Gathered:
-    """Gathers X and W along axes, and sums the products along a third: 3-D parallelism on any grid.
+    """Products of X and W gathered along two axes, and summed along a third: 3-D parallelism on any grid.
 
     Bian, Xu, Wang and You, "Maximizing parallelism in distributed training for huge neural networks", arXiv 2105.14450,
-    of which products with one or two axes are special cases. before, behind: exchanges of the pieces of X along the
-    axis that gathers them, and of Y along the one that sums them; None where the rank has what it needs. number: of the
-    tile among those of `weights`; ends: of the last tile, and of the first whose inputs have a gradient. whole: X, or
-    Y, is whole on each rank all the same (1-D parallelism: Shoeybi et al., arXiv 1909.08053). keeps: gathered X are
-    kept for backward.
+    of which products with one or two axes are special cases. inputs, outputs: exchanges of the pieces of X along the
+    axis that gathers them, and of Y along the axis that sums them; None if the rank has what it needs. number: of the
+    tile among those of `weights`; ends: numbers of the last tile, and of the first tile whose inputs have a gradient.
+    whole: whether X, or Y, is whole on each rank (1-D parallelism: Shoeybi et al., arXiv 1909.08053). keeps: whether
+    gathered X are kept for backward.
     """
 
     def __init__(
         self,
-        before: RowExchange | None,
-        behind: RowExchange | None,
+        inputs: RowExchange | None,
+        outputs: RowExchange | None,
         weights: Weights,
         number: int,
         ends: tuple[int, int],
@@ -62,9 +62,9 @@ class Gathered:
         whole: bool = False,
         keeps: bool = False,
     ):
-        self.before, self.behind, self.weights, self.number, self.ends = before, behind, weights, number, ends
+        self.inputs, self.outputs, self.weights, self.number, self.ends = inputs, outputs, weights, number, ends
         self.ops, self.space, self.whole = ops, space, whole
-        self.gathers = before is not None and not whole
+        self.gathers = inputs is not None and not whole
         self.rows, self.columns = weights.shapes[number]
         self.keeps = keeps
 
@@ -72,33 +72,33 @@ class Gathered:
         self.weights.own[self.number] = w
 
     def _take(self, forward: bool) -> np.ndarray:
-        """The weights, while those of the next tile begin to come."""
+        """Return the weights, and begin to gather those of the next tile."""
         last, first = self.ends
         following = self.number + 1 if forward else self.number - 1
         lowest = 0 if forward else first
         return self.weights.take(self.number, following if lowest <= following <= last else -1)
 
     def _gather(self, x: np.ndarray, kept: np.ndarray) -> np.ndarray:
-        """All of X that the product needs."""
+        """Return all rows of X that the product needs."""
         if not self.gathers:
             return x
         n = x.shape[1]
         whole = kept if len(kept) else self.space.take("gathered inputs", self.columns, n)
-        assert self.before is not None
-        self.before.forward(x, whole)
+        assert self.inputs is not None
+        self.inputs.forward(x, whole)
         return whole
 
     def forward(self, x: np.ndarray, y: np.ndarray, kept: np.ndarray) -> None:
         whole, w = self._gather(x, kept), self._take(True)
-        if self.behind is None:
+        if self.outputs is None:
             self.ops.matmul(w, whole, y)
             return
         product = self.space.take("products", self.rows, x.shape[1])
         self.ops.matmul(w, whole, product)
-        self._sum(self.behind, product, y)
+        self._sum(self.outputs, product, y)
 
     def _sum(self, exchange: RowExchange, product: np.ndarray, into: np.ndarray) -> None:
-        """This rank's piece of the sum over ranks, or all of it."""
+        """Write this rank's piece of the sum of products over ranks, or with `whole` all of it, to `into`."""
         if not self.whole:
             exchange.backward(product, into)
             return
@@ -112,9 +112,9 @@ class Gathered:
         n = x.shape[1]
         whole = kept if len(kept) else self._gather(x, kept)
         gradient = dy
-        if self.behind is not None and not self.whole:
+        if self.outputs is not None and not self.whole:
             gradient = self.space.take("gathered gradients", self.rows, n)
-            self.behind.forward(dy, gradient)
+            self.outputs.forward(dy, gradient)
         if gw is not None:
             into = self.weights.gradient(self.number, gw)
             self.ops.matmul(gradient, whole.T, into)
@@ -122,39 +122,39 @@ class Gathered:
         if dx is None:
             return
         w = self._take(False)
-        if self.before is None:
+        if self.inputs is None:
             self.ops.matmul(w.T, gradient, dx)
             return
         product = self.space.take("products", self.columns, n)
         self.ops.matmul(w.T, gradient, product)
-        self._sum(self.before, product, dx)
+        self._sum(self.inputs, product, dx)
 
     def messages(self, columns: int, wanted: bool) -> list[Message]:
-        step, found = Step(columns), []
+        step, messages = Step(columns), []
         exchange = self.weights.exchanges[self.number]
         out, back = exchange.messages(Step(self.columns)), exchange.messages(Step(self.columns), back=True)
-        found += out + back
-        # Of two arrays the last two tiles' are still there.
+        messages += out + back
+        # With two arrays, backward still has the gathered weights of the last two tiles.
         if wanted and len(self.weights.rooms) == 2 and self.number < self.ends[0] - 1:
-            found += out
-        if self.before is not None:
-            gather, scatter = self.before.messages(step), self.before.messages(step, back=True)
+            messages += out
+        if self.inputs is not None:
+            gather, scatter = self.inputs.messages(step), self.inputs.messages(step, back=True)
             if self.gathers:
-                found += gather * (1 if self.keeps else 2)
+                messages += gather * (1 if self.keeps else 2)
             if wanted:
-                found += scatter + (gather if self.whole else [])
-        if self.behind is not None:
-            found += self.behind.messages(step, back=True) + self.behind.messages(step)
-        return found
+                messages += scatter + (gather if self.whole else [])
+        if self.outputs is not None:
+            messages += self.outputs.messages(step, back=True) + self.outputs.messages(step)
+        return messages
 
 
 class Panels:
-    """Broadcasts panels of X and W along the rows and columns of a square of ranks: SUMMA.
+    """Products of panels of X and W, broadcast along the rows and columns of a square of ranks: SUMMA.
 
     van de Geijn and Watts, "SUMMA: scalable universal matrix multiplication algorithm" (1997), with the adjoints of Xu
     et al., "An efficient 2D method for training super-large deep learning models", arXiv 2104.05343. inputs, weights:
-    broadcasts of each panel of X (counts[k], n) along j and of W (rows, counts[k]) along i. given: X has all units
-    already. ahead: the next panels are on their way while a product is made, and sums of the products before it.
+    broadcasts of each panel of X (counts[k], n) along j and of W (rows, counts[k]) along i. given: whether X has all
+    units. ahead: whether the next panels are broadcast, and the last products summed, while a product is computed.
     """
 
     def __init__(
@@ -178,7 +178,7 @@ class Panels:
         self.w = w
 
     def _x(self, x: np.ndarray) -> Begin:
-        """What begins to bring a panel of X."""
+        """Return a function that begins to fetch a panel of X."""
 
         def begin(k: int) -> Panel:
             if self.given:
@@ -188,26 +188,26 @@ class Panels:
         return begin
 
     def _w(self, k: int) -> Panel:
-        """Begin to bring panel k of W."""
+        """Begin to fetch panel k of W."""
         return self._panel(self.weights[k], self.w, f"panel of weights {k % 2}", (self.rows, self.counts[k]))
 
     def _panel(self, spread: Spread, own: np.ndarray, room: str, shape: tuple[int, int]) -> Panel:
-        """A panel, which is the rank's own or is to come, and what it waits for."""
+        """Return a panel, the rank's own or one that is received, and its message."""
         if spread.at_root:
             return own, spread.begin(own, None)
         panel = self.space.take(room, *shape)
         return panel, spread.begin(None, panel)
 
     def _each(self, *begins: Begin) -> Iterator[tuple[int, list[np.ndarray]]]:
-        """The number and the panels of each product in turn."""
+        """Yield the number and the panels of each product in turn."""
         count, coming = len(self.counts), [begin(0) for begin in begins]
         for k in range(count):
             for _, handle in coming:
                 handle.finish()
             panels = [panel for panel, _ in coming]
-            more = [begin(k + 1) for begin in begins] if self.ahead and k + 1 < count else []
+            following = [begin(k + 1) for begin in begins] if self.ahead and k + 1 < count else []
             yield k, panels
-            coming = more or [begin(k + 1) for begin in begins if k + 1 < count]
+            coming = following or [begin(k + 1) for begin in begins if k + 1 < count]
 
     def forward(self, x: np.ndarray, y: np.ndarray, kept: np.ndarray) -> None:
         for k, (panel, w) in self._each(self._x(x), self._w):
@@ -236,11 +236,11 @@ class Panels:
         shapes: list[tuple[int, int]],
         multiply: Callable[[np.ndarray, np.ndarray], None],
     ) -> None:
-        """Sum the products of each panel, of `shapes`, over ranks, on the one that it is of; `own` is this rank's."""
+        """Sum the products of each panel, of `shapes`, over ranks, to the panel's rank; own: this rank's sum."""
         going = [Handle([]), Handle([])]
         for k, (panel,) in self._each(begin):
             at_root = spreads[k].at_root
-            # Until then the array is on its way.
+            # The array may be written again only when its last message has been sent.
             going[k % 2].finish()
             product = own if at_root else self.space.take(f"sums {k % 2}", *shapes[k])
             multiply(panel, product)
@@ -251,10 +251,10 @@ class Panels:
             handle.finish()
 
     def messages(self, columns: int, wanted: bool) -> list[Message]:
-        step, found = Step(columns), []
+        step, messages = Step(columns), []
         for spread in self.weights:
-            found += spread.messages(step) * (2 if wanted else 1) + spread.messages(step, back=True)
+            messages += spread.messages(step) * (2 if wanted else 1) + spread.messages(step, back=True)
         for spread in self.inputs:
-            found += [] if self.given else spread.messages(step) * 2
-            found += spread.messages(step, back=True) if wanted else []
-        return found
+            messages += [] if self.given else spread.messages(step) * 2
+            messages += spread.messages(step, back=True) if wanted else []
+        return messages

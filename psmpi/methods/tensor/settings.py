@@ -1,4 +1,4 @@
-"""Settings of the method `tensor`, and what it cannot train; made without MPI and arrays of weights."""
+"""Settings of the method `tensor`, and its checks of a configuration, which use neither MPI nor arrays of weights."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Settings:
 
 
 def plan_of(size: int, network: Network, config: Config) -> Plan:
-    """The network on the grid that the configuration says; UserError for one that cannot be."""
+    """Return the plan of the network on the configured grid; raise UserError if the network cannot be cut so."""
     s = config.of(Settings)
     grid = read_grid(s.grid, size)
     if grid is None:
@@ -71,8 +71,8 @@ def check_tensor(size: int, network: Network, dataset: Dataset, config: Config) 
     tests = min((at.stop - at.start for at in network.evaluation_batches(dataset.test.n)), default=rows)
     if network.normalized and tests < rows:
         raise UserError(
-            f"batch normalization needs a sample on each of {rows} ranks in tests too, and there are {tests}: use "
-            f"--grid 1,{size},1"
+            f"batch normalization needs a sample on each of {rows} ranks in tests too, and a test minibatch has "
+            f"{tests}: use --grid 1,{size},1"
         )
     if network.normalized and 0 < dataset.train.n % batch < rows:
         raise UserError(

@@ -18,10 +18,10 @@ from psmpi.nn.layers.uses import Uses, grouped, stretched
 
 @dataclass(frozen=True)
 class TileLayer(Layer):
-    """The share of a rank in a dense layer. in_shape, out_shape: of its own units; tile: (rows, columns) of its weight.
+    """A rank's share of a dense layer. in_shape, out_shape: of the rank's units; tile: (rows, columns) of its weight.
 
-    cut: the whole layer on the grid; saves: whether gathered inputs are kept; products: with the other ranks, None
-    where nothing is computed.
+    cut: the whole layer on the grid; saves: whether gathered inputs are kept; products: with the other ranks, None in a
+    network that only describes a rank.
     """
 
     tile: tuple[int, int]
@@ -35,8 +35,8 @@ class TileLayer(Layer):
 
     def parameters(self) -> tuple[Parameter, ...]:
         rows, units = self.tile[0], self.out_shape[0]
-        found = [Parameter(f"{self.name}.weight", self.tile, rows)] if rows else []
-        return (*found, *([Parameter(f"{self.name}.bias", (units,), units)] if self.cut.layer.bias else []))
+        weight = [Parameter(f"{self.name}.weight", self.tile, rows)] if rows else []
+        return (*weight, *([Parameter(f"{self.name}.bias", (units,), units)] if self.cut.layer.bias else []))
 
     def sources(self, uses: Uses) -> Uses:
         return stretched(grouped(uses, self.out_shape[0]), self.in_shape[0])
@@ -53,11 +53,11 @@ class TileLayer(Layer):
         return rows * inputs * self.steps
 
     def room(self, batch: int) -> int:
-        """Numbers that a pass keeps besides inputs and outputs."""
+        """Return the numbers that a pass keeps besides inputs and outputs."""
         return self.cut.room(self.cut.grid.place(self.rank), self.saves) * self.steps * batch
 
     def workspace(self, batch: int, wanted: bool) -> dict[str, int]:
-        """Numbers of each array that products need for a while."""
+        """Return the numbers of each temporary array of the products."""
         return self.cut.workspace(self.cut.grid.place(self.rank), self.steps * batch, wanted, self.saves)
 
     def held(self, stage: Stage, batch: int, writable: bool, packed: bool) -> int:
@@ -88,24 +88,24 @@ class TilePart(Part):
         bias = layer.cut.layer.bias
         self.at = place(site, f"{layer.name}.weight") if self.tile[0] else 0
         self.bias = place(site, f"{layer.name}.bias") if bias else -1
-        # What stands for biases that the layer has not, and for their gradient.
-        self.none, self.nowhere = (self.ops.zeros(0 if bias else self.units, site.dtype) for _ in range(2))
+        # Zeros in place of the biases of a layer without, and an array for their gradient.
+        self.no_bias, self.no_gradient = (self.ops.zeros(0 if bias else self.units, site.dtype) for _ in range(2))
 
     def arrays(self) -> list[np.ndarray]:
-        return [self.none, self.nowhere]
+        return [self.no_bias, self.no_gradient]
 
     def bind(self, w: np.ndarray, g: np.ndarray | None) -> None:
-        self.w = self._views(w, self.none)
+        self.w = self._views(w, self.no_bias)
         self.products.bind(self.w[0])
-        self.g = None if g is None else self._views(g, self.nowhere)
+        self.g = None if g is None else self._views(g, self.no_gradient)
 
     def _views(self, vector: np.ndarray, biases: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The tile (rows, columns) and the biases (1, own outputs) in a local vector."""
+        """Return the tile (rows, columns) and the biases (1, own outputs) in a local vector."""
         tile = vector[self.at : self.at + self.tile[0] * self.tile[1]].reshape(self.tile)
         return tile, (vector[self.bias : self.bias + self.units] if self.bias >= 0 else biases)[None]
 
     def room(self, batch: int, writable: bool) -> Any:
-        """What the products keep of a pass."""
+        """Make the array that the products keep of a pass."""
         return self.ops.empty(self.keeps * batch, self.dtype)
 
     def reserve(self, batch: int) -> None:

@@ -1,4 +1,4 @@
-"""A run of layers that goes over sequences chunk by chunk, and back."""
+"""A run of layers that processes sequences chunk by chunk, forward and backward."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from psmpi.nn.network import Network
 
 @dataclass
 class Chunk:
-    """What a lane has of one chunk: room for the pass, and its tape; `room` is kept from minibatch to minibatch."""
+    """Room and tape of one chunk of a lane; `room` stays from minibatch to minibatch."""
 
     room: Room = field(default_factory=lambda: Room(0))
     tape: Tape | None = None
 
 
 class Lane:
-    """The layers [first, behind) of a network whose sequences have the steps of a chunk at most.
+    """The layers [first, stop) of a network whose sequences have at most the steps of a chunk; count: of chunks.
 
-    w, g: views of the rank's vectors, over these layers' runs of the flat vector. Its workspace is its own, so that
-    lanes may work at the same time.
+    w, g: views of the rank's vectors, over these layers' runs of the flat vector. ops: with a workspace for this lane
+    alone, so that lanes may compute at the same time.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Lane:
         self.in_units, self.units = self.model.in_shape[0], network.layers[layers[1] - 1].out_shape[0]
 
     def reserve(self, batch: int) -> None:
-        """Make room for minibatches of up to `batch` samples, of all chunks."""
+        """Make room for all chunks of minibatches of up to `batch` samples."""
         for chunk in self.chunks:
             chunk.room, chunk.tape = Room(0), None
         for chunk in self.chunks:
@@ -52,14 +52,15 @@ class Lane:
         self.model.reserve_backward(batch)
 
     def forward(self, c: int, x: np.ndarray, span: Span) -> np.ndarray:
-        """The outputs (units, steps, b) of chunk c for x (in_units, steps, b); both stay until its `backward`."""
+        """Return the outputs (units, steps, b) of chunk c for x (in_units, steps, b); both stay until `backward`."""
         tape = self.chunks[c].tape = self.model.forward(x, self.chunks[c].room, span)
         return tape.scores
 
     def backward(self, c: int, dy: np.ndarray, dx: np.ndarray | None, add: bool) -> None:
-        """Write the gradient of chunk c into g, or add it, from that of its outputs, dy, which is used up.
+        """Write or add the gradient of chunk c to g, from the gradient dy of its outputs, which is overwritten.
 
-        dx (in_units, steps, b): filled with the gradient of the inputs. Chunks come last first.
+        dx (in_units, steps, b): filled with the gradient of the inputs. The caller goes from the last chunk to the
+        first.
         """
         tape = self.chunks[c].tape
         assert tape is not None
@@ -67,5 +68,5 @@ class Lane:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of outputs and what else chunks keep."""
+        """Bytes of the chunks' outputs and tapes."""
         return sum(sum(room_bytes(chunk.room)) for chunk in self.chunks)

@@ -2,7 +2,7 @@
 
 Sutskever, Vinyals, Le, "Sequence to sequence learning with neural networks" (2014), had a layer of an LSTM on each of
 four GPUs; Appleyard, Kocisky, Blunsom, "Optimizing performance of recurrent neural networks on GPUs" (2016), go over
-layers and steps in diagonals. The gradient is that of the whole sequence: nothing is cut off in time.
+layers and steps in diagonals. The gradient is exact over the whole sequence: back-propagation is not truncated.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ WIDE = ("--dataset", "digits:rows", "--model", "lstm", "--widths", "120", "120",
 
 
 class Wavefront(Method):
-    """The method on one rank: its layers as one lane or several, on the last rank the layers behind the last step too.
+    """Wavefront on one rank: its layers as one lane or several; the last rank also has the head, see `Lanes`.
 
-    A minibatch goes up through all ranks chunk by chunk; the loss is the last rank's, and chunks come back last first.
-    Each rank steps its own weights.
+    A minibatch goes up through all ranks chunk by chunk. The last rank computes the loss, and gradients come down from
+    the last chunk to the first. Each rank steps its own weights.
     """
 
     name = "wavefront"
@@ -65,13 +65,13 @@ class Wavefront(Method):
         shard = self.shards[self.rank]
         self.w, self.g = (ops.zeros(shard.size, self.dtype) for _ in range(2))
         context.put_weights(shard, self.w)
-        # Of chunks, which have fewer steps.
+        # The network over the steps of one chunk.
         cut = network.with_steps(dealt.steps)
         lanes = [self._lane(cut, layers) for layers in dealt.ranks[self.rank]]
         self.head: Model | None = None
         if self.last and dealt.head is not None:
             self.head = Model(cut, layout, *self._views(dealt.head), ops, layers=dealt.head)
-        # In front of each rank but the first, of each chunk.
+        # Boundaries below each rank but the first, one for each chunk.
         units = [network.layers[dealt.layers(k)[0]].in_shape[0] for k in range(size)]
         self.cuts = [
             [Boundary(self.world, k - 1, k, units[k] * (b - a), self.dtype) for a, b in self.edges]
@@ -93,7 +93,7 @@ class Wavefront(Method):
         check_tokens(network, self.train, "training")
         check_tokens(network, self.tests, "test")
         self.batches = network.evaluation_batches(dataset.test.n)
-        # Of several chunks together, in each of which a power of two was taken out of the derivatives.
+        # Report of all chunks together, for `_unscale`: the power of two that `_level` takes out of their derivatives.
         self.report = ops.zeros(4, np.dtype(np.float64))
         self.capacity = 0
         self.reserve(max(self.batch, *(at.stop - at.start for at in self.batches)))
@@ -103,7 +103,7 @@ class Wavefront(Method):
     notes = staticmethod(wavefront_notes)
 
     def _views(self, layers: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-        """This rank's weights and gradient of some layers."""
+        """Return views of this rank's weights and gradient of some layers."""
         at = self.network.runs(self.layout, *layers).inside(self.shards[self.rank])
         assert at is not None
         return self.w[at], self.g[at]
@@ -112,7 +112,7 @@ class Wavefront(Method):
         return Lane(network, self.layout, layers, *self._views(layers), len(self.edges), self.ops.beside())
 
     def _count(self) -> None:
-        """Put what the rank holds besides weights to the account."""
+        """Add the rank's memory besides weights to the account."""
         self.account.hold("gradients", self.g)
         self.account.hold("samples", self.train, self.tests)
         self.account.ask("activations", lambda: (self.x, *self.pipeline.inputs, *self.pipeline.lanes))
@@ -138,7 +138,7 @@ class Wavefront(Method):
         if self.head is not None:
             self.head.reserve(batch)
             self.objective.reserve(self.network.classes, batch)
-            # The gradient of the last chunk's outputs; of the others it is 0.
+            # The gradient of the last chunk's outputs; for the other chunks it is 0.
             self.scores = [self.ops.empty(self.pipeline.units * most, self.dtype)]
         else:
             self.objective.reserve(self.network.classes, most)
@@ -154,7 +154,7 @@ class Wavefront(Method):
         loss = 0.0
 
         def derive(c: int, tape: Tape) -> None:
-            """The loss of a chunk's scores, and its derivatives."""
+            """Compute the loss of a chunk's scores, and its derivatives."""
             nonlocal loss
             a, z = self.edges[c]
             self.objective.bring(np.ascontiguousarray(targets[..., a:z, :]))
@@ -179,7 +179,10 @@ class Wavefront(Method):
             self.descent.step(self.w, self.g, lr)
 
     def _derive_head(self, outputs: np.ndarray, targets: np.ndarray, scale: float) -> float:
-        """The loss of scores of the last step, the head's gradient, and that of the last chunk's outputs."""
+        """Return the loss of the head's scores; fill the gradients of the head and of the last chunk's outputs.
+
+        outputs: (units, steps, b), of the last chunk.
+        """
         assert self.head is not None
         tape = self.head.forward(outputs)
         self.objective.bring(np.ascontiguousarray(targets))
@@ -196,11 +199,11 @@ class Wavefront(Method):
         self.report[3] = max(peaks)
 
     def _unscale(self, values: np.ndarray) -> None:
-        """Give gradients the power of two back that `_level` has taken out of the scores'."""
+        """Multiply gradients by the power of two that `_level` has taken out of the derivatives."""
         self.ops.unscale(values, self.report, GRADIENT_LIMIT[self.dtype])
 
     def _derivatives(self, c: int, shape: tuple[int, ...]) -> np.ndarray:
-        """On the last rank the gradient of the topmost outputs of chunk c, to be used up."""
+        """Return the gradient of the topmost outputs of chunk c, on the last rank; the caller may overwrite it."""
         dy = self.scores[c if self.head is None else 0][: prod(shape)].reshape(shape)
         if self.head is not None and c < len(self.edges) - 1:
             dy.fill(0)
@@ -209,7 +212,7 @@ class Wavefront(Method):
     def _forward(
         self, samples: Resident, ids: np.ndarray, scored: Callable[[int, Tape], None] | None = None
     ) -> np.ndarray:
-        """The outputs of the topmost layer for the last chunk of these samples; scored: see `Pipeline.forward`."""
+        """Return the topmost layer's outputs for the last chunk of these samples; scored: see `Pipeline.forward`."""
         steps, b = None, len(ids)
         if self.first:
             whole = self.x[: prod(self.network.in_shape) * b].reshape(-1, b)
@@ -225,7 +228,7 @@ class Wavefront(Method):
         return self.metric.scores(self.world.agree(totals))
 
     def _test(self, ids: np.ndarray) -> np.ndarray:
-        """The metric's sums of test samples, on the last rank; zeros on the others."""
+        """Return the metric's sums of test samples on the last rank, zeros on the others."""
         totals, targets = self.metric.zeros(), batch_targets(self.dataset.test.targets, ids)
 
         def score(c: int, tape: Tape) -> None:

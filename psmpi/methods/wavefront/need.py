@@ -1,4 +1,4 @@
-"""The memory that ranks of the method `wavefront` need at least; made without MPI and arrays of weights."""
+"""Minimum memory of each rank of the method `wavefront`, computed without MPI and arrays of weights."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from psmpi.training.need import Need, added, derivatives_needed, passes_needed, 
 
 
 def _kept(network: Network, cut: Network, layers: tuple[int, int], batch: int) -> int:
-    """Numbers that layers keep of all steps, besides outputs, more than of those of a chunk."""
-    found = []
+    """Return the numbers besides outputs that layers keep for all steps, less those for one chunk."""
+    numbers = []
     for one in (network, cut):
         stages = one.stages(range(one.classes), layers=layers)
         spots = plan_buffers(stages)[0]
-        found.append(sum(s.layer.held(s, batch, spot.writable, False) for s, spot in zip(stages, spots, strict=True)))
-    return found[0] - found[1]
+        numbers.append(sum(s.layer.held(s, batch, spot.writable, False) for s, spot in zip(stages, spots, strict=True)))
+    return numbers[0] - numbers[1]
 
 
 def wavefront_needed(size: int, network: Network, dataset: Dataset, config: Config) -> list[Need]:
@@ -32,7 +32,7 @@ def wavefront_needed(size: int, network: Network, dataset: Dataset, config: Conf
     dealt = deal(network, size, s.skew, s.chunk_steps)
     count, cut = len(chunks(network.in_shape[1], dealt.steps)), network.with_steps(dealt.steps)
     tests = max(at.stop - at.start for at in network.evaluation_batches(dataset.test.n))
-    batch, found = max(config.data.batch_size, tests), []
+    batch, all_needs = max(config.data.batch_size, tests), []
     for rank, lanes in enumerate(dealt.ranks):
         first, last = rank == 0, rank == size - 1
         shard = network.runs(layout, *dealt.layers(rank)).size
@@ -41,20 +41,20 @@ def wavefront_needed(size: int, network: Network, dataset: Dataset, config: Conf
             samples_needed(dataset, dataset.train.n * first, dataset.test.n * first, config.data.batch_size),
         ]
         for lane, layers in enumerate(lanes):
-            # Each chunk has its own arrays, all of them one workspace.
+            # Each chunk has its own arrays; all chunks share one workspace.
             one = passes_needed(config, cut, batch, layers=layers)
             begun = (count - 1) * count_states(network.layers[slice(*layers)]) * batch
             kept = itemsize * (_kept(network, cut, layers, batch) + begun)
-            # What goes into a lane is there already, where another one has put it out.
+            # A lane's inputs are the outputs of the lane below, which are counted there.
             given = itemsize * batch * prod(cut.layers[layers[0]].in_shape) * (lane > 0)
             needs += [{"activations": (one["activations"] - given) * count, "buffers": one["buffers"] + kept}]
-        # Gradients of chunks under way, between lanes too, and that of a chunk that is added to others'.
+        # Gradients of chunks in flight, also between lanes, and one chunk's weight gradient before it is added.
         steps, ring = dealt.steps, min(RING, count)
         between = [network.layers[a].in_shape[0] for a, _ in lanes]
         passed = RING * between[0] * (not first) + 2 * sum(between[1:])
         passed += ring * network.layers[lanes[-1][1] - 1].out_shape[0] * (not last)
-        more = shard if count > 1 else 0
-        needs.append({"buffers": itemsize * (passed * steps * batch + more)})
+        extra = shard if count > 1 else 0
+        needs.append({"buffers": itemsize * (passed * steps * batch + extra)})
         if first:
             needs.append({"activations": itemsize * batch * prod(network.in_shape)})
         if last and dealt.head is not None:
@@ -64,5 +64,5 @@ def wavefront_needed(size: int, network: Network, dataset: Dataset, config: Conf
             scores = prod(network.layers[-1].out_shape)
             needs.append(derivatives_needed(config, batch * network.classes * dealt.steps))
             needs.append({"buffers": itemsize * batch * scores})
-        found.append(added(*needs))
-    return found
+        all_needs.append(added(*needs))
+    return all_needs

@@ -17,10 +17,10 @@ from psmpi.nn.layers.workspace import Span
 
 
 class Pipeline:
-    """A rank's lanes, between those of the ranks below and above, which it has messages with.
+    """A rank's lanes, and its messages with the ranks below and above.
 
-    edges: (first, behind the last) step of each chunk; below, above: the boundary of each chunk, None at the ends.
-    Several lanes go over a diagonal at the same time, a thread each; messages are the caller's thread's.
+    edges: (first step, stop) of each chunk; below, above: the boundary of each chunk, None at the ends. Several lanes
+    compute the cells of a diagonal at the same time, a thread each; only the caller's thread sends and receives.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class Pipeline:
 
     @property
     def nbytes(self) -> int:
-        """Bytes besides the chunks' inputs and what lanes keep of them."""
+        """Bytes of the buffers, without the chunks' inputs, outputs and tapes."""
         held = sum(lane.model.buffer_bytes for lane in self.lanes)
         return int(held + sum(array.nbytes for array in (*self.passed, *self.incoming)))
 
@@ -50,9 +50,9 @@ class Pipeline:
         empty, lanes, most = self.ops.empty, self.lanes, max(b - a for a, b in self.edges)
         for lane in lanes:
             lane.reserve(batch)
-        # What goes into each chunk.
+        # Inputs of each chunk.
         self.inputs = [empty(lanes[0].in_units * (b - a) * batch, self.dtype) for a, b in self.edges]
-        # Gradients of inputs: of the lowest lane, on their way down; of the others two, which take turns.
+        # Gradients of inputs: RING of the lowest lane, which are sent down; two in turn of each other lane.
         rings = [RING if self.below is not None else 0, *[2] * (len(lanes) - 1)]
         self.passed = [
             empty(count * lane.in_units * most * batch, self.dtype) for count, lane in zip(rings, lanes, strict=True)
@@ -67,10 +67,10 @@ class Pipeline:
         spans: Sequence[Span],
         scored: Callable[[int, Tape], None] | None = None,
     ) -> np.ndarray:
-        """Go over all chunks of b samples; returns the topmost outputs (units, steps, b) of the last one.
+        """Process all chunks of b samples; return the topmost outputs (units, steps, b) of the last chunk.
 
-        steps (in_units, steps, b): the samples, where no rank is below. scored(c, tape): called with the topmost pass
-        of each chunk before the next one begins.
+        steps (in_units, steps, b): the samples, on the lowest rank. scored(c, tape): called on the topmost rank with
+        the topmost tape of each chunk before the next chunk begins.
         """
         count, lanes = len(self.edges), self.lanes
         inputs = [
@@ -84,12 +84,12 @@ class Pipeline:
             assert steps is not None
             for x, (a, z) in zip(inputs, self.edges, strict=True):
                 x[...] = steps[:, a:z]
-        # Of each chunk its inputs, then the outputs of the lanes so far.
-        made = [[x] for x in inputs]
+        # For each chunk its inputs, then the outputs of the lanes so far.
+        outputs = [[x] for x in inputs]
         leaving: list[Handle] = []
 
         def work(lane: int, c: int) -> None:
-            made[c].append(lanes[lane].forward(c, made[c][-1], spans[c]))
+            outputs[c].append(lanes[lane].forward(c, outputs[c][-1], spans[c]))
 
         for cells in diagonals(len(lanes), count):
             if arriving and cells[0][0] == 0:
@@ -99,14 +99,14 @@ class Pipeline:
             if top < len(lanes) - 1:
                 continue
             if self.above is not None:
-                leaving.append(self.above[c].begin(made[c][-1], None, c))
+                leaving.append(self.above[c].begin(outputs[c][-1], None, c))
             elif scored is not None:
                 tape = lanes[-1].chunks[c].tape
                 assert tape is not None
                 scored(c, tape)
         for handle in leaving:
             handle.finish()
-        return made[-1][-1]
+        return outputs[-1][-1]
 
     def backward(
         self,
@@ -114,10 +114,10 @@ class Pipeline:
         derivatives: Callable[[int, tuple[int, ...]], np.ndarray],
         finish: Callable[[np.ndarray], None] | None = None,
     ) -> None:
-        """Go back over all chunks of the last `forward`, the last one first, and fill the lanes' gradients.
+        """Back-propagate through all chunks of the last `forward`, the last chunk first; fill the lanes' gradients.
 
-        derivatives(c, shape): the gradient of the topmost outputs of chunk c, to be used up, where no rank is above.
-        finish: what becomes of gradients, in place, before they leave for the rank below.
+        derivatives(c, shape): called on the topmost rank; returns the gradient of the topmost outputs of chunk c, which
+        is overwritten. finish: applied in place to the gradients before they are sent to the rank below.
         """
         count, lanes = len(self.edges), self.lanes
         top, ring = len(lanes) - 1, len(self.incoming)
@@ -125,13 +125,13 @@ class Pipeline:
         leaving: list[Handle | None] = [None] * RING
 
         def above(c: int) -> np.ndarray:
-            """Where the gradient of the topmost outputs of chunk c is."""
+            """Return the array with the gradient of the topmost outputs of chunk c."""
             a, z = self.edges[c]
             shape = self.units, z - a, b
             return self.incoming[c % ring][: prod(shape)].reshape(shape) if ring else derivatives(c, shape)
 
         def below(lane: int, c: int) -> np.ndarray | None:
-            """Where the gradient of a lane's inputs of chunk c goes."""
+            """Return the array for the gradient of a lane's inputs of chunk c; None if no rank below needs it."""
             size = RING if lane == 0 else 2
             if lane == 0 and self.below is None:
                 return None
@@ -172,7 +172,7 @@ class Pipeline:
                 handle.finish()
 
     def _work(self, cells: list[tuple[int, int]], work: Callable[[int, int], None]) -> None:
-        """Work on the cells of a diagonal, side by side where there are threads."""
+        """Compute the cells of a diagonal, at the same time if there are threads."""
         if self.team is None or len(cells) == 1:
             for lane, c in cells:
                 work(lane, c)

@@ -1,4 +1,4 @@
-"""Settings of the method `wavefront`, how layers are dealt, and what it cannot train; made without MPI."""
+"""Settings of the method `wavefront`, the deal of its layers, and its checks of a configuration, without MPI."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from psmpi.nn.sequences import chunks, find_head, is_recurrent
 from psmpi.training.checks import check_first_order, check_recurrent
 from psmpi.training.context import check_optimizer, configured_loss
 
-# Chunks of a sequence at most: their numbers are tags of messages.
+# Most chunks of a sequence: the number of a chunk is an MPI tag.
 MOST_CHUNKS = 4096
 
 
@@ -39,10 +39,10 @@ class Settings:
 
 @dataclass(frozen=True)
 class Lanes:
-    """How the layers of a network are dealt.
+    """Deal of the layers of a network to ranks and lanes.
 
-    ranks: of each rank the runs (first, behind the last) of layers that go over chunks, its lanes; head: the run of
-    those that follow on the last step, on the last rank, or None where each step has scores. steps: of a chunk.
+    ranks: for each rank its lanes, which are runs (first, stop) of layers that process chunks; head: the run of layers
+    after the last step, on the last rank, or None if each step has scores. steps: of a chunk.
     """
 
     ranks: tuple[tuple[tuple[int, int], ...], ...]
@@ -50,23 +50,23 @@ class Lanes:
     steps: int
 
     def layers(self, rank: int) -> tuple[int, int]:
-        """The run of all layers of a rank."""
+        """Return the run of all layers of a rank."""
         last = self.head if self.head is not None and rank == len(self.ranks) - 1 else self.ranks[rank][-1]
         return self.ranks[rank][0][0], last[1]
 
 
 def deal(network: Network, ranks: int, skew: int, chunk_steps: int) -> Lanes:
-    """Deal layers so that the rank with the most multiplications has as few as can be; within a rank lanes alike.
+    """Deal layers to ranks so that the most multiplications of a rank are minimal; within a rank to lanes likewise.
 
-    There is a recurrent layer. UserError where there are fewer of them than ranks, or than threads on a rank.
+    The network has a recurrent layer. Raise UserError for fewer recurrent layers than ranks, or on a rank than threads.
     """
     head, layers = find_head(network), network.layers
     recurrent = [k for k in range(head) if is_recurrent(layers[k])]
     if ranks > len(recurrent):
         raise UserError(
-            f"--method wavefront gives each rank a recurrent layer at least, and --model {network.name} has "
-            f"{len(recurrent)} for {counted(ranks, 'rank')}: start {len(recurrent)} or fewer, or give it more layers, "
-            "for instance --widths 128 128 128 128"
+            f"--method wavefront gives each rank at least one recurrent layer, and --model {network.name} has "
+            f"{len(recurrent)} for {counted(ranks, 'rank')}: start {len(recurrent)} or fewer, or give the model more "
+            "layers, for instance --widths 128 128 128 128"
         )
     runs = _split(network, recurrent, (0, head), ranks)
     lanes = []
@@ -82,16 +82,16 @@ def deal(network: Network, ranks: int, skew: int, chunk_steps: int) -> Lanes:
 
 
 def _split(network: Network, starts: list[int], run: tuple[int, int], parts: int) -> list[tuple[int, int]]:
-    """A run of layers cut before some of `starts` into parts whose largest costs as little as can be."""
-    layers, behind = network.layers, [*starts[1:], run[1]]
+    """Cut a run of layers before some of `starts` into `parts` runs whose largest cost is minimal; return these."""
+    layers, stops = network.layers, [*starts[1:], run[1]]
     first = [run[0], *starts[1:]]
-    costs = [sum(layer.macs for layer in leaves(layers[a:b])) for a, b in zip(first, behind, strict=True)]
-    # best[p][n]: the least largest cost of the first n in p parts, and where the last of these begins.
+    costs = [sum(layer.macs for layer in leaves(layers[a:b])) for a, b in zip(first, stops, strict=True)]
+    # best[p][n]: minimal largest cost of the first n pieces in p parts, and the first piece of the last part.
     best: list[list[tuple[float, int]]] = [[(0.0 if n == 0 else float("inf"), 0) for n in range(len(costs) + 1)]]
     for p in range(1, parts + 1):
         row = [(float("inf"), 0)] * (len(costs) + 1)
         for n in range(p, len(costs) + 1):
-            # Of equal ones the last: later parts are the larger.
+            # Among equal cuts, the last one: earlier parts are then the larger ones.
             row[n] = min((max(best[p - 1][k][0], sum(costs[k:n])), -k) for k in range(p - 1, n))
             row[n] = row[n][0], -row[n][1]
         best.append(row)
@@ -100,7 +100,7 @@ def _split(network: Network, starts: list[int], run: tuple[int, int], parts: int
         n = best[p][n][1]
         edges.append(n)
     edges.reverse()
-    return [(first[a], behind[b - 1]) for a, b in pairwise(edges)]
+    return [(first[a], stops[b - 1]) for a, b in pairwise(edges)]
 
 
 def check_wavefront(size: int, network: Network, dataset: Dataset, config: Config) -> None:
@@ -114,16 +114,16 @@ def check_wavefront(size: int, network: Network, dataset: Dataset, config: Confi
     if len(chunks(steps, lanes.steps)) > MOST_CHUNKS:
         least = -(-steps // MOST_CHUNKS)
         raise UserError(
-            f"--chunk-steps {lanes.steps} makes {len(chunks(steps, lanes.steps))} chunks of {steps} steps, and there "
-            f"can be {MOST_CHUNKS}: use --chunk-steps {least} or more"
+            f"--chunk-steps {lanes.steps} makes {len(chunks(steps, lanes.steps))} chunks of {steps} steps, and "
+            f"{MOST_CHUNKS} are the most: use --chunk-steps {least} or more"
         )
     runs = network.runs(network.layout(), *lanes.layers(size - 1))
     if lanes.head is not None and network.runs(network.layout(), *lanes.head).inside(runs) is None:
         raise UserError(
-            f"--model {network.name} has layers of single classes before and behind the last step, which --method "
-            "wavefront does not keep apart: use dense layers in place of separable ones before it"
+            f"--model {network.name} has layers of single classes before and after the last step, which --method "
+            "wavefront cannot separate: use dense layers in place of separable ones before the last step"
         )
-    check_first_order(config, "takes the loss more than once in a step, and each time all ranks in turn")
+    check_first_order(config, "evaluates the loss more than once a step, and each evaluation needs all ranks in turn")
     configured_loss(config, dataset)
     check_optimizer(config, network.layout(), ())
 
@@ -135,6 +135,6 @@ def wavefront_notes(size: int, network: Network, config: Config) -> Iterator[str
     count, stages = len(chunks(network.in_shape[1], lanes.steps)), size * s.skew
     if stages > 1:
         yield (
-            f"{counted(count, 'chunk')} of {counted(lanes.steps, 'step')} over {stages} runs of layers: at most "
-            f"{count / (count + stages - 1):.0%} of the time each is at work"
+            f"{counted(count, 'chunk')} of {counted(lanes.steps, 'step')} over {stages} runs of layers: each "
+            f"computes for at most {count / (count + stages - 1):.0%} of the time"
         )
