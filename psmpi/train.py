@@ -53,6 +53,7 @@ def _parse(argv: list[str]) -> tuple[Config, str]:
         from_command_line,
         given,
         given_names,
+        with_names,
         with_usual,
         without_unused,
     )
@@ -64,9 +65,7 @@ def _parse(argv: list[str]) -> tuple[Config, str]:
     words = with_usual(argv, start)
     base = own_settings(given(argv, "--resume") or start.run.resume, given(argv, "--out") or start.run.out)
     if base is not None:
-        method, own = given(argv, "--method"), base.config
-        # That of the run may not be installed here.
-        own = replace(own, parallel=replace(own.parallel, method=method)) if method else own
+        own = with_names(base.config, argv)
         if "data_dir" in said and Path(own.data.dataset).is_absolute():
             # The file may have moved.
             own = replace(own, data=replace(own.data, dataset=Path(own.data.dataset).name))

@@ -1,20 +1,38 @@
-"""Ranges of settings, beside their types: `parts: Annotated[int, Least(0)] = 0`."""
+"""Ranges of settings, beside their types: `Annotated[int, Least(0)]`, `Annotated[str, OneOf(LOSSES)]`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from functools import cache
 from math import isfinite
 from typing import Any, NamedTuple, get_type_hints
 
 from psmpi.errors import UserError
+from psmpi.registry import Registry
 
 
 class Least(NamedTuple):
     """The least value of a setting that is a whole number."""
 
     bound: int
+
+
+class OneOf(NamedTuple):
+    """The registry whose names a setting may have."""
+
+    registry: Registry[Any]
+    # The names where they are more than the registry's.
+    all_names: Callable[[], tuple[str, ...]] | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.all_names() if self.all_names else self.registry.names
+
+
+def one_of(hint: Any) -> OneOf | None:
+    """The registry of a setting's type, None where it has none."""
+    return next((one for one in getattr(hint, "__metadata__", ()) if isinstance(one, OneOf)), None)
 
 
 def option(name: str) -> str:

@@ -7,26 +7,22 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Suppress, arg
 
-from psmpi.config.ranges import Least
+from psmpi.config.ranges import Least, OneOf
 from psmpi.data.text import CONTEXT
 from psmpi.nn.losses import LOSSES
-from psmpi.optim import ALL_OPTIMIZERS, Hyper, NewtonSettings, ScheduleSettings
+from psmpi.optim import OPTIMIZERS, Hyper, NewtonSettings, ScheduleSettings, optimizer_names
 from psmpi.registry import DEFAULT
 from psmpi.track import TRACKERS
 
 if TYPE_CHECKING:
-    LossName = str
     TrackerName = str
-    OptimizerName = str
     # None until the usual number is in its place, before anything is made of it.
     Count = int
     Rate = float
 else:
     Count, Rate = int | None, float | None
     # The registry's names, for the command line, TOML files and the help.
-    LossName = Literal[tuple(LOSSES)]
     TrackerName = Literal[tuple(TRACKERS)]
-    OptimizerName = Literal[tuple(ALL_OPTIMIZERS)]
 
 NOT_GIVEN: Any = None
 # Settings of deep and deep-conv alone.
@@ -151,7 +147,8 @@ class NetworkSettings:
 class LossSettings:
     """The loss."""
 
-    loss: Annotated[LossName, arg(help="; ".join(f"{name}: {loss.formula}" for name, loss in LOSSES.items()))] = "psl"
+    # Its help is made with the names, see `psmpi.config.choices`.
+    loss: Annotated[str, OneOf(LOSSES)] = "psl"
     kappa: float = 1.0
     """Factor on the score differences of losses over pairs of classes."""
     exp_clip: str = "auto"
@@ -172,7 +169,7 @@ class LossSettings:
 
 def unused_of_loss(given: LossSettings) -> set[str]:
     """The names of the settings that the loss does not use."""
-    return {"kappa", "exp_clip", "psl_weights"} - set(LOSSES[given.loss].settings)
+    return {"kappa", "exp_clip", "psl_weights"} - set(LOSSES.find(given.loss).settings)
 
 
 @dataclass(frozen=True)
@@ -202,7 +199,7 @@ class Parallel:
 class OptimizerChoice:
     """The optimizer and its learning rate."""
 
-    optimizer: OptimizerName = "adam"
+    optimizer: Annotated[str, OneOf(OPTIMIZERS, optimizer_names)] = "adam"
     """Update rule; lbfgs has a line search, lbfgs-tr and lsr1-tr a trust region; plbfgs, plsr1 and plse are partitioned
     quasi-Newton methods, for --partition pairs."""
     lr: Annotated[Rate, FITTED] = NOT_GIVEN

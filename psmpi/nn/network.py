@@ -234,7 +234,7 @@ class TableReader:
             if kind not in LAYERS:
                 meant = nearest(kind, LAYERS)
                 hint = f"did you mean {meant}? Known" if meant else "known"
-                raise UserError(f"{where}: unknown layer type {kind!r}; {hint} are {', '.join(LAYERS)}")
+                raise UserError(f"{where}: unknown layer type {kind!r}; {hint} are {LAYERS.choices()}")
             one = Table(kind, settings, where, partial(self.read, inside=place))
             layers += LAYERS[kind].read(one, label, shape)
             one.finish()

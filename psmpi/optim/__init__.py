@@ -3,14 +3,20 @@
 from psmpi.optim.base import AllSum, Closure, Optimizer
 from psmpi.optim.curvature.settings import NewtonSettings
 from psmpi.optim.norms import clip_by_global_norm
-from psmpi.optim.registry import ALL_OPTIMIZERS, FIRST_ORDER, OPTIMIZERS, find_optimizer, make_optimizer
+from psmpi.optim.registry import (
+    ALL_OPTIMIZERS,
+    OPTIMIZERS,
+    find_optimizer,
+    is_first_order,
+    make_optimizer,
+    optimizer_names,
+)
 from psmpi.optim.schedules import SCHEDULES, Schedule, ScheduleSettings, make_schedule
 from psmpi.optim.settings import Hyper, given
 from psmpi.optim.unused import Unused, unused_settings
 
 __all__ = [
     "ALL_OPTIMIZERS",
-    "FIRST_ORDER",
     "OPTIMIZERS",
     "SCHEDULES",
     "AllSum",
@@ -24,7 +30,9 @@ __all__ = [
     "clip_by_global_norm",
     "find_optimizer",
     "given",
+    "is_first_order",
     "make_optimizer",
     "make_schedule",
+    "optimizer_names",
     "unused_settings",
 ]

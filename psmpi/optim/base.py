@@ -47,8 +47,23 @@ class Optimizer:
     settings: ClassVar[tuple[str, ...]] = ()
     # Numbers that stand for a setting of None, where they are not those of `USUAL`.
     usual: ClassVar[Mapping[str, float]] = {}
+    # The dataclass of the settings that this optimizer alone has, see `psmpi.config.Settings`.
+    options: ClassVar[type[Any] | None] = None
+    # Rates where --lr is not given: of small and of large data sets for networks of logistic sigmoids, and of others.
+    # A line search begins with the whole step.
+    rates: ClassVar[tuple[float, float, float]] = (1.0, 1.0, 1.0)
 
-    def __init__(self, n: int, dtype: DTypeLike, *, names: tuple[str, ...] = (), ops: NumpyOps | None = None) -> None:
+    def __init__(
+        self,
+        n: int,
+        dtype: DTypeLike,
+        *,
+        names: tuple[str, ...] = (),
+        ops: NumpyOps | None = None,
+        own: Any = None,
+    ) -> None:
+        # The values of `options`.
+        self.own = self.options() if own is None and self.options is not None else own
         self.n, self.dtype = n, np.dtype(dtype)
         self.ops = ops or NumpyOps()
         if self.dtype not in (np.float32, np.float64):

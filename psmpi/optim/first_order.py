@@ -6,7 +6,7 @@ of its own. Scalars are Python floats, which take the dtype of the arrays: float
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -35,14 +35,16 @@ class FirstOrder(Optimizer):
     weight_decay: float
     eps: float
 
-    def __init__(self, n: int, dtype: DTypeLike, *, ops: NumpyOps | None = None, **settings: float | None) -> None:
+    def __init__(
+        self, n: int, dtype: DTypeLike, *, ops: NumpyOps | None = None, own: Any = None, **settings: float | None
+    ) -> None:
         strange = settings.keys() - set(self.settings)
         if strange:
             raise TypeError(
                 f"{type(self).__name__} has no {', '.join(sorted(strange))}: use {', '.join(self.settings)}"
             )
         check_settings(**settings)
-        super().__init__(n, dtype, names=self.names, ops=ops)
+        super().__init__(n, dtype, names=self.names, ops=ops, own=own)
         for name, value in self.chosen(Hyper(**settings)).items():  # type: ignore[arg-type]
             setattr(self, name, float(value))
         if "eps" in self.settings:

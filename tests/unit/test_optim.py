@@ -18,7 +18,6 @@ from psmpi.errors import UserError
 from psmpi.layout import Matrix
 from psmpi.optim import (
     ALL_OPTIMIZERS,
-    FIRST_ORDER,
     OPTIMIZERS,
     SCHEDULES,
     Hyper,
@@ -26,6 +25,7 @@ from psmpi.optim import (
     ScheduleSettings,
     Unused,
     clip_by_global_norm,
+    is_first_order,
     make_schedule,
     unused_settings,
 )
@@ -35,7 +35,7 @@ from psmpi.optim.curvature import RULES
 from psmpi.optim.linesearch import Point, _cubic, strong_wolfe
 from psmpi.optim.twoloop import two_loop
 
-FIRST_ORDER = [name for name in OPTIMIZERS if name in FIRST_ORDER]
+FIRST_ORDER = [name for name in OPTIMIZERS if is_first_order(name)]
 
 
 # Those of vectors that have room for them.

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from math import log
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -77,6 +77,7 @@ class Loss:
     default those of the scores that the loss is called with.
     tasks: what it can learn, "classes" by labels or "regression" by values; task: which of these.
     settings: the names of the settings that it uses, of those below. weights: what psl divides a sample by.
+    options: the dataclass of the settings that this loss alone has, see `psmpi.config.Settings`; own: their values.
     divisors, rests: see `PSL`.
     scale: what scores are times cosines with, 0 where they are not cosines. margin: what `Objective`
     makes of the label's score before the loss sees it, in training; the loss itself, in tests too, knows nothing of it.
@@ -96,6 +97,7 @@ class Loss:
     immediate = False
     tasks: tuple[str, ...] = ("classes",)
     settings: tuple[str, ...] = ()
+    options: type[Any] | None = None
     scale = 0.0
     margin: Margin | None = None
     class_weights: np.ndarray | None = None
@@ -109,7 +111,9 @@ class Loss:
         task: str = "classes",
         outputs: int = 0,
         weights: str = "none",
+        own: Any = None,
     ):
+        self.own = self.options() if own is None and self.options is not None else own
         self.dtype, self.kappa, self.task, self.outputs = np.dtype(dtype), float(kappa), task, outputs
         self.clipped, self.lenient, self.weights = 0, False, weights
         self.largest = largest_exponent(self.dtype if weights == "none" else np.dtype(np.float64))
