@@ -1,4 +1,7 @@
-"""The command `psmpi`, also `python -m psmpi`: its first word names the command that does the rest."""
+"""The command `psmpi`, also `python -m psmpi`: its first word names the command that does the rest.
+
+A program that registers classes of its own calls `main`, and has the same commands: `python mine.py train`.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial, wraps
 from importlib import import_module
 from inspect import Signature, signature
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from psmpi.launcher import announced_size
@@ -30,9 +34,20 @@ COMMANDS = {
 }
 
 
+# The program that has called `main`, where that is not psmpi.
+_script = ""
+
+
+def _is_script(path: str) -> bool:
+    """Whether the file that Python was started with is a program outside psmpi."""
+    return path.endswith(".py") and Path(path).absolute().parent != Path(__file__).absolute().parent
+
+
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the command's exit status, or 1 where the first word is no command."""
+    global _script
     words = sys.argv[1:] if argv is None else argv
+    _script = sys.argv[0] if argv is None and _is_script(sys.argv[0]) else ""
     if words and words[0] in COMMANDS:
         module, _ = COMMANDS[words[0]]
         try:
@@ -128,8 +143,13 @@ def _with_options(command: Callable[..., int]) -> Callable[..., Callable[[], int
 
 
 def program(command: str = "") -> str:
-    """What was typed to start a command, for its help: `psmpi train`, `python -m psmpi train` or `-m psmpi.train`."""
+    """What was typed to start a command, for its help and for what it prints.
+
+    `psmpi train`, `python -m psmpi train`, `python -m psmpi.train`, or `python mine.py train` of a program of one's own.
+    """
     dress_help()
+    if _script:
+        return f"python {shlex.quote(_script)} {command}".rstrip()
     folder, file = os.path.split(sys.argv[0])
     script = file == "psmpi"
     if script or not command or (os.path.basename(folder), file) == ("psmpi", "__main__.py"):

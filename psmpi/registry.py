@@ -104,7 +104,8 @@ class Registry(Mapping[str, K]):
     @property
     def elsewhere(self) -> str:
         """What a message says of names that other packages and programs may have."""
-        return f"for a {self.noun} of another package install that package, or start the program that registers it"
+        kinds = self.group.removeprefix("psmpi.")
+        return f"for {kinds} of other packages install these, or start the program that registers them"
 
     def __contains__(self, name: object) -> bool:
         return name in self.names

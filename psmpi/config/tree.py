@@ -280,6 +280,7 @@ def command_line(default: Config) -> Any:
     for table, settings in kinds_of_settings().items():
         sections[table] = default.of(settings)
     sections.update(last)
+    _check_names(sections)
     file = Annotated[str, arg(metavar="FILE.toml", help=FILE)]
     given: list[Any] = [
         # Without help of its own, tyro looks for one in the source.
@@ -287,6 +288,17 @@ def command_line(default: Config) -> Any:
         for name, value in sections.items()
     ]
     return make_dataclass("Options", [*given, ("config", file, "")], frozen=True, namespace={"layers": layers})
+
+
+def _check_names(sections: Mapping[str, Any]) -> None:
+    """UserError where two tables have a setting of one name, which is one option."""
+    owners: dict[str, str] = {}
+    for table, section in sections.items():
+        for one in fields(section):
+            if owners.setdefault(one.name, table) != table:
+                raise UserError(
+                    f"the setting {one.name} of [{table}] is one of [{owners[one.name]}] too: give it another name"
+                )
 
 
 def _with_choices(section: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from psmpi.optim.base import AllSum, Closure, Optimizer
 from psmpi.optim.curvature.settings import NewtonSettings
+from psmpi.optim.first_order import FirstOrder
 from psmpi.optim.norms import clip_by_global_norm
 from psmpi.optim.registry import (
     ALL_OPTIMIZERS,
@@ -21,6 +22,7 @@ __all__ = [
     "SCHEDULES",
     "AllSum",
     "Closure",
+    "FirstOrder",
     "Hyper",
     "NewtonSettings",
     "Optimizer",
