@@ -145,7 +145,7 @@ def _with_options(command: Callable[..., int]) -> Callable[..., Callable[[], int
 def program(command: str = "") -> str:
     """What was typed to start a command, for its help and for what it prints.
 
-    `psmpi train`, `python -m psmpi train`, `python -m psmpi.train`, or `python mine.py train` of a program of one's own.
+    `psmpi train`, `python -m psmpi train`, `python -m psmpi.train`, or `python mine.py train` of another program.
     """
     dress_help()
     if _script:
