@@ -21,6 +21,8 @@ class PReLU(Layer):
 
     slope: float
 
+    exact = True
+
     @classmethod
     def read(cls, table, label, shape):
         slope = table.take("slope", 0.25)

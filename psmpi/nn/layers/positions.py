@@ -21,6 +21,7 @@ class Positions(Layer):
 
     longest: int
 
+    exact: ClassVar[bool] = True
     place: ClassVar[str] = OVER
     whole_sequences: ClassVar[bool] = True
 

@@ -12,6 +12,8 @@ from psmpi.nn.layers.base import SampleSums, Site, Stage
 class UnitRows:
     """The rows of a parameter (units, ...) that the units of a subnetwork have, in its local vectors.
 
+    The layer is `exact`, for a unit that no score uses has no row there.
+
     runs: (units, start) in the order of the units: a slice of the subnetwork's output units whose rows lie side by
     side, and where the first of them begins. name: of the parameter, behind the name of the layer.
     """
