@@ -32,7 +32,7 @@ class FirstOrder(Optimizer):
     # Whether scalars["t"] counts the steps, the present one included.
     counts: ClassVar[bool] = False
     decay: ClassVar[type[WeightDecay]] = Coupled
-    weight_decay: float
+    weight_decay: float = 0.0
     eps: float
 
     def __init__(

@@ -62,7 +62,7 @@ def test_a_loss_that_is_wrong_is_found(example):
             grad *= 0.5
         return value
 
-    says = "the derivative by score 0 of sample 0"
+    says = r"the derivative by score \d of sample \d"
     with mock.patch.object(module.SquaredHinge, "of_margins", wrong), pytest.raises(AssertionError, match=says):
         check_loss("squared_hinge")
 
