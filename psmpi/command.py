@@ -157,6 +157,11 @@ def program(command: str = "") -> str:
     return f"python -m psmpi.{command}"
 
 
+def python_words(command: str) -> list[str]:
+    """The words behind `python` that start a command from any folder: those of psmpi, or of the program."""
+    return [os.path.abspath(_script), command] if _script else ["-m", f"psmpi.{command}"]
+
+
 def typed(command: str, words: Iterable[str], ranks: int = 1) -> str:
     """The words that start a command on so many ranks, as this one was started."""
     start = [program(command), *map(shlex.quote, words)]

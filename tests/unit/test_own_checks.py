@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from helpers.paths import ROOT
 
+import psmpi
 from psmpi.nn.layers import LAYERS
 from psmpi.nn.losses import LOSSES
 from psmpi.optim import OPTIMIZERS
@@ -83,3 +84,14 @@ def test_an_optimizer_with_state_that_is_not_saved_is_found(example):
 
     with mock.patch.object(kind, "update", wrong), pytest.raises(AssertionError, match="its state is not all in"):
         check_optimizer("adagrad")
+
+
+def test_fit_takes_a_loss_of_one_s_own_and_its_settings(example):
+    x = np.random.default_rng(0).normal(size=(60, 2)).astype(np.float32)
+    y = (x[:, 0] > 0).astype(int)
+    with pytest.raises(psmpi.UserError, match="unknown setting 'gap'"):
+        psmpi.fit(x, y, gap=2.0)
+    example("own_loss")
+    run = psmpi.fit(x, y, loss="squared_hinge", gap=2.0, widths=(4,), epochs=2)
+    settings = run.network.settings
+    assert (settings["gap"], settings["loss"]) == (2.0, "squared_hinge")
