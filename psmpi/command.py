@@ -1,4 +1,7 @@
-"""Command line of psmpi: `psmpi COMMAND ...`, or `python -m psmpi COMMAND ...`."""
+"""Command line of psmpi: `psmpi COMMAND ...`, or `python -m psmpi COMMAND ...`.
+
+A program that registers classes of its own calls `main`, and has the same commands: `python mine.py train`.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial, wraps
 from importlib import import_module
 from inspect import Signature, signature
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from psmpi.launcher import announced_rank, announced_size
@@ -31,9 +35,20 @@ COMMANDS = {
 }
 
 
+# The program that has called `main`, where that is not psmpi.
+_script = ""
+
+
+def _is_script(path: str) -> bool:
+    """Whether the file that Python was started with is a program outside psmpi."""
+    return path.endswith(".py") and Path(path).absolute().parent != Path(__file__).absolute().parent
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command that `argv` (`sys.argv[1:]` if not given) names; return its exit status, 1 for an unknown one."""
+    global _script
     words = sys.argv[1:] if argv is None else argv
+    _script = sys.argv[0] if argv is None and _is_script(sys.argv[0]) else ""
     if words and words[0] in COMMANDS:
         module, _ = COMMANDS[words[0]]
         try:
@@ -160,13 +175,23 @@ def _with_options(command: Callable[..., int]) -> Callable[..., Callable[[], int
 
 
 def program(command: str = "") -> str:
-    """Words that started a command, for its help: `psmpi train`, `python -m psmpi train` or `python -m psmpi.train`."""
+    """Words that started a command, for its help and its messages.
+
+    `psmpi train`, `python -m psmpi train`, `python -m psmpi.train`, or `python mine.py train` of another program.
+    """
     dress_help()
+    if _script:
+        return f"python {shlex.quote(_script)} {command}".rstrip()
     folder, file = os.path.split(sys.argv[0])
     script = file == "psmpi"
     if script or not command or (os.path.basename(folder), file) == ("psmpi", "__main__.py"):
         return f"{'psmpi' if script else 'python -m psmpi'} {command}".rstrip()
     return f"python -m psmpi.{command}"
+
+
+def python_words(command: str) -> list[str]:
+    """The words behind `python` that start a command from any folder: those of psmpi, or of the program."""
+    return [os.path.abspath(_script), command] if _script else ["-m", f"psmpi.{command}"]
 
 
 def typed(command: str, words: Iterable[str], ranks: int = 1) -> str:

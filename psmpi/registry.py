@@ -1,12 +1,15 @@
-"""Training methods by name. The module of a method is imported when the method is first used.
+"""Classes by name: training methods, layers, losses and optimizers of psmpi, of other packages and of a program.
 
-Another package adds a method by an entry point of the group `psmpi.methods`. A program adds one by `register` and then
-calls `psmpi.train.main`.
+Another package offers a class by an entry point of the registry's group, such as `psmpi.layers`. A program registers a
+class by the decorator `Registry.register` and then calls `psmpi.command.main`. Names of psmpi stay psmpi's. No class of
+another package is imported because a file names it: the file names an entry point of an installed package, or nothing.
 """
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from functools import cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
@@ -14,87 +17,211 @@ from typing import Any, TypeVar
 
 from psmpi.errors import UserError
 
-# Classes of methods, subclasses of psmpi.training.method.Method, which this module does not know.
+# Classes that this module does not know: those of its registries.
 Kind = type[Any]
-M = TypeVar("M", bound=type[Any])
+K = TypeVar("K", bound=type[Any])
 
 DEFAULT = "psl"
 # What messages name to those whose network cannot be partitioned: a method that takes all networks on any ranks.
 WHOLE = "data_parallel"
-
-BUILTIN = {
-    "psl": "psmpi.methods.psl.method:PartiallySeparable",
-    "data_parallel": "psmpi.methods.data_parallel:DataParallel",
-    "bptt": "psmpi.methods.bptt.method:TruncatedBackPropagation",
-    "local_sgd": "psmpi.methods.local_sgd:LocalSGD",
-    "dni": "psmpi.methods.dni.method:DecoupledInterfaces",
-    "dfa": "psmpi.methods.dfa:DirectFeedback",
-    "hogwild": "psmpi.methods.hogwild.method:Hogwild",
-    "ist": "psmpi.methods.ist.method:IndependentSubnets",
-    "layer_parallel": "psmpi.methods.layer_parallel.method:LayerParallel",
-    "next": "psmpi.methods.next.method:InNetwork",
-    "sil": "psmpi.methods.sil.method:SyntheticLabels",
-    "spann": "psmpi.methods.spann.method:SpatialDomains",
-    "tensor": "psmpi.methods.tensor.method:TensorParallel",
-    "wavefront": "psmpi.methods.wavefront.method:Wavefront",
-}
-
-_registered: dict[str, Kind] = {}
+# Whether classes of other packages and of the program are left out: a file of a stranger is looked at without them.
+_own_alone: ContextVar[bool] = ContextVar("own_alone", default=False)
 
 
-def register(method: M) -> M:
-    """Add a method under its `name`, as a decorator of its class. ValueError if the name is taken."""
-    known = {**BUILTIN, **_installed()}
-    if method.name in known or _registered.get(method.name, method).__qualname__ != method.__qualname__:
-        raise ValueError(f"a training method called {method.name} is there already: choose another name")
-    _registered[method.name] = method
-    return method
+class Registry(Mapping[str, K]):
+    """Classes by name: psmpi's own first, then those of entry points, then those that the program has registered.
+
+    noun: the kind of the classes ("loss"), which names the group of entry points too; asked: how a user asks for one,
+    with {} for its name; base: "module:class" of the base class; own: psmpi's classes, or "module:class" of each;
+    named: whether a class has its name as its attribute `name`; taken: names of psmpi that are not in `own`.
+
+    Iteration leaves out classes of other packages that cannot be imported; `names` has their names too.
+    """
+
+    def __init__(
+        self,
+        noun: str,
+        asked: str,
+        base: str,
+        own: Mapping[str, K | str],
+        *,
+        named: bool = False,
+        taken: Collection[str] = (),
+    ):
+        self.noun, self.asked, self.base, self.own = noun, asked, base, own
+        self.group = f"psmpi.{noun}{'es' if noun.endswith('s') else 's'}"
+        self.named, self.taken = named, frozenset(taken)
+        self.registered: dict[str, K] = {}
+
+    def register(self, name: str) -> Callable[[K], K]:
+        """Decorator that adds a class under `name`.
+
+        ValueError for a name that psmpi, an installed package or another class has, or a class of another base.
+        """
+
+        def add(kind: K) -> K:
+            place, entry = f"{kind.__module__}:{kind.__qualname__}", self.installed.get(name)
+            other = self.registered.get(name, kind)
+            if (
+                name in self.own
+                or name in self.taken
+                or (entry is not None and entry.value != place)
+                or other.__qualname__ != kind.__qualname__
+            ):
+                raise ValueError(f"a {self.noun} called {name} is there already: choose another name")
+            if not self._fits(kind):
+                raise ValueError(f"{kind.__qualname__} is no {self._base_name}: derive it from that class")
+            self.registered[name] = self._with_name(kind, name)
+            return kind
+
+        return add
+
+    @property
+    def installed(self) -> dict[str, EntryPoint]:
+        """The entry points of other packages by name, without those that have a name of psmpi's."""
+        found = {} if _own_alone.get() else _entries(self.group)
+        return {name: one for name, one in found.items() if name not in self.own and name not in self.taken}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names, also of classes that cannot be imported."""
+        more = () if _own_alone.get() else tuple(self.registered)
+        return tuple(dict.fromkeys([*self.own, *self.installed, *more]))
+
+    def find(self, name: str, known: Collection[str] = ()) -> K:
+        """The class called `name`; UserError for an unknown name, or a class that cannot be imported.
+
+        known: the names that the message offers, `names` if empty.
+        """
+        if name not in self:
+            raise UserError(f"{self.asked.format(name)} is unknown: choose one of {self.choices(known)}")
+        return self[name]
+
+    def choices(self, known: Collection[str] = ()) -> str:
+        """Names for a message about an unknown one, and what makes others known."""
+        return f"{', '.join(known or self.names)}; {self.elsewhere}"
+
+    @property
+    def elsewhere(self) -> str:
+        """What a message says of names that other packages and programs may have."""
+        kinds = self.group.removeprefix("psmpi.")
+        return f"for {kinds} of other packages install these, or start the program that registers them"
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names
+
+    def __getitem__(self, name: str) -> K:
+        if name in self.registered and not _own_alone.get():
+            return self.registered[name]
+        if name in self.own:
+            own: K = _loaded(self.own[name])
+            return own
+        entry = self.installed[name]
+        asked = f"{self.asked.format(name)}: {entry.value} of an installed package"
+        try:
+            kind: K = entry.load()
+        except Exception as error:
+            raise UserError(f"{asked} cannot be imported ({error!r}): mend or remove that package") from None
+        if not self._fits(kind):
+            raise UserError(f"{asked} is no {self._base_name}: mend or remove that package")
+        return self._with_name(kind, name)
+
+    def __iter__(self) -> Iterator[str]:
+        for name in self.names:
+            # The message about a broken package is for those who ask for its class.
+            with suppress(UserError):
+                self[name]
+                yield name
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+    def _fits(self, kind: Any) -> bool:
+        return isinstance(kind, type) and issubclass(kind, _loaded(self.base))
+
+    @property
+    def _base_name(self) -> str:
+        return self.base.replace(":", ".")
+
+    def _with_name(self, kind: K, name: str) -> K:
+        if self.named and getattr(kind, "name", "") != name:
+            kind.name = name
+        return kind
+
+
+@contextmanager
+def own_alone() -> Iterator[None]:
+    """Leave out classes of other packages and of the program, and import none, inside the context."""
+    token = _own_alone.set(True)
+    try:
+        yield
+    finally:
+        _own_alone.reset(token)
 
 
 @cache
-def _installed() -> dict[str, EntryPoint]:
-    """Entry points of other packages by name, without those that have the name of a built-in method."""
-    return {one.name: one for one in entry_points(group="psmpi.methods") if one.name not in BUILTIN}
+def _entries(group: str) -> dict[str, EntryPoint]:
+    """The entry points of a group by name."""
+    return {one.name: one for one in _all_entries().select(group=group)}
+
+
+@cache
+def _all_entries() -> Any:
+    return entry_points()
+
+
+def _loaded(kind: Any) -> Any:
+    """A class, or the one that the text "module:class" names."""
+    if not isinstance(kind, str):
+        return kind
+    module, _, attribute = kind.partition(":")
+    return getattr(import_module(module), attribute)
+
+
+METHODS: Registry[Kind] = Registry(
+    "method",
+    "--method {}",
+    "psmpi.training.method:Method",
+    {
+        "psl": "psmpi.methods.psl.method:PartiallySeparable",
+        "data_parallel": "psmpi.methods.data_parallel:DataParallel",
+        "bptt": "psmpi.methods.bptt.method:TruncatedBackPropagation",
+        "local_sgd": "psmpi.methods.local_sgd:LocalSGD",
+        "dni": "psmpi.methods.dni.method:DecoupledInterfaces",
+        "dfa": "psmpi.methods.dfa:DirectFeedback",
+        "hogwild": "psmpi.methods.hogwild.method:Hogwild",
+        "ist": "psmpi.methods.ist.method:IndependentSubnets",
+        "layer_parallel": "psmpi.methods.layer_parallel.method:LayerParallel",
+        "next": "psmpi.methods.next.method:InNetwork",
+        "sil": "psmpi.methods.sil.method:SyntheticLabels",
+        "spann": "psmpi.methods.spann.method:SpatialDomains",
+        "tensor": "psmpi.methods.tensor.method:TensorParallel",
+        "wavefront": "psmpi.methods.wavefront.method:Wavefront",
+    },
+    named=True,
+)
+BUILTIN = METHODS.own
+
+
+def register(method: K) -> K:
+    """Add a method under its `name`, as a decorator of its class; ValueError as that of `Registry.register`."""
+    METHODS.register(method.name)(method)
+    return method
 
 
 def method_names() -> tuple[str, ...]:
     """The names of all training methods, psmpi's own first."""
-    return tuple(dict.fromkeys([*BUILTIN, *_installed(), *_registered]))
+    return METHODS.names
 
 
 def find_method(name: str) -> Kind:
-    """The class of the method called `name`; UserError if it is unknown or cannot be imported."""
-    if name in _registered:
-        return _registered[name]
-    if name in BUILTIN:
-        module, _, attribute = BUILTIN[name].partition(":")
-        found: Kind = getattr(import_module(module), attribute)
-        return found
-    if name not in _installed():
-        raise UserError(f"--method {name} is unknown: choose one of {', '.join(method_names())}")
-    try:
-        loaded: Kind = _installed()[name].load()
-    except Exception as error:
-        raise UserError(
-            f"--method {name}: {_installed()[name].value} of an installed package cannot be imported ({error!r}): "
-            "mend or remove that package"
-        ) from None
-    if not all(hasattr(loaded, what) for what in ("name", "summary", "settings", "check", "step")):
-        raise UserError(
-            f"--method {name}: {_installed()[name].value} of an installed package is no psmpi.training.method.Method: "
-            "mend or remove that package"
-        )
-    return loaded
+    """The class of the method called `name`; UserError where there is none, or where it cannot be imported."""
+    return METHODS.find(name)
 
 
 def all_methods() -> dict[str, Kind]:
-    """All training methods by name, imported, without those of other packages that cannot be imported."""
-    found = {}
-    for name in method_names():
-        # One that is broken is told of where it is asked for.
-        with suppress(UserError):
-            found[name] = find_method(name)
-    return found
+    """All training methods by name, imported; without those of other packages that cannot be."""
+    return dict(METHODS.items())
 
 
 def summaries() -> dict[str, str]:

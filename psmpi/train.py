@@ -47,7 +47,7 @@ def _parse(argv: list[str]) -> tuple[Config, str]:
 
     from psmpi.command import parsed
     from psmpi.config import Config, command_line, defaults, from_command_line, given, given_names
-    from psmpi.config.carried import with_usual, without_unused
+    from psmpi.config.carried import with_names, with_usual, without_unused
     from psmpi.config.help import training_page
     from psmpi.config.unknown import tables_of, unknown_options
     from psmpi.training.resume import own_settings
@@ -57,9 +57,8 @@ def _parse(argv: list[str]) -> tuple[Config, str]:
     words = with_usual(argv, start)
     base = own_settings(given(argv, "--resume") or start.run.resume, given(argv, "--out") or start.run.out)
     if base is not None:
-        method, own = given(argv, "--method"), base.config
-        # The method of the resumed run may not be installed here.
-        own = replace(own, parallel=replace(own.parallel, method=method)) if method else own
+        # The method, loss or optimizer of the resumed run may not be installed here.
+        own = with_names(base.config, argv)
         if "data_dir" in option_names and Path(own.data.dataset).is_absolute():
             # The data set's file may have moved to --data-dir.
             own = replace(own, data=replace(own.data, dataset=Path(own.data.dataset).name))

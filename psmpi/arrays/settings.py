@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, replace
-from functools import cache
 from os import PathLike, fspath
 from typing import Any, Literal
 
@@ -25,22 +24,22 @@ MODEL: Literal["mlp"] = "mlp"
 VALUES = "squared"
 
 
-@cache
 def _owners() -> dict[str, str]:
-    """The TOML table of each setting, by the setting's name."""
+    """The TOML table of each setting by name. Not cached: the program may register more settings between two calls."""
     return {each.name: table for table, section in tables_of(Config()).items() for each in fields(section)}
 
 
 def check_names(settings: Mapping[str, Any]) -> None:
     """Raise UserError for a keyword that is not a setting, or is a setting of data sets in files."""
+    owners = _owners()
     for name in settings:
         if name in OF_FILES:
             raise UserError(
                 f"{name} applies to data sets in files, and the samples here are arrays: leave it out, or train with "
                 "psmpi train"
             )
-        if name not in _owners():
-            meant = nearest(name, _owners())
+        if name not in owners:
+            meant = nearest(name, owners)
             hint = f"did you mean {meant}?" if meant else "psmpi train --help-all lists all, with - in the place of _"
             raise UserError(f"unknown setting {name!r}; {hint}")
 
@@ -53,8 +52,9 @@ def configured(settings: Mapping[str, Any], task: str) -> tuple[Config, str]:
     """
     check_names(settings)
     tables: dict[str, dict[str, Any]] = {}
+    owners = _owners()
     for name, value in settings.items():
-        tables.setdefault(_owners()[name], {})[name] = _plain(value)
+        tables.setdefault(owners[name], {})[name] = _plain(value)
     base = own_settings(str(_plain(settings.get("resume", ""))), str(_plain(settings.get("out", ""))))
     start = Config() if base is None else base.config
     if base is None:
@@ -82,9 +82,11 @@ def _plain(value: Any) -> Any:
 def as_keywords(message: str) -> str:
     """A message with options of the command line replaced by keywords: batch_size for --batch-size."""
 
+    owners = _owners()
+
     def keyword(match: re.Match[str]) -> str:
         name = match[1].replace("-", "_")
-        return name if name in _owners() else match[0]
+        return name if name in owners else match[0]
 
     return re.sub(r"--([a-z][a-z0-9-]*[a-z0-9])", keyword, message)
 

@@ -6,20 +6,24 @@ and every text that is read later.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import h5py
 
 from psmpi.checkpoint.contents import TABLES, TEXTS, Contents, read_contents
 from psmpi.checkpoint.format import check_file, open_file
 from psmpi.checkpoint.network import network_in
-from psmpi.config import from_toml
+from psmpi.config import from_toml, parse_toml
 from psmpi.errors import DamagedError, UserError
 from psmpi.files import examiner
 from psmpi.files.hdf5 import DEFLATE, FLETCHER, SHUFFLE, ForeignError, check_stored, chunks_of, filters_of, is_hard
 from psmpi.files.packed import Unpacker
+from psmpi.nn.layers import LAYERS
+from psmpi.registry import own_alone
 
 # Filters that a data set may have, in their order.
 FILTERS: tuple[list[int], ...] = ([], [FLETCHER], [SHUFFLE, DEFLATE], [SHUFFLE, DEFLATE, FLETCHER])
@@ -42,7 +46,11 @@ def _validate(path: Path, state: tuple[int, ...]) -> Contents:
     """As `validate`, cached. state: size, times and inode of the file, which change with it."""
     check_file(path)
     examiner.examine("psmpi.checkpoint.soundness:check_inside", path)
-    return read_contents(path)
+    contents = read_contents(path)
+    if _has_other_layers(contents):
+        # The other process knows psmpi's layers alone, and has looked at all else.
+        _check_network(path, contents)
+    return contents
 
 
 def check_inside(path: Path) -> None:
@@ -69,7 +77,8 @@ def check_inside(path: Path) -> None:
     # h5py raises various errors for headers and links that are damaged or unknown.
     except Exception as error:
         raise DamagedError(f"checkpoint {path} cannot be read ({repr(error)[:200]}); use another one") from None
-    _check_network(path, contents)
+    with own_alone():
+        _check_network(path, contents)
 
 
 def _objects(file: h5py.File, nbytes: int) -> dict[str, h5py.Group | h5py.Dataset]:
@@ -155,6 +164,20 @@ def _check_tables(objects: dict[str, h5py.Group | h5py.Dataset]) -> None:
             raise ForeignError(f": its tables in /{group} are not of one length")
 
 
+def _has_other_layers(contents: Contents) -> bool:
+    """Whether the tables of layers in the configuration name types that are not psmpi's."""
+
+    def named(tables: Any) -> Iterator[Any]:
+        for table in tables if isinstance(tables, list) else ():
+            if isinstance(table, dict):
+                yield table.get("type")
+                yield from named(table.get("layers"))
+
+    model = parse_toml(contents.config).get("model")
+    types = named(model.get("layers")) if isinstance(model, dict) else ()
+    return any(str(kind) not in LAYERS.own for kind in types)
+
+
 def _check_network(path: Path, contents: Contents) -> None:
     """Raise DamagedError if the configuration describes another network than the layout."""
     try:
@@ -174,7 +197,7 @@ def _check_network(path: Path, contents: Contents) -> None:
             [(p.name, p.shape, p.units) for p in layout.parameters] for layout in (contents.layout, network.layout())
         )
     except UserError:
-        # A kind of layer is not installed here.
+        # This process does not know a kind of layer.
         return
     except MemoryError:
         raise

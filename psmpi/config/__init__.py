@@ -1,6 +1,14 @@
 """The settings of a run; the command line, the TOML file and the help are made from their dataclasses."""
 
-from psmpi.config.carried import changes, given_names, used_settings, with_usual, without_anew, without_unused
+from psmpi.config.carried import (
+    changes,
+    given_names,
+    used_settings,
+    with_names,
+    with_usual,
+    without_anew,
+    without_unused,
+)
 from psmpi.config.ranges import Choices, Least, check_ranges, listed, option
 from psmpi.config.sections import Data, LossSettings, NetworkSettings, Optimization, Parallel, Run
 from psmpi.config.terminal import Terminal
@@ -40,6 +48,7 @@ __all__ = [
     "to_toml",
     "used_settings",
     "usual_numbers",
+    "with_names",
     "with_usual",
     "without_anew",
     "without_unused",

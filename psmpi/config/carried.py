@@ -13,7 +13,7 @@ from psmpi.config.text import given, tables_in
 from psmpi.config.tree import Config
 from psmpi.data.table import is_table
 from psmpi.data.text import is_text
-from psmpi.optim import Hyper, find_optimizer, unused_settings
+from psmpi.optim import ALL_OPTIMIZERS, Hyper, find_optimizer, unused_settings
 from psmpi.registry import all_methods, find_method, method_names
 
 # Where things are, and what is said anew at each start.
@@ -32,6 +32,17 @@ def given_names(argv: Sequence[str], file: bool = True) -> set[str]:
     tables = tables_in(given(argv, "--config")) if file else {}
     keys = {key for table in tables.values() if isinstance(table, dict) for key in table}
     return options | {one.removeprefix("no_") for one in options} | keys
+
+
+def with_names(config: Config, argv: Sequence[str]) -> Config:
+    """`config` with the method, loss and optimizer that a command line names: its own may not be installed here."""
+    parallel, objective, o = config.parallel, config.objective, config.optimization
+    return replace(
+        config,
+        parallel=replace(parallel, method=given(argv, "--method") or parallel.method),
+        objective=replace(objective, loss=given(argv, "--loss") or objective.loss),
+        optimization=replace(o, optimizer=given(argv, "--optimizer") or o.optimizer),
+    )
 
 
 def with_usual(argv: Sequence[str], start: Config) -> list[str]:
@@ -63,7 +74,7 @@ def without_unused(config: Config, base: Config, said: Collection[str]) -> Confi
     kind, o, before = find_method(method), config.optimization, base.optimization
     # Settings of other methods that are said stay, and are refused.
     settings = [
-        of if one in kind.settings else _by_default(of, one(), vars(of).keys() - set(said))
+        of if one in config.kinds else _by_default(of, one(), vars(of).keys() - set(said))
         for one, of in config.settings.items()
     ]
     used = kind.uses(config)
@@ -116,9 +127,13 @@ def changes(before: Config, now: Config) -> list[tuple[str, Any, Any]]:
 
 
 def used_settings(config: Config) -> dict[str, Any]:
-    """All settings that are used, by name, with the numbers that stand for what is not given, but for ANEW."""
+    """All settings that are used, by name, with the numbers that stand for what is not given, but for ANEW.
+
+    Without those of an optimizer that is not installed here.
+    """
     sections = [*config.sections.values(), *config.chosen.values()]
     found = {name: value for one in sections for name, value in asdict(one).items() if name not in ANEW}
-    found |= find_optimizer(config.optimization.optimizer).chosen(config.optimization)
+    if config.optimization.optimizer in ALL_OPTIMIZERS:
+        found |= find_optimizer(config.optimization.optimizer).chosen(config.optimization)
     found["dataset"] = Path(found["dataset"]).name
     return {name: value for name, value in found.items() if value is not None}

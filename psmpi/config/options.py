@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 from tyro.conf import Positional, Suppress
 
-from psmpi.config.ranges import Choices, hints_of, option
+from psmpi.config.ranges import Choices, OneOf, hints_of, one_of, option
 
 # Words that stand for values of a type.
 WORDS = {int: "N", float: "X", str: "TEXT", Path: "FILE"}
@@ -123,14 +123,15 @@ def _option_of(name: str, hint: Any, default: Any, text: str, positional: bool =
         about = getattr(extra, "help", None) or about
         positional = positional or extra is POSITIONAL
         aliases = tuple(getattr(extra, "aliases", None) or aliases)
-        if isinstance(extra, Choices):
+        if isinstance(extra, Choices | OneOf):
             described, registered = {**described, **extra.lines()}, True
-    kind = _plain(hint)
+    kind, registry = _plain(hint), one_of(hint)
     if get_origin(kind) is tuple:
         kind, several = _plain(get_args(kind)[0]), True
-    literal = get_origin(kind) is Literal
+    literal = get_origin(kind) is Literal or registry is not None
     if literal:
-        described = {one: described.get(one, "") for one in get_args(kind) if one}
+        names = registry.names if registry is not None else get_args(kind)
+        described = {one: described.get(one, "") for one in names if one}
     if kind is not bool:
         named = NAMED.get(name, "TEXT") if kind is str else WORDS.get(kind, "TEXT")
         value = (value or ("NAME" if literal else named)) + " ..." * several

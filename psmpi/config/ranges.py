@@ -1,4 +1,4 @@
-"""Ranges and choices of settings, beside their types: `parts: Annotated[int, Least(0)] = 0`."""
+"""Ranges and choices of settings, beside their types: `Annotated[int, Least(0)]`, `Annotated[str, OneOf(LOSSES)]`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from math import isfinite
 from typing import Any, NamedTuple, get_type_hints
 
 from psmpi.errors import UserError
+from psmpi.registry import Registry
 
 
 class Least(NamedTuple):
@@ -22,6 +23,25 @@ class Choices:
     """Choices of a setting whose names are in a registry; lines: a function that returns a line of text for each."""
 
     lines: Callable[[], Mapping[str, str]]
+
+
+class OneOf(NamedTuple):
+    """The registry whose names a setting may have; lines: a function that returns a line of text for each name."""
+
+    registry: Registry[Any]
+    lines: Callable[[], Mapping[str, str]]
+    # Returns all names, if they are more than the registry's.
+    all_names: Callable[[], tuple[str, ...]] | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the choices."""
+        return self.all_names() if self.all_names else self.registry.names
+
+
+def one_of(hint: Any) -> OneOf | None:
+    """The registry in the annotations of a setting's type; None without one."""
+    return next((one for one in getattr(hint, "__metadata__", ()) if isinstance(one, OneOf)), None)
 
 
 def option(name: str) -> str:

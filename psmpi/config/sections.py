@@ -7,26 +7,22 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Suppress, arg
 
-from psmpi.config.ranges import Choices, Least
+from psmpi.config.ranges import Choices, Least, OneOf
 from psmpi.data.text import CONTEXT
-from psmpi.nn.losses import LOSSES
-from psmpi.optim import ALL_OPTIMIZERS, SUMMARIES, Hyper, NewtonSettings, ScheduleSettings
+from psmpi.nn.losses import LOSSES, formulas
+from psmpi.optim import OPTIMIZERS, Hyper, NewtonSettings, ScheduleSettings, optimizer_names, optimizer_summaries
 from psmpi.registry import DEFAULT, summaries
 from psmpi.track import TRACKERS
 
 if TYPE_CHECKING:
-    LossName = str
     TrackerName = str
-    OptimizerName = str
     # None until the usual number is in its place, before anything is made of it.
     Count = int
     Rate = float
 else:
     Count, Rate = int | None, float | None
     # The registry's names, for the command line, TOML files and the help.
-    LossName = Annotated[Literal[tuple(LOSSES)], Choices(lambda: {name: loss.formula for name, loss in LOSSES.items()})]
     TrackerName = Literal[tuple(TRACKERS)]
-    OptimizerName = Annotated[Literal[tuple(ALL_OPTIMIZERS)], Choices(lambda: SUMMARIES)]
 
 NOT_GIVEN: Any = None
 # Settings of deep and deep-conv alone.
@@ -212,7 +208,7 @@ class NetworkSettings:
 class LossSettings:
     """The loss."""
 
-    loss: LossName = "psl"
+    loss: Annotated[str, OneOf(LOSSES, formulas)] = "psl"
     """Loss by scores c and label y."""
     kappa: float = 1.0
     """Factor on score differences in the losses over pairs of classes (psl, logistic, hinge)."""
@@ -248,7 +244,7 @@ class LossSettings:
 
 def unused_of_loss(given: LossSettings) -> set[str]:
     """The names of the settings that the loss does not use."""
-    return {"kappa", "exp_clip", "psl_weights"} - set(LOSSES[given.loss].settings)
+    return {"kappa", "exp_clip", "psl_weights"} - set(LOSSES.find(given.loss).settings)
 
 
 @dataclass(frozen=True)
@@ -294,7 +290,7 @@ class Parallel:
 class OptimizerChoice:
     """The optimizer and its learning rate."""
 
-    optimizer: OptimizerName = "adam"
+    optimizer: Annotated[str, OneOf(OPTIMIZERS, optimizer_summaries, optimizer_names)] = "adam"
     """Update rule."""
     lr: Rate = NOT_GIVEN
     """Learning rate. If not given: fits optimizer and network. For lbfgs it is the length of the first trial step;

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 import tomli_w
 
-from psmpi.config.ranges import hints_of
+from psmpi.config.ranges import hints_of, one_of
 from psmpi.config.sections import Data
 from psmpi.config.tree import Config, kinds_of_settings
 from psmpi.config.unknown import unknown_setting, unknown_table
@@ -92,7 +92,8 @@ def defaults(argv: Sequence[str], base: Config | None = None) -> Config:
 def from_table(table: Mapping[str, Any], base: Config, where: str, foreign: bool = False) -> Config:
     """`base` with the settings of a TOML table; UserError names an unknown table or setting, or one of a wrong type.
 
-    foreign: tables that are not known are those of a method that is not installed here, and passed over.
+    foreign: tables and names that are not known are of a method, loss or optimizer that is not installed here. Tables
+    are passed over, and names taken as they are.
     """
     sections, kinds = base.sections, kinds_of_settings()
     settings = {name: base.of(kind) for name, kind in kinds.items()}
@@ -109,7 +110,7 @@ def from_table(table: Mapping[str, Any], base: Config, where: str, foreign: bool
             if not owner:
                 raise UserError(unknown_setting(key, name, known, where))
             label = f"{where}: [{name}] {key} = {value!r}"
-            changes.setdefault(owner, {})[key] = _checked(value, known[owner], key, label)
+            changes.setdefault(owner, {})[key] = _checked(value, known[owner], key, label, foreign)
     made = {name: replace(known[name], **values) for name, values in changes.items()}
     changed = replace(base, **{name: made[name] for name in made.keys() & sections.keys()})
     return changed.having(made[name] for name in made.keys() & settings.keys())
@@ -119,9 +120,12 @@ def _has(section: Any, key: str) -> bool:
     return any(one.name == key for one in fields(section))
 
 
-def _checked(value: Any, section: Any, key: str, where: str) -> Any:
-    """A value for a setting of a section, of the setting's type."""
+def _checked(value: Any, section: Any, key: str, where: str, foreign: bool) -> Any:
+    """A value for a setting of a section, of the setting's type; foreign: a name that is not known here may be one."""
     hint, like = hints_of(section)[key], getattr(section, key)
+    names = one_of(hint)
+    if names is not None and isinstance(value, str) and value not in names.names and not foreign:
+        raise UserError(f"{where}: choose one of {names.registry.choices(names.names)}")
     if get_origin(hint) is Annotated:
         hint = get_args(hint)[0]
     if get_origin(hint) is Literal and value not in get_args(hint):

@@ -9,19 +9,19 @@ from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar
 
 from tyro.conf import arg
 
-from psmpi.config.ranges import check_ranges, listed, option
+from psmpi.config.ranges import check_ranges, hints_of, listed, one_of, option
 from psmpi.config.sections import Data, LossSettings, NetworkSettings, Optimization, Parallel, Run, unused_of_loss
 from psmpi.config.terminal import Terminal, check_terminal
 from psmpi.data.text import CONTEXT, is_text
 from psmpi.errors import UserError
 from psmpi.nn.losses import LOSSES
 from psmpi.nn.margin import LARGEST
-from psmpi.optim import find_optimizer, unused_settings
-from psmpi.registry import all_methods, find_method, method_names
+from psmpi.optim import ALL_OPTIMIZERS, find_optimizer, unused_settings
+from psmpi.registry import METHODS, all_methods, find_method, method_names
 
 
 class Settings(Protocol):
-    """A frozen dataclass of a method's settings, or of some that several methods share.
+    """A frozen dataclass of a method's settings, of some that several methods share, or of a loss or an optimizer.
 
     Its docstring is the title, that of a field its help. table: the name of the TOML table; results: whether other
     values give other weights by more than rounding, so that a resumed run tells of them.
@@ -70,20 +70,41 @@ class Config:
         return {name: section for name, section in found.items() if is_dataclass(section)}
 
     @property
+    def kinds(self) -> tuple[type[Any], ...]:
+        """The classes of the settings of the method, the loss and the optimizer, without what is not installed here."""
+        method = METHODS.get(self.parallel.method)
+        others = (LOSSES.get(self.objective.loss), ALL_OPTIMIZERS.get(self.optimization.optimizer))
+        options = [one.options for one in others if one is not None and one.options is not None]
+        return (*(method.settings if method is not None else ()), *options)
+
+    @property
     def chosen(self) -> dict[str, Any]:
-        """The settings of the method that trains, by the names of their tables; none where it is not installed here."""
-        if self.parallel.method not in all_methods():
-            return {}
-        return {kind.table: self.of(kind) for kind in find_method(self.parallel.method).settings}
+        """The settings of the method, the loss and the optimizer by the names of their tables; see `kinds`."""
+        return {kind.table: self.of(kind) for kind in self.kinds}
+
+
+def users_of_settings() -> dict[type[Any], tuple[str, list[str]]]:
+    """The options (--method, --loss, --optimizer) and names of those that have settings, by the classes of these."""
+    found: dict[type[Any], tuple[str, list[str]]] = {}
+    for word, names in (("--loss", LOSSES), ("--optimizer", ALL_OPTIMIZERS)):
+        for name, one in names.items():
+            if one.options is not None:
+                found.setdefault(one.options, (word, []))[1].append(name)
+    for name, method in all_methods().items():
+        for kind in method.settings:
+            found.setdefault(kind, ("--method", []))[1].append(name)
+    return found
 
 
 def kinds_of_settings() -> dict[str, type[Any]]:
-    """The classes of all methods' settings, by the names of their tables. UserError where two have one name."""
+    """The classes of all settings beside the sections, by the names of their tables. UserError where two have one name.
+
+    They are those of losses and optimizers that have settings of their own, and those of methods.
+    """
     found: dict[str, type[Any]] = {}
-    for name, method in all_methods().items():
-        for kind in method.settings:
-            if found.setdefault(kind.table, kind) is not kind or kind.table in SECTIONS:
-                raise UserError(f"--method {name} has a table [{kind.table}], which is there already: it needs another")
+    for kind, (word, names) in users_of_settings().items():
+        if found.setdefault(kind.table, kind) is not kind or kind.table in SECTIONS:
+            raise UserError(f"{word} {names[0]} has a table [{kind.table}], which is there already: it needs another")
     return found
 
 
@@ -93,15 +114,20 @@ def check(config: Config, said: Collection[str] = ()) -> None:
     said: names of settings that the words of a command line give, which are meant to be used even as by default.
     """
     method = config.parallel.method
-    taken = find_method(method).settings
-    for kind in kinds_of_settings().values():
+    find_method(method)
+    LOSSES.find(config.objective.loss)
+    find_optimizer(config.optimization.optimizer)
+    here = {
+        "--method": method, "--loss": config.objective.loss, "--optimizer": config.optimization.optimizer
+    }  # fmt: skip
+    for kind, (word, others) in users_of_settings().items():
         one = config.of(kind)
-        for name in (f.name for f in fields(one)) if kind not in taken else ():
+        for name in (f.name for f in fields(one)) if kind not in config.kinds else ():
             if name in said or getattr(one, name) != getattr(kind(), name):
-                others = [known for known, of in all_methods().items() if kind in of.settings]
+                noun = word.removeprefix("--")
                 raise UserError(
-                    f"{_word(name, said)} is of --method {listed(others)}, and the method here is {method}: leave it "
-                    f"out, or choose {'that method' if len(others) == 1 else 'one of these'}"
+                    f"{_word(name, said)} is of {word} {listed(others)}, and the {noun} here is {here[word]}: leave it "
+                    f"out, or choose {f'that {noun}' if len(others) == 1 else 'one of these'}"
                 )
     for section in (*config.sections.values(), *config.settings.values()):
         check_ranges(section)
@@ -230,7 +256,9 @@ def command_line(default: Config) -> Any:
     """A tree of dataclasses from which tyro makes the parser, with defaults; see `from_command_line`."""
     # Before a parser complains in its own words.
     find_method(default.parallel.method)
-    sections: dict[str, Any] = dict(default.sections)
+    LOSSES.find(default.objective.loss)
+    find_optimizer(default.optimization.optimizer)
+    sections: dict[str, Any] = {name: _with_choices(section) for name, section in default.sections.items()}
     # The names to choose from, broken ones too: `check` says what is wrong with these.
     choice = Literal[tuple(method_names())]  # type: ignore[valid-type]
     kind = make_dataclass(
@@ -243,6 +271,7 @@ def command_line(default: Config) -> Any:
     for table, settings in kinds_of_settings().items():
         sections[table] = default.of(settings)
     sections.update(last)
+    _check_names(sections)
     file = Annotated[str, arg(metavar="FILE.toml", help=FILE)]
     given: list[Any] = [
         # Without a help text, tyro looks for one in the source.
@@ -252,12 +281,38 @@ def command_line(default: Config) -> Any:
     return make_dataclass("Options", [*given, ("config", file, "")], frozen=True, namespace={"layers": layers})
 
 
+def _check_names(sections: Mapping[str, Any]) -> None:
+    """UserError where two tables have a setting of one name, which is one option."""
+    owners: dict[str, str] = {}
+    for table, section in sections.items():
+        for one in fields(section):
+            if owners.setdefault(one.name, table) != table:
+                raise UserError(
+                    f"the setting {one.name} of [{table}] is one of [{owners[one.name]}] too: give it another name"
+                )
+
+
+def _with_choices(section: Any) -> Any:
+    """A section as an object of a class whose settings that name a registry have its present names as choices."""
+    hints, chosen = hints_of(section), []
+    for one in fields(section):
+        found = one_of(hints[one.name])
+        if found is not None:
+            choice: Any = Literal[found.names]
+            chosen.append((one.name, Annotated[choice, found]))
+    if not chosen:
+        return section
+    kind = type(section)
+    made: Any = make_dataclass(kind.__name__, chosen, bases=(kind,), frozen=True, namespace={"__doc__": kind.__doc__})
+    return made(**vars(section))
+
+
 FILE = "TOML file of settings. Options on the command line override it."
 
 
 def from_command_line(tree: Any) -> Config:
     """The configuration that a tree of `command_line` says."""
-    sections = {name: getattr(tree, name) for name in Config().sections}
-    sections["parallel"] = Parallel(**vars(sections["parallel"]))
+    # Classes with choices have the settings of the plain ones.
+    sections = {name: type(plain)(**vars(getattr(tree, name))) for name, plain in Config().sections.items()}
     sections["model"] = replace(sections["model"], layers=tree.layers)
     return Config(**sections).having(getattr(tree, table) for table in kinds_of_settings())

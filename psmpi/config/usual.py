@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from psmpi.config.tree import Config
+from psmpi.optim import find_optimizer
 
 # From so many training samples on a data set is large; the samples of a minibatch of small and large ones.
 LARGE, SMALL_BATCH, LARGE_BATCH = 10_000, 32, 100
@@ -26,8 +27,7 @@ class Rates(NamedTuple):
     other: float
 
 
-# A line search begins with the whole step; the quasi-Newton methods that have none do not use a rate.
-WHOLE = Rates(1.0, 1.0, 1.0)
+# Those of other optimizers are their `rates`.
 RATES = {
     "sgd": Rates(1.0, 1.0, 0.1),
     "momentum": Rates(0.1, 0.1, 0.1),
@@ -56,7 +56,8 @@ def usual_numbers(samples: int, config: Config) -> Numbers:
     large = samples >= LARGE
     batch = config.data.batch_size or min(samples, LARGE_BATCH if large else SMALL_BATCH)
     epochs = min(MOST_EPOCHS, max(LEAST_EPOCHS, -(-STEPS // -(-samples // batch))))
-    rates = RATES.get(config.optimization.optimizer, WHOLE)
+    name = config.optimization.optimizer
+    rates = RATES[name] if name in RATES else Rates(*find_optimizer(name).rates)
     return Numbers(epochs, batch, (rates.large if large else rates.small) if _saturates(config) else rates.other)
 
 

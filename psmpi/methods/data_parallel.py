@@ -22,7 +22,7 @@ from psmpi.data import Batch, Dataset
 from psmpi.errors import UserError
 from psmpi.layout import TableRows
 from psmpi.nn.network import Network
-from psmpi.optim import FIRST_ORDER, given
+from psmpi.optim import given, is_first_order
 from psmpi.training.context import Context
 from psmpi.training.replica import Replica, Sums
 
@@ -120,7 +120,7 @@ class DataParallel(Replica):
         o = config.of(Settings)
         if not 1e-3 <= o.bucket_megabytes <= 1e6:
             raise UserError(f"--bucket-megabytes {o.bucket_megabytes}: expected 0.001 to 1e6")
-        if o.compression != "none" and config.optimization.optimizer not in FIRST_ORDER:
+        if o.compression != "none" and not is_first_order(config.optimization.optimizer):
             raise UserError(
                 f"--compression {o.compression} changes the gradient, and --optimizer {config.optimization.optimizer} "
                 "needs the exact one: use a first-order optimizer (sgd, momentum, adam, ...)"

@@ -240,7 +240,7 @@ class TableReader:
             if kind not in LAYERS:
                 similar = nearest(kind, LAYERS)
                 hint = f"did you mean {similar}? Known" if similar else "known"
-                raise UserError(f"{where}: unknown layer type {kind!r}; {hint} are {', '.join(LAYERS)}")
+                raise UserError(f"{where}: unknown layer type {kind!r}; {hint} are {LAYERS.choices()}")
             layer_table = Table(kind, settings, where, partial(self.read, inside=place))
             layers += LAYERS[kind].read(layer_table, label, shape)
             layer_table.finish()

@@ -39,6 +39,8 @@ class Optimizer:
     UserError for another dtype.
     """
 
+    # One line for the help.
+    summary: ClassVar[str] = ""
     needs_closure: bool = False
     # Whether the learning rate scales the steps.
     rated: ClassVar[bool] = True
@@ -48,8 +50,23 @@ class Optimizer:
     settings: ClassVar[tuple[str, ...]] = ()
     # Values for settings that are None, where they differ from `USUAL`.
     usual: ClassVar[Mapping[str, float]] = {}
+    # The dataclass of the settings that this optimizer alone has, see `psmpi.config.Settings`.
+    options: ClassVar[type[Any] | None] = None
+    # Rates where --lr is not given: of small and of large data sets for networks of logistic sigmoids, and of others.
+    # A line search begins with the whole step.
+    rates: ClassVar[tuple[float, float, float]] = (1.0, 1.0, 1.0)
 
-    def __init__(self, n: int, dtype: DTypeLike, *, names: tuple[str, ...] = (), ops: NumpyOps | None = None) -> None:
+    def __init__(
+        self,
+        n: int,
+        dtype: DTypeLike,
+        *,
+        names: tuple[str, ...] = (),
+        ops: NumpyOps | None = None,
+        own: Any = None,
+    ) -> None:
+        # The values of `options`.
+        self.own = self.options() if own is None and self.options is not None else own
         self.n, self.dtype = n, np.dtype(dtype)
         self.ops = ops or NumpyOps()
         if self.dtype not in (np.float32, np.float64):

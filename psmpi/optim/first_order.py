@@ -7,7 +7,7 @@ in float32.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -34,17 +34,19 @@ class FirstOrder(Optimizer):
     # Whether scalars["t"] counts the steps, including the current step.
     counts: ClassVar[bool] = False
     decay: ClassVar[type[WeightDecay]] = Coupled
-    weight_decay: float
+    weight_decay: float = 0.0
     eps: float
 
-    def __init__(self, n: int, dtype: DTypeLike, *, ops: NumpyOps | None = None, **settings: float | None) -> None:
+    def __init__(
+        self, n: int, dtype: DTypeLike, *, ops: NumpyOps | None = None, own: Any = None, **settings: float | None
+    ) -> None:
         strange = settings.keys() - set(self.settings)
         if strange:
             raise TypeError(
                 f"{type(self).__name__} has no {', '.join(sorted(strange))}: use {', '.join(self.settings)}"
             )
         check_settings(**settings)
-        super().__init__(n, dtype, names=self.names, ops=ops)
+        super().__init__(n, dtype, names=self.names, ops=ops, own=own)
         for name, value in self.chosen(Hyper(**settings)).items():  # type: ignore[arg-type]
             setattr(self, name, float(value))
         if "eps" in self.settings:

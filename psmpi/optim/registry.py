@@ -1,9 +1,14 @@
-"""Optimizers by name."""
+"""Optimizers by name: a new one is a file in `rules/` and a line here, or a class of another package or program.
+
+docs/own_optimizer.md describes the latter.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import ChainMap
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from typing import Any
 
 from numpy.typing import DTypeLike
 
@@ -24,9 +29,10 @@ from psmpi.optim.rules.nesterov import Nesterov
 from psmpi.optim.rules.rmsprop import RMSprop
 from psmpi.optim.rules.sgd import SGD
 from psmpi.optim.trust_region import LSR1, LBFGSTrustRegion
+from psmpi.registry import Registry
 
 # Those that step a shard by themselves.
-OPTIMIZERS: dict[str, type[Optimizer]] = {
+OWN: dict[str, type[Optimizer]] = {
     "sgd": SGD,
     "momentum": Momentum,
     "nesterov": Nesterov,
@@ -39,8 +45,13 @@ OPTIMIZERS: dict[str, type[Optimizer]] = {
     "lbfgs-tr": LBFGSTrustRegion,
     "lsr1-tr": LSR1,
 }
+# Those that need the elements of the loss one by one.
+PARTITIONED: dict[str, type[Optimizer]] = {"plbfgs": PLBFGS, "plsr1": PLSR1, "plse": PLSE}
+OPTIMIZERS: Registry[type[Optimizer]] = Registry(
+    "optimizer", "--optimizer {!r}", "psmpi.optim.base:Optimizer", OWN, taken=PARTITIONED
+)
 # All of them.
-ALL_OPTIMIZERS: dict[str, type[Optimizer]] = {**OPTIMIZERS, "plbfgs": PLBFGS, "plsr1": PLSR1, "plse": PLSE}
+ALL_OPTIMIZERS: Mapping[str, type[Optimizer]] = ChainMap(PARTITIONED, OPTIMIZERS)  # type: ignore[arg-type]
 # One line on each, for the help.
 SUMMARIES = {
     "sgd": "stochastic gradient descent",
@@ -58,17 +69,28 @@ SUMMARIES = {
     "plsr1": "partitioned L-SR1 of each element, for --partition pairs",
     "plse": "L-BFGS of each element, L-SR1 where its curvature is negative",
 }
-# Those whose step is a function of one gradient and their state: no searches, no pairs of steps.
-FIRST_ORDER = frozenset(name for name, kind in OPTIMIZERS.items() if issubclass(kind, FirstOrder))
 # Those that count their steps, with a count for each weight.
 COUNTED: dict[str, type[Optimizer]] = {"adam": CountedAdam, "adamw": CountedAdamW}
 
 
+def optimizer_names() -> tuple[str, ...]:
+    """The names of all optimizers, psmpi's own first."""
+    return (*OWN, *PARTITIONED, *OPTIMIZERS.names[len(OWN) :])
+
+
+def optimizer_summaries() -> dict[str, str]:
+    """One line on each optimizer, by name: its `summary`, or that of SUMMARIES."""
+    return {name: SUMMARIES.get(name) or kind.summary for name, kind in ALL_OPTIMIZERS.items()}
+
+
 def find_optimizer(name: str) -> type[Optimizer]:
     """The class of the optimizer called `name`; UserError for an unknown name."""
-    if name not in ALL_OPTIMIZERS:
-        raise UserError(f"--optimizer {name!r} is unknown: choose one of {', '.join(ALL_OPTIMIZERS)}")
-    return ALL_OPTIMIZERS[name]
+    return PARTITIONED[name] if name in PARTITIONED else OPTIMIZERS.find(name, optimizer_names())
+
+
+def is_first_order(name: str) -> bool:
+    """Whether an optimizer's step is a function of one gradient and its state, without searches or pairs of steps."""
+    return issubclass(find_optimizer(name), FirstOrder)
 
 
 def make_optimizer(
@@ -79,11 +101,13 @@ def make_optimizer(
     ops: NumpyOps | None = None,
     counted: bool = False,
     matrices: Sequence[Matrix] | None = None,
+    own: Any = None,
 ) -> Optimizer:
     """The optimizer called `name` for a shard of n elements of `dtype` (float32 or float64), stepped by `ops`.
 
     counted: its state is of each weight alone, of one that counts steps too, so that weights may come and go with it.
     matrices: the whole matrices of the shard, for optimizers that set `needs_matrices`; None where they are not known.
+    own: an object of the optimizer's `options`, by default one of their defaults.
 
     It takes from `hyper` the settings its formula has. UserError for an unknown name or dtype, for any setting out of
     its range, used by this optimizer or not: a value that no optimizer accepts is a slip in any case; and for an
@@ -98,5 +122,12 @@ def make_optimizer(
             raise UserError(f"--optimizer {name} steps whole matrices, and here {lacks}: use --optimizer adamw")
         settings["matrices"] = matrices
     if counted:
+        if name not in COUNTED and getattr(kind, "counts", False):
+            raise UserError(
+                f"--optimizer {name} counts its steps for all weights together, and here weights come and go: use "
+                f"--optimizer {' or '.join(COUNTED)}"
+            )
         kind = COUNTED.get(name, kind)
+    if kind.options is not None:
+        settings["own"] = own
     return kind(n, dtype, **settings, ops=ops)

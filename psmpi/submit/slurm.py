@@ -10,6 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from psmpi.command import python_words
 from psmpi.errors import UserError
 from psmpi.submit.job import Job
 
@@ -103,7 +104,8 @@ class Slurm:
         number = '"${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"' if array else '"$SLURM_JOB_ID"'
         words = [*map(shlex.quote, options), "--threads", str(job.cores), "--out", out, "--resume", "auto"]
         words += ['"${task[@]:1}"'] * array + ['"$@"']
-        start = ["srun", "--kill-on-bad-exit=0", f"--wait={PATIENCE}", shlex.quote(python), "-m", "psmpi.train"]
+        program = map(shlex.quote, [python, *python_words("train")])
+        start = ["srun", "--kill-on-bad-exit=0", f"--wait={PATIENCE}", *program]
         command = _wrapped(start, words)
         if not job.requeue:
             return command

@@ -14,7 +14,7 @@ from psmpi.errors import UserError
 from psmpi.nn.layers.last import Last
 from psmpi.nn.network import CUSTOM, Network
 from psmpi.nn.sequences import count_states, find_head, find_padding
-from psmpi.optim import FIRST_ORDER
+from psmpi.optim import is_first_order
 from psmpi.optim.curvature import RULES
 from psmpi.registry import WHOLE, all_methods
 
@@ -114,7 +114,7 @@ def check_slices(network: Network, batch: int, slices: int, of: str, fewer: str 
 
 def check_first_order(config: Config, why: str) -> None:
     """UserError for an optimizer that is more than one of first order, which cannot be used because it ... (why)."""
-    if config.optimization.optimizer not in FIRST_ORDER:
+    if not is_first_order(config.optimization.optimizer):
         raise UserError(
             f"--optimizer {config.optimization.optimizer} {why}: with --method {config.parallel.method} use a "
             "first-order one (sgd, momentum, adam, ...)"

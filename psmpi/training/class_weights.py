@@ -9,7 +9,7 @@ import numpy as np
 from psmpi.config import Config, listed
 from psmpi.data import Dataset
 from psmpi.errors import UserError
-from psmpi.optim import FIRST_ORDER
+from psmpi.optim import is_first_order
 from psmpi.registry import all_methods
 from psmpi.training.checks import check_classes
 
@@ -67,7 +67,7 @@ def check_class_weights(kind: Any, dataset: Dataset, config: Config) -> None:
             f"--class-weights is for samples with one label each, and those of {dataset.name} have one at each step: "
             "leave it out"
         )
-    if optimizer not in FIRST_ORDER:
+    if not is_first_order(optimizer):
         raise UserError(
             f"--class-weights weighs gradients and not the value of the loss, and --optimizer {optimizer} compares "
             "values: use a first-order one (adam, sgd, momentum, ...)"

@@ -18,7 +18,7 @@ from psmpi.config import Config
 from psmpi.data import Dataset
 from psmpi.layout import Layout, Runs, whole_matrices
 from psmpi.nn.init import initial_weights
-from psmpi.nn.losses import Loss, make_loss
+from psmpi.nn.losses import LOSSES, Loss, make_loss
 from psmpi.nn.margin import make_margin
 from psmpi.nn.metric import Metric
 from psmpi.nn.network import Network
@@ -126,6 +126,7 @@ def configured_loss(config: Config, dataset: Dataset) -> Loss:
         task=dataset.task,
         outputs=dataset.outputs,
         weights=c.psl_weights,
+        own=_own(config, LOSSES.find(c.loss).options),
     )
 
 
@@ -135,8 +136,15 @@ def configured_optimizer(
     """The optimizer of a configuration for the weights of `runs`."""
     o = config.optimization
     hyper = Hyper(**{f.name: getattr(o, f.name) for f in fields(Hyper)})
-    matrices = whole_matrices(layout, runs) if find_optimizer(o.optimizer).needs_matrices else None
-    return make_optimizer(o.optimizer, runs.size, np.dtype(config.model.dtype), hyper, ops, counted, matrices)
+    kind, dtype = find_optimizer(o.optimizer), np.dtype(config.model.dtype)
+    matrices = whole_matrices(layout, runs) if kind.needs_matrices else None
+    own = _own(config, kind.options)
+    return make_optimizer(o.optimizer, runs.size, dtype, hyper, ops, counted, matrices, own)
+
+
+def _own(config: Config, options: type[S] | None) -> S | None:
+    """The settings that a loss or an optimizer alone has; None where there are none."""
+    return None if options is None else config.of(options)
 
 
 def check_optimizer(config: Config, layout: Layout, shards: Iterable[Runs], counted: bool = False) -> None:

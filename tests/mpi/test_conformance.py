@@ -6,14 +6,13 @@ import sys
 import pytest
 from helpers.paths import ROOT
 
-from psmpi import registry
-from psmpi.registry import BUILTIN
+from psmpi.registry import BUILTIN, METHODS
 from psmpi.testing.conformance import CHECKS, Case
 
 
 def example(monkeypatch):
     """The example's method, registered while the test runs."""
-    monkeypatch.setattr(registry, "_registered", {})
+    monkeypatch.setattr(METHODS, "registered", {})
     monkeypatch.delitem(sys.modules, "dsgd", raising=False)
     monkeypatch.syspath_prepend(ROOT / "examples")
     return importlib.import_module("dsgd").RingSGD.name

@@ -19,7 +19,11 @@ from psmpi.nn.layers import LAYERS
 from psmpi.nn.layers.chain import leaves, walk
 from psmpi.nn.layers.workspace import Span
 from psmpi.nn.model import Model
-from psmpi.training.need import pass_numbers
+from psmpi.testing.layers import (
+    gradients_are_added_or_left_out,
+    input_gradient_matches_differences,
+    memory_is_stated,
+)
 
 
 def types(tables):
@@ -72,14 +76,7 @@ def test_an_exported_network_has_the_scores_of_the_model(name):
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_model_holds_what_its_layers_say(name):
-    network = make(name)
-    layout, w, x, d = random_problem(network, batch=400)
-    for classes in (tuple(range(network.classes)), (1,)):
-        model = make_model(network, layout, w, classes)
-        model.backward(model.forward(x), d[list(classes)].copy())
-        outputs, besides = pass_numbers(network, classes, 400, packed=False)
-        held, needed = model.activation_bytes + model.buffer_bytes, 8 * (outputs + besides)
-        assert held <= 1.1 * needed + 4096 and needed <= 1.1 * held + 4096
+    memory_is_stated(make(name))
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -101,35 +98,12 @@ def test_passes_that_are_open_at_once_keep_apart(name):
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_gradients_are_added_where_that_is_wanted_and_left_out_where_not(name):
-    network = make(name)
-    layout, w, x, d = random_problem(network, batch=6)
-    model = make_model(network, layout, w)
-    model.backward(model.forward(x), d.copy())
-    once = model.g.copy()
-    model.backward(model.forward(x), 2 * d, add=True)
-    assert np.allclose(model.g, 3 * once, rtol=1e-12, atol=1e-12 * abs(once).max())
-    before, dx, again = model.g.copy(), np.full((*model.in_shape, 6), np.nan), np.full((*model.in_shape, 6), np.nan)
-    model.backward(model.forward(x), d.copy(), weights=False, dx=dx)
-    assert np.array_equal(model.g, before)
-    model.backward(model.forward(x), d.copy(), dx=again)
-    assert np.array_equal(dx, again) and np.array_equal(model.g, once)
+    gradients_are_added_or_left_out(make(name))
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_gradient_of_the_inputs_matches_central_differences(name):
-    network = make(name)
-    layout, w, x, d = random_problem(network)
-    model = make_model(network, layout, w)
-    dx, h = np.empty((*model.in_shape, 3)), 1e-6
-    model.backward(model.forward(x), d.copy(), dx=dx)
-    flat = x.reshape(-1)
-    for i in np.random.default_rng(1).permutation(flat.size)[:30]:
-        sums = []
-        for move in (h, -2 * h):
-            flat[i] += move
-            sums.append((model.forward(x).scores * d).sum())
-        flat[i] += h
-        assert abs((sums[0] - sums[1]) / (2 * h) - dx.reshape(-1)[i]) <= 1e-6 * max(1, np.abs(dx).max())
+    input_gradient_matches_differences(make(name))
 
 
 @pytest.mark.parametrize("name", [name for name in NETWORKS if make(name).normalized])

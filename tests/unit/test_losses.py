@@ -1,6 +1,5 @@
 """Losses against their definitions, finite differences and each other; behaviour at extreme margins."""
 
-from itertools import pairwise, permutations
 from math import exp, log
 
 import numpy as np
@@ -16,6 +15,7 @@ from psmpi.nn.losses import LOSSES, SUMS, Loss, make_loss
 from psmpi.nn.model import Model
 from psmpi.nn.objective import GRADIENT_LIMIT, Objective
 from psmpi.nn.zoo import make_network
+from psmpi.testing.losses import derivatives_match_differences, elements_add_up, loss_by_parts
 
 F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
 PAIRWISE = [name for name, loss in LOSSES.items() if loss.pairwise]
@@ -59,15 +59,7 @@ def test_values_follow_the_definitions(name, kappa):
 @pytest.mark.parametrize("kappa", [1.0, 2.0])
 @pytest.mark.parametrize("name", LOSSES)
 def test_derivatives_match_central_differences(name, kappa):
-    scores, labels = problem(batch=4)
-    loss, grad, h = make_loss(name, F64, kappa=kappa), np.empty_like(scores), 1e-6
-    loss(scores, labels, 0.5, grad)
-    for at in np.ndindex(scores.shape):
-        moved = scores.copy()
-        moved[at] += h
-        above = loss(moved, labels, 0.5)
-        moved[at] -= 2 * h
-        assert abs((above - loss(moved, labels, 0.5)) / (2 * h) - grad[at]) <= 1e-8 * max(1, np.abs(grad).max())
+    derivatives_match_differences(make_loss(name, F64, kappa=kappa), *problem(batch=4), 1e-8)
 
 
 @pytest.mark.parametrize("kappa", [1.0, 2.0])
@@ -83,42 +75,7 @@ def test_psl_is_the_exponential_of_cross_entropy(kappa):
 @pytest.mark.parametrize("name", PAIRWISE)
 def test_element_losses_and_derivatives_sum_to_the_loss(name, dtype, tolerance):
     scores, labels = problem()
-    scores = scores.astype(dtype)
-    loss, whole = make_loss(name, dtype), np.empty(scores.shape)
-    total = loss(scores, labels, 1 / 16, whole)
-    summed, value = np.zeros_like(whole), loss.constant
-    for i, j in permutations(range(10), 2):
-        if i < j:
-            pairs, grad = np.zeros((10, 10), bool), np.empty(scores.shape)
-            pairs[i, j] = pairs[j, i] = True
-            value += loss(scores, labels, 1 / 16, grad, pairs)
-            summed += grad
-            absent = [k for k in range(10) if k not in (i, j)]
-            assert not grad[absent].any()
-    assert value == pytest.approx(total, rel=tolerance)
-    np.testing.assert_allclose(summed, whole, rtol=tolerance, atol=tolerance)
-
-
-def loss_by_parts(name, dtype, scores, labels, cuts, scale=0.5, **settings):
-    """Value and derivatives by ranks that have the scores of cuts[k] classes each, told of others by sums alone."""
-    starts = np.cumsum([0, *cuts])
-    spans = [slice(a, b) for a, b in pairwise(starts.tolist())]
-    made = [make_loss(name, dtype, outputs=len(scores), **settings) for _ in cuts]
-    summaries = [loss.summarize(scores[at], labels - at.start) for loss, at in zip(made, spans, strict=True)]
-    assert [len(summary) for summary in summaries] == [made[0].summary_size(count) for count in cuts]
-    value, grad, rests = 0.0, np.full(scores.shape, np.nan), np.zeros((len(cuts), len(labels)))
-    for k, (loss, at) in enumerate(zip(made, spans, strict=True)):
-        own = labels - at.start
-        given = None
-        if loss.gathers:
-            given = loss.merge(np.concatenate(summaries).astype(dtype), (starts - at.start).tolist(), own)
-        elif loss.sums:
-            given = sum(summaries)
-        value += loss.terms(scores[at], own, scale, given, grad[at], rests[k])
-    for loss, at in zip(made, spans, strict=True):
-        if "terms" in loss.sums:
-            value += loss.close(grad[at], labels - at.start, rests.sum(axis=0), scale)
-    return value, grad, sum(loss.clipped for loss in made)
+    elements_add_up(make_loss(name, dtype), scores.astype(dtype), labels, tolerance)
 
 
 @pytest.mark.parametrize("spread", [2.0, 300.0])

@@ -9,13 +9,17 @@ from scipy.special import erf, softmax
 
 from psmpi.backend import NumpyOps
 from psmpi.errors import LayersError, UserError, layers_in
-from psmpi.layout import Runs, accumulate, radix_pattern, restrict
+from psmpi.layout import Runs, radix_pattern, restrict
 from psmpi.methods.psl.borrowed import Borrowed
 from psmpi.nn.init import initial_values, initial_weights
-from psmpi.nn.layers import SampleSums
 from psmpi.nn.model import Model
 from psmpi.nn.network import build
 from psmpi.nn.zoo import make_network
+from psmpi.testing.layers import (
+    classes_are_rows_of_the_whole,
+    gradients_match_differences,
+    sample_gradients_are_weighed,
+)
 
 
 def plain_scores(network, layout, w, x):
@@ -178,40 +182,12 @@ def test_scores_follow_the_definitions(name, fold):
 @pytest.mark.parametrize("fold", [True, False])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_gradients_match_central_differences(name, fold):
-    network = make(name)
-    layout, w, x, d = random_problem(network)
-    model = make_model(network, layout, w, fold=fold)
-    model.backward(model.forward(x), d.copy())
-    h, w, g = 1e-6, model.w, model.g
-    chosen = np.random.default_rng(1).permutation(len(w))[:60]
-    for i in chosen:
-        w[i] += h
-        above = (model.forward(x).scores * d).sum()
-        w[i] -= 2 * h
-        below = (model.forward(x).scores * d).sum()
-        w[i] += h
-        assert abs((above - below) / (2 * h) - g[i]) <= 1e-7 * max(1, np.abs(g).max())
+    gradients_match_differences(make(name), fold)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_model_restricted_to_classes_is_the_same_model(name):
-    """Scores and gradients of the subnetworks of any classes add up to those of the whole network."""
-    network = make(name)
-    layout, w, x, d = random_problem(network)
-    whole = make_model(network, layout, w)
-    tape = whole.forward(x)
-    scores = tape.scores.copy()
-    whole.backward(tape, d.copy())
-    total, g = np.zeros_like(w), np.zeros_like(w)
-    accumulate(g, whole.part, whole.g)
-    every = list(range(network.classes))
-    for classes in ([every[0], every[-1]], every[1:-1]):
-        model = make_model(network, layout, w, classes)
-        tape = model.forward(x)
-        np.testing.assert_allclose(tape.scores, scores[classes], rtol=1e-12, atol=1e-13)
-        model.backward(tape, d[classes])
-        accumulate(total, model.part, model.g)
-    np.testing.assert_allclose(total, g, rtol=1e-11, atol=1e-12)
+    classes_are_rows_of_the_whole(make(name))
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -232,25 +208,7 @@ def test_float32_follows_float64(name):
 
 @pytest.mark.parametrize("name", APART)
 def test_gradients_of_samples_are_those_of_minibatches_of_one(name):
-    network = make(name)
-    layout, w, x, d = random_problem(network, batch=5)
-    for classes in (None, (1,)):
-        part = layout.part(range(network.classes) if classes is None else classes)
-        mine = np.concatenate([w[a:b] for a, b in part.intervals])
-        model = Model(network, layout, mine, np.full_like(mine, np.nan), NumpyOps(), classes)
-        rows = slice(None) if classes is None else slice(1, 2)
-        apart, sums = np.full((5, part.size), np.nan), np.full((3, part.size), np.nan)
-        weights = np.random.default_rng(1).standard_normal((3, 5))
-        tape = model.forward(x)
-        model.backward(tape, d[rows].copy(), sums=SampleSums(np.eye(5), apart))
-        model.backward(tape, d[rows].copy(), sums=SampleSums(weights, sums))
-        assert np.isnan(model.g).all(), "the gradient of the minibatch is not asked for"
-        assert np.linalg.norm(sums - weights @ apart) <= 1e-12 * np.linalg.norm(sums)
-        for k in range(5):
-            tape = model.forward(np.ascontiguousarray(x[:, k : k + 1]))
-            model.backward(tape, np.ascontiguousarray(d[rows, ..., k : k + 1]))
-            assert np.linalg.norm(apart[k] - model.g) <= 1e-12 * np.linalg.norm(model.g)
-            model.g.fill(np.nan)
+    sample_gradients_are_weighed(make(name))
 
 
 @pytest.mark.parametrize("name", [name for name in APART if not any(layer.keeps for layer in make(name).walk())])

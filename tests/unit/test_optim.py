@@ -1,10 +1,8 @@
 """Optimizers against independent formulas, PyTorch and SciPy; sharding; schedules; clipping."""
 
 import json
-import threading
 import tracemalloc
 from dataclasses import FrozenInstanceError, asdict, fields
-from itertools import pairwise
 from math import sqrt
 
 import numpy as np
@@ -18,7 +16,6 @@ from psmpi.errors import UserError
 from psmpi.layout import Matrix
 from psmpi.optim import (
     ALL_OPTIMIZERS,
-    FIRST_ORDER,
     OPTIMIZERS,
     SCHEDULES,
     Hyper,
@@ -26,6 +23,7 @@ from psmpi.optim import (
     ScheduleSettings,
     Unused,
     clip_by_global_norm,
+    is_first_order,
     make_schedule,
     unused_settings,
 )
@@ -34,8 +32,10 @@ from psmpi.optim.base import CHUNK
 from psmpi.optim.curvature import RULES
 from psmpi.optim.linesearch import Point, _cubic, strong_wolfe
 from psmpi.optim.twoloop import two_loop
+from psmpi.testing.optimizers import in_shards as in_threads
+from psmpi.testing.optimizers import saved_state_goes_on
 
-FIRST_ORDER = [name for name in OPTIMIZERS if name in FIRST_ORDER]
+FIRST_ORDER = [name for name in OPTIMIZERS if is_first_order(name)]
 
 
 # Those of vectors that have room for them.
@@ -143,46 +143,7 @@ def test_updates_follow_pytorch(name):
 
 
 def in_shards(name, w, objective, steps, lr, cuts, hyper=None):
-    """Step shards of w in threads that share their sums; `objective(w) -> (value, gradient)`."""
-    hyper = hyper or Hyper()
-    edges = [0, *cuts, w.size]
-    slices = [slice(a, b) for a, b in pairwise(edges)]
-    w, g = w.copy(), np.zeros_like(w)
-    barrier, sums, errors = threading.Barrier(len(slices), timeout=60), [None] * len(slices), []
-    values = [0.0]
-
-    def work(k):
-        def allsum(partial):
-            sums[k] = partial.copy()
-            barrier.wait()
-            partial[:] = sum(sums)
-            barrier.wait()
-            return partial
-
-        def closure():
-            barrier.wait()
-            if k == 0:
-                values[0], g[:] = objective(w)
-            barrier.wait()
-            return values[0]
-
-        try:
-            optimizer = make_optimizer(name, w[slices[k]].size, w.dtype, hyper)
-            for _ in range(steps):
-                if not optimizer.needs_closure:
-                    closure()
-                optimizer.step(w[slices[k]], g[slices[k]], lr, allsum, closure)
-        except Exception as error:
-            errors.append(error)
-            barrier.abort()
-
-    threads = [threading.Thread(target=work, args=(k,)) for k in range(len(slices))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not errors, errors
-    return w
+    return in_threads(lambda n: make_optimizer(name, n, w.dtype, hyper or Hyper()), w, objective, steps, lr, cuts)
 
 
 def rosenbrock(w):
@@ -273,29 +234,8 @@ def test_a_step_allocates_no_vector(name):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_saved_state_goes_on_to_the_same_bits(name):
-    objective, hyper = rosenbrock, Hyper(history=3)
-
-    def go(optimizer, w, steps):
-        g = np.zeros_like(w)
-
-        def closure():
-            value, g[:] = objective(w)
-            return value
-
-        for _ in range(steps):
-            if not optimizer.needs_closure:
-                closure()
-            optimizer.step(w, g, 1e-3, alone, closure)
-
-    first, w = make_optimizer(name, 10, np.float64, hyper), np.linspace(-1, 1, 10)
-    go(first, w, 7)
-    second, again = make_optimizer(name, 10, np.float64, hyper), w.copy()
-    for key, vector in first.vectors.items():
-        second.vectors[key][:] = vector
-    second.scalars.update(first.scalars)
-    go(first, w, 5)
-    go(second, again, 5)
-    assert np.array_equal(w, again)
+    hyper = Hyper(history=3)
+    saved_state_goes_on(lambda n: make_optimizer(name, n, np.float64, hyper), np.linspace(-1, 1, 10), 1e-3)
 
 
 @given(st.floats(1e-3, 1e3), st.integers(0, 1000))

@@ -5,7 +5,7 @@ import pytest
 from psmpi import registry
 from psmpi.config import Config, check, command_line, from_command_line, from_table, from_toml, to_toml
 from psmpi.errors import UserError
-from psmpi.registry import BUILTIN, all_methods, find_method, method_names, register
+from psmpi.registry import BUILTIN, METHODS, all_methods, find_method, method_names, register
 from psmpi.training.method import Method
 
 PLUGIN = '''
@@ -33,6 +33,12 @@ class Other(Copies):
 '''
 
 
+def forget():
+    """Look for installed packages again."""
+    registry._entries.cache_clear()
+    registry._all_entries.cache_clear()
+
+
 @pytest.fixture
 def plugins(tmp_path, monkeypatch):
     """An installed package with a method, and one whose method cannot be imported."""
@@ -43,9 +49,9 @@ def plugins(tmp_path, monkeypatch):
         (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
         (folder / "entry_points.txt").write_text(f"[psmpi.methods]\n{name} = {target}\n")
     monkeypatch.syspath_prepend(tmp_path)
-    registry._installed.cache_clear()
+    forget()
     yield
-    registry._installed.cache_clear()
+    forget()
 
 
 def test_every_method_of_the_package_has_its_name_and_says_what_it_is():
@@ -88,7 +94,7 @@ def test_an_unknown_method_is_told_of_with_the_known_ones():
 
 
 def test_a_name_is_taken_once(monkeypatch):
-    monkeypatch.setattr(registry, "_registered", {})
+    monkeypatch.setattr(METHODS, "registered", {})
 
     class Mine(Method):
         name = "mine"

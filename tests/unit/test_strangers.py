@@ -35,6 +35,8 @@ from psmpi.inspect.figures import stats
 from psmpi.inspect.flight import read_flights
 from psmpi.inspect.look import show, state, verify
 from psmpi.inspect.opened import Opened
+from psmpi.nn.layers import LAYERS
+from psmpi.nn.layers.gelu import Gelu
 from psmpi.nn.layers.pattern_file import read_pattern
 from psmpi.output import Screen, complain, printable, tell
 from psmpi.plot import plot
@@ -186,6 +188,22 @@ def test_a_configuration_of_another_network_is_refused_before_it_is_built(good: 
         seal(good)
         with pytest.raises(DamagedError, match="describes a network of"):
             checkpoint.validate(good)
+
+
+def test_a_network_with_a_layer_of_the_program_is_compared_with_the_layout_too(
+    good: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other process knows psmpi's layers alone."""
+    tables = '{type = "mine"}, {type = "dense", units = 7}, {type = "dense", units = 4}'
+    with h5py.File(good, "r+") as file:
+        put(file, "config", f'[model]\nmodel = "custom"\nlayers = [{tables}]\n')
+    seal(good)
+    # Without the layer nothing can be said of the network; whatever needs it says so.
+    checkpoint.validate(good)
+    monkeypatch.setattr(LAYERS, "registered", {"mine": type("Mine", (Gelu,), {})})
+    good.touch()
+    with pytest.raises(DamagedError, match="describes a network of"):
+        checkpoint.validate(good)
 
 
 def bomb(dataset: h5py.Dataset, nbytes: int) -> None:

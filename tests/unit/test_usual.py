@@ -6,7 +6,7 @@ from helpers.runs import Trained, run
 from psmpi.config import Config, Data, NetworkSettings, Optimization, read_file, usual_numbers
 from psmpi.config.usual import RATES
 from psmpi.errors import counted
-from psmpi.optim import FIRST_ORDER
+from psmpi.optim import OPTIMIZERS, is_first_order
 
 TRAIN = ("-m", "psmpi.train", "--threads", "1")
 
@@ -39,7 +39,7 @@ def test_epochs_are_those_of_the_minibatch_that_is_given():
 
 
 def test_rates_are_of_the_network_and_the_optimizer():
-    assert RATES.keys() == FIRST_ORDER
+    assert RATES.keys() == {name for name in OPTIMIZERS if is_first_order(name)}
     assert [numbers(1438, model).lr for model in ("psnet", "lenet", "mlp", "head", "resnet")] == [1e-2] * 2 + [1e-3] * 3
     layers = {"sigmoid": ({"type": "dense"}, {"type": "sigmoid"}), "tanh": ({"type": "tanh"},)}
     assert [numbers(1438, "custom", layers=layers[kind]).lr for kind in layers] == [1e-2, 1e-3]

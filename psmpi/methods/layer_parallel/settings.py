@@ -16,7 +16,7 @@ from psmpi.methods.layer_parallel.plan import Plan, inside, make_plan, residual_
 from psmpi.nn.layers.chain import leaves
 from psmpi.nn.layers.residual import Residual
 from psmpi.nn.network import Network
-from psmpi.optim import FIRST_ORDER
+from psmpi.optim import is_first_order
 from psmpi.training.checks import check_not_partitioned, check_slices
 from psmpi.training.context import check_optimizer, configured_loss
 
@@ -112,7 +112,7 @@ def check_layer_parallel(size: int, network: Network, dataset: Dataset, config: 
             raise UserError(f"--{name} {value:g}: expected a number from 0 to 1e9")
     if not (isfinite(s.adapt_bound) and 0 < s.adapt_bound <= 1e9):
         raise UserError(f"--adapt-bound {s.adapt_bound:g}: expected a number above 0, up to 1e9")
-    if s.adapt_every and config.optimization.optimizer not in FIRST_ORDER:
+    if s.adapt_every and not is_first_order(config.optimization.optimizer):
         raise UserError(
             f"--adapt-every {s.adapt_every} would change the gradient within a line search of --optimizer "
             f"{config.optimization.optimizer}: use a first-order one (sgd, momentum, adam, ...)"

@@ -20,7 +20,7 @@ from psmpi.methods.psl.element_set import elements_of
 from psmpi.nn.cut import tail_of, trunk_length
 from psmpi.nn.losses import LOSSES
 from psmpi.nn.network import Network
-from psmpi.optim import FIRST_ORDER, NewtonSettings, find_optimizer
+from psmpi.optim import NewtonSettings, find_optimizer, is_first_order
 from psmpi.optim.base import check_eps
 from psmpi.optim.curvature import RULES
 from psmpi.registry import WHOLE
@@ -246,7 +246,7 @@ def _stepped_at_once(
         config.optimization,
         roles.rows == 1 and config.optimization.clip == 0 and config.run.on_nan == "stop",
     )
-    one_by_one = o.optimizer in FIRST_ORDER and not find_optimizer(o.optimizer).needs_matrices
+    one_by_one = is_first_order(o.optimizer) and not find_optimizer(o.optimizer).needs_matrices
     tail = tail_of(network)
     if not (needs_no_sum and one_by_one and configured_loss(config, dataset).immediate and tail is not None):
         return 0

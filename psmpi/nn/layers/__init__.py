@@ -1,6 +1,7 @@
-"""Layers, one kind a file, and the names by which a configuration asks for them.
+"""Layers, one kind a file, and the registry of their types, by which a configuration asks for them.
 
-A new kind is a file and a line in `LAYERS`: everything else asks the layer.
+A new kind is a file and a line in `LAYERS`, or a class of another package or program (docs/own_layer.md): everything
+else asks the layer.
 """
 
 from psmpi.nn.layers.activation import ACTIVATIONS, Activation
@@ -24,8 +25,9 @@ from psmpi.nn.layers.recurrent import Recurrent
 from psmpi.nn.layers.residual import Residual
 from psmpi.nn.layers.slab import Slab
 from psmpi.nn.layers.sparse import Sparse
+from psmpi.registry import Registry
 
-LAYERS: dict[str, type[Layer]] = {
+OWN: dict[str, type[Layer]] = {
     "dense": Dense,
     "separable_dense": Dense,
     "cosine": Cosine,
@@ -52,5 +54,6 @@ LAYERS: dict[str, type[Layer]] = {
     "dot": Dot,
     **dict.fromkeys(ACTIVATIONS, Activation),
 }
+LAYERS: Registry[type[Layer]] = Registry("layer", "layer type {!r}", "psmpi.nn.layers.base:Layer", OWN)
 
 __all__ = ["ACTIVATIONS", "LAYERS", "Layer", "Part", "SampleSums", "Site", "Stage"]

@@ -12,6 +12,7 @@ from psmpi.errors import UserError
 from psmpi.layout import Parameter
 from psmpi.nn.layers.base import OVER, Initial, Layer, Part, SampleSums, Site, Stage
 from psmpi.nn.layers.table import Table
+from psmpi.nn.layers.unit_rows import UnitRows
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class Positions(Layer):
 
     longest: int
 
+    exact: ClassVar[bool] = True
     place: ClassVar[str] = OVER
     whole_sequences: ClassVar[bool] = True
 
@@ -60,31 +62,18 @@ class PositionsPart(Part):
         super().__init__(stage, site)
         assert isinstance(self.layer, Positions)
         self.longest = self.layer.longest
-        names, local = [p.name for p in site.layout.parameters], np.cumsum(stage.kept) - 1
-        number = names.index(f"{self.layer.name}.weight")
-        # Runs of units whose rows are contiguous: slice of the units, and start of the rows in the local vector.
-        self.runs: list[tuple[slice, int]] = []
-        for piece in site.layout.pieces():
-            if piece.parameter == number and stage.kept[piece.first]:
-                first, count = int(local[piece.first]), piece.last - piece.first
-                at = site.part.local(piece.offset, piece.offset + count * self.longest).start
-                self.runs.append((slice(first, first + count), at))
+        self.rows = UnitRows(stage, site)
 
     def views(self, vector: np.ndarray) -> Any:
         """Return the rows of each run of units, (..., units, longest)."""
-        views = []
-        for units, at in self.runs:
-            count = units.stop - units.start
-            rows = vector[..., at : at + count * self.longest]
-            views.append(rows.reshape(*vector.shape[:-1], count, self.longest))
-        return views
+        return self.rows.views(vector)
 
     def forward(self, x: np.ndarray, y: np.ndarray | None, room: Any) -> tuple[np.ndarray, Any]:
         if y is None:
             y = x
         else:
             y[...] = x
-        for (units, _), weights in zip(self.runs, self.w, strict=True):
+        for (units, _), weights in zip(self.rows.runs, self.w, strict=True):
             self.ops.add_bias(y[units], weights[:, : y.shape[1]])
         return y, None
 
@@ -94,7 +83,7 @@ class PositionsPart(Part):
         if into is None:
             return dy
         steps, sums = dy.shape[1], isinstance(into, SampleSums)
-        for (units, _), out in zip(self.runs, self.views(into.into) if sums else into, strict=True):
+        for (units, _), out in zip(self.rows.runs, self.views(into.into) if sums else into, strict=True):
             # Steps beyond the sequences have no gradient.
             out[..., steps:] = 0
             if sums:

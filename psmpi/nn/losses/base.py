@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from math import log
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -82,6 +82,7 @@ class Loss:
     outputs: number of classes of all ranks together, by default the number of scores in a call.
     tasks: tasks that the loss can learn, "classes" with labels or "regression" with values; task: the chosen one.
     settings: names of the settings below that the loss uses. weights: the divisor of a sample's derivatives in psl.
+    options: dataclass of the settings of this loss alone, see `psmpi.config.Settings`; own: their values.
     divisors, rests: see `PSL`.
     scale: factor of cosines that gives the scores, 0 if the scores are not cosines.
     margin: change of the label's score that `Objective` applies in training before it calls the loss.
@@ -101,6 +102,7 @@ class Loss:
     immediate = False
     tasks: tuple[str, ...] = ("classes",)
     settings: tuple[str, ...] = ()
+    options: type[Any] | None = None
     scale = 0.0
     margin: Margin | None = None
     class_weights: np.ndarray | None = None
@@ -114,7 +116,9 @@ class Loss:
         task: str = "classes",
         outputs: int = 0,
         weights: str = "none",
+        own: Any = None,
     ):
+        self.own = self.options() if own is None and self.options is not None else own
         self.dtype, self.kappa, self.task, self.outputs = np.dtype(dtype), float(kappa), task, outputs
         self.clipped, self.lenient, self.weights = 0, False, weights
         self.largest = largest_exponent(self.dtype if weights == "none" else np.dtype(np.float64))

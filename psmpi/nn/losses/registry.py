@@ -1,6 +1,11 @@
-"""The losses by name: a new one is a file beside this one, and a line here."""
+"""The losses by name: a new one is a file beside this one and a line here, or a class of another package or program.
+
+docs/own_loss.md describes the latter.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 
@@ -12,8 +17,9 @@ from psmpi.nn.losses.logistic import PairwiseLogistic
 from psmpi.nn.losses.nll import CrossEntropy
 from psmpi.nn.losses.psl import PSL
 from psmpi.nn.losses.squared import SquaredError
+from psmpi.registry import Registry
 
-LOSSES: dict[str, type[Loss]] = {
+OWN: dict[str, type[Loss]] = {
     "psl": PSL,
     "logistic": PairwiseLogistic,
     "nll": CrossEntropy,
@@ -21,6 +27,12 @@ LOSSES: dict[str, type[Loss]] = {
     "hinge": Hinge,
     "bce": BinaryCrossEntropy,
 }
+LOSSES: Registry[type[Loss]] = Registry("loss", "--loss {!r}", "psmpi.nn.losses.base:Loss", OWN, named=True)
+
+
+def formulas() -> dict[str, str]:
+    """The formula of each loss in one line, by name."""
+    return {name: loss.formula for name, loss in LOSSES.items()}
 
 
 def make_loss(
@@ -32,17 +44,18 @@ def make_loss(
     task: str = "classes",
     outputs: int = 0,
     weights: str = "none",
+    own: Any = None,
 ) -> Loss:
     """The loss called `name`; exp_clip: auto, off or the exponent from which psl goes on as its tangent.
 
-    outputs: scores of a sample, of all ranks together; weights: see `PSL`.
+    outputs: scores of a sample, of all ranks together; weights: see `PSL`; own: an object of the loss's `options`, by
+    default one of their defaults.
 
     UserError where the name is unknown, the loss cannot learn the task (see `Loss`), kappa is not positive or exp_clip
     is none of these.
     """
-    if name not in LOSSES:
-        raise UserError(f"--loss {name!r} is unknown: choose one of {', '.join(LOSSES)}")
-    if task not in LOSSES[name].tasks:
+    kind = LOSSES.find(name)
+    if task not in kind.tasks:
         fit = " or ".join(f"--loss {other}" for other, loss in LOSSES.items() if task in loss.tasks)
         raise UserError(
             f"--loss {name} needs labels, and the targets are floating point numbers, values to learn: use {fit}, or "
@@ -59,4 +72,4 @@ def make_loss(
             f"--exp-clip {exp_clip}: expected auto, off, or an exponent from 0 to {largest_exponent(dtype):.1f} "
             f"(the largest one for {np.dtype(dtype)})"
         )
-    return LOSSES[name](dtype, kappa=kappa, exp_clip=limit, task=task, outputs=outputs, weights=weights)
+    return kind(dtype, kappa=kappa, exp_clip=limit, task=task, outputs=outputs, weights=weights, own=own)

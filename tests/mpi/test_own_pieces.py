@@ -1,0 +1,79 @@
+"""Layers, losses, optimizers and methods outside the package: the examples, and packages that are installed."""
+
+import subprocess
+import sys
+
+import pytest
+from helpers.paths import ROOT
+from helpers.processes import launch
+
+from psmpi.checkpoint import newest
+from psmpi.testing.conformance import tensors
+
+EXAMPLES = ROOT / "examples"
+OPTIONS = {
+    "own_layer": ("--config", EXAMPLES / "own_layer.toml", "--colocate"),
+    "own_loss": ("--loss", "squared_hinge", "--gap", "2", "--partition", "pairs", "--colocate"),
+    "own_optimizer": ("--optimizer", "adagrad", "--start", "0.1", "--colocate"),
+    "dsgd": ("--method", "dsgd", "--self-weight", "0.5"),
+}
+# What a command without the program says, where it cannot do without the piece.
+UNKNOWN = {
+    "own_layer": "unknown layer type 'prelu'",
+    "own_loss": "--loss 'squared_hinge' is unknown",
+    "own_optimizer": "--optimizer 'adagrad' is unknown",
+    "dsgd": "--method dsgd is unknown",
+}
+
+
+def told(*words, ranks=1, **options):
+    status, out, err = launch(ranks, *map(str, words), timeout=240, **options)
+    return status, out + err
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_program_with_a_piece_of_its_own_has_all_commands(name, tmp_path):
+    program, run = EXAMPLES / f"{name}.py", tmp_path / "run"
+    words = (program, "train", *OPTIONS[name], "--max-steps", "30", "--threads", "1", "--out", run)
+    status, said = told(*words, ranks=2)
+    assert status == 0, said
+    assert f"mpirun -n 2 python {program} train --resume auto --out {run}" in said
+    status, said = told("-m", "psmpi", "train", "--resume", "auto", "--out", run, "--max-steps", "31")
+    assert status == 1 and UNKNOWN[name] in said and "start the program that registers" in said, said
+    status, said = told(program, "train", "--resume", "auto", "--out", run, "--max-steps", "31", "--threads", "1")
+    assert status == 0 and "resumed from" in said, said
+    status, said = told("-m", "psmpi", "predict", run)
+    assert (status, UNKNOWN[name] in said) == ((1, True) if name == "own_layer" else (0, False)), said
+
+
+def test_a_network_with_a_layer_of_a_program_is_exported(tmp_path):
+    pytest.importorskip("onnxruntime", reason="psmpi[export]")
+    program, run = EXAMPLES / "own_layer.py", tmp_path / "run"
+    status, said = told(program, "train", *OPTIONS["own_layer"], "--max-steps", "5", "--out", run)
+    assert status == 0, said
+    status, said = told(program, "inspect", "export", run, "--out", tmp_path / "n.onnx")
+    assert status == 0 and "onnxruntime's scores differ" in said, said
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_an_example_is_a_page_whose_docstring_says_how_to_run_it(name):
+    text = (EXAMPLES / f"{name}.py").read_text()
+    assert len(text.splitlines()) < 80 and f"Run: mpirun -n 2 python examples/{name}.py train " in text
+
+
+def test_a_layer_of_an_installed_package_needs_no_program(tmp_path):
+    site = tmp_path / "site"
+    folder = site / "own_layer-1.0.dist-info"
+    folder.mkdir(parents=True)
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: own_layer\nVersion: 1.0\n")
+    (folder / "entry_points.txt").write_text("[psmpi.layers]\nprelu = own_layer:PReLU\n")
+    (site / "own_layer.py").write_text((EXAMPLES / "own_layer.py").read_text())
+    runs = []
+    for start in ([EXAMPLES / "own_layer.py"], ["-m", "psmpi"]):
+        runs.append(tmp_path / f"run{len(runs)}")
+        words = [*start, "train", *OPTIONS["own_layer"], "--max-steps", "5", "--threads", "1", "--out", runs[-1]]
+        environ = {"PYTHONPATH": f"{ROOT}:{site}" if "-m" in start else str(ROOT), "PATH": "/usr/bin:/bin"}
+        done = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, env=environ)
+        assert done.returncode == 0, done.stderr
+    first, second = (tensors(newest(run)) for run in runs)
+    assert first.keys() == second.keys() and all((first[name] == second[name]).all() for name in first)
