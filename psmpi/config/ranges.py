@@ -25,7 +25,8 @@ class Choices:
     lines: Callable[[], Mapping[str, str]]
 
 
-class OneOf(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class OneOf:
     """The registry whose names a setting may have; lines: a function that returns a line of text for each name."""
 
     registry: Registry[Any]
