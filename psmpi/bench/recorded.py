@@ -183,7 +183,7 @@ def _toml(value: Any) -> str:
 
 HEAD = """# Figures and their commands
 
-Every figure of these pages, with the command that makes it, the version of psmpi that made it, and the day. This page
+Every figure of these pages, with the command that makes it, the version of psmpi that made it, and the day. The page
 is generated from `psmpi/bench/figures.toml`.
 
 ```bash
@@ -194,18 +194,22 @@ psmpi bench figures --write docs/figures.md           # write this page
 ```
 
 Figures whose data set is not in `--data-dir` are left out with a line. `quick` marks what the first command makes
-again. Times depend on the machine: `--times` compares those that a program can read. A version 0.2 was recorded
-before this page existed, with the day that the page gives, or on which the page got the figure. In commands `~/data`
-is the folder of data sets.
+again. Times depend on the machine: `--times` compares those that a program can read. Figures of version 0.2 are older
+than this list; their day is the one that the page gave, or the one on which the page got the figure. `~/data` is the
+folder of data sets. Seconds are processor seconds of all processes, their start included.
+
+A figure has moved if it differs from the recorded value by more than its tolerance. A person compares figures without a
+tolerance.
 """
 
 
 def page(recorded: Recorded) -> str:
     """The Markdown page of all figures, by page and in the order of the file."""
     lines = [HEAD]
-    lines += ["A figure has moved if it differs from the recorded one by more than its tolerance:", ""]
     lines += ["| tolerance | difference | why |", "|---|---|---|"]
     for name, one in recorded.tolerances.items():
+        if name == "none":
+            continue
         lines.append(f"| {name} | {_width(one)} | {one.why} |")
     if recorded.machines:
         lines += ["", "Machines:", ""]
@@ -214,7 +218,7 @@ def page(recorded: Recorded) -> str:
         # README.md lies above docs/.
         link = f"../{name}" if name == "README.md" else name
         lines += ["", f"## [{name.removesuffix('.md')}]({link})", ""]
-        lines += ["| id | figure | value | made by | command |", "|---|---|---|---|---|"]
+        lines += ["| id | figure | value | tolerance | made by | command |", "|---|---|---|---|---|---|"]
         lines += [_row(figure) for figure in recorded.figures if figure.page == name]
     return "\n".join(lines) + "\n"
 
@@ -230,5 +234,5 @@ def _row(figure: Figure) -> str:
     marks += [figure.machine] if figure.machine else []
     unit = f" {figure.unit}" if figure.unit and figure.read else ""
     command = figure.command.replace("{data}", "~/data").replace("|", "\\|")
-    what = f"{figure.what} ({figure.tolerance})" if figure.remade else figure.what
-    return f"| `{figure.id}` | {what} | {figure.text}{unit} | {', '.join(marks)} | `{command}` |"
+    value, tolerance = figure.text + unit, figure.tolerance if figure.remade else ""
+    return f"| `{figure.id}` | {figure.what} | {value} | {tolerance} | {', '.join(marks)} | `{command}` |"

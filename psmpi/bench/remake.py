@@ -40,27 +40,28 @@ def missing(figure: Figure, data_dir: str) -> str:
     """Why the figure cannot be made here, "" where it can."""
     if not figure.remade:
         return "a person reads it"
+    if "{data}" in figure.command and not data_dir:
+        return "it needs --data-dir"
     for words in programs(figure.command):
         for word in words:
             if word.startswith(("tests/", "examples/")) and not (ROOT / word.partition("::")[0]).exists():
                 return f"{word} is in a checkout alone"
         dataset = words[words.index("--dataset") + 1].partition(":")[0] if "--dataset" in words else ""
-        if dataset in DATASETS and (why := _unopened(dataset, data_dir)):
-            return why
-    if "{data}" in figure.command and not data_dir:
-        return "it needs --data-dir"
+        if dataset in DATASETS and not _there(dataset, data_dir):
+            return f"{dataset} is not in --data-dir"
     return ""
 
 
 @cache
-def _unopened(dataset: str, data_dir: str) -> str:
+def _there(dataset: str, data_dir: str) -> bool:
+    """Whether the folder holds the files of a data set."""
     from psmpi.data import open_dataset
 
     try:
-        open_dataset(dataset, data_dir or None)
-    except UserError as error:
-        return f"{dataset} is not in --data-dir" if data_dir else str(error)
-    return ""
+        open_dataset(dataset, data_dir)
+    except UserError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)
