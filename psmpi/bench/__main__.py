@@ -14,6 +14,7 @@ def main(argv: list[str] | None = None) -> int:
     from psmpi.bench.comm import comm
     from psmpi.bench.compute import compute
     from psmpi.bench.decoupled import decoupled
+    from psmpi.bench.figures import figures
     from psmpi.bench.head import head
     from psmpi.bench.hogwild import hogwild
     from psmpi.bench.kernels import kernels
@@ -44,9 +45,9 @@ def main(argv: list[str] | None = None) -> int:
     def go() -> int:
         trains = partial(with_training_options, default=defaults(words), words=words)
         commands: tuple[Callable[..., int], ...] = (
-            characters, checkpoint, comm, compute, decoupled, head, hogwild, kernels, layers, links, trains(memory),
-            network, trains(optimizer), partition, predict, private, published, trains(recorder), recurrent,
-            trains(scale), sparse, start, trains(step), tensor, transformer, trunk, wavefront,
+            characters, checkpoint, comm, compute, decoupled, figures, head, hogwild, kernels, layers, links,
+            trains(memory), network, trains(optimizer), partition, predict, private, published, trains(recorder),
+            recurrent, trains(scale), sparse, start, trains(step), tensor, transformer, trunk, wavefront,
         )  # fmt: skip
         return chosen(commands, words, "bench", "Measure psmpi.")()
 

@@ -187,12 +187,12 @@ def launcher() -> str:
     return path
 
 
-def run_program(command: Sequence[str], slow: bool = False, limit: int = 600) -> str:
+def run_program(command: Sequence[str], slow: bool = False, limit: int = 600, cwd: Path | None = None) -> str:
     """The output of a command; UserError where it fails, or does not end in time: it and all it started are ended."""
     environment = {**os.environ, **(ENVIRONMENT if slow else {}), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        stdin=subprocess.DEVNULL,
+        stdin=subprocess.DEVNULL, cwd=cwd,
     )  # fmt: skip
     try:
         out, err = process.communicate(timeout=limit)
