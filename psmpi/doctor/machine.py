@@ -69,7 +69,7 @@ def memory(free: Sequence[Limit] | None = None) -> Iterator[Finding]:
     low = list(_low())
     yield from low
     if not low:
-        yield good("limits", "ulimit -v, -d, -f, -n and -t are high enough")
+        yield good("limits", "none of ulimit -v, -d, -f, -n, -t is in the way")
 
 
 def _low() -> Iterator[Finding]:

@@ -262,7 +262,7 @@ def test_names_of_spaces_are_free_ones(name):
 def test_what_nobody_holds_cannot_be_written(tmp_path):
     layout = plain_layout({"w": (3, 4)})
     shards = Ownership((layout.runs_of(Box("w", ((0, 2),))), Runs()))
-    with pytest.raises(ValueError, match="4 of 12 elements are of no rank"):
+    with pytest.raises(ValueError, match="4 of 12 elements belong to no rank"):
         save(tmp_path, checkpoint.Contents("", (1,), layout), shards, {"weights": np.zeros(12)})
 
 

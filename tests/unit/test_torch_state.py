@@ -95,7 +95,7 @@ def test_every_layer_gives_the_same_scores_or_is_refused(name):
 
     network = make(name)
     if any(kind in json.dumps(network.tables) for kind in REFUSED):
-        with pytest.raises(psmpi.UserError, match=r"which psmpi\.torch has not"):
+        with pytest.raises(psmpi.UserError, match=r"which psmpi\.torch does not have"):
             Scores(network)
         return
     layout, rng = network.layout(), np.random.default_rng(0)
