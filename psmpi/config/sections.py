@@ -159,8 +159,8 @@ class NetworkSettings:
     """Domains of each layer of slabs, along its neurons. Two numbers are rows and columns of tiles, for images whose
     hidden layers are square fields of neurons. If not given: 4."""
     halo: Annotated[int, Least(-1)] = -1
-    """Neurons of each neighbouring domain that a domain of slabs sees. -1: an eighth of a domain, and one row of flat
-    images."""
+    """Neurons of each neighbouring domain that a domain of slabs sees. -1: an eighth of a domain; for flat images, one
+    row."""
     heads: Annotated[int, Least(0)] = 0
     """Heads of each attention layer of transformer. 0: 4 heads."""
     depth: Annotated[int, Least(1)] = 32
@@ -283,7 +283,8 @@ class Parallel:
     nccl: bool = False
     """Use NCCL for sums over the ranks of a row and over replicas. Needs a GPU for each rank."""
     threads: Annotated[int, Least(0)] = 0
-    """Threads of each rank; 0: cores / ranks. Cores and ranks are those of the host."""
+    """Threads of each rank; 0: cores / ranks. Cores and ranks are those of the host; each rank has at least 1
+    thread."""
 
 
 @dataclass(frozen=True)
@@ -344,7 +345,7 @@ class Run:
     stall_abort: float = 1800.0
     """Seconds without progress of the ranks before the job ends and prints the Python stacks of all ranks. 0: never."""
     patience: Annotated[int, Least(0)] = 0
-    """Epochs without progress until the end. Progress is a better value of --monitor. 0: no end."""
+    """Epochs without progress until the end. Progress is a better value of --monitor. 0: the run never ends early."""
     monitor: Literal["loss", "accuracy", "top5", "rmse", "train_loss"] = "loss"
     """Measure of --patience and --keep-best, on the validation samples, or on the test samples where there are none.
 

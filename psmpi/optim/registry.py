@@ -62,12 +62,12 @@ SUMMARIES = {
     "rmsprop": "gradient over its root mean square (Tieleman and Hinton 2012)",
     "lion": "sign of a momentum (Chen et al. 2023)",
     "muon": "orthogonalized momentum of matrices, AdamW for other weights",
-    "lbfgs": "L-BFGS with a line search; needs large minibatches",
+    "lbfgs": "L-BFGS with a line search",
     "lbfgs-tr": "L-BFGS in a trust region",
     "lsr1-tr": "L-SR1 in a trust region",
     "plbfgs": "partitioned L-BFGS of each element, for --partition pairs",
     "plsr1": "partitioned L-SR1 of each element, for --partition pairs",
-    "plse": "L-BFGS of each element, L-SR1 where its curvature is negative",
+    "plse": "L-BFGS of each element, L-SR1 where curvature is not positive",
 }
 # Those that count their steps, with a count for each weight.
 COUNTED: dict[str, type[Optimizer]] = {"adam": CountedAdam, "adamw": CountedAdamW}

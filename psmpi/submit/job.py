@@ -40,7 +40,7 @@ class Job:
     time: str = "01:00:00"
     """Time limit of a start, such as 30 (minutes), 04:00:00 or 2-00:00:00."""
     save_before: Annotated[int, Least(0)] = 120
-    """Seconds before the time limit at which the training is stopped and saved. 0: no warning, and no save."""
+    """Seconds before the time limit at which the training is stopped and saved. 0: no warning."""
     requeue: bool = False
     """Start again after the time limit, until the training is done."""
     seeds: Annotated[int, Least(0)] = 0
