@@ -22,7 +22,3 @@ def example(monkeypatch):
 @pytest.mark.parametrize("name", [*BUILTIN, "example"])
 def test_method(name, check, tmp_path, monkeypatch):
     check(Case(example(monkeypatch) if name == "example" else name, tmp_path))
-
-
-def test_the_example_is_a_page():
-    assert len((ROOT / "examples" / "dsgd.py").read_text().splitlines()) <= 60

@@ -1,5 +1,6 @@
 """Layers, losses, optimizers and methods outside the package: the examples, and packages that are installed."""
 
+import importlib
 import subprocess
 import sys
 
@@ -8,7 +9,9 @@ from helpers.paths import ROOT
 from helpers.processes import launch
 
 from psmpi.checkpoint import newest
-from psmpi.testing.conformance import tensors
+from psmpi.nn.layers import LAYERS
+from psmpi.testing import train
+from psmpi.testing.conformance import rows, tensors
 
 EXAMPLES = ROOT / "examples"
 OPTIONS = {
@@ -53,6 +56,25 @@ def test_a_network_with_a_layer_of_a_program_is_exported(tmp_path):
     assert status == 0, said
     status, said = told(program, "inspect", "export", run, "--out", tmp_path / "n.onnx")
     assert status == 0 and "onnxruntime's scores differ" in said, said
+
+
+def test_methods_that_cut_a_network_cut_a_layer_of_one_s_own_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(LAYERS, "registered", {})
+    monkeypatch.delitem(sys.modules, "own_layer", raising=False)
+    monkeypatch.syspath_prepend(EXAMPLES)
+    importlib.import_module("own_layer")
+    (tmp_path / "net.toml").write_text(
+        '[model]\nmodel = "custom"\nlayers = [{type = "flatten"}, {type = "dense", units = 20}, {type = "prelu"}, '
+        '{type = "dense", units = 20}, {type = "prelu"}, {type = "dense", units = 10}]\n'
+    )
+    losses = {}
+    for method, ranks in (("data_parallel", 1), ("psl", 2), ("tensor", 2), ("spann", 2)):
+        out = tmp_path / method
+        words = ["--method", method, "--config", tmp_path / "net.toml", "--loss", "nll", "--dtype", "float64"]
+        ended = train(ranks, [*words, "--epochs", "1", "--batch-size", "40", "--lr", "0.01", "--out", out])
+        assert ended.status == 0, ended.stderr
+        losses[method] = rows(out)[-1]["train_loss"]
+    assert list(losses.values()) == pytest.approx([losses["data_parallel"]] * 4, rel=1e-9), losses
 
 
 @pytest.mark.parametrize("name", OPTIONS)
