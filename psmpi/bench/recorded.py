@@ -194,7 +194,7 @@ psmpi bench figures --write docs/figures.md           # write this page
 ```
 
 Figures whose data set is not in `--data-dir` are left out with a line. `quick` marks what the first command makes
-again. Times depend on the machine: `--times` compares those that a program can read. Figures of version 0.2 are older
+again. Times depend on the machine: `--times` compares those that a program can read. Figures of version 0.1 are older
 than this list; their day is the one that the page gave, or the one on which the page got the figure. `~/data` is the
 folder of data sets. Seconds are processor seconds of all processes, their start included.
 
@@ -219,9 +219,9 @@ def page(recorded: Recorded) -> str:
         lines += ["", "Machines:", ""]
         lines += [f"- {name}: {text}" for name, text in recorded.machines.items()]
     for name in dict.fromkeys(figure.page for figure in recorded.figures):
-        # README.md lies above docs/.
-        link = f"../{name}" if name == "README.md" else name
-        lines += ["", f"## [{name.removesuffix('.md')}]({link})", ""]
+        title = name.removesuffix(".md")
+        # README.md lies above docs/, where the site has no page.
+        lines += ["", f"## {title}" if name == "README.md" else f"## [{title}]({name})", ""]
         lines += ["| id | figure | value | tolerance | made by | command |", "|---|---|---|---|---|---|"]
         lines += [_row(figure) for figure in recorded.figures if figure.page == name]
     return "\n".join(lines) + "\n"
