@@ -1,4 +1,4 @@
-"""For tests: a world of threads in one process, and psmpi's programs run in it."""
+"""Tools for tests: ranks that are threads of one process, and psmpi's programs run on them."""
 
 from __future__ import annotations
 
