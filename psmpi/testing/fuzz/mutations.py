@@ -23,7 +23,7 @@ VALUES: tuple[Any, ...] = (
 
 
 def mutate(rng: Rng, data: bytes) -> bytes:
-    """Apply 1 to 7 random changes: flipped bits, other bytes or numbers, moved, doubled or removed blocks, a cut end."""
+    """Apply 1 to 7 random changes: flipped bits, other bytes or numbers, moved, doubled or removed blocks, a cut."""
     changed = bytearray(data)
     for _ in range(int(rng.integers(1, 8))):
         if not changed:
