@@ -63,7 +63,7 @@ class Recording:
                 graph = ops.stream.end_capture()
         except ops.failures as error:
             ops.graphs = False
-            warnings.warn(f"CUDA graphs are turned off: this device cannot record the step: {error}", stacklevel=2)
+            warnings.warn(f"CUDA graphs are not used: this device cannot record the step: {error}", stacklevel=2)
             return self.work(*args)
         self.made[key] = graph, result
         graph.launch(ops.stream)
