@@ -1,4 +1,4 @@
-"""Random weights and samples of a network, and models over them."""
+"""Random weights and samples for a network, and models on them."""
 
 import numpy as np
 
@@ -20,7 +20,7 @@ def random_problem(network, batch=3, dtype=np.float64, seed=0):
 
 
 def make_model(network, layout, w, classes=None, fold=True):
-    """A model of `classes` over its own copy of its part of w, its gradient not yet filled."""
+    """A model of `classes` on a copy of its part of w, with a gradient vector of NaN."""
     part = layout.part(range(network.classes) if classes is None else classes)
     return Model(
         network, layout, restrict(w, part), np.full(part.size, np.nan, w.dtype), NumpyOps(), classes, fold=fold
