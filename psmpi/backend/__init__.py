@@ -1,4 +1,4 @@
-"""Array operations behind one small set of names; a backend is chosen by name."""
+"""Backends: sets of array operations with one interface, in NumPy, in C and on a GPU."""
 
 from __future__ import annotations
 
@@ -56,16 +56,17 @@ def make_backend(
     graphs: bool = True,
     convolution: str = "own",
 ) -> NumpyOps:
-    """The operations called `name`; `auto` takes the best one present. UserError where it is not known or not there.
+    """Return the backend called `name`: numpy, compiled, cupy, or auto for the fastest one available.
 
-    threads: those of the kernels; those of NumPy's linear algebra are set from outside (threadpoolctl). local_rank:
-    this process's number on its host, which is dealt to the devices that it sees in turn; None: no device unless it is
-    asked for by name. compute, graphs, convolution: as in `CupyOps`.
+    threads: number of threads of the C kernels; psmpi limits those of NumPy's linear algebra with threadpoolctl.
+    local_rank: rank of this process on its host. Processes take the visible devices in turn by their local rank; with
+    None, auto takes no device. compute, graphs, convolution: see `CupyOps`. Raise UserError if the backend is unknown
+    or not available.
     """
     if name not in ("auto", "numpy", "compiled", "cupy"):
         raise UserError(f"--backend {name!r} is unknown: choose auto, numpy, compiled or cupy")
     if name == "cupy" or (name == "auto" and local_rank is not None and gpu.available()):
         return CupyOps((local_rank or 0) % gpu.devices(), compute, graphs, convolution)
     if name == "compiled" and not compiled.level():
-        raise UserError(f"--backend compiled: the kernels are not there: {compiled.missing()}; or use --backend numpy")
+        raise UserError(f"--backend compiled: no C kernels: {compiled.missing()}; or use --backend numpy")
     return CompiledOps(threads=threads) if name != "numpy" and compiled.level() else NumpyOps()

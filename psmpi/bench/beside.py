@@ -1,4 +1,4 @@
-"""Passes that are timed in turn, beside their matrix products and PyTorch."""
+"""Time several functions in turn, and show the times beside those of matrix products and of PyTorch."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 
 from psmpi.output import Screen
 
-# Calls before those that are timed.
+# Warm-up calls.
 WARM = 2
 
 
 def take_turns(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of each call, `rounds` times, one after the other in each round."""
+    """Milliseconds of each function in `rounds` rounds, each of which calls the functions in turn."""
     for call in calls.values():
         for _ in range(WARM):
             call()
@@ -28,7 +28,7 @@ def take_turns(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[s
 
 
 def show_beside(rows: list[dict[str, Any]], title: str) -> None:
-    """A row of each kind: its times "ms" by name, "psmpi" and perhaps "PyTorch", and "products ms"."""
+    """Print a table. Each row has its "kind", the times "ms" of "psmpi" and perhaps "PyTorch", and "products ms"."""
     from rich.table import Table
 
     table = Table(title=f"ms a step, median (least to largest): {title}", title_justify="left")

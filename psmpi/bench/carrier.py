@@ -1,6 +1,6 @@
-"""Links with a delay: TUN devices whose packets a thread carries from one to the other (Linux, root).
+"""Links with a delay: TUN devices, and a thread that carries packets between them (Linux, root).
 
-The kernels of many machines have no qdisc that delays packets; all have these devices.
+Many kernels have no qdisc that delays packets (netem), but all have TUN devices.
 """
 
 from __future__ import annotations
@@ -17,15 +17,17 @@ from contextlib import suppress
 from psmpi.errors import UserError
 
 DEVICES = "/dev/net/tun"
-# From linux/if_tun.h: make a device on this descriptor; whole IP packets without a header of its own.
+# Constants of linux/if_tun.h: the request that creates a device on a descriptor, and flags for IP packets without an
+# extra header.
 TUNSETIFF, IFF_TUN, IFF_NO_PI = 0x400454CA, 0x0001, 0x1000
 LARGEST = 65536
 
 
 class Carrier:
-    """Carries IPv4 packets between devices: each sends and receives at so many bytes a second, and `delay` s later.
+    """Carry IPv4 packets between TUN devices, with a rate and a delay.
 
-    Packets wait in their own device until the link takes them.
+    Each device sends and receives at most `rate` bytes a second, and packets arrive `delay` seconds later. Packets wait
+    in the device of their sender until the link is free.
     """
 
     def __init__(self, rate: float, delay: float):
@@ -36,7 +38,10 @@ class Carrier:
         self.thread = threading.Thread(target=self._carry, daemon=True)
 
     def add(self, device: str, address: str) -> None:
-        """Make a device, to be moved into a namespace, to which packets for an IPv4 address go."""
+        """Create a device that receives the packets for an IPv4 address; the caller moves it into a namespace.
+
+        Raise UserError if the system has no TUN devices.
+        """
         try:
             made = os.open(DEVICES, os.O_RDWR | os.O_NONBLOCK)
             self.devices.append(made)
@@ -49,7 +54,7 @@ class Carrier:
         self.thread.start()
 
     def close(self) -> None:
-        """End, and remove the devices."""
+        """Stop the thread and remove the devices."""
         self.ending = True
         if self.thread.ident is not None:
             self.thread.join()
@@ -57,7 +62,7 @@ class Carrier:
             os.close(device)
 
     def _carry(self) -> None:
-        # When each device may send, and receive, its next packet; packets under way by the time that they arrive.
+        # The times at which each device may send and receive its next packet, and the packets under way, by arrival.
         sends, receives = (dict.fromkeys(self.devices, 0.0) for _ in range(2))
         under_way: list[tuple[float, int, int, bytes]] = []
         number = 0
@@ -75,14 +80,14 @@ class Carrier:
                 if target is None:
                     continue
                 takes = len(packet) / self.rate
-                # A device that waited for the thread to come by sends as if it had not.
+                # A packet may have waited up to 2 ms for this thread: let it leave at the time it was ready.
                 sends[device] = max(now - 0.002, sends[device]) + takes
                 receives[target] = max(sends[device] + self.delay, receives[target] + takes)
                 heapq.heappush(under_way, (receives[target], number, target, packet))
                 number += 1
 
     def _patience(self, now: float, under_way: list[tuple[float, int, int, bytes]], sends: dict[int, float]) -> float:
-        """Seconds until something is to be done at the latest."""
+        """Seconds until the next packet arrives or a device may send again, at most 0.1."""
         times = [at for at in sends.values() if at > now]
         if under_way:
             times.append(under_way[0][0])
@@ -97,6 +102,6 @@ def _read(device: int) -> bytes:
 
 
 def _write(device: int, packet: bytes) -> None:
-    # As on any link, what nobody takes is lost.
+    # As on a real link, a packet that the device does not accept is lost.
     with suppress(OSError):
         os.write(device, packet)

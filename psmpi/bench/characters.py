@@ -1,4 +1,4 @@
-"""Networks of slabs that recognize characters, larger and larger, as Long and Gupta (2008) trained them."""
+"""Train larger and larger networks of slabs that recognize characters, as Long and Gupta (2008) did."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def characters(
 
 
 def _train(ranks: int, options: list[str], limit: int) -> dict[str, Any]:
-    """The figures of one training."""
+    """Run one training, and return its figures."""
     from psmpi import checkpoint
 
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""The time for which a checkpoint keeps training waiting, and the speed at which it is written."""
+"""Measure how long a checkpoint pauses training, and how fast it is written."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from psmpi.comm.control import Control
 from psmpi.errors import UserError
 from psmpi.output import tell
 
-# Weights of this network are in equal blocks, one a class, as a worker of the score partition holds them.
+# Classes and layers of the network, whose weights are equal private blocks, one for each class, as in psl.
 CLASSES, LAYERS = 10, 8
 
 
@@ -103,7 +103,7 @@ def _measure(
         pause, busy = writer.pause - before, []
         while True:
             busy.append(_step(control, vectors))
-            # Rank 0 alone knows, and all must take the same number of steps.
+            # Only rank 0 knows whether the checkpoint is written, but all ranks must take the same number of steps.
             if not control.share_flag(world.rank == 0 and writer.busy):
                 break
         if number:
@@ -137,7 +137,7 @@ def _measure(
 
 
 def _network(megabytes: int, classes: int) -> Any:
-    """A network of private layers of CLASSES classes, or one layer of many classes, of this size with two moments."""
+    """A network of `megabytes` MB, with Adam's two moments: one layer of `classes` classes, or private layers for 0."""
     from psmpi.nn.network import build
 
     if classes:
@@ -150,7 +150,7 @@ def _network(megabytes: int, classes: int) -> Any:
 
 
 def _plain_file(place: Path, nbytes: int) -> float:
-    """Seconds for a file of so many bytes to be written, 4 MB at a time, and synced."""
+    """Seconds to write a file of `nbytes` bytes, 4 MiB at a time, and to sync it."""
     start, path = time.perf_counter(), place / "plain"
     block = memoryview(np.random.default_rng(0).bytes(1 << 22))
     with path.open("wb", buffering=0) as file:
@@ -163,14 +163,14 @@ def _plain_file(place: Path, nbytes: int) -> float:
 
 
 def _peak(process: int) -> float:
-    """The most memory in MB that another process has held, where the system tells."""
+    """The largest memory in MB that another process has held, from Linux's /proc; 0 without it."""
     status = Path(f"/proc/{process}/status")
     lines = status.read_text().splitlines() if status.exists() else []
     return sum(int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith("VmHWM"))
 
 
 def _step(control: Control, vectors: dict[str, np.ndarray]) -> float:
-    """Seconds of an optimizer step on this rank's shard, in pieces that fit the cache."""
+    """Seconds of an optimizer step on this rank's shard, in pieces that fit the cache; collective."""
     start = time.perf_counter()
     w, m, v = vectors["weights"], vectors["m"], vectors["v"]
     for a in range(0, len(w), 1 << 16):

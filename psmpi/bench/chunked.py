@@ -1,6 +1,6 @@
-"""Training steps of recurrent layers on these ranks, chunk by chunk; a program under mpirun.
+"""Time training steps of recurrent layers, chunk by chunk; a program under mpirun.
 
-Takes the options of psmpi.train, and the milliseconds that each chunk sleeps besides. Rank 0 prints JSON.
+Its options are those of psmpi.train and of `chunked`. Rank 0 prints JSON.
 """
 
 from __future__ import annotations

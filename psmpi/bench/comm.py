@@ -1,4 +1,4 @@
-"""Times of transfers beside bare MPI calls that move as many bytes."""
+"""Compare the times of transfers with those of bare MPI calls that move as many bytes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from psmpi.output import Screen, check_files
 if TYPE_CHECKING:
     from psmpi.comm.control import Control
 
-# Seconds that one measurement takes at least, unless a single call takes more.
+# Least seconds of a measurement: calls are repeated to fill them.
 LEAST = 0.02
 
 
@@ -69,7 +69,7 @@ def comm(
 
 
 def _compare(control: Control, ways: list[Callable[[], None]], pairs: int) -> dict[str, Any]:
-    """Microseconds of the two ways, medians, and the median and quartiles of their ratios."""
+    """Medians of the microseconds of both ways, and the median and quartiles of their ratios."""
     for way in ways:
         way()
     repeats = max(1, int(LEAST / max(1e-7, _seconds(control, ways[1], 3))))
@@ -80,7 +80,7 @@ def _compare(control: Control, ways: list[Callable[[], None]], pairs: int) -> di
 
 
 def _seconds(control: Control, way: Callable[[], None], repeats: int) -> float:
-    """Seconds of one call on the slowest rank: the same number on all."""
+    """Seconds of one call on the slowest rank; collective, with the same result on all ranks."""
     import numpy as np
 
     control.wait_for_all()

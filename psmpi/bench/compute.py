@@ -1,4 +1,4 @@
-"""Training steps of psmpi and of PyTorch side by side, on one process: threads of the processor, or a GPU."""
+"""Compare training steps of psmpi with PyTorch's in one process, on the processor or a GPU."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def ours(
     compute: Compute = "float32",
     convolution: Convolution = "own",
 ) -> tuple[Call, np.ndarray, Model]:
-    """A step of psmpi, its weights, and the model; on a device it goes on after the call."""
+    """Return a step of psmpi, its weights, and the model. On a device the step is asynchronous."""
     network, classes = problem.network, problem.classes
     layout = network.layout()
     part: Runs = layout.part(classes)
@@ -72,14 +72,14 @@ def ours(
 
 
 class OtherClasses:
-    """What ranks with the other classes, whose scores are fixed, tell a step of psl; a minibatch's mean."""
+    """Stand-in for the ranks with the other classes, with fixed scores, in a step of psl on some classes."""
 
     def __init__(self, data: Minibatch, classes: Sequence[int], ops: NumpyOps):
         labels, samples = data.labels, np.arange(len(data.labels))
         scores = data.others.astype(np.float64)
         absent = ~np.isin(labels, classes)
         self.label_scores = ops.put(np.where(absent, scores[labels, samples], 0)[None])
-        # The label's own score has no term.
+        # The label's own score has no term in the sum: exp(-inf) = 0.
         scores[labels, samples] = -np.inf
         self.scores = ops.put(np.delete(scores, classes, axis=0))
         self.known = ops.zeros(len(labels), np.dtype(np.float64)).reshape(1, -1)
@@ -95,7 +95,7 @@ class OtherClasses:
 
 @dataclass(frozen=True)
 class Row:
-    """Medians over all pairs; a ratio is psmpi's time over PyTorch's."""
+    """Medians over all pairs of measurements. ratio, low, high: median and quartiles of psmpi's time / PyTorch's."""
 
     network: str
     kind: str
@@ -171,7 +171,7 @@ def compute(
                     other, _ = theirs(problem, data, model, kind, compute)
                     other()
                 except Exception as error:
-                    # torch.compile needs a C++ compiler, among other things.
+                    # torch.compile fails without a C++ compiler, for example.
                     tell(f"{name} ({kind}): PyTorch cannot: {str(error).strip().splitlines()[0]}")
                     continue
                 waits = (model.ops.synchronize, torch.cuda.synchronize if model.ops.on_device else lambda: None)
@@ -199,7 +199,7 @@ def compute(
 
 
 def gemm_peak(n: int = 1536, repeats: int = 5) -> float:
-    """GFLOP/s of a float32 matrix product, the best of some."""
+    """GFLOP/s of a float32 matrix product (n, n), the best of `repeats` measurements."""
     a, b = (np.random.default_rng(k).random((n, n), np.float32) for k in range(2))
     c = np.empty_like(a)
     best = 0.0
@@ -211,7 +211,7 @@ def gemm_peak(n: int = 1536, repeats: int = 5) -> float:
 
 
 def _row(name: str, kind: str, steps: tuple[Call, Call], waits: tuple[Call, Call], pairs: int, work: float) -> Row:
-    # As many steps a measurement as take some tens of milliseconds.
+    # Number of steps in a measurement, which then takes about 50 ms.
     counts = []
     for each, wait in zip(steps, waits, strict=True):
         for _ in range(3):

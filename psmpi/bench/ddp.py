@@ -1,4 +1,4 @@
-"""One rank of a training by PyTorch's DistributedDataParallel over gloo, timed: started by `bench network`."""
+"""Time a training by PyTorch's DistributedDataParallel over gloo; a program under mpirun for `bench network`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Blocks of layers that update at once, beside a lock-step pipeline of the same blocks on the same ranks."""
+"""Compare decoupled blocks of layers with a lock-step pipeline of the same blocks on the same ranks."""
 
 from __future__ import annotations
 

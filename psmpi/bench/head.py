@@ -1,4 +1,4 @@
-"""A step of a linear head of very many classes, tile by tile, beside PyTorch's of all scores at once."""
+"""Compare a step of a linear head of very many classes, tile by tile, with PyTorch's, which has all scores at once."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from psmpi.optim.first_order import FirstOrder
 from psmpi.output import Screen, tell
 
 Call = Callable[[], None]
-# Classes, features, samples, and what scores are times cosines with.
+# Classes, features, samples, and the factor of cosines in the scores (0: the scores are products).
 Shape = tuple[int, int, int, float]
 Loss = Literal["bce", "psl", "logistic", "nll", "squared", "hinge"]
 LR = 1e-3
-# Behind the name of a loss: rows are stepped tile by tile.
+# Suffix of the name of a loss: Adam steps the rows tile by tile.
 IN_TILES = ", in tiles"
 
 
@@ -92,16 +92,16 @@ def head(
 
 
 def _problem(classes: int, features: int, batch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Weights (classes, features), features (features, batch) and labels."""
+    """Random weights (classes, features) and features (features, batch), float32, and labels (batch,)."""
     rng = np.random.default_rng(0)
     w = rng.standard_normal((classes, features), np.float32) / np.float32(np.sqrt(features))
     return w, rng.standard_normal((features, batch), np.float32), rng.integers(0, classes, batch)
 
 
 def own_step(loss: str, classes: int, features: int, batch: int, scale: float, threads: int) -> tuple[Call, np.ndarray]:
-    """A step of psmpi, and its weights (classes, features): of a layer whose features' gradient is wanted too.
+    """Return a step of psmpi, which also computes the gradient of the features, and its weights (classes, features).
 
-    loss: its name, perhaps with IN_TILES.
+    loss: the name of a loss, perhaps with the suffix IN_TILES.
     """
     ops, dtype = make_backend("auto", threads), np.dtype(np.float32)
     kind = {"type": "cosine", "scale": scale, "units": classes} if scale else {"type": "dense", "units": classes}
@@ -138,7 +138,7 @@ def own_step(loss: str, classes: int, features: int, batch: int, scale: float, t
 
 
 def pytorch_step(classes: int, features: int, batch: int, scale: float) -> tuple[Call, Any]:
-    """The same in PyTorch, with cross-entropy, and its layer."""
+    """Return the same step in PyTorch, with cross-entropy, and its layer."""
     import torch
     from torch import nn
 
@@ -168,7 +168,7 @@ def pytorch_step(classes: int, features: int, batch: int, scale: float) -> tuple
 
 
 def _measure(name: str, ours: Call, other: Call, pairs: int) -> dict[str, Any]:
-    """Medians of seconds, and the ratio with its quartiles."""
+    """Time two steps in turn; return the medians in milliseconds, and the ratio with its quartiles."""
     times: tuple[list[float], list[float]] = ([], [])
     for k in range(pairs + 1):
         for each, into in zip((ours, other), times, strict=True):
@@ -184,7 +184,7 @@ def _measure(name: str, ours: Call, other: Call, pairs: int) -> dict[str, Any]:
 
 
 def _memory(name: str, shape: Shape, threads: int) -> float:
-    """MB that a process of its own needs for some steps."""
+    """MB that a separate process needs for some steps; UserError if it ends early."""
     context = multiprocessing.get_context("spawn")
     receiver, its = context.Pipe(duplex=False)
     process = context.Process(target=_steps, args=(its, name, shape, threads))
@@ -194,7 +194,7 @@ def _memory(name: str, shape: Shape, threads: int) -> float:
         nbytes: float = receiver.recv()
     except EOFError:
         raise UserError(
-            f"the process that measures the memory of {name} ended early: is there memory enough?"
+            f"the process that measures the memory of {name} ended early: use smaller sizes if memory is short"
         ) from None
     finally:
         process.join()
@@ -202,7 +202,7 @@ def _memory(name: str, shape: Shape, threads: int) -> float:
 
 
 def _steps(answer: Any, name: str, shape: Shape, threads: int) -> None:
-    """Send the MB by which this process has grown in some steps after its first, small one."""
+    """Send the MB by which this process grows in some steps, after a small step that loads the libraries."""
     small = (64, *shape[1:])
     if name == "PyTorch":
         import torch
@@ -219,8 +219,8 @@ def _steps(answer: Any, name: str, shape: Shape, threads: int) -> None:
 
 
 def _held(name: str) -> float:
-    """MB that this process holds (VmRSS), or has held at most (VmHWM), as Linux says."""
-    # The resource module's maximum is that of the process before, which has started this one.
+    """MB that this process holds (VmRSS), or has held at most (VmHWM), from Linux's /proc."""
+    # The maximum of the resource module includes that of the parent process.
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) * 1024 / 1e6
 

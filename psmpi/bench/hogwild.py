@@ -1,4 +1,4 @@
-"""Updates of shared weights a second: without locks, with each of three, dealt by components, and by one process."""
+"""Count updates of shared weights a second: without locks, with three kinds of locks, and by components (CYCLADES)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from psmpi.bench.unlocked import BLOCK, LOCKS, MINIBATCH
 from psmpi.errors import UserError, counted
 from psmpi.output import Screen, check_files
 
-# The published run times of hogwild and of round-robin with locks, in s: Niu et al. (2011), table 2, 10 threads, 20
+# Published run times of hogwild and of round-robin with locks, in seconds: Niu et al. (2011), table 2, 10 threads, 20
 # epochs.
 PUBLISHED = {"RCV1": (9.5, 61.8), "Netflix": (301, 2569), "KDD": (878, 7139), "DBLife": (230, 414)}
 NAMES = {
@@ -66,7 +66,7 @@ def hogwild(
         if value < 1:
             raise UserError(f"{option} {value}: expected 1 or more")
     if epochs < 0 or not lr > 0:
-        raise UserError(f"--epochs {epochs}, --lr {lr:g}: expected 0 or more passes, and a length above 0")
+        raise UserError(f"--epochs {epochs}, --lr {lr:g}: expected 0 or more epochs, and a learning rate above 0")
     if entries > features // 2:
         raise UserError(f"--entries {entries} of --features {features}: expected at most half of them")
     check_files(plot, json=json)
@@ -109,7 +109,7 @@ def _show(figures: dict[str, Any], ranks: int, title: str) -> None:
 
 
 def _ratio(each: list[float], other: list[float]) -> str:
-    """The median of the ratios of rounds, which are made one after the other."""
+    """The median of the ratios each / other, round by round, as text; empty without `other`."""
     return f"{median(a / b for a, b in zip(each, other, strict=True)):.2f}" if other else ""
 
 

@@ -1,4 +1,4 @@
-"""Hosts with slow links between them, made of network namespaces of this one (Linux, root, iproute2)."""
+"""Simulated hosts with slow links between them: network namespaces of this machine (Linux, root, iproute2)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from psmpi.bench.carrier import Carrier
 from psmpi.errors import UserError
 
-# Nothing goes through shared memory, everything through the hosts' own interface.
+# Environment of MPI and gloo: no shared memory, only TCP through the interface of the host.
 ENVIRONMENT = {
     "MPIR_CVAR_NOLOCAL": "1",
     "FI_PROVIDER": "tcp",
@@ -22,14 +22,14 @@ ENVIRONMENT = {
     "UCX_NET_DEVICES": "eth0",
     "GLOO_SOCKET_IFNAME": "eth0",
 }
-# Mbit/s that packets with a delay can have: a thread carries each of them.
+# Largest rate in Mbit/s of links with a delay, whose packets a Python thread carries.
 FASTEST = 100.0
-# The address of host k is this and k + 1.
+# Prefix of the hosts' addresses: host k has the number k + 1.
 NETWORK = "10.77.0."
 
 
 def check_hosts(rates: Sequence[float], delay_ms: float) -> None:
-    """UserError where hosts with links of such rates (Mbit/s) and such a delay cannot be made here."""
+    """Raise UserError if hosts with links of these rates (Mbit/s) and this delay cannot be made here."""
     if any(not 0 <= rate <= 1e6 for rate in rates):
         raise UserError(f"--rates {' '.join(map(str, rates))}: expected numbers from 0 to 1e6")
     if not 0 <= delay_ms <= 1e4:
@@ -42,7 +42,7 @@ def check_hosts(rates: Sequence[float], delay_ms: float) -> None:
         return
     if os.geteuid() != 0 or not all(map(shutil.which, ("ip", "tc"))):
         raise UserError(
-            "a limited rate needs network namespaces: root, and Debian's iproute2 (ip and tc); use --rates 0 for this "
+            "a limited rate needs network namespaces, that is root and iproute2 (ip and tc); use --rates 0 for this "
             "machine as it is"
         )
 
@@ -51,19 +51,20 @@ def _do(*command: str) -> None:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     except subprocess.TimeoutExpired:
-        raise UserError(f"{' '.join(command)}: no end within 60 s; use --rates 0") from None
+        raise UserError(f"{' '.join(command)}: not done after 60 s; use --rates 0") from None
     if done.returncode:
         raise UserError(
-            f"{' '.join(command)}: {done.stderr.strip()}: this machine's kernel makes no such network; use --rates 0"
+            f"{' '.join(command)}: {done.stderr.strip()}: this machine's kernel cannot make the network; use --rates 0"
         )
 
 
 @contextmanager
 def slow_hosts(count: int, megabits: float, burst: str = "64kb", delay_ms: float = 0.0) -> Iterator[list[str]]:
-    """`count` namespaces, their names, each linked to one switch at so many Mbit/s both ways; none for 0 Mbit/s.
+    """Make `count` network namespaces, linked to one switch at `megabits` Mbit/s in both directions.
 
-    burst: what a link that was idle lets through at once. delay_ms: by so much later packets arrive; then there are no
-    bursts. The namespaces are removed at the end.
+    Yields their names; an empty list for 0 Mbit/s. burst: size that an idle link lets through at once. delay_ms: delay
+    of packets in ms; links with a delay have no bursts. The namespaces are removed at the end. Raise UserError if they
+    cannot be made.
     """
     if not megabits:
         yield []
@@ -73,7 +74,7 @@ def slow_hosts(count: int, megabits: float, burst: str = "64kb", delay_ms: float
     names = [f"{hub}-{k}" for k in range(count)]
     made: list[str] = []
     carrier = Carrier(megabits * 1e6 / 8, delay_ms / 1e3)
-    # As after Ctrl-C, nothing is left behind.
+    # Clean up after SIGTERM as after Ctrl-C.
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         for name in (hub, *names):
@@ -91,7 +92,7 @@ def slow_hosts(count: int, megabits: float, burst: str = "64kb", delay_ms: float
         yield names
     finally:
         carrier.close()
-        # With a namespace goes what is in it.
+        # Deleting a namespace deletes its interfaces.
         for name in made:
             with suppress(subprocess.TimeoutExpired):
                 subprocess.run(["ip", "netns", "delete", name], capture_output=True, timeout=60)
@@ -99,7 +100,7 @@ def slow_hosts(count: int, megabits: float, burst: str = "64kb", delay_ms: float
 
 
 def _link(hub: str, names: list[str], limit: tuple[str, ...]) -> None:
-    """Give each namespace an interface eth0, all of them on a switch, with a limit of what each sends and receives."""
+    """Give each namespace an interface eth0 on a common switch. limit: arguments of tc for both directions."""
     _do("ip", "-n", hub, "link", "add", "switch", "type", "bridge")
     _do("ip", "-n", hub, "link", "set", "switch", "up")
     for k, name in enumerate(names):
@@ -111,16 +112,16 @@ def _link(hub: str, names: list[str], limit: tuple[str, ...]) -> None:
 
 
 def _link_far(names: list[str], carrier: Carrier) -> None:
-    """Give each namespace an interface eth0 whose packets a carrier takes."""
+    """Give each namespace an interface eth0 whose packets go through the carrier."""
     for k, name in enumerate(names):
         device = f"t{os.getpid()}x{k}"
         carrier.add(device, f"{NETWORK}{k + 1}")
-        # A window of TCP waits in the device.
+        # The queue must hold a window of TCP.
         _do("ip", "link", "set", device, "txqueuelen", "20000", "netns", name)
         _do("ip", "-n", name, "link", "set", device, "name", "eth0")
 
 
 def wrapper(names: list[str]) -> list[str]:
-    """The words before a rank's command that run it on the host of its number."""
-    # MPICH's launcher says it so; it talks to its ranks by what they inherit, which no namespace cuts.
+    """The words before a command that run it, on rank k of MPICH, in the k-th namespace."""
+    # MPICH's launcher sets PMI_RANK. It talks to ranks through inherited descriptors, which namespaces do not affect.
     return ["sh", "-c", f'exec ip netns exec {names[0].rpartition("-")[0]}-$PMI_RANK "$@"', "rank"]

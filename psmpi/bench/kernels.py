@@ -1,5 +1,6 @@
-"""What operations reach: bytes over time of those that memory bounds, beside a copy on the same backend, and operations
-over time of recurrent cells, beside a large matrix product.
+"""Measure operations of a backend: memory-bound ones in GB/s, and recurrent cells in GFLOP/s.
+
+A copy, and a matrix product, on the same backend are measured beside them.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from psmpi.bench.compute import Backend
 from psmpi.errors import UserError
 from psmpi.output import Screen
 
-# Samples of the images and scores that are measured.
+# Minibatch of the images and scores.
 BATCH = 256
-# Units, steps and samples of the sequences.
+# Units, steps and minibatch of the sequences.
 SEQUENCES = 512, 32, 64
 
 
@@ -58,7 +59,10 @@ def kernels(backend: Backend = "auto", megabytes: int = 64, repeats: int = 20, t
 
 
 def measure(ops: NumpyOps, size: int, repeats: int) -> list[dict[str, Any]]:
-    """Medians and quartiles of GB/s, of each operation that this backend has, on arrays of about `size` float32."""
+    """Measure GB/s of each operation that this backend has, on arrays of about `size` float32.
+
+    Each row has medians, and the median and quartiles of the ratio to a copy.
+    """
     dtype = np.dtype(np.float32)
     channels = max(1, size // (32 * 32 * BATCH))
     size = channels * 32 * 32 * BATCH
@@ -85,7 +89,7 @@ def measure(ops: NumpyOps, size: int, repeats: int) -> list[dict[str, Any]]:
         ("samples of bytes", a.nbytes * 5 // 4, lambda: kept.fetch(at, a.reshape(features, BATCH))),
         ("squared norm", a.nbytes, lambda: ops.squared_norm(a)),
     ]
-    # Without a fused pass the optimizer does these in pieces, with NumPy.
+    # A backend without a fused step of an optimizer does it in pieces with NumPy, which are not measured.
     if (adam := ops.fused("adam")) is not None:
         work.append(("Adam", 7 * a.nbytes, partial(adam, a, b, c, d, 1e-3, 1.0, 0.9, 0.999, 1e-8, 0.0, 1.0)))
     if (momentum := ops.fused("momentum")) is not None:
@@ -100,7 +104,10 @@ def measure(ops: NumpyOps, size: int, repeats: int) -> list[dict[str, Any]]:
 
 
 def measure_cells(ops: NumpyOps, repeats: int) -> list[dict[str, Any]]:
-    """Medians and quartiles of GFLOP/s, of both ways through a layer of recurrent cells of each kind."""
+    """Measure GFLOP/s of the forward and the backward pass through a layer of recurrent cells of each kind.
+
+    Each row has medians, and the median and quartiles of the ratio to a matrix product.
+    """
     dtype, (units, steps, batch), table = np.dtype(np.float32), SEQUENCES, []
     rng = np.random.default_rng(0)
 
@@ -121,7 +128,7 @@ def measure_cells(ops: NumpyOps, repeats: int) -> list[dict[str, Any]]:
             a[...] = start
 
         def again(restart: Callable[[], None] = restart, forward: Callable[[], None] = forward) -> None:
-            # Gradients of gradients would soon be too small to be normal.
+            # A backward pass overwrites its inputs: without new ones numbers would soon be subnormal, which are slow.
             restart()
             forward()
 
@@ -141,7 +148,10 @@ def measure_cells(ops: NumpyOps, repeats: int) -> list[dict[str, Any]]:
 def _seconds(
     ops: NumpyOps, repeats: int, *calls: Callable[[], Any], ready: Callable[[], None] | None = None
 ) -> list[list[float]]:
-    """The times of calls in turn, after one of each that does not count; `ready` before each round does not either."""
+    """The seconds of each call, in rounds that call them in turn, after a warm-up round.
+
+    ready: called before each round, and not timed.
+    """
     times: list[list[float]] = [[] for _ in calls]
     for _ in range(repeats + 1):
         if ready is not None:
@@ -156,7 +166,7 @@ def _seconds(
 
 
 def _shares(rates: list[float], others: list[float]) -> dict[str, float]:
-    """The median and the quartiles of the rates' shares of others."""
+    """The median and the quartiles of rate / other."""
     shares = [rate / other for rate, other in zip(rates, others, strict=True)]
     low, _, high = quantiles(shares, n=4) if len(shares) > 1 else shares * 3
     return {"share": median(shares), "low": low, "high": high}

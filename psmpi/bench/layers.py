@@ -1,4 +1,4 @@
-"""Passes through many residual layers by multigrid in layer time, beside exact ones and the cost model."""
+"""Compare passes through many residual layers by multigrid in layer time with exact passes and the cost model."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def layers(
         row: dict[str, Any] = {"ranks": count, "coarsening": factor, "ms": times}
         for place, (name, cycles) in enumerate((("forward", forward_cycles), ("adjoint", adjoint_cycles)), 1):
             steps = evaluations(*shape, factors, relaxations, cycles)
-            # Layers at the ends of intervals are passed once more for their derivatives.
+            # The adjoint evaluates the layers at the ends of intervals once more, for their derivatives.
             more = depth // count // factor if name == "adjoint" and factors else 0
             model = [steps * one[place] + more * one[1] for one in times[f"parallel {name}"]]
             measured, exact = ([one[0] for one in times[f"{how} {name}"]] for how in ("parallel", "exact"))

@@ -1,4 +1,4 @@
-"""Times of messages between two ranks of a host and of two hosts, for the cost model and for people."""
+"""Measure the times of messages between two ranks of one host, and of two hosts, for the cost model."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def links(save: str = "") -> int:
 
 
 def find_links(control: Control) -> dict[str, Link]:
-    """The links "within" a host and "between" hosts that there are, on rank 0; all ranks make this call."""
+    """Measure the links "within" a host and "between" hosts, where they exist; collective, the result is on rank 0."""
     from psmpi.comm.watch.flight import bare
     from psmpi.comm.world import host_numbers
     from psmpi.cost import Link

@@ -1,7 +1,7 @@
-"""Passes through residual layers on these ranks, exact and by cycles, in turn; a program under mpirun.
+"""Time passes through residual layers on several ranks, exact and by multigrid cycles; a program under mpirun.
 
-Takes the options of psmpi.train, and the milliseconds that each evaluation of a layer sleeps besides. Rank 0 prints
-JSON: of each pass and round the milliseconds in all, and of a forward, an adjoint and a gradient evaluation of a layer.
+Its options are those of psmpi.train and of `marched`. Rank 0 prints JSON: for each pass and round the total time, and
+the mean times of a forward, an adjoint and a gradient evaluation of a layer, in milliseconds.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import numpy as np
 if TYPE_CHECKING:
     from psmpi.config import Config
 
-# Times that each pass is timed.
+# Number of measurements of each pass.
 ROUNDS = 5
 EVALUATIONS = ("forward", "backward", "gradient")
 
 
 class Watch:
-    """Calls that are timed, and sleep besides: seconds and calls since the last `take`."""
+    """A function whose calls are timed and prolonged by a sleep, with the sums of seconds and calls since `take`."""
 
     def __init__(self, call: Any, sleep: float):
         self.call, self.sleep, self.seconds, self.calls = call, sleep, 0.0, 0
@@ -74,7 +74,7 @@ def marched(config: Config, rounds: int = ROUNDS, sleep_ms: float = 0.0) -> int:
         times: dict[str, list[list[float]]] = {}
 
         def timed(name: str, work: Any) -> None:
-            """All ranks do it together: time in all, and of each kind of evaluation the mean over calls and ranks."""
+            """Time `work` on all ranks together, and record the mean time of each kind of evaluation, in ms."""
             control.wait_for_all()
             for watch in watches:
                 watch.take()
@@ -95,7 +95,7 @@ def marched(config: Config, rounds: int = ROUNDS, sleep_ms: float = 0.0) -> int:
 
         for number in range(rounds + (not sleep_ms)):
             if number == (not sleep_ms):
-                # The first one fills caches.
+                # Discard the first round, which fills caches.
                 times.clear()
             step("exact", ())
             step("parallel", s.factors)

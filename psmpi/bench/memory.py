@@ -1,4 +1,4 @@
-"""The memory that the ranks of a training run hold, and the least that they must."""
+"""Measure the memory that the ranks of a training hold, and compare it with the least that they need."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def memory(config: Config, json: bool = False) -> int:
 
     if config.parallel.method != "psl":
         raise UserError(
-            "bench memory counts what parts of a network need, of --method psl; --method "
-            f"{config.parallel.method} says what each rank holds in its placement table"
+            "bench memory supports --method psl only; for --method "
+            f"{config.parallel.method} see the placement table of psmpi.train, with the bytes that each rank holds"
         )
     world = start()
     control = Control(world)
@@ -65,7 +65,7 @@ def memory(config: Config, json: bool = False) -> int:
         tracemalloc.stop()
     held, needed = method.memory(), dict(kind.needed(world.size, network, dataset, config)[world.rank])
     if method.newton is not None and method.newton.elements is not None:
-        # The pairs alone; the element gradients and where they lie come on top.
+        # Only the curvature pairs are needed; element gradients and index arrays come on top in `held`.
         numbers = 2 * config.optimization.memory * int(method.newton.elements.restriction.sizes.sum())
         needed["curvature"] = method.dtype.itemsize * numbers
     own = [float(t.get(kind, 0)) for t in (held, needed) for kind in KINDS]

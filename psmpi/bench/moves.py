@@ -1,4 +1,4 @@
-"""Each transfer, and in its place the bare MPI calls that one would write by hand for the same bytes."""
+"""The transfers of psmpi, each with the bare MPI calls that move the same bytes as one would write them by hand."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ from psmpi.nn.zoo import make_network
 
 Call = Callable[[], object]
 DTYPE = np.dtype(np.float32)
-# Samples of a minibatch.
+# Size of a minibatch.
 BATCH = 64
 
 
 @dataclass
 class Move:
-    """A transfer with this rank's vectors, and the bare calls (forward, backward) that move as many bytes.
+    """A transfer with this rank's vectors, and the bare MPI calls (forward, backward) that move as many bytes.
 
-    calls: None on ranks that have no part in it; names: "" where nothing is moved.
+    calls: None on ranks that take no part. names: names of the MPI functions, "" for a direction that moves nothing.
     """
 
     transfer: Transfer
@@ -52,32 +52,32 @@ class Move:
     batch: int = BATCH
 
     def own(self, back: bool) -> None:
-        """Make the transfer once."""
+        """Run the transfer once, backward if `back`."""
         if back:
             self.transfer.backward(self.dst, self.src)
         else:
             self.transfer.forward(self.src, self.dst)
 
     def bare(self, back: bool) -> None:
-        """Make the bare calls once."""
+        """Run the bare calls once, backward if `back`."""
         call = self.calls[back]
         if call is not None:
             call()
 
     def nbytes(self, back: bool) -> int:
-        """Bytes of all messages together."""
+        """Sum of the bytes of all messages of the transfer."""
         return sum(size for _, _, size in self.transfer.messages(Step(self.batch), back))
 
 
 def spread(world: World, n: int) -> Move:
-    """n elements of rank 0 to all ranks."""
+    """Send the same n elements from rank 0 to all ranks."""
     vector, first = np.zeros(n, DTYPE), world.rank == 0
     made = Spread(_everyone(world), n, DTYPE)
     return Move(made, vector if first else None, vector, ("Bcast", "Reduce"), _of_root(world, made, vector))
 
 
 def deal(world: World, n: int) -> Move:
-    """n elements from rank 0 to each rank."""
+    """Send different n elements from rank 0 to each rank."""
     counts, first = [n] * world.size, world.rank == 0
     vector = np.zeros(n * world.size if first else n, DTYPE)
     made = Deal(_everyone(world), counts, [n * k for k in range(world.size)], DTYPE)
@@ -86,7 +86,7 @@ def deal(world: World, n: int) -> Move:
 
 
 def exchange(world: World, n: int) -> Move:
-    """The weights of a network, of about n elements, from rank 0 to ranks that have some of its classes each."""
+    """Send the weights of a network, of about n elements, from rank 0 to ranks with some of its classes each."""
     width = max(world.size, isqrt(n))
     network = make_network("head", (1,), width, widths=(width,))
     made = Exchange(world, assign_roles(network.layout(), world.size, colocate=True), Counter(), DTYPE)
@@ -105,7 +105,7 @@ def exchange(world: World, n: int) -> Move:
 
 
 def _of_root(world: World, transfer: Transfer, vector: np.ndarray) -> tuple[Call, Call]:
-    """The bare calls of a spread or deal from rank 0; vector: what this rank sends or receives."""
+    """The bare calls of a spread or deal from rank 0. vector: the values that this rank sends or receives."""
     comm, first = bare(world), world.rank == 0
     if isinstance(transfer, Deal):
         runs = [vector, transfer.counts, transfer.starts, float_type(vector)] if first else None
@@ -120,14 +120,14 @@ def _of_root(world: World, transfer: Transfer, vector: np.ndarray) -> tuple[Call
 
 
 def total(world: World, n: int) -> Move:
-    """n elements that every rank has."""
+    """Sum n elements over all ranks."""
     comm, vector = bare(world), np.zeros(n, DTYPE)
     made = Sum(_everyone(world), n, DTYPE)
     return Move(made, vector, vector, ("", "Allreduce"), (None, lambda: comm.Allreduce(in_place(), vector)))
 
 
 def gather(world: World, n: int) -> Move:
-    """n elements, an equal share of each rank, to all ranks."""
+    """Send n elements, an equal share from each rank, to all ranks."""
     comm, whole, every = bare(world), np.zeros(n, DTYPE), Runs.union([(0, n)])
     shards = every.split(world.size)
     made = Gather(_everyone(world), shards, every, DTYPE)
@@ -140,7 +140,7 @@ def gather(world: World, n: int) -> Move:
 
 
 def rows(world: World, n: int) -> Move:
-    """About n scores of a minibatch, an equal share of the classes of each rank, to all ranks."""
+    """Send about n scores of a minibatch to all ranks, where each rank has an equal share of the classes."""
     units = max(1, n // BATCH // world.size)
     src, dst = np.zeros((units, BATCH), DTYPE), np.zeros((units * world.size, BATCH), DTYPE)
     made = RowExchange(_everyone(world), [units] * world.size, DTYPE)
@@ -148,7 +148,7 @@ def rows(world: World, n: int) -> Move:
 
 
 def slices(world: World, n: int) -> Move:
-    """About n values of a minibatch, an equal share of the samples of each rank, to all ranks."""
+    """Send about n values of a minibatch to all ranks, where each rank has an equal share of the samples."""
     batch, units = max(1, BATCH // world.size) * world.size, max(1, n // BATCH)
     src, dst = np.zeros((units, batch // world.size), DTYPE), np.zeros((units, batch), DTYPE)
     made = Slices(_everyone(world), units, DTYPE)
@@ -161,7 +161,7 @@ def _gathers(world: World, src: np.ndarray, dst: np.ndarray) -> tuple[Call, Call
 
 
 def boundary(world: World, n: int) -> Move:
-    """About n values of a minibatch from rank 0 to rank 1."""
+    """Send about n values of a minibatch from rank 0 to rank 1."""
     comm, units = bare(world), max(1, n // BATCH)
     values = np.zeros((units, BATCH), DTYPE)
     made = Boundary(_everyone(world), 0, 1, units, DTYPE)
@@ -172,7 +172,7 @@ def boundary(world: World, n: int) -> Move:
 
 
 def neighbours(world: World, n: int) -> Move:
-    """n elements of every rank to both of its neighbours on a ring."""
+    """Send n elements of every rank to both neighbours on a ring."""
     edges = {(k, (k + d) % world.size) for k in range(world.size) for d in (-1, 1)}
     made = Neighbours(_everyone(world), [(a, b) for a, b in edges if a != b], n, DTYPE)
     src, dst = np.zeros((1, n), DTYPE), np.zeros((len(made.sources), n), DTYPE)
@@ -188,7 +188,7 @@ def neighbours(world: World, n: int) -> Move:
 
 
 def halo(world: World, n: int) -> Move:
-    """About n values of a minibatch from every rank to each of its neighbours on a line."""
+    """Send about n values of a minibatch from every rank to each neighbour on a line."""
     edge, size, rank = max(1, n // BATCH), world.size, world.rank
     starts = [4 * edge * k for k in range(size + 1)]
     needs = [np.arange(max(0, starts[k] - edge), min(starts[-1], starts[k + 1] + edge)) for k in range(size)]
@@ -198,7 +198,7 @@ def halo(world: World, n: int) -> Move:
     graph = bare(world).Create_dist_graph_adjacent(others, others)
     out, into = (np.zeros((len(others), edge, BATCH), DTYPE) for _ in range(2))
     own = slice(starts[rank] - int(needs[rank][0]), starts[rank + 1] - int(needs[rank][0]))
-    # Of each neighbour, the rows here that it gets, and those that come from it.
+    # For each neighbour, the rows of src that are sent to it, and the rows of dst that come from it.
     ends = [
         (slice(0, edge), slice(0, edge)) if k < rank else (slice(3 * edge, None), slice(-edge, None)) for k in others
     ]
@@ -223,7 +223,7 @@ def halo(world: World, n: int) -> Move:
 
 
 def subnets(world: World, n: int) -> Move:
-    """Subnetworks of a network of about n elements from rank 0 to ranks that train one each."""
+    """Send subnetworks of a network of about n elements from rank 0 to the ranks, one to each."""
     comm, ranks = bare(world), range(world.size)
     network = make_network("mlp", (256,), 10, widths=(max(world.size, n // 266),))
     dealer = Dealer(network, world.size, 0, "units")

@@ -1,4 +1,4 @@
-"""Whole trainings by several methods, on this machine as it is and on hosts with slow links between them."""
+"""Compare whole trainings by several methods, on this machine as it is and on hosts with slow links."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ Variant = Literal[
     "hogwild-server",
 ]
 
-# The options of psmpi.train that each stands for.
+# The methods by the names in --methods, and their options of psmpi.train.
 VARIANTS: dict[str, tuple[str, ...]] = {
     "psl": ("--colocate",),
     "psl-owner": ("--colocate", "--placement", "owner"),
@@ -154,7 +154,7 @@ def network(
         raise UserError("--pytorch needs PyTorch: pip install 'psmpi[torch]'")
     if not 1 <= ranks <= 250:
         raise UserError(f"--ranks {ranks}: expected 1 to 250")
-    # What psmpi.train would take from the folder it runs in.
+    # psmpi.train runs in another folder: make paths absolute.
     data_dir = str(Path(data_dir).absolute()) if data_dir else ""
     dataset = str(Path(dataset).absolute()) if Path(dataset).is_file() else dataset
     given = ["--dataset", dataset, "--model", model, "--loss", loss, "--epochs", str(epochs), "--threads", "1"]
@@ -179,16 +179,20 @@ def network(
 
 
 def launcher() -> str:
-    """The mpirun beside this Python, or of the system; UserError where there is none."""
+    """The path of mpirun: the one beside this Python, or that of the system; UserError if there is none."""
     beside = Path(sys.executable).with_name("mpirun")
     path = str(beside) if beside.exists() else shutil.which("mpirun")
     if path is None:
-        raise UserError("there is no mpirun: pip install 'psmpi[mpi]', or load your site's MPI module")
+        raise UserError("mpirun is not installed: pip install 'psmpi[mpi]', or load your site's MPI module")
     return path
 
 
 def run_program(command: Sequence[str], slow: bool = False, limit: int = 600, cwd: Path | None = None) -> str:
-    """The output of a command; UserError where it fails, or does not end in time: it and all it started are ended."""
+    """Run a command and return its output.
+
+    slow: use the environment of hosts with slow links. Raise UserError if the command fails or does not end within
+    `limit` seconds; it and its child processes are then killed.
+    """
     environment = {**os.environ, **(ENVIRONMENT if slow else {}), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
@@ -200,7 +204,7 @@ def run_program(command: Sequence[str], slow: bool = False, limit: int = 600, cw
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
         if isinstance(error, subprocess.TimeoutExpired):
-            raise UserError(f"{' '.join(command)}: no end within {limit} s; raise --limit, or let it do less") from None
+            raise UserError(f"{' '.join(command)}: not done after {limit} s; raise --limit, or measure less") from None
         raise
     if process.returncode:
         raise UserError(f"{' '.join(command)} failed: {err.strip() or out.strip()}")
@@ -222,17 +226,17 @@ def _train(ranks: int, hosts: list[str], options: Sequence[str], limit: int, tar
         "accuracy": last["test_accuracy"],
         "accuracies": [row["test_accuracy"] for row in rows],
         "seconds": last["seconds"],
-        # To the target, or nothing where it was not reached.
+        # None if no epoch reached the target.
         "seconds_to_target": next((row["seconds"] for row in rows if row["test_accuracy"] >= target > 0), None),
         "ms_per_step": 1e3 * last["seconds"] / last["step"],
         "megabytes_sent": max(last["bytes_sent_by_rank"]) / 1e6,
-        # host, role, classes, held, owned, bytes, device: as the placement table has them.
+        # Columns of the placement table: host, role, classes, held, owned, bytes, device.
         "megabytes_held": max(rank[5] for rank in held) / 1e6,
     }
 
 
 def _ddp(ranks: int, hosts: list[str], options: Sequence[str], limit: int) -> dict[str, Any]:
-    """Time a step; PyTorch trains the same network on as many samples, of random numbers."""
+    """Time a step of PyTorch's DistributedDataParallel with the same network and minibatch, on random samples."""
     before = wrapper(hosts) if hosts else []
     program = [sys.executable, "-m", "psmpi.bench.ddp", *options]
     row = jsonlib.loads(

@@ -1,4 +1,4 @@
-"""The time of a partitioned quasi-Newton step, by what it is spent on."""
+"""Measure the parts of the time of a partitioned quasi-Newton step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from psmpi.output import Screen, tell
 if TYPE_CHECKING:
     from psmpi.config import Config
 
-# Parts of a step, and the columns of the table.
+# Parts of a step, which are the columns of the table.
 PARTS = ("gradients", "values", "products", "pairs", "communication")
 STEPS = 30
 
@@ -48,7 +48,7 @@ def optimizer(config: Config, json: bool = False) -> int:
     world = start()
     control = Control(world)
     kind, network, dataset, batches, rate, threads = prepare(config, world)
-    # Enough steps before for every element to have all its pairs.
+    # Number of warm-up steps: enough for every element to have all its curvature pairs.
     first = config.optimization.memory + 1
     with threadpool_limits(threads), np.errstate(all="ignore"):
         ops = make_backend(config.parallel.backend, threads)
@@ -97,13 +97,13 @@ def optimizer(config: Config, json: bool = False) -> int:
 
 
 class Stopwatch:
-    """Adds up the seconds that calls of some methods take."""
+    """Adds up the seconds of calls of some methods, by part of the step."""
 
     def __init__(self) -> None:
         self.seconds = dict.fromkeys(PARTS, 0.0)
 
     def follow(self, owner: Any, name: str, part: str) -> None:
-        """Count the calls of a method of an object as a part of the step."""
+        """Add the time of the calls of a method `name` of the object `owner` to a part of the step."""
         inner = getattr(owner, name)
 
         def outer(*arguments: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What parts of sparse networks send each other, by every way to cut them."""
+"""Count the values that parts of sparse networks send each other, for several ways to cut them."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from psmpi.layout import partition as cut
 from psmpi.layout.partitions import MODES
 from psmpi.output import Screen, check_files
 
-# Of the pruned network: hidden widths, weights that are left out, epochs of its training on the embedded digits.
+# The pruned network: hidden widths, share of pruned weights, and epochs of training on the embedded digits.
 WIDTHS, SPARSITY, EPOCHS = (1024, 1024, 1024), 0.95, 5
-# Of the slabs: layers, domains of so many neurons, neurons of a neighbour that a domain sees.
+# The slabs: layers, domains, neurons of a domain, and neurons of a neighbour that a domain is connected to.
 SLABS, DOMAINS, NEURONS, HALO = 8, 8, 128, 16
 
 
@@ -111,7 +111,10 @@ def _slabs() -> list[Pattern]:
 
 
 def _pruned(run: str) -> list[Pattern]:
-    """The sparse layers of a checkpoint, by default of a network that is trained and pruned here."""
+    """The patterns of the sparse layers of the checkpoint `run`, or of a network that is trained and pruned here.
+
+    Raise UserError if the network has fewer than two sparse layers.
+    """
     from psmpi.checkpoint import newest, read_contents
     from psmpi.config import from_toml
     from psmpi.nn.layers.sparse import Sparse
@@ -136,7 +139,7 @@ def _pruned(run: str) -> list[Pattern]:
     patterns = [layer.pattern for layer in network.walk() if isinstance(layer, Sparse)]
     if len(patterns) < 2:
         raise UserError(
-            f"--run {path}: --model {model.model} has {len(patterns)} sparse layers, and cuts need two or more"
+            f"--run {path}: --model {model.model} has {len(patterns)} sparse layers, but a cut needs two or more"
         )
     return patterns
 

@@ -1,7 +1,6 @@
-"""Steps of blocks of layers on these ranks, decoupled and as a lock-step pipeline, in turn; a program under mpirun.
+"""Time steps of blocks of layers, decoupled and as a lock-step pipeline, in turn; a program under mpirun.
 
-Takes the options of psmpi.train, how far blocks run ahead, and the milliseconds that each pass of a block sleeps
-besides. Rank 0 prints JSON.
+Its options are those of psmpi.train and of `pipelined`. Rank 0 prints JSON.
 """
 
 from __future__ import annotations
@@ -17,12 +16,12 @@ import numpy as np
 if TYPE_CHECKING:
     from psmpi.config import Config
 
-# Steps before those that are timed, those that are timed in a row, and of passes that sleep; times each.
+# Warm-up steps, steps of a measurement, steps of one with passes that sleep, and number of measurements.
 WARM, STEPS, FEW, ROUNDS = 12, 60, 20, 3
 
 
 def slowed(call: Any, seconds: float) -> Any:
-    """The call, which sleeps so long besides."""
+    """Wrap a function so that each call sleeps for `seconds` afterwards."""
 
     def slow(*words: Any) -> Any:
         result = call(*words)
@@ -72,7 +71,7 @@ def pipelined(config: Config, depths: tuple[int, ...] = (1, 2, 4), sleep_ms: flo
             settle(world, cores(), True)
 
         def trained(method: Any, first: int, count: int) -> float:
-            """Seconds of a step."""
+            """Train `count` steps; return the seconds of a step."""
             control.wait_for_all()
             begun = time.perf_counter()
             for number in range(first, first + count):

@@ -1,4 +1,4 @@
-"""Predictions of the cost model beside measured steps, on this machine and on hosts with slow links between them."""
+"""Compare predictions of the cost model with measured steps, on this machine and on hosts with slow links."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from psmpi.bench.network import VARIANTS, Variant, launcher, run_program
 from psmpi.errors import UserError, counted
 from psmpi.output import Screen, check_files, tell
 
-# A link has one rate, for short messages as for long ones: little of a message goes through at once.
+# A small burst, so that short messages have the same rate as long ones, as the cost model assumes.
 BURST = "8kb"
 
 
@@ -72,7 +72,8 @@ def predict(
                     "--sleep-ms",
                     str(sleep_ms),
                 ]
-                # Each rank is alone on its host, and does not see that hosts share cores.
+                # Ranks that sleep should also sleep while they wait: ranks on simulated hosts do not know that they
+                # share cores.
                 program = [*(["env", "PSMPI_WAIT=sleep"] if sleep_ms else []), *program]
                 out = run_program([launcher(), "-n", str(ranks), *before, *program], bool(hosts), limit)
                 figures = jsonlib.loads(out.splitlines()[-1])
@@ -87,7 +88,7 @@ def predict(
 
 
 def rate_name(megabits: float) -> str:
-    """The rate of a link for people; 0 is no limit."""
+    """The rate of a link as text; 0 means no limit."""
     return f"{megabits:g} Mbit/s" if megabits else "unlimited"
 
 

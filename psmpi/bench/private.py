@@ -1,4 +1,4 @@
-"""A step of a partitioned network of very many classes: private layers by tiles beside those of all classes at once."""
+"""Compare steps of a partitioned network of very many classes: private layers by tiles of classes, and all at once."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from psmpi.output import Screen, check_files, tell
 Call = Callable[[], None]
 Loss = Literal["bce", "psl", "logistic", "nll", "squared", "hinge"]
 SHAPES = {"mnist": (1, 28, 28), "cifar10": (3, 32, 32)}
-# The ways that are measured: at once is what the others are compared with. In tiles Adam steps the weights of a tile
-# while these are in the cache.
+# The ways to compute a step, which are compared with AT_ONCE. With IN_TILES Adam steps the weights of a tile while they
+# are in the cache.
 AT_ONCE, BY_TILES, IN_TILES, PYTORCH = "all at once", "by tiles", "stepped in tiles", "PyTorch"
 
 
@@ -82,7 +82,7 @@ def private(
 def make_steps(
     problem: Problem, batch: int, threads: int, pytorch: bool = False
 ) -> tuple[dict[str, Call], dict[str, float]]:
-    """A step each way, all from the same weights, and the megabytes that psmpi's ways hold."""
+    """Return a step for each way, all from the same weights, and the megabytes that psmpi's ways hold."""
     data, steps, sizes = Minibatch(problem, batch), {}, {}
     for way in (AT_ONCE, BY_TILES, *([IN_TILES] if LOSSES[problem.loss].immediate else [])):
         steps[way], model, sizes[way] = own_step(problem, data, threads, way)
@@ -97,7 +97,7 @@ def make_steps(
 
 
 def own_step(problem: Problem, data: Minibatch, threads: int, way: str) -> tuple[Call, Model, float]:
-    """A step of psmpi, its model, and the megabytes that it holds."""
+    """Return a step of psmpi, its model, and the megabytes that it holds."""
     network, b = problem.network, len(data.labels)
     layout, ops = network.layout(), make_backend("auto", threads)
     w = np.zeros(layout.size, np.float32)
@@ -129,14 +129,14 @@ def own_step(problem: Problem, data: Minibatch, threads: int, way: str) -> tuple
         for at in (slice(0, early.start), slice(early.stop, w.size)):
             optimizer.step_piece(w, g[at], LR, at)
 
-    # Of gradients that are stepped in tiles no more than a tile's is ever touched.
+    # With IN_TILES only the gradient of one tile is ever written, so the others take no memory.
     vectors = 4 * w.nbytes - (early.stop - early.start) * w.itemsize
     held = vectors + model.activation_bytes + model.buffer_bytes + objective.nbytes
     return step, model, (held + (objective.tail.activation_bytes if objective.tail is not None else 0)) / 1e6
 
 
 def _measured(loss: str, steps: Mapping[str, Call], sizes: Mapping[str, float], pairs: int) -> list[dict[str, Any]]:
-    """Medians, and ratios to all at once with their quartiles, a row each way."""
+    """Time the steps in turn. A row for each way has medians, and the ratio to AT_ONCE with its quartiles."""
     times: dict[str, list[float]] = {way: [] for way in steps}
     for k in range(pairs + 1):
         for way, step in steps.items():

@@ -1,4 +1,4 @@
-"""The networks that are measured, the operations of their steps, and a minibatch."""
+"""The networks of `bench compute`, the number of operations of their steps, and a minibatch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _separable(units: int, groups: int, *activation: str) -> list[dict[str, Any]
 
 @dataclass(frozen=True)
 class Problem:
-    """A network, or the subnetwork of some classes, and a loss."""
+    """A network and a loss. classes: the classes of the subnetwork that is measured, all or some."""
 
     network: Network
     loss: str
@@ -33,7 +33,7 @@ class Problem:
 
 
 def problems() -> dict[str, Problem]:
-    """Measurements by name."""
+    """All problems by name."""
     every = tuple(range(10))
     mnist = make_network("psnet", (1, 28, 28), 10)
     lenet = [
@@ -62,8 +62,10 @@ def problems() -> dict[str, Problem]:
 
 
 def operations(problem: Problem, batch: int) -> float:
-    """Floating-point operations of a step of the network as it is written: 2 a multiplication and addition, once
-    forward, once for the gradient of the weights and, but for the first layer, once for the gradient of its input.
+    """Floating-point operations of a step of the network, without folded layers.
+
+    A multiplication with its addition counts 2. They occur in the forward pass, in the gradient of the weights and,
+    except in the first layer, in the gradient of the input.
     """
     total, first = 0.0, True
     for stage in problem.network.stages(problem.classes, fold=False):
@@ -75,7 +77,10 @@ def operations(problem: Problem, batch: int) -> float:
 
 
 class Minibatch:
-    """One minibatch, the same numbers for both, each in its own layout; scores of classes that others compute."""
+    """A random minibatch: x (batch, *shape) float32, labels (batch,) int64.
+
+    others: (classes, batch) float32, fixed scores for the classes that are not measured.
+    """
 
     def __init__(self, problem: Problem, batch: int):
         rng = np.random.default_rng(0)

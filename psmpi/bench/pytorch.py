@@ -1,4 +1,4 @@
-"""The measured step in PyTorch, from the weights of a model of psmpi."""
+"""The measured training step in PyTorch, with the weights of a model of psmpi."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from psmpi.nn.layers.linear import Linear
 from psmpi.nn.layers.pool import Pool
 from psmpi.nn.model import Model
 
-# How PyTorch computes: as it comes, with images as (batch, height, width, channels) in memory, or compiled.
+# Modes of PyTorch: its defaults, images as (batch, height, width, channels) in memory, or torch.compile.
 Kind = Literal["eager", "channels last", "compile"]
 
 
@@ -30,10 +30,10 @@ def theirs(
     compute: str = "float32",
     wrap: Callable[[Any], Any] = lambda net: net,
 ) -> tuple[Callable[[], None], Any]:
-    """The same step in PyTorch, from the same weights, and its network; on the GPU where the model is on one.
+    """Return a step of PyTorch from the weights of `model`, and its network, on the device of the model.
 
-    compute: float32, tf32, or the type of autocast. wrap: what is made of the network first. UserError where PyTorch
-    sees no GPU.
+    compute: float32, tf32, or the dtype of autocast. wrap: applied to the network, for example to distribute it. Raise
+    UserError if PyTorch sees no GPU but the model is on one.
     """
     import torch
     from torch import nn
@@ -82,7 +82,7 @@ def theirs(
 
 def _linear(nn: Any, layer: Linear, stage: Stage) -> list[Any]:
     units, inputs = int(stage.kept.sum()), int(stage.inputs.sum())
-    # Of the groups, those that are left; a layer of one input group sees all that is left.
+    # The groups that the subnetwork keeps. A layer of one group is connected to all kept inputs.
     groups = int(stage.kept.reshape(layer.groups, -1).any(axis=1).sum())
     if isinstance(layer, Conv):
         return [nn.Conv2d(inputs, units, layer.kernel, groups=groups)]
@@ -92,7 +92,7 @@ def _linear(nn: Any, layer: Linear, stage: Stage) -> list[Any]:
     return [nn.Unflatten(1, (inputs, 1, 1)), nn.Conv2d(inputs, units, 1, groups=groups), nn.Flatten()]
 
 
-# The PyTorch modules of the kinds of layers that the measured networks have, in a stage.
+# Functions that return the PyTorch modules of a layer in a stage, for the layers of the measured networks.
 MODULES: dict[type[Layer], Callable[[Any, Any, Stage], list[Any]]] = {
     Conv: _linear,
     Dense: _linear,

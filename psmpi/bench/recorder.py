@@ -1,4 +1,4 @@
-"""The time that the flight recorder adds to a step."""
+"""Measure the time that the flight recorder adds to a step."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from psmpi.output import tell
 if TYPE_CHECKING:
     from psmpi.config import Config
 
-# Seconds of the measurement; steps of a block, and before all blocks; groups of pairs of blocks, whose spread is shown.
+# Seconds of the measurement, steps of a block, warm-up steps, and groups of pairs of blocks, whose spread is shown.
 SECONDS, STEPS, WARM, GROUPS = 30.0, 5, 20, 10
-# What others do on the machine only ever makes a block longer.
+# A low quantile of the times is shown, since other processes can only make a block longer.
 QUANTILE = 0.05
 
 
@@ -47,7 +47,7 @@ def recorder(config: Config, json: bool = False) -> int:
     check(config)
     world = start()
     if world.size < 2:
-        raise UserError("bench recorder: one rank records nothing: start it by mpirun -n 2")
+        raise UserError("bench recorder: a single rank has no operations to record: run it under mpirun -n 2")
     control = Control(world)
     kind, network, dataset, batches, rate, threads = prepare(config, world)
     kept = recorded(world)
@@ -61,7 +61,7 @@ def recorder(config: Config, json: bool = False) -> int:
             control.wait_for_all()
             begun = time.perf_counter()
             for step in range(steps):
-                # As the loop does, for both.
+                # The training loop sets the step, so do it for both methods.
                 flight.step = step
                 method.step(Batch(batches.ids(0, step % batches.steps_per_epoch)), rate(0))
             return time.perf_counter() - begun
@@ -75,11 +75,11 @@ def recorder(config: Config, json: bool = False) -> int:
                 order = (0, 1) if len(times) % 2 else (1, 0)
                 seconds = {k: block(methods[k], STEPS) for k in order}
                 times.append((seconds[0], seconds[1]))
-            # Of the thread, whatever is computed beside it.
+            # Processor time of the watch's thread only.
             thread = None if watch is None else watch.thread.ident
             used = 0.0 if thread is None else time.clock_gettime(time.pthread_getcpuclockid(thread))
             watching = control.rows(np.array([1e3 * used / (time.perf_counter() - begun)]))
-    # The slowest rank decides.
+    # A block takes as long as on the slowest rank.
     taken = control.rows(np.array(times)).max(axis=0) / STEPS
     operations = control.total(np.array([float(flight.count - count)]))[0] / (len(times) * STEPS * world.size)
     plain, with_recorder = np.quantile(taken, QUANTILE, axis=0)
@@ -104,7 +104,7 @@ def recorder(config: Config, json: bool = False) -> int:
 
 
 class Idle:
-    """A communicator, and a request, that do nothing."""
+    """A communicator and a request whose methods do nothing."""
 
     rank, size = 0, 2
 
@@ -119,7 +119,7 @@ class Idle:
 
 
 def call_times(repeats: int = 200, calls: int = 500) -> dict[str, float]:
-    """Microseconds that recording adds to a call, and to a request with its wait."""
+    """Microseconds that recording adds to a call ("call_us"), and to a request with its wait ("wait_us")."""
     from psmpi.comm.watch.flight import Flight, Recorded
 
     buffer, plain = np.zeros(8), Idle()

@@ -1,4 +1,4 @@
-"""A training step of recurrent layers, beside its matrix products alone, and beside PyTorch's."""
+"""Compare a training step of recurrent layers with its matrix products alone, and with PyTorch's."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from psmpi.bench.beside import show_beside, take_turns
 from psmpi.errors import UserError
 from psmpi.output import check_files
 
-# What rounding may make of states.
+# Largest rounding error of the states.
 TOLERANCE = 1e-3
 Kind = Literal["rnn", "gru", "lstm"]
 
@@ -84,7 +84,7 @@ def recurrent(
 def _ours(
     kind: Kind, layers: int, x: np.ndarray, each: int, threads: int
 ) -> tuple[Callable[[], object], int, dict[str, np.ndarray], Callable[[], np.ndarray]]:
-    """A step of psmpi, its multiplications, its weights by name, and what gives its last states (units, b)."""
+    """Return a step of psmpi, its multiplications, its weights by name, and a function for its last states."""
     from psmpi.backend import make_backend
     from psmpi.methods.wavefront.lane import Lane
     from psmpi.nn.layers.workspace import Span
@@ -113,7 +113,8 @@ def _ours(
 
     arrays = {p.name: w[layout.runs_of_parameters({p.name}).intervals[0][0] :][: np.prod(p.shape)].reshape(p.shape)
              for p in layout.parameters}  # fmt: skip
-    # Ahead, back to the inputs and to the states, and those of the weights; nobody wants the samples' gradient.
+    # Products of the forward pass, of the gradients of inputs and states, and of the gradients of weights. The gradient
+    # of the samples is not computed.
     macs = sum(3 * layer.macs for layer in network.layers) - network.layers[0].macs * units // (2 * units)
 
     def last() -> np.ndarray:
@@ -126,7 +127,7 @@ def _ours(
 
 
 def _product(threads: int, units: int, columns: int) -> tuple[Callable[[], object], int]:
-    """A product of matrices as large as those of a layer over all steps, and its multiplications."""
+    """Return a matrix product as large as those of a layer over all steps, and its multiplications."""
     rng = np.random.default_rng(2)
     a, b = (rng.standard_normal(shape).astype(np.float32) for shape in ((4 * units, units), (units, columns)))
     out = np.empty((4 * units, columns), np.float32)
@@ -136,7 +137,7 @@ def _product(threads: int, units: int, columns: int) -> tuple[Callable[[], objec
 def _theirs(
     kind: Kind, layers: int, x: np.ndarray, weights: dict[str, np.ndarray], threads: int
 ) -> tuple[Callable[[], object], np.ndarray]:
-    """The same step in PyTorch, from the same weights, and its last states (units, b)."""
+    """Return the same step in PyTorch, from the same weights, and its last states (units, b)."""
     try:
         import torch
     except ImportError:

@@ -1,6 +1,6 @@
-"""Steps of a training on these ranks, measured, beside what their rehearsals predict; a program under mpirun.
+"""Compare measured steps of a training with predictions from their rehearsals; a program under mpirun.
 
-Takes the options of psmpi.train, and the milliseconds that each pass through layers sleeps besides. Rank 0 prints JSON.
+Its options are those of psmpi.train and of `rehearsed`. Rank 0 prints JSON.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ import numpy as np
 if TYPE_CHECKING:
     from psmpi.config import Config
 
-# Steps before those that are timed.
+# Warm-up steps.
 WARM = 10
-# Steps that are timed in a row, and of passes that sleep.
+# Steps of a measurement, and with passes that sleep.
 STEPS, FEW = 40, 15
 
 
 def emulate(seconds: float) -> None:
-    """Let each pass forward or backward sleep so long, in one piece, as if its layers were larger.
+    """Let each forward and backward pass sleep for `seconds`, in one piece, to emulate larger layers.
 
-    What is sent is not changed, and sleeping ranks need no core.
+    Messages do not change, and sleeping ranks need no core.
     """
     from psmpi.nn.model import Model
 
@@ -79,14 +79,14 @@ def rehearsed(config: Config, sleep_ms: float = 0.0) -> int:
         settle(world, cores(), method.place().held > 0)
 
         def rehearse_all() -> None:
-            """All ranks at once: they share caches and memory as in training."""
+            """Rehearse on all ranks at once, so that they share caches and memory bandwidth as in training."""
             control.wait_for_all()
             rehearsal = rehearse(kind, world.rank, of_host, network, blank(dataset), config, ops, steps // 2)
             tables = collected(control, json.dumps(rehearsal.program.table()))
             programs.append([Program.of(json.loads(text)) for text in tables])
 
         def trained(first: int, count: int) -> float:
-            """Seconds of a step."""
+            """Train `count` steps; return the seconds of a step."""
             control.wait_for_all()
             begun = time.perf_counter()
             for number in range(first, first + count):
@@ -101,7 +101,7 @@ def rehearsed(config: Config, sleep_ms: float = 0.0) -> int:
             measured.append(trained(WARM + k * steps, steps))
     if world.rank == 0:
         here, there = links.get("within"), links.get("between")
-        # Of one rank alone there is none.
+        # A single rank has no link: any will do.
         one = here or there or Link.of(1e-6, 1e10)
         net = Network(tuple(of_host), here or one, there or one)
         predicted = [simulate(make_schedule(some), net).step(method.period) for some in programs]

@@ -1,4 +1,4 @@
-"""Steps on more and more ranks, by the cost model: where more ranks no longer help, and what holds them up."""
+"""Predict steps on more and more ranks with the cost model: from where on more ranks do not help, and why."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from psmpi.output import Screen, check_files, tell
 if TYPE_CHECKING:
     from psmpi.config import Config
 
-# More ranks help where samples a second grow by more than this factor with twice the ranks.
+# More ranks help if samples a second grow by more than this factor when the ranks double.
 WORTH = 1.1
 
 
@@ -89,7 +89,7 @@ def scale(
 
 
 def _verdict(rows: list[dict[str, Any]]) -> str:
-    """Where more ranks stop helping, and what rank 0 does there."""
+    """A sentence that says from where on more ranks do not help, and how busy rank 0 is there."""
     for before, after in pairwise(rows):
         doublings = after["ranks"] / before["ranks"] / 2
         if after["samples_per_second"] < WORTH**doublings * before["samples_per_second"]:

@@ -1,4 +1,4 @@
-"""A training step of a sparse network, beside SciPy's and PyTorch's products with matrices in compressed rows."""
+"""Compare a training step of a sparse network with SciPy's and PyTorch's products of matrices in compressed rows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from psmpi.errors import UserError
 from psmpi.layout import Pattern, radix_pattern, radix_strides, random_pattern
 from psmpi.output import Screen, check_files
 
-# What rounding may make of the last layer's outputs, of the largest.
+# Largest rounding error of the last layer's outputs, relative to the largest output.
 TOLERANCE = 1e-3
 Step = Callable[[], object]
 
@@ -87,7 +87,7 @@ def sparse(
 
 
 def _ours(layers: list[Pattern], weights: list[np.ndarray], x: np.ndarray, threads: int) -> tuple[Step, np.ndarray]:
-    """A step of psmpi, and the outputs of the last layer."""
+    """Return a step of psmpi, and the outputs of the last sparse layer (units, b)."""
     from psmpi.backend import make_backend
     from psmpi.nn.model import Model
     from psmpi.nn.network import build
@@ -96,7 +96,7 @@ def _ours(layers: list[Pattern], weights: list[np.ndarray], x: np.ndarray, threa
     for one in layers:
         tables += [{"type": "sparse", "units": one.rows, "pattern": one.packed(), "bias": False}, {"type": "relu"}]
     network = build("sparse", x.shape[:1], [*tables, {"type": "dense", "units": 1}], 1)
-    # The layer of a score is there for the network's sake alone.
+    # A network must end with a layer of scores: the model leaves it out.
     some, layout = (0, len(tables)), network.layout()
     w = np.concatenate(weights)
     model = Model(network, layout, w, np.zeros_like(w), make_backend("auto", threads), layers=some)
@@ -112,7 +112,7 @@ def _ours(layers: list[Pattern], weights: list[np.ndarray], x: np.ndarray, threa
 
 
 def _scipy(layers: list[Pattern], weights: list[np.ndarray], x: np.ndarray, threads: int) -> tuple[Step, np.ndarray]:
-    """The step by scipy.sparse; gradients of weights are taken from dense products, faster than gathered rows."""
+    """The step by scipy.sparse. Gradients of weights are gathered from dense products, which is fastest."""
     from scipy.sparse import csr_array
 
     ahead, back = [], []
@@ -145,7 +145,7 @@ def _scipy(layers: list[Pattern], weights: list[np.ndarray], x: np.ndarray, thre
 
 
 def _pytorch(layers: list[Pattern], weights: list[np.ndarray], x: np.ndarray, threads: int) -> tuple[Step, np.ndarray]:
-    """The step by torch.sparse, without its autograd, which would make dense gradients."""
+    """The step by torch.sparse. It does without autograd, whose gradients would be dense."""
     import warnings
 
     import torch
@@ -180,15 +180,15 @@ def _pytorch(layers: list[Pattern], weights: list[np.ndarray], x: np.ndarray, th
             torch.index_select(ahead[k].values(), 0, orders[k], out=back[k].values())
             dy = back[k] @ dy
 
-    gradient: np.ndarray = forward()[-1].numpy()
-    return step, gradient
+    outputs: np.ndarray = forward()[-1].numpy()
+    return step, outputs
 
 
 def _floor(layers: list[Pattern], batch: int) -> dict[str, float]:
-    """Multiplications of a step, those a second of one product of dense matrices, and bytes that entries read.
+    """The GFLOP of a step, the GFLOP/s of a product of dense matrices, and the GB that the entries read in a step.
 
-    A row of x or dy is read for each entry, once ahead and once on the way back; outputs, gradients and weights go
-    beside them.
+    Each entry reads a row of x in the forward pass and a row of dy in the backward pass. Outputs, gradients and weights
+    are not counted.
     """
     n, rng = 1024, np.random.default_rng(1)
     a, b = (rng.standard_normal((n, n)).astype(np.float32) for _ in range(2))

@@ -1,4 +1,4 @@
-"""The time that a network of very many classes takes to start, and the memory that it starts in."""
+"""Measure the time and the memory that psmpi.train needs to start with a network of very many classes."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from psmpi.bench.network import launcher
 from psmpi.errors import UserError
 from psmpi.output import tell
 
-# The samples of the data set, and of a minibatch: few, as outputs have a number for each class and sample.
+# Samples of the data set and of a minibatch: few, since outputs have a number for each class and sample.
 SAMPLES, BATCH = 100, 2
-# The line that says that all ranks are ready.
+# The line that psmpi.train prints when all ranks are ready.
 READY = re.compile(r"model custom: [\d,]+ parameters")
 
 
@@ -75,7 +75,7 @@ def start(
 
 
 def _prepare(folder: Path, classes: int, features: int, method: str) -> list[str]:
-    """A data set, a file with the layer, and the options of psmpi.train."""
+    """Write a data set and a file with the layer; return the options of psmpi.train."""
     rng = np.random.default_rng(0)
     x, y = rng.random((SAMPLES, features), np.float32), np.linspace(0, classes - 1, SAMPLES).astype(np.int64)
     np.savez(folder / "samples.npz", x=x, y=y, x_test=x[:BATCH] / 2, y_test=y[:BATCH])
@@ -88,7 +88,7 @@ def _prepare(folder: Path, classes: int, features: int, method: str) -> list[str
 
 
 def _run(out: Path, ranks: int, options: list[str]) -> tuple[float, float]:
-    """Seconds until a training is ready, and MB of its largest process, or of one before."""
+    """Run a training; return the seconds until it is ready, and the MB of the largest child process so far."""
     program = [sys.executable, "-m", "psmpi.train", "--out", str(out), *options]
     command = program if ranks == 1 else [launcher(), "-n", str(ranks), *program]
     began, ready, said = time.perf_counter(), 0.0, []

@@ -1,4 +1,4 @@
-"""The time of each rank in computing, in the optimizer, in waiting for others and in transfers, a step."""
+"""Measure how long each rank computes, optimizes, waits for other ranks and transfers data in a step."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ if TYPE_CHECKING:
     from psmpi.layout import Runs
     from psmpi.optim import Optimizer
 
-# Steps before those that are timed; round trips by which clocks are compared.
+# Warm-up steps, and round trips of messages by which clocks are compared.
 WARM, TRIPS = 10, 20
 
 
 class Tracing(Flight):
-    """A recorder that keeps all operations, and of each wait what had begun what it waits for."""
+    """A flight recorder that keeps all operations, and for each wait the operation that it waits for."""
 
     def __init__(self) -> None:
         super().__init__(1)
         self.all: list[Record] = []
-        # Places of records by their identity, and of what a record waits for.
+        # Positions of records by their identity, and for each wait the position of the operation that it waits for.
         self.places: dict[int, int] = {}
         self.since: dict[int, int] = {}
 
@@ -47,7 +47,7 @@ class Tracing(Flight):
         return record
 
     def operations(self, first: int) -> list[Operation]:
-        """The operations between ranks from the record at `first` on."""
+        """The operations between ranks, from the record at position `first` on."""
         operations: list[Operation] = []
         places: dict[int, int] = {}
         for place, record in enumerate(self.all[first:], first):
@@ -101,7 +101,7 @@ def step(config: Config, steps: int = 20, trace: str = "", plot: str = "", json:
     track = Track(world.rank)
 
     class Timed(Context):
-        """A context whose optimizers note when they work."""
+        """A context that records the times in which its optimizers work."""
 
         def optimizer(self, runs: Runs, counted: bool = False) -> Optimizer:
             made: Any = super().optimizer(runs, counted)
@@ -137,7 +137,7 @@ def step(config: Config, steps: int = 20, trace: str = "", plot: str = "", json:
 
 
 def collected(control: Control, text: str) -> list[str]:
-    """The texts of all ranks, of any length, on rank 0."""
+    """Return the texts of all ranks, which may have any length, on rank 0, and an empty list elsewhere; collective."""
     data: np.ndarray = np.frombuffer(text.encode(), np.uint8).copy()
     sizes = control.rows(np.array([data.size]))[:, 0].tolist()
     if control.rank:
@@ -152,7 +152,7 @@ def collected(control: Control, text: str) -> list[str]:
 
 
 def _noted(call: Callable[..., Any], into: list[tuple[float, float]]) -> Callable[..., Any]:
-    """A call whose begin and end are noted."""
+    """Wrap a function so that begin and end of each call are added to `into`."""
 
     def noted(*words: Any, **options: Any) -> Any:
         begun = time.monotonic()
@@ -164,7 +164,7 @@ def _noted(call: Callable[..., Any], into: list[tuple[float, float]]) -> Callabl
 
 
 def clock_shift(control: Control) -> float:
-    """Seconds to add to this rank's clock to have rank 0's: of round trips the shortest one counts."""
+    """Seconds to add to this rank's clock to get rank 0's, from the shortest of TRIPS round trips; collective."""
     if control.size == 1:
         return 0.0
     shift, comm, buffer = 0.0, control.comm, np.zeros(1)
@@ -186,7 +186,7 @@ def clock_shift(control: Control) -> float:
 
 
 def _moved(track: Track, shift: float) -> dict[str, Any]:
-    """A track as JSON has it, on rank 0's clock."""
+    """A track as plain data for JSON, with times on rank 0's clock."""
     return {
         "rank": track.rank,
         "operations": [[*one[:6], one.begun + shift, one.ended + shift, one.since] for one in track.operations],
@@ -235,7 +235,7 @@ def _show(rows: Sequence[dict[str, Any]], steps: int) -> None:
 def _draw(
     rows: Sequence[dict[str, Any]], tracks: Sequence[Track], times: Sequence[Sequence[dict[str, float]]], path: str
 ) -> None:
-    """The shares of the time of each rank, and below them one step of median length."""
+    """Draw the shares of each rank's time, and below them the operations of one step of median length."""
     from matplotlib.figure import Figure
 
     from psmpi.bench.timeline import Meetings

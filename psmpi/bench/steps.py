@@ -1,4 +1,4 @@
-"""One rank of a training whose steps are timed: started by `bench trunk`."""
+"""Time the steps of a training; a program under mpirun for `bench trunk`."""
 
 from __future__ import annotations
 

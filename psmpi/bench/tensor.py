@@ -1,4 +1,4 @@
-"""Training steps on grids of ranks: their time, bytes and memory, on this machine and on hosts with slow links."""
+"""Measure time, bytes and memory of training steps on grids of ranks, on this machine and on hosts with slow links."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from psmpi.bench.network import launcher, run_program
 from psmpi.errors import UserError
 from psmpi.output import Screen, check_files
 
-# Minibatches of a run's data set.
+# Number of minibatches in the data set of a run.
 MINIBATCHES = 4
 
 
@@ -81,13 +81,13 @@ def tensor(
 
 
 def _problem(folder: Path, model: str, width: int, layers: int, steps: int, batch: int) -> list[str]:
-    """Write random data; returns the options of data and network."""
+    """Write random data; return the options of psmpi.train for the data and the network."""
     rng, n = np.random.default_rng(0), MINIBATCHES * batch
     if model == "mlp":
         x, y = rng.standard_normal((n, width), np.float32), np.arange(n) % min(width, n // 2)
         np.savez(folder / "samples.npz", x=x, y=y, x_test=x[: n // 4], y_test=y[: n // 4])
         return ["--dataset", str(folder / "samples.npz"), "--model", "mlp", "--widths", *[str(width)] * layers]
-    # Sixty-four characters; a tenth is for tests.
+    # Random text of 64 characters. psmpi takes a tenth of it for tests.
     count = steps * n * 10 // 9 + 20 * steps
     text = rng.integers(0, 64, count).astype(np.uint8) + np.uint8(48)
     text[:64] = np.arange(48, 112)

@@ -1,7 +1,7 @@
-"""Training steps of the method `tensor` on these ranks, with and without prefetching; a program under mpirun.
+"""Time training steps of the method `tensor` with and without prefetching; a program under mpirun.
 
-Takes the options of psmpi.train. Rank 0 prints JSON: milliseconds of each step, bytes that the rank which receives most
-receives in one, and numbers of the rank that holds most.
+Its options are those of psmpi.train and of `tiled`. Rank 0 prints JSON: milliseconds of each step, and the largest
+numbers of bytes that a rank receives in a step, keeps, and holds.
 """
 
 from __future__ import annotations

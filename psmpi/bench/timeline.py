@@ -1,7 +1,8 @@
-"""What ranks do in a step, from records of their operations: how long each computes, optimizes, waits and transfers.
+"""Split the time of a step on each rank into computing, optimizer, waiting and transfers, from records of operations.
 
-An operation between ranks waits until those that it needs have begun theirs, and transfers from then on: a message
-needs its sender, a collective from a root the root, one to a root all others for the root, any other one all ranks.
+An operation waits until the ranks that it needs have begun their operations, and transfers from then on. A message
+needs its sender. A collective from a root needs the root; one to a root needs all other ranks, on the root only. Any
+other collective needs all ranks.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 
 from psmpi.comm.watch.flight import BEGINS
 
-# What the time of a step is made of.
+# The parts of the time of a step.
 KINDS = ("compute", "optimizer", "wait", "transfer")
 FROM_ROOT = frozenset({"Bcast", "Ibcast", "Scatterv"})
 TO_ROOT = frozenset({"Reduce", "Ireduce", "Gather", "Gatherv"})
@@ -21,11 +22,11 @@ SENDS, RECEIVES = frozenset({"Send", "Isend"}), frozenset({"Recv", "Irecv"})
 
 
 class Operation(NamedTuple):
-    """An operation of a rank, in seconds on one clock.
+    """An operation of a rank; begun and ended are seconds on a clock that all ranks share.
 
-    key, members: of its group, and the ranks of the job in it; number: of a collective among those of the group, else
-    0; peer: the root or the other rank in the group, -1 where there is none. since: where this is a wait, the place of
-    the rank's operation that began what is waited for, else -1.
+    key: the key of its group. members: the world ranks in the group. number: position of a collective among those of
+    the group, from 1; 0 for other operations. peer: root or other rank, in the group; -1 if there is none. since: for a
+    wait, the position of the operation of this rank that it waits for; else -1.
     """
 
     name: str
@@ -41,7 +42,7 @@ class Operation(NamedTuple):
 
 @dataclass
 class Track:
-    """What one rank did: its operations, times in its optimizer (begin, end), and steps (begin, end)."""
+    """The record of one rank: its operations, and (begin, end) of its optimizer's work and of its steps, in seconds."""
 
     rank: int
     operations: list[Operation] = field(default_factory=list)
@@ -50,15 +51,15 @@ class Track:
 
 
 class Meetings:
-    """When ranks began the operations that others need."""
+    """The times at which ranks began their operations, to find those that other ranks wait for."""
 
     def __init__(self, tracks: Iterable[Track]):
-        # Begins of a collective by rank; of messages by group, sender and receiver, in their order.
+        # Begin of each collective by rank, and begins of messages by group, sender and receiver, in their order.
         self.collectives: dict[tuple[str, int], dict[int, float]] = defaultdict(dict)
         self.sent: dict[tuple[str, int, int], list[float]] = defaultdict(list)
         self.received: dict[tuple[str, int, int], list[float]] = defaultdict(list)
         self.exchanged: dict[tuple[str, int], list[float]] = defaultdict(list)
-        # Of each message its number among those of its group, sender and receiver, by rank and place.
+        # Number of a message among those with its group, sender and receiver, by rank and position of the operation.
         self.numbers: dict[tuple[int, int], int] = {}
         for track in tracks:
             for place, one in enumerate(track.operations):
@@ -78,7 +79,10 @@ class Meetings:
             self.exchanged[one.key, rank].append(one.begun)
 
     def ready(self, track: Track, place: int) -> float:
-        """When what an operation of a rank needs of others was there; 0 where it needs nothing, or it is not known."""
+        """The time at which all ranks that an operation needs had begun; 0 if it needs none, or the time is unknown.
+
+        place: the position of the operation in the track.
+        """
         one = track.operations[place]
         if one.name in BEGINS:
             return 0.0
@@ -104,7 +108,7 @@ class Meetings:
 
 
 class Span(NamedTuple):
-    """A piece of a rank's step: its kind, one of KINDS, and what it does, in seconds."""
+    """A part of the time of a rank's step. kind: one of KINDS; name: the operation; begun, ended: in seconds."""
 
     kind: str
     name: str
@@ -113,7 +117,7 @@ class Span(NamedTuple):
 
 
 def spans_of(track: Track, step: int, meetings: Meetings) -> Iterator[Span]:
-    """The pieces of a rank's step, one after the other, without gaps."""
+    """Iterate over the spans of a rank's step, in order and without gaps."""
     begun, ended = track.steps[step]
     at = begun
     for place, one in enumerate(track.operations):
@@ -129,7 +133,7 @@ def spans_of(track: Track, step: int, meetings: Meetings) -> Iterator[Span]:
 
 
 def _between(track: Track, begun: float, ended: float) -> Iterator[Span]:
-    """The pieces of a time without operations between ranks: in the optimizer or not."""
+    """Split a time without operations between ranks into spans of the optimizer and of computing."""
     at = begun
     for first, last in track.optimizing:
         first, last = max(first, at), min(last, ended)
@@ -144,7 +148,7 @@ def _between(track: Track, begun: float, ended: float) -> Iterator[Span]:
 
 
 def shares(tracks: Sequence[Track]) -> list[list[dict[str, float]]]:
-    """Seconds by kind, and the whole step's, of each step of each rank: [rank][step]."""
+    """For each rank and step, [rank][step], the seconds of each kind and of the whole "step"."""
     meetings = Meetings(tracks)
     steps: list[list[dict[str, float]]] = []
     for track in tracks:
@@ -158,7 +162,7 @@ def shares(tracks: Sequence[Track]) -> list[list[dict[str, float]]]:
 
 
 def chrome_trace(tracks: Sequence[Track], names: Mapping[int, str]) -> dict[str, Any]:
-    """The steps as a trace in Chrome's JSON format, which Perfetto opens: a process for each rank, in microseconds."""
+    """The steps in Chrome's trace format (JSON, microseconds), which Perfetto opens. Each rank is a process."""
     meetings, start = Meetings(tracks), min(track.steps[0][0] for track in tracks)
     events: list[dict[str, Any]] = []
 

@@ -1,4 +1,4 @@
-"""What a benchmark of training steps needs of a configuration."""
+"""Prepare a training from a configuration, for benchmarks of its steps."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from psmpi.nn.network import Network
 
 
 class Training(NamedTuple):
-    """A training that could begin: its method, a class, its minibatches and their learning rates, threads a rank."""
+    """A prepared training. method: the class of the method; rate: learning rate of a step; threads: for each rank."""
 
     method: Any
     network: Network
@@ -23,7 +23,7 @@ class Training(NamedTuple):
 
 
 def prepare(config: Config, world: World) -> Training:
-    """The training that a configuration describes, on the ranks of `world`; UserError where there can be none."""
+    """Prepare the training that a configuration describes, on the ranks of `world`; UserError if it is impossible."""
     from psmpi.comm.world import host
     from psmpi.data import open_dataset
     from psmpi.nn.zoo import make_network
@@ -43,16 +43,16 @@ def prepare(config: Config, world: World) -> Training:
 
 
 def run_ranks(work: Callable[..., int], words: list[str], name: str) -> int:
-    """Run work(config, ...), a benchmark's program on these ranks, by options; returns the exit status.
+    """Parse options, run work(config, ...) on these ranks, and return the exit status.
 
-    words: options of psmpi.train and of `work`; name: the command that started the ranks.
+    words: options of psmpi.train and of `work`. name: the command that started the ranks, for messages.
     """
     from psmpi.comm.world import start
     from psmpi.command import answer, parsed, with_training_options
     from psmpi.config import defaults
 
     def go() -> int:
-        # Before options are read: one rank then speaks of what is wrong with them.
+        # Start MPI before options are parsed, so that only one rank prints errors about them.
         start()
         return int(parsed(with_training_options(work, defaults(words), words), words, name))
 

@@ -1,4 +1,4 @@
-"""A training step of transformer blocks and a dense layer, beside its matrix products alone, and beside PyTorch's."""
+"""Compare a training step of transformer blocks and a dense layer with its matrix products and with PyTorch's step."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from psmpi.bench.beside import show_beside, take_turns
 from psmpi.errors import UserError
 from psmpi.output import check_files
 
-# What rounding may make of outputs.
+# Largest rounding error of the outputs.
 TOLERANCE = 1e-3
 
 
@@ -78,7 +78,7 @@ def transformer(
 def _ours(
     blocks: int, heads: int, x: np.ndarray, threads: int
 ) -> tuple[Callable[[], object], dict[str, np.ndarray], Callable[[], np.ndarray]]:
-    """A step of psmpi, its weights by name, and what gives its outputs (width, steps, b)."""
+    """Return a step of psmpi, its weights by name, and a function for its outputs (width, steps, b)."""
     from psmpi.backend import make_backend
     from psmpi.nn.init import initial_weights
     from psmpi.nn.model import Model
@@ -108,10 +108,10 @@ def _ours(
 
 
 def _products(blocks: int, width: int, steps: int, batch: int) -> tuple[Callable[[], object], float]:
-    """The products of the dense layers, ahead and both ways back, and all multiplications over theirs."""
+    """Return the products of the dense layers in a step, and the ratio of all multiplications of a step to theirs."""
     rng, columns, macs = np.random.default_rng(2), steps * batch, 0
     calls: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-    # Outputs and inputs of the layers, in widths.
+    # Outputs and inputs of the layers, in units of `width`.
     for out, into in [(3, 1), (1, 1), (4, 1), (1, 4)] * blocks + [(1, 1)]:
         w, x, y = (
             rng.standard_normal(shape).astype(np.float32)
@@ -124,14 +124,15 @@ def _products(blocks: int, width: int, steps: int, batch: int) -> tuple[Callable
         for a, b, out in calls:
             np.matmul(a, b, out=out)
 
-    # Attention: two products ahead, one of these again and four back.
+    # Attention has 2 products in the forward pass and 5 in the backward pass, one of which computes the probabilities
+    # again.
     return step, 1 + blocks * 7 * width * steps * (steps + 1) // 2 * batch / macs
 
 
 def _theirs(
     blocks: int, heads: int, x: np.ndarray, weights: dict[str, np.ndarray], threads: int
 ) -> tuple[Callable[[], object], np.ndarray]:
-    """The same step in PyTorch, from the same weights, and its outputs (width, steps, b)."""
+    """Return the same step in PyTorch, from the same weights, and its outputs (width, steps, b)."""
     try:
         import torch
     except ImportError:
@@ -144,7 +145,7 @@ def _theirs(
         )
         for _ in range(blocks)
     ]
-    # Rows of queries, keys and values: there of all heads one after the other.
+    # PyTorch orders rows by queries, keys and values first, and then by heads; psmpi by heads first.
     order = np.arange(3 * width).reshape(heads, 3, -1).transpose(1, 0, 2).reshape(-1)
     last = torch.nn.Linear(width, width)
 

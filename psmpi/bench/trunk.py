@@ -1,4 +1,4 @@
-"""The time of a step on one process and on several ranks, which share its work in one way or another."""
+"""Compare the time of a step on one process and on several ranks, for several ways to share its work."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def trunk(
 
 
 def _steps(ranks: int, words: Sequence[str], module: str = "psmpi.bench.steps") -> dict[str, float]:
-    """Milliseconds of a step, and megabytes that the rank with most holds and sends."""
+    """Run a training; return the milliseconds of a step, and the largest megabytes that a rank holds and sends."""
     start = [launcher(), "-n", str(ranks)] if ranks > 1 else []
     out = run_program([*start, sys.executable, "-m", module, *words])
     figures: dict[str, float] = jsonlib.loads(out.splitlines()[-1])
@@ -100,14 +100,14 @@ def _steps(ranks: int, words: Sequence[str], module: str = "psmpi.bench.steps") 
 
 
 def _apart(ranks: int, words: Sequence[str]) -> dict[str, float]:
-    """The slowest of some trainings of one process each at the same time."""
+    """Run `ranks` trainings of one process each at the same time; return the figures of the slowest."""
     with ThreadPoolExecutor(ranks) as pool:
         figures = list(pool.map(lambda _: _steps(1, words), range(ranks)))
     return max(figures, key=lambda one: one["ms_per_step"])
 
 
 def _row(name: str, rounds: Sequence[dict[str, dict[str, float]]], trainings: int) -> dict[str, Any]:
-    """Medians, and the speed-up with its quartiles, of so many trainings at a time."""
+    """Medians over rounds, and the speed-up with its quartiles. trainings: the number that ran at the same time."""
     ratios = [trainings * one[ALONE]["ms_per_step"] / one[name]["ms_per_step"] for one in rounds]
     low, middle, high = quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
     names = ("ms_per_step", "megabytes", "megabytes_sent")

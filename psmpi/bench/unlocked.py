@@ -1,4 +1,4 @@
-"""Updates a second of shared weights, in several ways in turn; a program under mpirun, which prints JSON."""
+"""Count updates a second of shared weights, in several ways in turn; a program under mpirun that prints JSON."""
 
 from __future__ import annotations
 
@@ -19,15 +19,18 @@ from psmpi.data.planted import distinct
 
 LOCKS = ("ticket", "mutex", "mpi")
 WAYS = ("raw", "atomic", "blocks", *LOCKS, "cyclades")
-# Between locks and all else.
+# Bytes between a lock and other data: a cache line.
 LINE = 64
-# Updates under MPI's lock, a call of Python each, for one of other ways; samples of a minibatch whose components are
-# dealt.
+# The MPI lock, with a Python call for each update, makes 1 / SLOWER of the updates. MINIBATCH: samples of a minibatch
+# of cyclades; BLOCK: samples of a block of the way `blocks`.
 SLOWER, MINIBATCH, BLOCK = 20, 1000, 4000
 
 
 class Task(NamedTuple):
-    """Samples, the weights that all share, and step(order, atomic, lock), which returns the losses' sum."""
+    """A problem on shared weights w. step(order, atomic, lock) updates them by samples and returns the sum of losses.
+
+    starts, columns: the compressed rows of the samples.
+    """
 
     samples: int
     w: np.ndarray
@@ -35,12 +38,12 @@ class Task(NamedTuple):
     starts: np.ndarray
     columns: np.ndarray
     features: int
-    # The mean loss, and the accuracy or the root of the mean square.
+    # Returns the mean loss, and the accuracy (sparse) or the root mean square error (ratings).
     score: Callable[[], tuple[float, float]]
 
 
 class Shared:
-    """Arrays that all ranks of the host share, made by rank 0."""
+    """Allocates arrays that all ranks of the host share; its methods are collective."""
 
     def __init__(self, world: Any):
         self.world, self.control, self.windows = world, Control(world), windows_of(world)
@@ -54,7 +57,7 @@ class Shared:
         return view
 
     def put(self, made: np.ndarray | None, shape: int | tuple[int, ...], dtype: Any) -> np.ndarray:
-        """The array that rank 0 has, on all."""
+        """Copy an array of rank 0 (None elsewhere) to a shared array."""
         out = self.array(shape, dtype)
         if made is not None:
             out[...] = made
@@ -70,7 +73,10 @@ class Shared:
 
 
 def sparse_task(shared: Shared, ops: CompiledOps, samples: int, features: int, entries: int, lr: float) -> Task:
-    """Logistic regression without a bias on rows with so many entries, of features with a power law."""
+    """Logistic regression without a bias on random sparse rows of `entries` entries.
+
+    The frequencies of the features follow a power law.
+    """
     first = shared.world.rank == 0
     columns = values = labels = None
     if first:
@@ -103,7 +109,7 @@ def sparse_task(shared: Shared, ops: CompiledOps, samples: int, features: int, e
 
 
 def rating_task(shared: Shared, ops: CompiledOps, samples: int, size: int, units: int, lr: float) -> Task:
-    """Completion of a matrix (size / 2, size / 2) of rank `units` from as many entries."""
+    """Completion of a matrix (size / 2, size / 2) of rank `units` from `samples` entries."""
     first, half = shared.world.rank == 0, size // 2
     rng = np.random.default_rng(0)
     tokens = values = begin = None
@@ -119,7 +125,7 @@ def rating_task(shared: Shared, ops: CompiledOps, samples: int, size: int, units
 
     def step(order: np.ndarray, atomic: bool, lock: Any) -> float:
         if lock is not None:
-            raise NotImplementedError("locks are of sparse rows")
+            raise NotImplementedError("only the task of sparse rows supports locks")
         return ops.factor_steps(order, pairs, w, how, atomic)
 
     def score() -> tuple[float, float]:
@@ -133,7 +139,7 @@ def rating_task(shared: Shared, ops: CompiledOps, samples: int, size: int, units
 
 
 class Meter:
-    """Makes updates of a task in several ways, and times them."""
+    """Updates the weights of a task in several ways, and times the updates."""
 
     def __init__(self, shared: Shared, ops: CompiledOps, task: Task):
         self.shared, self.ops, self.task = shared, ops, task
@@ -149,7 +155,7 @@ class Meter:
         shared.barrier()
 
     def make(self, way: str, order: np.ndarray) -> None:
-        """Make the updates of the samples `order`, of this rank alone; of cyclades those of its components."""
+        """Make the updates of the samples `order` on this rank, in any way but cyclades, see `deal`."""
         if way in ("raw", "atomic"):
             self.task.step(order, way == "atomic", None)
         elif way == "blocks":
@@ -163,7 +169,7 @@ class Meter:
             self.task.step(order, False, (way, self.rooms[way]))
 
     def deal(self, order: np.ndarray, workers: int) -> None:
-        """Make the updates of `order` in minibatches whose components are dealt to the workers."""
+        """Make the updates of `order` by cyclades: minibatches whose components are assigned to the workers."""
         for at in range(0, len(order), MINIBATCH):
             some = order[at : at + MINIBATCH]
             owner, count, _ = self.ops.deal_components(some, self.task.starts, self.task.columns, workers, self.seen)
@@ -173,7 +179,7 @@ class Meter:
                 self.shared.barrier()
 
     def rate(self, way: str, workers: int, order: np.ndarray) -> float:
-        """Updates a second of the first ranks as workers, on `order` in equal parts."""
+        """Updates a second of the first `workers` ranks, which share the samples `order` equally; collective."""
         if way == "mpi":
             order = order[::SLOWER]
         self.shared.barrier()
@@ -183,12 +189,12 @@ class Meter:
                 self.deal(order, workers)
             else:
                 self.make(way, np.ascontiguousarray(order[self.rank :: workers]))
-        # The clock of all processes of a host.
+        # Processes of one host have the same clock.
         everyone = self.control.rows(np.array([begun, time.perf_counter()]))
         return len(order) / float(everyone[:workers, 1].max() - everyone[:workers, 0].min())
 
     def lost(self, order: np.ndarray) -> dict[str, float]:
-        """The shares of increments by plain stores that are lost: of the rows' columns, and of 16 numbers."""
+        """The shares of increments that plain stores lose: on counters for the rows' columns, and on 16 counters."""
         losses = {}
         ones = Rows(self.task.starts, self.task.columns, *[np.empty(0, np.float32)] * 3)
         few = Rows(np.array([0, 16]), np.arange(16, dtype=np.int32), *[np.empty(0, np.float32)] * 3)
@@ -206,7 +212,7 @@ class Meter:
         return losses
 
     def train(self, way: str, workers: int, epochs: int, begin: np.ndarray) -> tuple[float, float]:
-        """The scores after some epochs from the same weights."""
+        """The scores after `epochs` epochs that start from the weights `begin`; collective."""
         if self.rank == 0:
             self.task.w[...] = begin
         self.shared.barrier()
@@ -221,7 +227,7 @@ class Meter:
 
 
 def measure(world: Any, options: dict[str, Any]) -> dict[str, Any]:
-    """All figures of one task, on all ranks."""
+    """Measure all figures of the task in `options`; collective."""
     ops, shared = CompiledOps(), Shared(world)
     make = {"sparse": sparse_task, "ratings": rating_task}[options["task"]]
     task = make(shared, ops, options["samples"], options["features"], options["entries"], options["lr"])
@@ -237,7 +243,7 @@ def measure(world: Any, options: dict[str, Any]) -> dict[str, Any]:
         for name, measured in rates.items():
             way, workers = name.split()
             rate = meter.rate(way, int(workers), order[: options["updates"]])
-            # The first round touches all memory.
+            # Discard the first round, which touches all memory for the first time.
             if number:
                 measured.append(rate)
     scores = {

@@ -1,4 +1,4 @@
-"""Steps of recurrent layers over several ranks, beside one rank, and beside what the schedule allows."""
+"""Compare steps of recurrent layers over several ranks with one rank, and with the ideal of the schedule."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def wavefront(
 
 
 def ideal(ranks: int, count: int) -> float:
-    """The speed-up of ranks that never wait but for their first and last chunk."""
+    """The ideal speed-up of `ranks` ranks with `count` chunks: they wait only at the first and the last chunk."""
     return ranks * count / (count + ranks - 1)
 
 
@@ -123,7 +123,7 @@ def _draw(rows: list[dict[str, Any]], path: str) -> None:
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     counts = [row["ranks"] for row in rows]
-    # Of chunks that sleep a rank's share is the same on any ranks: work grows with them.
+    # With --sleep-ms each rank's work is the same on any number of ranks, so the total work grows with the ranks.
     scale = [row["ranks"] if row["least ms"] else 1 for row in rows]
     one = median(rows[0]["ms"]) * ideal(counts[0], rows[0]["chunks"]) / scale[0]
     axes.plot(counts, [one * s / median(row["ms"]) for row, s in zip(rows, scale, strict=True)], "o-", label="measured")

@@ -1,4 +1,4 @@
-"""For tests: a world of threads in one process, psmpi's programs run in it, and checks of classes of one's own."""
+"""Tools for tests: ranks that are threads, psmpi's programs run on them, and checks of classes of one's own."""
 
 from __future__ import annotations
 

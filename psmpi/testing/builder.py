@@ -1,4 +1,4 @@
-"""Checkpoints made in this process: psmpi.checkpoint.build in a thread instead of a process of its own."""
+"""Run psmpi.checkpoint.build, which writes checkpoint files, in a thread instead of a separate process."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from psmpi.checkpoint.spool import Spool
 
 
 class Builder:
-    """A thread with the part of subprocess.Popen's interface that `Spool` uses."""
+    """Thread that writes checkpoints, with the part of subprocess.Popen's interface that `Spool` uses."""
 
     def __init__(self, spool: int):
         jobs, self.stdin = _pipe()
@@ -33,7 +33,7 @@ class Builder:
         return 0
 
     def kill(self) -> None:
-        """A thread ends with its job."""
+        """Do nothing: a thread cannot be killed, and returns when its job is done."""
 
 
 def _pipe() -> tuple[IO[str], IO[str]]:
@@ -42,7 +42,7 @@ def _pipe() -> tuple[IO[str], IO[str]]:
 
 
 class ThreadSpool(Spool):
-    """A spool whose checkpoints a thread makes."""
+    """Spool that starts a thread, not a process, to write checkpoints."""
 
     def launch(self, number: int) -> subprocess.Popen[str]:
         made: Any = Builder(number)

@@ -1,4 +1,4 @@
-"""A training method under test, and what its runs leave."""
+"""A training method under test, and readers of the checkpoints and metrics of its runs."""
 
 from __future__ import annotations
 
@@ -25,16 +25,20 @@ from psmpi.train import parse
 from psmpi.training.method import Method
 from psmpi.training.usual import usual
 
-# Numbers of ranks that are tried; those that a method refuses are left out.
+# Numbers of ranks to try. `Case.ranks` leaves out those that the method refuses.
 RANKS = (1, 2, 3, 4, 5)
-# The largest relative distance of weights that differ by rounding alone, in float64 after some steps.
+# Largest relative distance in the 2-norm of float64 weights that differ only by rounding, after STEPS steps.
 ROUNDING = 1e-8
 STEPS = 12
 
 
 @dataclass
 class Case:
-    """A method under test: its name, and a folder for runs. options: of psmpi.train, for all of them."""
+    """A method under test.
+
+    name: the registered name of the method. folder: where its runs write. options: options of psmpi.train that are
+    added to every run.
+    """
 
     name: str
     folder: Path
@@ -46,7 +50,7 @@ class Case:
         return find_method(self.name)
 
     def words(self, *more: str) -> list[str]:
-        """The options of a run: small minibatches in float64, and what the method declares."""
+        """The options of a run: small minibatches, float64, the options of the method's `exactness`, then `more`."""
         fixed = ("--method", self.name, "--dtype", "float64", "--batch-size", "30", "--threads", "1", "--epochs", "3")
         return [*fixed, "--lr", "0.001", *self.method.exactness.options, *self.options, *more]
 
@@ -54,7 +58,7 @@ class Case:
         return usual(parse(self.words(*more)))
 
     def problem(self, *more: str) -> tuple[Network, Dataset, Config]:
-        """Network, data and configuration of a run."""
+        """Network, data set and configuration of a run."""
         config = self.config(*more)
         dataset = open_dataset(*config.data.source).for_training()
         return (
@@ -72,7 +76,7 @@ class Case:
 
     @cached_property
     def ranks(self) -> list[int]:
-        """Those of RANKS on which the method trains these options."""
+        """The numbers in RANKS that the method accepts with the options of this case."""
         problem, counts = self.problem(), []
         for ranks in RANKS:
             with suppress(UserError):
@@ -81,7 +85,7 @@ class Case:
         return counts
 
     def run(self, ranks: int, *more: str, out: Path | None = None) -> Path:
-        """The run directory of a training to its end."""
+        """Train to the end and return the run directory. AssertionError if the exit status is not 0."""
         self.runs += 1
         out = out or self.folder / f"{self.name}-{self.runs}"
         ended = self.end(ranks, *more, out=out)
@@ -93,7 +97,7 @@ class Case:
 
 
 def tensors(path: Path, groups: Sequence[str] = ("weights", "optimizer", "elements", "rank")) -> dict[str, np.ndarray]:
-    """The tensors of a checkpoint by name, those of some groups."""
+    """The tensors of a checkpoint that belong to `groups`, by their names in the file."""
     tensors: dict[str, np.ndarray] = {}
 
     def keep(name: str, item: Any) -> None:
@@ -106,12 +110,16 @@ def tensors(path: Path, groups: Sequence[str] = ("weights", "optimizer", "elemen
 
 
 def rows(out: Path) -> list[dict[str, Any]]:
-    """The rows of metrics of a run."""
+    """The rows of metrics.jsonl of a run, in the order in which they were written."""
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 def compare(how: str, tolerance: float, one: Path, other: Path, what: str) -> None:
-    """AssertionError unless the weights of two runs are as equal as `how` says, or their accuracies are."""
+    """Raise AssertionError unless the newest checkpoints of two runs agree.
+
+    how: "exact" (equal weights), "statistical" (test accuracies that differ by at most `tolerance`), or else rounding
+    (weights within ROUNDING of each other). what: the name of the comparison in the message.
+    """
     if how == "statistical":
         accuracies = [rows(out)[-1]["test_accuracy"] for out in (one, other)]
         assert abs(accuracies[0] - accuracies[1]) <= tolerance, f"{what}: accuracies {accuracies}"

@@ -1,4 +1,4 @@
-"""A communicator between threads of one process: the calls of mpi4py's that psmpi makes."""
+"""A communicator between threads of one process, with the part of mpi4py's interface that psmpi uses."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from psmpi.testing.windows import ThreadWindows
 
 
 class Comm:
-    """One rank's side of a communicator: the names are mpi4py's."""
+    """One rank's view of a communicator. Methods have the names and arguments of mpi4py.MPI.Comm."""
 
     def __init__(self, shared: Shared, rank: int):
         self.shared, self.hub, self.rank, self.size = shared, shared.hub, rank, len(shared.members)
-        # Messages to single ranks, so far.
+        # Number of point-to-point messages that this rank has sent.
         self.sent = 0
         self.calls = 0
         self.groups: defaultdict[tuple[int, ...], int] = defaultdict(int)
@@ -30,11 +30,11 @@ class Comm:
 
     @property
     def windows(self) -> ThreadWindows:
-        """In the place of psmpi.comm.windows.MpiWindows."""
+        """One-sided windows; replaces psmpi.comm.windows.MpiWindows."""
         return ThreadWindows(self)
 
     def Create_group(self, group: Any) -> Comm:
-        # The same ranks may make several, one after the other.
+        # The same ranks may create several communicators: the count distinguishes them.
         self.groups[group.ranks] += 1
         shared = self.shared.sub(("group", group.ranks, self.groups[group.ranks]), group.ranks)
         return Comm(shared, group.ranks.index(self.rank))
@@ -45,13 +45,13 @@ class Comm:
         return Comm(self.shared.sub(("copy", number), range(self.size)), self.rank)
 
     def Split_type(self, kind: Any) -> Comm:
-        """All ranks: threads share their memory."""
+        """Return a communicator of all ranks, since threads of one process share their memory."""
         number = self.calls
         self.Barrier()
         return Comm(self.shared.sub(("host", number), range(self.size)), self.rank)
 
     def Free(self) -> None:
-        """Nothing is held."""
+        """Do nothing: no resource needs to be released."""
 
     # Single messages.
 
@@ -60,7 +60,7 @@ class Comm:
 
     @staticmethod
     def _keeping(request: Request, array: NDArray[Any], message: NDArray[Any]) -> Request:
-        """A request until the end of which an array is to stay as it was sent."""
+        """Return `request`, which then checks on completion that `array` still equals the copy `message`."""
         request.sent = array, message
         return request
 
@@ -105,9 +105,10 @@ class Comm:
     def _meet(
         self, kind: str, value: Any, complete: Callable[[list[Any]], None] | None = None, root: int | None = None
     ) -> Request:
-        """Bring `value` to the next collective. complete: takes the values of all ranks, by rank, when they are there.
+        """Contribute `value` to the next collective; RuntimeError if other ranks have begun a different collective.
 
-        root: the only rank whose value is needed, the others' being None. Without `complete` nothing is waited for.
+        complete: called with the values of all ranks, ordered by rank, once they have arrived. Without it the request
+        is ready at once. root: the only rank whose value is needed; the values of the other ranks may be None.
         """
         number, self.calls = self.calls, self.calls + 1
         what = f"{kind}, collective {number} of {self.size} ranks"
@@ -115,7 +116,7 @@ class Comm:
             self.hub.check()
             meeting = self.shared.meetings.setdefault(number, Meeting(kind))
             if meeting.kind != kind:
-                raise RuntimeError(f"rank {self.rank} calls {what}, where others call {meeting.kind}")
+                raise RuntimeError(f"rank {self.rank} calls {what}, but other ranks call {meeting.kind}")
             values = meeting.values
             values[self.rank] = value
             if complete is None:
@@ -178,7 +179,10 @@ class Comm:
         return own
 
     def Ireduce_scatter(self, sent: Any, into: NDArray[Any], counts: Sequence[int]) -> Request:
-        """In place: what is behind the sum is anything then, here NaN."""
+        """Write this rank's segment of the sum to the beginning of `into` and NaN to the rest.
+
+        MPI leaves the rest of the buffer undefined when the call is made in place.
+        """
         start, own = sum(counts[: self.rank]), counts[self.rank]
 
         def complete(values: list[Any]) -> None:

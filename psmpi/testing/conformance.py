@@ -1,12 +1,13 @@
-"""Checks that every training method passes by being registered.
+"""Conformance checks that every registered training method must pass.
 
-A test file of a method outside the package has
+The author of a method outside the package runs all checks with this test:
 
     @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
     def test_method(check, tmp_path):
         check(Case("name", tmp_path))
 
-What the weights of other numbers of ranks and of a resumed run have to be is what the method declares: its `exactness`.
+The attribute `exactness` of the method states how closely runs on different numbers of ranks, and resumed runs, must
+agree. Each check trains small networks on threads of this process and raises AssertionError if the method fails.
 """
 
 from __future__ import annotations
@@ -36,16 +37,18 @@ from psmpi.training.context import Context
 from psmpi.training.loop import plan_steps
 from psmpi.training.method import Method
 
-# How far the account of memory may be from what is held.
+# Largest relative difference between the bytes that Method.memory() states and the bytes allocated.
 MEMORY = 0.1
 
 __all__ = ["CHECKS", "Case", "compare", "rows", "tensors"]
 
 
 def other_ranks_give_the_same(case: Case) -> None:
-    """Weights, or accuracy, are those of the smallest number of ranks."""
+    """Runs on other numbers of ranks end with the weights, or the accuracy, of the run on the fewest ranks."""
     exactness, sizes = case.method.exactness, case.ranks
-    assert len(sizes) > 1, f"the method trains on none but {sizes} of {RANKS} ranks: declare options that more can"
+    assert len(sizes) > 1, (
+        f"of {RANKS} ranks the method accepts only {sizes}: give options in its `exactness` that allow more"
+    )
     long = ("--epochs", "8") if exactness.ranks == "statistical" else ("--max-steps", str(STEPS))
     single = case.run(sizes[0], *long)
     for ranks in sizes[1:]:
@@ -53,7 +56,7 @@ def other_ranks_give_the_same(case: Case) -> None:
 
 
 def resumed_runs_end_the_same(case: Case) -> None:
-    """Begun, stopped within an epoch and gone on with, on one rank and on several."""
+    """A run that stops within an epoch and resumes ends as an uninterrupted run, on the fewest and the most ranks."""
     exactness = case.method.exactness
     stop = STEPS // 2 + 1
     stop += -stop % exactness.every
@@ -63,14 +66,14 @@ def resumed_runs_end_the_same(case: Case) -> None:
         case.run(ranks, "--max-steps", str(STEPS), "--resume", "auto", out=part)
         compare(exactness.resume, exactness.tolerance, whole, part, f"resumed on {ranks} rank(s)")
         if exactness.resume == "exact":
-            # Weights might be the same by chance, and the next step not.
+            # Equal weights are not enough: other optimizer state would change the next step.
             first, second = tensors(newest(whole)), tensors(newest(part))
             assert first.keys() == second.keys()
             assert all(np.array_equal(first[name], second[name], equal_nan=True) for name in first)
 
 
 def other_ranks_go_on(case: Case) -> None:
-    """A checkpoint is taken up on other numbers of ranks: a step of no length leaves its weights as they are."""
+    """A checkpoint resumes on another number of ranks: its weights survive one step with a negligible learning rate."""
     first, last = case.ranks[0], case.ranks[-1]
     for before, after in ((first, last), (last, first)):
         part = case.run(before, "--max-steps", str(STEPS))
@@ -83,7 +86,7 @@ def other_ranks_go_on(case: Case) -> None:
 
 
 def counters_equal_messages(case: Case) -> None:
-    """Every rank sends and receives the bytes that the method's messages say, step by step, over some epochs."""
+    """In every step each rank sends and receives exactly the bytes that Method.messages states."""
     network, dataset, config = case.problem("--batch-size", "400")
     batches, steps, rate = plan_steps(dataset, config)
 
@@ -93,7 +96,7 @@ def counters_equal_messages(case: Case) -> None:
         for step in range(steps):
             batch = Batch(batches.ids(*divmod(step, batches.steps_per_epoch)))
             stated = method.messages(step, len(batch))
-            assert stated is not None, "with these options the messages are known before"
+            assert stated is not None, "Method.messages returns None, though these options fix the messages in advance"
             before = method.counter.sent, method.counter.received
             method.step(batch, rate(step))
             counted = method.counter.sent - before[0], method.counter.received - before[1]
@@ -103,11 +106,15 @@ def counters_equal_messages(case: Case) -> None:
 
     for ranks in case.ranks:
         sent = run_ranks(ranks, work, timeout=120)
-        assert sum(sent) > 0 or ranks == 1, f"{ranks} ranks have sent nothing"
+        assert sum(sent) > 0 or ranks == 1, f"{ranks} ranks sent no bytes"
 
 
 def steps_are_clipped(case: Case) -> None:
-    """A step of plain gradient descent is no longer than --lr times --clip, in each part that is clipped by itself."""
+    """--clip limits the length of a step of plain gradient descent.
+
+    Clipping to norm 1e-3 with learning rate 1 gives a step of at most 1e-3 in each part of the weights that the method
+    clips separately. The check allows 10 such parts, and expects a longer step without clipping.
+    """
     lengths = []
     for clip in ("1e-3", "0"):
         network, dataset, config = case.problem("--optimizer", "sgd", "--lr", "1", "--clip", clip)
@@ -127,11 +134,16 @@ def steps_are_clipped(case: Case) -> None:
 
         lengths += run_ranks(case.ranks[0], work, timeout=60)
     parts = 10
-    assert 0 < lengths[0] <= 1e-3 * parts**0.5 < lengths[-1], f"steps of length {lengths} with --clip 1e-3 and without"
+    assert 0 < lengths[0] <= 1e-3 * parts**0.5 < lengths[-1], (
+        f"lengths of steps on each rank, first with --clip 1e-3, then without: {lengths}"
+    )
 
 
 def memory_is_accounted_for(case: Case) -> None:
-    """The accounts of all ranks together are what they hold, within a tenth, and none is less than its need."""
+    """Method.memory() summed over all ranks equals the allocated bytes within a tenth.
+
+    On each rank the least memory that Method.needed states is at most what Method.memory() states.
+    """
     wide = ("--dtype", "float32", "--backend", "numpy", *case.method.exactness.wide)
     network, dataset, config = case.problem(*wide)
     batches, _, rate = plan_steps(dataset, config)
@@ -141,7 +153,7 @@ def memory_is_accounted_for(case: Case) -> None:
             case.method.check(ranks, network, dataset, config)
             tried += 1
             _compare_memory(case, ranks, network, dataset, config, batches, rate)
-    assert tried, f"no network of {' '.join(wide)} on 1 or 2 ranks"
+    assert tried, f"the method accepts {' '.join(wide)} neither on 1 nor on 2 ranks: change `exactness.wide`"
 
 
 def _compare_memory(
@@ -161,14 +173,14 @@ def _compare_memory(
         method.test()
         stated = sum(method.memory().values())
         if needed:
-            # A start is refused where there is less than what is needed at least.
+            # psmpi.train refuses to start where memory is short of `needed`, which must not be too large.
             least = sum(needed[world.rank].values())
             assert least <= stated, (
-                f"rank {world.rank} of {ranks} holds {stated:,} bytes, and is said to need {least:,}"
+                f"rank {world.rank} of {ranks}: memory() states {stated:,} bytes, but needed() {least:,}"
             )
         return stated
 
-    # The first time loads what is loaded once.
+    # The first run imports modules and fills caches, whose memory must not count.
     run_ranks(ranks, work, timeout=60)
     made = [[] for _ in range(ranks)]
     tracemalloc.start()
@@ -177,16 +189,16 @@ def _compare_memory(
         held, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    # Without the backend's scratch, which is of one size whatever the method and the network.
+    # Leave out the backend's scratch: its size depends neither on the method nor on the network.
     held -= sum(array.nbytes for _, ops in made for array in ops.buffers.values())
-    # An account has what a test holds for a while, too.
+    # memory() includes the buffers of a test, which are freed afterwards: compare it with the peak as well.
     assert (1 - MEMORY) * held <= stated <= (1 + MEMORY) * peak, (
-        f"{ranks} rank(s) account for {stated:,} bytes, hold {held:,} and held {peak:,}"
+        f"{ranks} rank(s): memory() states {stated:,} bytes, {held:,} are allocated, {peak:,} at the peak"
     )
 
 
 def bad_settings_are_refused_once(case: Case) -> None:
-    """A setting of the method's own that is out of its range, or no number, ends the job with one message."""
+    """A method's own setting that is out of range or NaN ends the job with one message that names the option."""
     bad: list[tuple[str, ...]] = []
     for kind in case.method.settings:
         hints = get_type_hints(kind, include_extras=True)
@@ -207,7 +219,7 @@ def bad_settings_are_refused_once(case: Case) -> None:
 
 
 def a_rank_that_raises_ends_the_job(case: Case) -> None:
-    """The others are not left waiting, and the message is that rank's."""
+    """An error on one rank ends the job with that rank's message, and no other rank is left waiting."""
     ranks, kind = case.ranks[-1], case.method
     step: Any = kind.step
 
@@ -223,7 +235,7 @@ def a_rank_that_raises_ends_the_job(case: Case) -> None:
 
 
 def weights_that_are_no_numbers_end_it(case: Case) -> None:
-    """A loss that is not finite is an error, not a result."""
+    """Weights of NaN end the run with a FloatingPointError that has a message."""
     network, dataset, config = case.problem()
     batches, _, rate = plan_steps(dataset, config)
 
@@ -241,13 +253,13 @@ def weights_that_are_no_numbers_end_it(case: Case) -> None:
         try:
             run_ranks(ranks, work, timeout=60)
         except FloatingPointError as error:
-            assert str(error), "the error says nothing"
+            assert str(error), "the FloatingPointError has no message"
         else:
-            raise AssertionError(f"on {ranks} rank(s) weights that are no numbers are trained")
+            raise AssertionError(f"on {ranks} rank(s) the method trains weights of NaN without an error")
 
 
 def metrics_are_complete(case: Case) -> None:
-    """Every epoch has a row with losses, scores and bytes; those sent have been received."""
+    """Every epoch has a row of metrics with losses, accuracy, times and bytes, and as many bytes received as sent."""
     ranks = case.ranks[-1]
     metrics = rows(case.run(ranks, "--batch-size", "100"))
     assert [row["epoch"] for row in metrics] == list(range(1, case.config().run.epochs + 1))
@@ -260,7 +272,7 @@ def metrics_are_complete(case: Case) -> None:
 
 
 def settings_are_in_help_and_checkpoint(case: Case) -> None:
-    """Every setting is in the help, and the configuration in a checkpoint is read back."""
+    """Each of the method's settings has an option in the help, and a checkpoint stores the settings unchanged."""
     text = case.end(1, "--help-all", out=case.folder / "none").stdout
     out = case.run(case.ranks[0], "--max-steps", "1")
     with h5py.File(newest(out)) as file:

@@ -1,4 +1,4 @@
-"""The ranks of a world of threads: what each waits for, and the end of all when one raises or none can go on."""
+"""Waiting and stopping of ranks that are threads: the world ends when a rank raises or when all ranks are stuck."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-# Seconds that a rank waits in one call while others compute.
+# Seconds that a rank waits in one call before it raises DeadlockError.
 PATIENCE = 120.0
 
 
 class StoppedError(BaseException):
-    """Raised in the calls of a rank whose world has ended.
+    """Another rank has ended the world of this rank.
 
-    Not an Exception: code that deals with errors is not to go on.
+    This is not an Exception, so that `except Exception` in the code under test does not catch it.
     """
 
 
 class DeadlockError(RuntimeError):
-    """Ranks wait for what nobody sends."""
+    """Ranks wait for messages that no rank sends."""
 
 
 class Hub:
-    """One lock for all ranks of a world, and what each of them waits for."""
+    """The lock of a world of ranks, and the request that each rank waits for."""
 
     def __init__(self, size: int, patience: float = PATIENCE):
         self.size, self.patience = size, patience
@@ -34,19 +34,19 @@ class Hub:
         self.wakes = [threading.Condition(self.lock) for _ in range(size)]
         self.waiting: list[Request | None] = [None] * size
         self.ended: set[int] = set()
-        # Why the world ended.
+        # The error that ended the world.
         self.error: BaseException | None = None
         self.stopped = False
 
     def check(self) -> None:
-        """StoppedError in a world that has ended; the lock is held."""
+        """Raise StoppedError if the world has ended. The caller holds the lock."""
         if self.stopped:
             raise StoppedError("another rank has ended the world")
 
     def wait(self, request: Request) -> None:
-        """Return when the request is ready; the lock is held.
+        """Return when the request is ready. The caller holds the lock.
 
-        DeadlockError where it cannot become ready, or is not within `patience` seconds.
+        Raise DeadlockError if the request cannot become ready, or is not ready after `patience` seconds.
         """
         rank, end = request.rank, time.monotonic() + self.patience
         self.check()
@@ -54,7 +54,7 @@ class Hub:
         try:
             while not request.ready():
                 if self.stuck():
-                    raise DeadlockError(f"ranks wait for what nobody sends: {self.report()}")
+                    raise DeadlockError(f"ranks wait for messages that no rank sends: {self.report()}")
                 left = end - time.monotonic()
                 if left <= 0:
                     raise DeadlockError(f"rank {rank} has waited {self.patience:.0f} s: {self.report()}")
@@ -64,14 +64,14 @@ class Hub:
             self.waiting[rank] = None
 
     def stuck(self) -> bool:
-        """Whether no rank can go on; the lock is held."""
+        """Whether each rank has ended or waits for a request that is not ready. The caller holds the lock."""
         return all(
             rank in self.ended or (request is not None and not request.ready())
             for rank, request in enumerate(self.waiting)
         )
 
     def report(self) -> str:
-        """What each rank waits for, as text."""
+        """The state of each rank as text: ended, computing, or the call in which it waits."""
         parts = []
         for rank, request in enumerate(self.waiting):
             what = "has ended" if rank in self.ended else "computes" if request is None else f"waits in {request.what}"
@@ -79,14 +79,14 @@ class Hub:
         return ", ".join(parts)
 
     def wake(self, ranks: Iterable[int]) -> None:
-        """Wake those of the ranks that can go on; the lock is held."""
+        """Wake those of `ranks` whose requests are ready. The caller holds the lock."""
         for rank in ranks:
             request = self.waiting[rank]
             if request is not None and request.ready():
                 self.wakes[rank].notify()
 
     def stop(self, error: BaseException | None = None) -> None:
-        """End the world: ranks that wait, or call, get StoppedError."""
+        """End the world: ranks that wait now or communicate later raise StoppedError."""
         with self.lock:
             self.error = self.error or error
             self.stopped = True
@@ -94,19 +94,20 @@ class Hub:
                 wake.notify()
 
     def end(self, rank: int) -> None:
-        """Note that a rank makes no more calls."""
+        """Record that a rank makes no more calls; end the world if all others are stuck."""
         with self.lock:
             self.ended.add(rank)
             stuck = len(self.ended) < self.size and not self.stopped and self.stuck()
             report = self.report() if stuck else ""
         if stuck:
-            self.stop(DeadlockError(f"ranks wait for what nobody sends: {report}"))
+            self.stop(DeadlockError(f"ranks wait for messages that no rank sends: {report}"))
 
 
 class Request:
-    """Done, by `complete`, once it is `ready`. what: the call, for messages about it.
+    """Nonblocking call: once ready() is true, Wait and Test call complete() and the request is done.
 
-    sent: an array that is not to be written until then, and the bytes that it had; RuntimeError where it was.
+    what: the name of the call in messages. sent: an array that the caller must not write before the request is done,
+    and a copy of it; Wait and Test raise RuntimeError if the two differ.
     """
 
     def __init__(
@@ -135,5 +136,5 @@ class Request:
         if self.sent is not None:
             now, then = (array.reshape(-1).view(np.uint8) for array in self.sent)
             if not np.array_equal(now, then):
-                raise RuntimeError(f"rank {self.rank} has written what it sends before {self.what} was done")
+                raise RuntimeError(f"rank {self.rank} wrote to the array that it sends before {self.what} was done")
         self.done = True

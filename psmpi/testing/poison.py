@@ -1,4 +1,4 @@
-"""Gradients that are not finite, put into the backward passes of chosen ranks and steps."""
+"""Put NaN into the gradients of chosen ranks and steps."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from psmpi.training.numbers import Numbers
 
 @contextmanager
 def poisoned(when: Callable[[int, int], bool]) -> Iterator[set[tuple[int, int]]]:
-    """Within the block, when(rank, step) says in which steps, from 1, a rank's gradients are NaN: at the first time.
+    """Within the block, gradients are NaN on the ranks and in the steps for which when(rank, step) is true.
 
-    Of ranks that are threads, whose steps are told to `Numbers.begin`. Returns where it was so: (rank, step).
+    Steps count from 1 and are those given to `Numbers.begin`; each rank is a thread. A step that is repeated has sound
+    gradients. Yields the set of (rank, step) whose gradients have become NaN so far.
     """
     own, hit = threading.local(), set()
     begin: Any = Numbers.begin
     backward: Any = Model.backward
 
     def begun(self: Numbers, step: int, epoch: int, samples: int) -> None:
-        # A step that is made again has another chance.
+        # A step that is repeated after a rollback has sound gradients.
         own.at = (self.rank, step) if when(self.rank, step) and (self.rank, step) not in hit else None
         begin(self, step, epoch, samples)
 

@@ -1,4 +1,4 @@
-"""psmpi's programs on ranks that are threads of this process, as they are under mpirun."""
+"""Run psmpi's programs as under mpirun, with ranks that are threads of this process."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from psmpi.testing.builder import ThreadSpool
 from psmpi.testing.hub import DeadlockError, StoppedError
 from psmpi.testing.world import run_ranks
 
-# Columns and lines of what is printed, as where there is no terminal.
+# Width and height of the output: those that programs use where there is no terminal.
 TERMINAL = {"COLUMNS": "80", "LINES": "25"}
 
 
 @dataclass(frozen=True)
 class Ended:
-    """A program that has ended: its exit status, and what its ranks printed."""
+    """Exit status and output of a program; the streams hold the lines of all ranks."""
 
     status: int
     stdout: str
@@ -37,25 +37,26 @@ class Ended:
 
 
 class FailedError(Exception):
-    """A rank ended with this message."""
+    """Error of a rank, with the message that the program prints."""
 
 
 def train(ranks: int, arguments: Sequence[Any], **options: Any) -> Ended:
-    """Run what `mpirun -n ranks python -m psmpi.train arguments` would, see `run_program`."""
+    """Run `mpirun -n ranks python -m psmpi.train arguments` in this process; options are those of `run_program`."""
     return run_program(ranks, "psmpi.train", arguments, **options)
 
 
 def run_program(
     ranks: int, module: str, arguments: Sequence[Any], *, cwd: Path | None = None, timeout: float | None = None
 ) -> Ended:
-    """Run `mpirun -n ranks python -m module arguments` in this process, on a world of threads; how it ended.
+    """Run `mpirun -n ranks python -m module arguments` on threads of this process; return exit status and output.
 
-    module: one whose `main(argv)` gets its communicator from psmpi.comm.world.start, or none at all; of a package its
-    __main__. cwd: the folder to run it in. A deadlock is a DeadlockError, more than `timeout` seconds a TimeoutError.
+    module: a module with a function main(argv), or a package with such a __main__. main gets its communicator from
+    psmpi.comm.world.start, or uses none. cwd: the folder to run it in. Raise DeadlockError if the ranks deadlock, and
+    TimeoutError if they take longer than `timeout` seconds.
 
-    Folder, streams, environment and threads of linear algebra are afterwards as they were. A rank has nothing that only
-    a process has: sys.argv (the command that checkpoints note), signals, exit handlers, memory of its own, MPI's own
-    communicators. The process that writes checkpoints is a thread. Warnings go by this process's filters on all ranks.
+    The current folder, the streams, the environment and the thread limits of linear algebra are restored afterwards.
+    Ranks share what belongs to a process: sys.argv (which checkpoints record), signals, exit handlers, memory and
+    warning filters. They have no MPI communicators. A thread, not a process, writes checkpoints.
     """
     from threadpoolctl import threadpool_limits
 
@@ -78,7 +79,7 @@ def run_program(
         mock.patch.dict(os.environ, TERMINAL),
         contextlib.redirect_stdout(stdout),
         contextlib.redirect_stderr(stderr),
-        # Ranks set limits, and put back what they found, in any order.
+        # Ranks set thread limits and restore old ones in any order: restore the limits of this process at the end.
         threadpool_limits(None),
         _programs(),
     ):
@@ -111,7 +112,7 @@ def _start() -> Any:
 
 
 def _run(program: Callable[[], int]) -> int:
-    """In the place of psmpi.comm.world.run: what ends a rank ends the others in run_ranks."""
+    """Replace psmpi.comm.world.run: raise an error as FailedError, with which run_ranks ends the other ranks."""
     try:
         return program()
     except DeadlockError:
@@ -121,7 +122,7 @@ def _run(program: Callable[[], int]) -> int:
 
 
 def _tell(error: BaseException, rank: int, ranks: int, stderr: IO[str]) -> int:
-    """Print what a process that ends with this error prints; its exit status."""
+    """Print the message or traceback of an error as a process that ends with it does; return the exit status."""
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else int(error.code is not None)
     if isinstance(error, FailedError):
@@ -133,14 +134,14 @@ def _tell(error: BaseException, rank: int, ranks: int, stderr: IO[str]) -> int:
 
 
 def _forget(error: BaseException | None) -> None:
-    """Let go of what the frames hold that an error came through."""
+    """Clear the local variables of all frames in an error's tracebacks, so that their memory is freed."""
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__
 
 
 def _one_at_a_time(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that one thread at a time is in, and which may call itself."""
+    """Wrap a function so that one thread at a time runs it. The function may be recursive."""
     lock = threading.RLock()
 
     @functools.wraps(function)
@@ -153,7 +154,7 @@ def _one_at_a_time(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def _programs() -> Iterator[None]:
-    """Let programs find the world of their thread; close what a run that fails leaves open."""
+    """Within the block, programs use the communicator of their thread. Close the spools that failed runs leave open."""
     import tyro
 
     spools: list[ThreadSpool] = []
@@ -163,7 +164,8 @@ def _programs() -> Iterator[None]:
         return spools[-1]
 
     with (
-        # CPython 3.11 counts the depth of a tree once for all threads that parse, and tyro has state of that kind too.
+        # Neither is thread-safe: CPython 3.11 counts the depth of a syntax tree in one variable for all threads, and
+        # tyro has global state as well.
         mock.patch("ast.parse", _one_at_a_time(ast.parse)),
         mock.patch("tyro.cli", _one_at_a_time(tyro.cli)),
         mock.patch("psmpi.comm.world.start", _start),

@@ -1,4 +1,4 @@
-"""What the ranks of one communicator of threads share, and the arrays and runs that MPI's calls name."""
+"""State that the ranks of a communicator of threads share, and conversions of the buffers of MPI calls."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from psmpi.testing.hub import Hub
 
 
 class Channel:
-    """Messages of one tag from one rank to another: the n-th that is sent is the n-th that is asked for."""
+    """Messages with one tag from one rank to another: the n-th send matches the n-th receive."""
 
     def __init__(self) -> None:
         self.arrived: dict[int, NDArray[Any]] = {}
@@ -21,27 +21,27 @@ class Channel:
 
 
 class Meeting:
-    """One collective: what each rank brings to it."""
+    """One collective call: the value that each rank contributes."""
 
     def __init__(self, kind: str):
         self.kind = kind
         self.values: dict[int, Any] = {}
-        # Ranks that have what they need of it.
+        # Number of ranks that have completed the call.
         self.through = 0
 
 
 class Shared:
-    """What the ranks of one communicator share. members: their numbers in the world."""
+    """State that the ranks of one communicator share. members: the world rank of each of its ranks."""
 
     def __init__(self, hub: Hub, members: Sequence[int]):
         self.hub, self.members = hub, tuple(members)
         self.meetings: dict[int, Meeting] = {}
         self.channels: defaultdict[tuple[int, int, int], Channel] = defaultdict(Channel)
-        # Communicators made of this one.
+        # Communicators that were created from this one, by key.
         self.made: dict[Any, Shared] = {}
 
     def sub(self, key: Any, ranks: Sequence[int]) -> Shared:
-        """The one of `ranks` that `key` names, made by whoever comes first."""
+        """The state of the communicator of `ranks` with this key; the first caller creates it."""
         with self.hub.lock:
             if key not in self.made:
                 self.made[key] = Shared(self.hub, [self.members[rank] for rank in ranks])
@@ -50,26 +50,28 @@ class Shared:
 
 def flat(array: NDArray[Any]) -> NDArray[Any]:
     if not array.flags.c_contiguous:
-        raise ValueError(f"MPI takes contiguous arrays, not one with strides {array.strides}")
+        raise ValueError(f"MPI needs a contiguous array, but this one has strides {array.strides}")
     return array.reshape(-1)
 
 
 def put(into: NDArray[Any], value: NDArray[Any], what: str) -> None:
-    """Copy a message to where it was asked for; ValueError where the two do not fit."""
+    """Copy a received message into a buffer; ValueError if dtypes or sizes differ. what: the call, for the message."""
     into = flat(into)
     if into.dtype != value.dtype or into.size != value.size:
-        raise ValueError(f"{what}: {value.size} {value.dtype} come where {into.size} {into.dtype} are asked for")
+        raise ValueError(
+            f"{what}: the message has {value.size} {value.dtype}, the receive buffer {into.size} {into.dtype}"
+        )
     into[:] = value
 
 
 def spoil(into: NDArray[Any]) -> None:
-    """Make numbers of what is to come, which nobody may look at before, no numbers."""
+    """Fill a floating point receive buffer with NaN, so that reading it before the message arrives shows."""
     if into.dtype.kind == "f":
         into.fill(np.nan)
 
 
 def runs_of(spec: Sequence[Any]) -> list[NDArray[Any]]:
-    """The runs that [array, counts, starts, type] names, as views."""
+    """Views of the runs of an MPI buffer [array, counts, starts, type], one for each rank."""
     from mpi4py import MPI
 
     array, counts, starts, kind = spec
@@ -78,11 +80,11 @@ def runs_of(spec: Sequence[Any]) -> list[NDArray[Any]]:
 
 
 def reduced(values: Sequence[NDArray[Any]], op: Any = None, root: int = 0) -> NDArray[Any]:
-    """The values of all ranks in one: neighbours in pairs, then pairs of pairs, from `root` on."""
+    """Sum or maximum of the values of all ranks, in a fixed order: a binary tree of neighbours, starting at `root`."""
     from mpi4py import MPI
 
     if op not in (None, MPI.SUM, MPI.MAX):
-        raise NotImplementedError("an operation other than MPI.SUM and MPI.MAX")
+        raise NotImplementedError("the reduction must be MPI.SUM or MPI.MAX")
     combine: np.ufunc = np.maximum if op == MPI.MAX else np.add
     found = [*values[root:], *values[:root]]
     while len(found) > 1:

@@ -1,4 +1,4 @@
-"""Checks of training methods: steps whose gradients are not finite are left out, or gone back from."""
+"""Conformance checks of --on-nan: a method skips a step whose gradient is not finite, or rolls back."""
 
 from __future__ import annotations
 
@@ -23,11 +23,14 @@ from psmpi.training.method import Method
 
 
 def steps_that_are_not_sound_leave_no_trace(case: Case) -> None:
-    """A step whose gradient is not finite changes nothing with --on-nan skip, or that is refused."""
+    """With --on-nan skip, a step whose gradient is not finite leaves the training state unchanged.
+
+    A method that cannot skip steps must refuse the option.
+    """
     if not case.method.skips:
         with suppress(UserError):
             check(case.config("--on-nan", "skip"))
-            raise AssertionError("the method cannot leave out a step, and --on-nan skip is not refused")
+            raise AssertionError("the method has skips = False, but --on-nan skip is not refused")
         return
     network, dataset, config = case.problem("--on-nan", "skip")
     batches, _, rate = plan_steps(dataset, config)
@@ -40,30 +43,34 @@ def steps_that_are_not_sound_leave_no_trace(case: Case) -> None:
             method.step(Batch(batches.ids(0, step)), rate(step))
         method.collect()
         state = method.state
-        # The method's own count positions in the epoch, which goes on.
+        # Skipped steps advance the step count and the method's own scalars (positions in the epoch): leave both out.
         scalars = {name: value for name, value in state.scalars.items() if name not in {*state.own, "steps"}}
         return {**state.vectors, **{f"table {name}": table for name, table in state.tables.items()}, **scalars}
 
-    # Ranks that step copies of their own may mix them in each step, sound or not.
+    # A method that is "statistical" over ranks may average the ranks' copies of the weights even in a skipped step, so
+    # it is checked on the fewest ranks only.
     for ranks in case.ranks[:1] if case.method.exactness.ranks == "statistical" else (case.ranks[0], case.ranks[-1]):
         with poisoned(lambda rank, step: step == 2) as hit:
             found = run_ranks(ranks, work, timeout=60)
-        assert hit, "no gradient is made by a backward pass of a model"
+        assert hit, "the method never calls Model.backward, through which the check makes a gradient NaN"
         expected = run_ranks(ranks, partial(work, steps=(0, 2)), timeout=60)
         for rank, (one, other) in enumerate(zip(found, expected, strict=True)):
             for name, value in one.items():
                 same = np.array_equal(value, other[name], equal_nan=True)
-                assert same, f"{name} of rank {rank} of {ranks} shows a step that was to be left out"
+                assert same, f"{name} on rank {rank} of {ranks} was changed by a step that --on-nan skip leaves out"
 
 
 def runs_go_back(case: Case) -> None:
-    """With --on-nan rollback a run goes on from its last checkpoint, or the start, as one with half the rate does."""
+    """With --on-nan rollback a run returns to its last checkpoint, or the start, and halves the learning rate.
+
+    The run must end as one that trains with half the rate from there.
+    """
     half = ("--lr", repr(case.config().optimization.lr / 2))
     first, every = case.ranks[0], ("--max-steps", str(STEPS), "--checkpoint-every", "4", "--checkpoint-keep", "0")
     for ranks, bad in ((first, 2), (case.ranks[-1], 6)):
         with poisoned(lambda rank, step, bad=bad: step == bad) as hit:  # type: ignore[misc]
             found = case.run(ranks, *every, "--on-nan", "rollback")
-        assert hit and rows(found)[-1]["events"]["rollbacks"] == 1, "nothing was gone back from"
+        assert hit and rows(found)[-1]["events"]["rollbacks"] == 1, "the run did not roll back exactly once"
         if bad < 4:
             expected = case.run(ranks, *every, *half)
         else:

@@ -1,4 +1,7 @@
-"""Windows among threads of one process: plain arrays and a lock, in the place of psmpi.comm.windows'."""
+"""One-sided windows between threads of one process: plain arrays and a lock, with the interface of psmpi.comm.windows.
+
+Every access to a sharded vector or to counters holds the lock, so that accesses are atomic.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from psmpi.comm.windows import find_fault
 
 
 class ThreadWindows:
-    """Those of a communicator between threads, all of one host."""
+    """The windows of a communicator of threads. All ranks are on one host."""
 
     one_host = True
 
@@ -38,7 +41,7 @@ class ThreadWindows:
         )
 
     def _first(self, made: Any) -> Any:
-        """What rank 0 has made."""
+        """The object that rank 0 gives; collective."""
         return self.comm.allgather(made)[0]
 
 

@@ -1,8 +1,8 @@
-"""A world of threads: a function on several ranks in one process.
+"""Run a function on several ranks that are threads of one process.
 
-Four ranks cost no start of a process, and what goes wrong is told at once: a rank that raises ends the others, ranks
-that all wait for what nobody sends are found without a timeout, and so are ranks whose collectives do not match. Sums
-are made pair by pair, as MPICH makes short ones. What is sent is copied at once, as MPI does with small messages.
+No process has to be started, and errors show at once. A rank that raises ends the other ranks. A deadlock and
+collectives that do not match raise errors without waiting for a timeout. Reductions add neighbours in pairs, in the
+order in which MPICH reduces short arrays. A send copies its message at once, as MPI does with small messages.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from psmpi.testing.shared import Shared
 
 Result = TypeVar("Result")
 
-# Seconds that ranks get to end after one of them has raised.
+# Seconds in which the other ranks must end after one has raised.
 GRACE = 30.0
 
 
 def run_ranks(
     size: int, work: Callable[[Any], Result], *, patience: float = PATIENCE, timeout: float | None = None
 ) -> list[Result]:
-    """work(world) on every rank of a world of threads; what each returns.
+    """Call work(world) on `size` ranks, each a thread; return the results by rank.
 
-    What a rank raises ends the others and is raised here: that of the lowest rank where several raise. Ranks that wait
-    for what nobody sends are a DeadlockError, and so is a call that takes longer than `patience` seconds; a world that
-    takes longer than `timeout` seconds is a TimeoutError.
+    An error on one rank ends the others and is raised here; of several errors that of the lowest rank. Raise
+    DeadlockError if ranks wait for messages that no rank sends, or if one call takes longer than `patience` seconds;
+    TimeoutError if all ranks together take longer than `timeout` seconds.
     """
     hub = Hub(size, patience)
     shared = Shared(hub, range(size))
@@ -40,7 +40,7 @@ def run_ranks(
 
     def rank(number: int) -> None:
         try:
-            # Warnings of numbers that are not finite are a thread's own, and training has none.
+            # NumPy's error state belongs to a thread: turn off its warnings about overflow and NaN on each rank.
             with np.errstate(all="ignore"):
                 found[number] = work(Comm(shared, number))
         except StoppedError:
@@ -58,7 +58,7 @@ def run_ranks(
         _join(threads, hub, timeout)
     except BaseException as error:
         hub.stop(error)
-        # What they stand in, streams and folders, is not taken away from under them.
+        # The ranks still use streams and folders that the caller restores or removes after this error.
         end = time.monotonic() + GRACE
         for thread in threads:
             thread.join(max(0.0, end - time.monotonic()))
@@ -71,7 +71,10 @@ def run_ranks(
 
 
 def _join(threads: Sequence[threading.Thread], hub: Hub, timeout: float | None) -> None:
-    """Wait for all threads: `timeout` seconds, or GRACE once the world has ended."""
+    """Wait for all threads. Return GRACE seconds after the world has stopped at the latest.
+
+    Raise TimeoutError after `timeout` seconds.
+    """
     end = None if timeout is None else time.monotonic() + timeout
     grace = None
     for thread in threads:

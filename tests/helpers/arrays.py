@@ -1,4 +1,4 @@
-"""`psmpi.fit` on ranks that are threads of this process."""
+"""Run `psmpi.fit` on ranks that are threads of this process."""
 
 import threading
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ _own = threading.local()
 
 @contextmanager
 def ranks_are_threads():
-    """A block in which `psmpi.comm.world.start` finds the world of its thread, one rank where it has none."""
+    """Within the block, psmpi.comm.world.start returns the communicator of the thread, or one of a single rank."""
     from psmpi.testing.communicator import Comm
     from psmpi.testing.hub import Hub
     from psmpi.testing.shared import Shared
@@ -25,7 +25,7 @@ def ranks_are_threads():
 
 
 def on_ranks(size, work):
-    """What work(rank) returns, or the error that it raises, on each of `size` ranks."""
+    """Call work(rank) on `size` ranks; return the results by rank, or the errors raised instead."""
 
     def call(world):
         _own.world = world

@@ -1,4 +1,4 @@
-"""Layouts and initial weights by their definitions, unit by unit: slow, and without any of psmpi's index arithmetic."""
+"""Layouts and initial weights by their definitions, unit by unit: slow, but without psmpi's index arithmetic."""
 
 from itertools import groupby
 from math import prod
@@ -21,16 +21,16 @@ from psmpi.nn.layers.sparse import Sparse
 
 
 def _of_groups(users, size, count):
-    """The classes that use any unit of each of `count` groups."""
+    """For each of `count` groups of `size` units, the set of classes that use any of its units."""
     return [frozenset().union(*users[k * size : (k + 1) * size]) for k in range(count)]
 
 
 def _inputs(layer, users):
-    """The classes that depend on each input unit, given those of each output unit."""
+    """For each input unit of a layer, the set of classes that depend on it. users: that of each output unit."""
     if isinstance(layer, Linear):
         groups = _of_groups(users, layer.units // layer.groups, layer.groups)
-        seen = [of for of in groups for _ in range(layer.group_inputs)]
-        return seen + [frozenset()] * (layer.in_shape[0] - len(seen))
+        users_of_inputs = [of for of in groups for _ in range(layer.group_inputs)]
+        return users_of_inputs + [frozenset()] * (layer.in_shape[0] - len(users_of_inputs))
     if isinstance(layer, Recurrent | Embedding | LayerNorm | Binary | Dot):
         return _of_groups(users, len(users), 1) * layer.in_shape[0]
     if isinstance(layer, Attention):
@@ -43,14 +43,14 @@ def _inputs(layer, users):
     if isinstance(layer, GroupNorm):
         size = len(users) // layer.groups
         return [of for of in _of_groups(users, size, layer.groups) for _ in range(size)]
-    for one in reversed(layer.inner):
-        users = _inputs(one, users)
+    for inner in reversed(layer.inner):
+        users = _inputs(inner, users)
     return users
 
 
 def _parameters(layers, users):
-    """(parameter, the classes that use each of its units), in the order of the layers."""
-    found = []
+    """Pairs of a parameter and the sets of classes that use each of its units, in the order of the layers."""
+    parameters = []
     for layer in reversed(layers):
         before = _inputs(layer, users)
         own = before if isinstance(layer, GroupNorm | LayerNorm) else users
@@ -59,13 +59,16 @@ def _parameters(layers, users):
             pairs = [(p, _of_groups(users, len(users), 1) * p.units) for p in layer.parameters()]
         if isinstance(layer, Sparse):
             pairs[0] = pairs[0][0], [users[r] for r in layer.pattern.row_numbers]
-        found = (_parameters(layer.inner, users) if layer.inner else pairs) + found
+        parameters = (_parameters(layer.inner, users) if layer.inner else pairs) + parameters
         users = before
-    return found
+    return parameters
 
 
 def blocks_by_unit(network):
-    """(classes, start, stop, pieces) of each block; pieces: (parameter, first unit, last unit, offset)."""
+    """The blocks of a network as tuples (classes, start, stop, pieces).
+
+    A piece is (number of the parameter, first unit, last unit, offset in the flat vector).
+    """
     classes, members = network.classes, {}
     pairs = _parameters(network.layers, [frozenset([c]) for c in range(classes)])
     for k, (_, users) in enumerate(pairs):
@@ -89,7 +92,7 @@ def blocks_by_unit(network):
 
 
 def weights_by_unit(network, seed, kind, gain):
-    """The flat vector of initial weights, each unit drawn by a generator of its own; float64."""
+    """The flat vector of initial weights, float64; each unit has its own random generator."""
     laws = initial_values(network, kind, gain)
     parameters = [p for p, _ in _parameters(network.layers, [frozenset()] * network.classes)]
     blocks = blocks_by_unit(network)

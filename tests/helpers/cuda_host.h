@@ -1,9 +1,8 @@
-/* CUDA's device language as C++, for tests on a machine without a GPU: included in front of the kernels.
+/* CUDA's device language as C++, included before the kernels, for tests on a machine without a GPU.
  *
- * The blocks of a launch run one after the other. A thread of a block runs until it ends or comes to __syncthreads;
- * there its stack is left as it is, and others take over, until all of them wait or have ended. Threads that never wait
- * share one stack, so that kernels without barriers cost no more than a loop. Shared memory is filled with NaN before
- * each block.
+ * The blocks of a launch run one after the other. A thread of a block runs until it ends or reaches __syncthreads. Its
+ * stack is then kept, and other threads run until all of them wait or have ended. Threads that never wait share one
+ * stack, so that kernels without barriers cost no more than a loop. Shared memory is filled with NaN before each block.
  */
 #pragma once
 #include <math.h>
@@ -14,12 +13,12 @@
 #include <sys/mman.h>
 #include <ucontext.h>
 
-/* Hidden, for a kernel may be called like a function of another library in this process. */
+/* Hidden symbols, since a kernel may have the name of a function in another library of this process. */
 #define __global__ __attribute__((visibility("hidden")))
 #define __device__
 #define __forceinline__ inline
 #define __align__(n) __attribute__((aligned(n)))
-/* A section of its own, whose ends the linker names. */
+/* Shared memory is a separate section, for whose ends the linker defines symbols. */
 #define __shared__ static __attribute__((section("cuda_shared")))
 #define __syncthreads() host::barrier(__FILE__, __LINE__)
 
@@ -38,7 +37,7 @@ enum { STACK = 1 << 17, MOST = 1024 };
 struct Fiber {
     jmp_buf where;
     host_index thread;
-    /* The barrier at which it waits. */
+    /* The barrier at which the thread waits. */
     const char *file;
     int line;
     char *stack;
@@ -55,7 +54,7 @@ static ucontext_t entrance;
 static void (*body)(void **);
 static void **arguments;
 
-/* Threads one after the other, until there are no more; then back to the scheduler, which may call again. */
+/* Run threads one after the other until none is left, then return to the scheduler, which may resume this fiber. */
 static void work()
 {
     for (;;) {
@@ -71,7 +70,7 @@ static void work()
     }
 }
 
-/* Not inlined: a function that sets a jump may not keep what its callers hold in registers. */
+/* Not inlined, since setjmp may lose values that callers keep in registers. */
 __attribute__((noinline)) static void barrier(const char *file, int line)
 {
     Fiber *self = current;
@@ -84,7 +83,7 @@ __attribute__((noinline)) static void barrier(const char *file, int line)
     threadIdx = self->thread;
 }
 
-/* Runs a fiber until it waits or has nothing left to do. */
+/* Run a fiber until it waits or no thread is left. */
 static void resume(Fiber *fiber)
 {
     current = fiber;
@@ -102,7 +101,7 @@ static void resume(Fiber *fiber)
     abort();
 }
 
-/* Runs one block; false where its threads wait at different barriers. */
+/* Run one block; false if its threads wait at different barriers. */
 static bool block(char *stacks, int &used)
 {
     memset(__start_cuda_shared, 0xff, __stop_cuda_shared - __start_cuda_shared);
@@ -130,7 +129,7 @@ static bool block(char *stacks, int &used)
     return true;
 }
 
-/* 0; 1 where threads of a block waited at different barriers, 2 without memory for the stacks. */
+/* Run a kernel. Returns 0, 1 if threads of a block wait at different barriers, or 2 without memory for the stacks. */
 static int launch(void (*kernel)(void **), const unsigned *shape, void **args, int reverse)
 {
     static char *stacks;
@@ -153,7 +152,7 @@ static int launch(void (*kernel)(void **), const unsigned *shape, void **args, i
         const unsigned long long b = reverse ? blocks - 1 - k : k;
         blockIdx = {(unsigned)(b % shape[0]), (unsigned)(b / shape[0] % shape[1]), (unsigned)(b / shape[0] / shape[1])};
         if (!block(stacks, used)) {
-            /* Their stacks are given up. */
+            /* Forget the fibers that still wait. */
             memset(fibers, 0, sizeof fibers);
             used = idlers = 0;
             return 1;

@@ -1,7 +1,8 @@
-"""The CUDA kernels compiled by g++ and run on the CPU, for machines without a GPU; needs NumPy and g++ only.
+"""Compile the CUDA kernels with g++ and run them on the CPU, for tests without a GPU; needs NumPy and g++ only.
 
-`load("float")` or `load("double")` compiles all kernels for that REAL, once for each version of their sources, and
-returns a `Kernels`, whose `launch` checks what CUDA would not forgive. See cuda_host.h for how threads run.
+`load("float")` or `load("double")` compiles all kernels for this REAL, once for each version of their sources, and
+returns `Kernels`. Its method `launch` checks arguments that CUDA would accept silently or crash on. See cuda_host.h for
+the way in which threads run.
 """
 
 from __future__ import annotations
@@ -28,36 +29,36 @@ COMMENT = re.compile(r"/\*.*?\*/|//[^\n]*", re.DOTALL)
 
 
 class Address(int):
-    """Where an array begins, for a pointer parameter."""
+    """The address of an array, the argument for a pointer parameter."""
 
 
 class CompileError(RuntimeError):
-    """What g++ says about the kernels."""
+    """g++ is missing or refuses the source; the message has its output."""
 
 
 def compiler() -> str | None:
-    """The g++ that compiles the kernels, if there is one."""
+    """The path of g++, or None."""
     return shutil.which("g++")
 
 
 def signatures(text: str) -> dict[str, list[str]]:
-    """The types of the parameters of each kernel in a source, as in `const long long*`."""
-    found = {}
+    """The types of the parameters of each kernel in a source, such as `const long long*`."""
+    types_by_kernel = {}
     for name, parameters in KERNEL.findall(COMMENT.sub(" ", text)):
         types = []
         for parameter in filter(str.strip, parameters.split(",")):
             words = parameter.replace("__restrict__", " ").replace("*", " * ").split()
             # The last word is the parameter's name.
             types.append(" ".join(words[:-1]).replace(" *", "*"))
-        found[name] = types
-    return found
+        types_by_kernel[name] = types
+    return types_by_kernel
 
 
 class Kernels:
     """Compiled kernels.
 
-    kernels: the parameter types of each, by name. reverse: run the blocks of a launch, and the threads of each, from
-    the last to the first; a result that depends on it has a race.
+    kernels: the parameter types of each kernel by its name. reverse: run the blocks of a launch, and the threads of a
+    block, from the last to the first. A kernel whose result depends on `reverse` has a race.
     """
 
     def __init__(self, path: Path, kernels: dict[str, list[str]]):
@@ -65,10 +66,10 @@ class Kernels:
         self._library, self._lock = ctypes.CDLL(str(path)), Lock()
 
     def launch(self, name: str, grid: tuple[int, ...], block: tuple[int, ...], args: tuple) -> None:
-        """Run a kernel: int for `long long`, float for `double`, `Address` or None for a pointer, and nothing else.
+        """Run a kernel. Arguments are int for `long long`, float for `double`, and `Address` or None for a pointer.
 
-        KeyError for an unknown kernel, TypeError for other arguments or a wrong number of them, ValueError for a
-        launch that no GPU accepts, RuntimeError where the threads of a block wait at different barriers.
+        Raise KeyError for an unknown kernel, TypeError for other arguments or a wrong number of them, ValueError for a
+        grid or block that no GPU accepts, RuntimeError if the threads of a block wait at different barriers.
         """
         types = self.kernels[name]
         if len(args) != len(types):
@@ -76,7 +77,7 @@ class Kernels:
         values = [_value(name, k, kind, a) for k, (kind, a) in enumerate(zip(types, args, strict=True))]
         shape = (ctypes.c_uint * 6)(*_shape(name, "grid", grid), *_shape(name, "block", block))
         pointers = (ctypes.c_void_p * max(1, len(values)))(*(ctypes.addressof(v) for v in values))
-        # The threads of a launch live in static memory.
+        # The state of a launch is in static memory: one launch at a time.
         with self._lock:
             status = self._library[f"launch_{name}"](shape, pointers, ctypes.c_int(self.reverse))
         if status:
@@ -86,7 +87,7 @@ class Kernels:
 
 
 def _value(name: str, position: int, kind: str, value: object) -> ctypes._SimpleCData:
-    """An argument as C takes it."""
+    """Convert an argument to the C type `kind`; TypeError or ValueError if it does not fit."""
     if kind.endswith("*"):
         if value is None or type(value) is Address:
             return ctypes.c_void_p(value)
@@ -108,7 +109,7 @@ THREADS = 1024
 
 
 def _shape(name: str, what: str, dimensions: tuple[int, ...]) -> tuple[int, ...]:
-    """A grid or block with all three dimensions."""
+    """Check a grid or block (`what`), and return it with three dimensions."""
     if (
         not isinstance(dimensions, tuple)
         or not 1 <= len(dimensions) <= 3
@@ -124,7 +125,7 @@ def _shape(name: str, what: str, dimensions: tuple[int, ...]) -> tuple[int, ...]
 
 
 def _launchers(names: list[str], kernels: dict[str, list[str]]) -> str:
-    """One source of all kernels, and a function that launches each."""
+    """C++ source that includes all kernels and defines a function to launch each."""
     parts = [f'#include "{name}"' for name in names]
     for name, types in kernels.items():
         values = ", ".join(f"*({kind} *)args[{k}]" for k, kind in enumerate(types))
@@ -137,7 +138,7 @@ def _launchers(names: list[str], kernels: dict[str, list[str]]) -> str:
 
 
 def _directory() -> Path:
-    """Where libraries are kept for all processes of this user."""
+    """The folder of compiled libraries, which all processes of this user share."""
     path = Path(tempfile.gettempdir()) / f"psmpi-cuda-host-{os.getuid()}"
     path.mkdir(mode=0o700, exist_ok=True)
     if path.stat().st_uid != os.getuid():
@@ -146,26 +147,26 @@ def _directory() -> Path:
 
 
 def library(name: str, source: str) -> str:
-    """The path of a library made of C++ `source`, once for each version of it. CompileError where g++ refuses it."""
+    """Compile C++ `source` to a library, once for each version; return its path. CompileError if g++ refuses it."""
     tool = compiler()
     if tool is None:
         raise CompileError("there is no g++")
     directory = _directory()
     path = directory / f"{name}-{crc32(source.encode()):08x}.so"
     if not path.exists():
-        with tempfile.TemporaryDirectory(dir=directory) as mine:
-            main, made = Path(mine) / "main.cpp", Path(mine) / "made.so"
+        with tempfile.TemporaryDirectory(dir=directory) as folder:
+            main, shared_object = Path(folder) / "main.cpp", Path(folder) / "made.so"
             main.write_text(source)
-            done = subprocess.run([tool, *FLAGS, str(main), "-o", str(made)], capture_output=True, text=True)
-            if done.returncode:
-                raise CompileError(f"g++ on {name}:\n{done.stderr}")
-            os.replace(made, path)
+            result = subprocess.run([tool, *FLAGS, str(main), "-o", str(shared_object)], capture_output=True, text=True)
+            if result.returncode:
+                raise CompileError(f"g++ on {name}:\n{result.stderr}")
+            os.replace(shared_object, path)
     return str(path)
 
 
 @cache
 def load(real: str) -> Kernels:
-    """The kernels for REAL `real`, float or double. CompileError where there is no g++, or it refuses them."""
+    """Compile the kernels for REAL `real`, float or double. CompileError if g++ is missing or refuses them."""
     if real not in ("float", "double"):
         raise ValueError(f"REAL is float or double, not {real}")
     tool = compiler()
@@ -182,13 +183,13 @@ def load(real: str) -> Kernels:
     directory = _directory()
     library = directory / f"kernels-{real}-{key:08x}.so"
     if not library.exists():
-        # Others may compile the same: each under a name of its own, and whoever comes last replaces the rest.
-        with tempfile.TemporaryDirectory(dir=directory) as mine:
-            main, made = Path(mine) / "kernels.cpp", Path(mine) / "kernels.so"
+        # Several processes may compile this: each uses its own folder, and os.replace is atomic.
+        with tempfile.TemporaryDirectory(dir=directory) as folder:
+            main, shared_object = Path(folder) / "kernels.cpp", Path(folder) / "kernels.so"
             main.write_text(source)
             command = [tool, *FLAGS, f"-DREAL={real}", f"-I{SOURCES}", "-include", str(shim), "-x", "c++", str(main)]
-            done = subprocess.run([*command, "-o", str(made), "-lm"], capture_output=True, text=True)
-            if done.returncode or "warning" in done.stderr:
-                raise CompileError(f"g++ on the CUDA kernels:\n{done.stderr}")
-            os.replace(made, library)
+            result = subprocess.run([*command, "-o", str(shared_object), "-lm"], capture_output=True, text=True)
+            if result.returncode or "warning" in result.stderr:
+                raise CompileError(f"g++ on the CUDA kernels:\n{result.stderr}")
+            os.replace(shared_object, library)
     return Kernels(library, kernels)

@@ -1,4 +1,4 @@
-"""Data sets of tests: the real files, and made-up ones in their formats."""
+"""Data sets of tests: the real files, and synthetic ones in their formats."""
 
 import gzip
 import os
@@ -29,12 +29,12 @@ def make_cifar(folder: Path, counts: tuple[int, ...] = (3, 1, 4, 2, 5, 6)) -> li
 
 
 def real(name: str) -> Path:
-    """A directory with the real files, or skip."""
+    """A directory with the real files of a data set; skips the test if there is none."""
     places = [ROOT.parent / "shared" / "data"]
     if "PSMPI_TEST_DATA" in os.environ:
         places.insert(0, Path(os.environ["PSMPI_TEST_DATA"]))
     for place in places:
-        found = place.glob("mnist/train-images*" if name == "mnist" else "cifar-10-batches-bin/test_batch.bin")
-        if any(found):
+        files = place.glob("mnist/train-images*" if name == "mnist" else "cifar-10-batches-bin/test_batch.bin")
+        if any(files):
             return place
     pytest.skip(f"no {name} in {', '.join(map(str, places))}; name its directory in PSMPI_TEST_DATA")

@@ -1,4 +1,4 @@
-"""Small networks that have every kind of layer, for the tests that run over all of them."""
+"""Small networks that together have every kind of layer, for tests that run over all of them."""
 
 from psmpi.nn.network import build
 from psmpi.nn.zoo import make_network
@@ -48,7 +48,7 @@ def slab(units, domains, halo):
 
 
 def attention(width, heads, **settings):
-    """Queries, keys and values by a dense layer, and attention."""
+    """A dense layer that computes queries, keys and values, and an attention layer."""
     return [dense(3 * width), {"type": "attention", "heads": heads, **settings}]
 
 
@@ -165,7 +165,8 @@ def has(layers, *kinds):
     return any(f"'{kind}'" in str(layers) for kind in kinds)
 
 
-# Those in which a sample has scores, and a gradient, of its own, and a pass may go back more than once.
+# The networks in which scores and gradients of a sample do not depend on other samples, and whose backward pass may run
+# more than once.
 APART = [name for name, (_, layers, _) in NETWORKS.items() if not has(layers, "batch_norm", "rnn", "gru", "lstm")]
 
 

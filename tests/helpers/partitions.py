@@ -13,7 +13,7 @@ shapes = st.lists(st.integers(1, 5), min_size=1, max_size=4)
 
 @st.composite
 def layouts(draw):
-    """Parameters of some axes, cut into pieces of units that lie anywhere, as those of many classes do."""
+    """Layouts of random parameters, whose units are used by random sets of classes."""
     parameters, uses = [], []
     for number, shape in enumerate(draw(st.lists(shapes, min_size=1, max_size=3))):
         units = prod(shape[: draw(st.integers(1, len(shape)))])
@@ -31,18 +31,18 @@ def boxes(draw, layout):
 
 
 def positions(layout):
-    """Of each parameter an array of its shape with the place of each element in the flat vector."""
-    found = {}
+    """For each parameter by name, an array of its shape with the position of each element in the flat vector."""
+    arrays = {}
     for parameter, pieces in zip(layout.parameters, layout.by_parameter, strict=True):
         size = parameter.unit_size
         places = [np.arange(p.offset, p.offset + (p.last - p.first) * size) for p in pieces]
-        found[parameter.name] = np.concatenate(places).reshape(parameter.shape)
-    return found
+        arrays[parameter.name] = np.concatenate(places).reshape(parameter.shape)
+    return arrays
 
 
 @st.composite
 def ownerships(draw, layout, ranks):
-    """Some boxes for each rank, which several ranks may have, and for one rank all that is left."""
+    """Ownerships of random boxes, which several ranks may share; one rank gets the remaining elements."""
     runs = [layout.runs_of(draw(st.lists(boxes(layout), max_size=3))) for _ in range(ranks)]
     last = draw(st.integers(0, ranks - 1))
     rest = Runs.union([(0, layout.size)]) - Ownership(tuple(runs)).everything

@@ -1,4 +1,4 @@
-"""Where tests and what they read lie."""
+"""Paths of the tests and of the files that they read."""
 
 from pathlib import Path
 

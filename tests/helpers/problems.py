@@ -1,4 +1,4 @@
-"""Random weights and samples of a network, and models over them."""
+"""Random weights and samples for a network, and models on them."""
 
 from psmpi.testing.layers import make_model, random_problem
 

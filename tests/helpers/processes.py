@@ -1,4 +1,4 @@
-"""Programs in processes of their own, under mpirun where there are several ranks, with timeouts."""
+"""Run programs in separate processes, under mpirun if there are several ranks, with timeouts."""
 
 import os
 import re
@@ -10,17 +10,17 @@ from pathlib import Path
 
 import pytest
 
-# What a start of MPI says where a job that was killed, such as another test's, has left something on this host.
+# The note that psmpi prints at a start if a killed job, such as one of another test, left shared memory on this host.
 NOTE = re.compile(r"^psmpi: note: removed \d+ segment\(s\) .* that killed jobs left on .*\n", re.MULTILINE)
 
 
 def without_note(stderr):
-    """Standard error without the note of what killed jobs had left: what a test says of all of it is of the rest."""
+    """Standard error without NOTE, for tests that compare the whole text."""
     return NOTE.sub("", stderr)
 
 
 def launcher():
-    """The mpirun beside this Python, else the one on the path."""
+    """The path of mpirun: the one beside this Python, else the one on the path, or None."""
     beside = Path(sys.executable).with_name("mpirun")
     return str(beside) if beside.exists() else shutil.which("mpirun")
 
@@ -36,13 +36,13 @@ def mpi_environment():
 
 
 def start(ranks, *arguments, cwd=None, **options):
-    """A process group that runs Python with `arguments`, under mpirun where ranks > 1."""
+    """Start Python with `arguments` in a new process group, under mpirun if ranks > 1."""
     command = [sys.executable, *map(str, arguments)]
     if ranks > 1:
-        found = launcher()
-        if found is None:
+        mpirun = launcher()
+        if mpirun is None:
             pytest.skip("no mpirun: pip install 'psmpi[mpi]'")
-        command = [found, "-n", str(ranks), *command]
+        command = [mpirun, "-n", str(ranks), *command]
     return subprocess.Popen(
         command, cwd=cwd, env=mpi_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         start_new_session=True, stdin=subprocess.DEVNULL, **options,
@@ -50,7 +50,7 @@ def start(ranks, *arguments, cwd=None, **options):
 
 
 def finish(process, timeout):
-    """Its (status, stdout, stderr); ends the group it started, and fails the test, where it takes longer."""
+    """Return (status, stdout, stderr) of a process. After `timeout` seconds kill its group, and fail the test."""
     try:
         out, err = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
@@ -61,5 +61,5 @@ def finish(process, timeout):
 
 
 def launch(ranks, *arguments, timeout=120, cwd=None):
-    """(status, stdout, stderr) of Python with `arguments`, under mpirun where ranks > 1."""
+    """Run Python with `arguments`, under mpirun if ranks > 1; return (status, stdout, stderr)."""
     return finish(start(ranks, *arguments, cwd=cwd), timeout)

@@ -1,4 +1,4 @@
-"""A few steps of the method psl on made-up images: what each rank moves and holds; as a program, in JSON."""
+"""Count what each rank sends, receives and holds in a few steps of psl on random images; as a program, prints JSON."""
 
 import argparse
 import hashlib
@@ -40,13 +40,13 @@ def parse(words):
 
 
 def made(shape, n=200):
-    """A split of made-up samples with every class equally often."""
+    """A split of `n` random samples with equally frequent classes."""
     values = np.random.default_rng(0).integers(0, 256, (n, int(np.prod(shape))), np.uint8)
     return Split(frozen(np.arange(n) % 10), shape, 1 / 255, ArrayRows(values))
 
 
 def count(world, words):
-    """What each rank moved and held, on rank 0."""
+    """Train some steps; return what each rank sent, received and held, on rank 0, and None elsewhere."""
     options = parse(words)
     shape = {"mnist": (1, 28, 28), "cifar": (3, 32, 32), "wide": (20,)}[options.network]
     if options.network == "wide":
@@ -82,7 +82,7 @@ def count(world, words):
 
     for owner, name in ((method.exchange, "forward"), (method.exchange, "backward"), (method.world, "agree")):
         counted(owner, name)
-    # Global sums of control data are not counted, so one step counts what a step moves.
+    # The counter does not include sums of control data: it counts the transfers of a step only.
     before = method.counter.sent, method.counter.received
     for _ in range(options.steps):
         method.step(Batch(np.arange(100)), 1e-3)
@@ -100,12 +100,12 @@ def count(world, words):
     if method.exchange.inside is None:
         arrays += [method.w, method.g]
     private = hashlib.sha256(method.w.tobytes()).hexdigest() if world.rank else ""
-    mine = {
+    figures = {
         "sent": sent, "received": received, "vectors": sum(a.nbytes for a in arrays), "peak": peak, "private": private
     }  # fmt: skip
-    everyone = bare(world).gather(mine)
+    everyone = bare(world).gather(figures)
     if world.rank == 0:
-        table = {key: [one[key] for one in everyone] for key in mine}
+        table = {key: [row[key] for row in everyone] for key in figures}
         more = {"calls": calls, **{name: method.scalars.get(name, 0) for name in ("products", "trials")}}
         return {**table, "size": method.layout.size, "step_peak": step_peak, **more}
     return None

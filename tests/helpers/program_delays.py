@@ -1,4 +1,4 @@
-"""A training by `dni` whose blocks sleep up to 5 ms before each update; takes the options of psmpi.train."""
+"""Train by `dni` with blocks that sleep up to 5 ms before each update; the options are those of psmpi.train."""
 
 import os
 import sys

@@ -1,6 +1,6 @@
-"""When ranks that begin a collective at the same time end it, seconds from then: JSON from rank 0, by name and bytes.
+"""Measure when each rank ends a collective that all ranks begin at the same time.
 
-Arguments: name:bytes of each collective.
+Arguments: name:bytes of each collective. Rank 0 prints JSON: for each argument the seconds on each rank.
 """
 
 import json
@@ -17,7 +17,7 @@ REPEATS = 4
 
 
 def ended(comm, name, nbytes):
-    """Seconds of the fastest of some repeats, of each rank."""
+    """Seconds from the common begin to the end of a collective on each rank, the least of REPEATS."""
     x, every, first = np.zeros(nbytes // 8), np.zeros(nbytes // 8 * comm.size), comm.rank == 0
     calls = {
         "Bcast": lambda: comm.Bcast(x, 0),
@@ -27,14 +27,14 @@ def ended(comm, name, nbytes):
         "Reduce_scatter": lambda: comm.Reduce_scatter(in_place(), every, [nbytes // 8] * comm.size),
         "Barrier": comm.Barrier,
     }
-    found = []
+    seconds = []
     for _ in range(REPEATS):
-        # All ranks are of one machine, with one clock.
+        # All ranks are on one machine, with one clock.
         begin = comm.bcast(time.time() + 0.2)
         time.sleep(max(0.0, begin - time.time()))
         calls[name]()
-        found.append(time.time() - begin)
-    return comm.allgather(min(found))
+        seconds.append(time.time() - begin)
+    return comm.allgather(min(seconds))
 
 
 if __name__ == "__main__":

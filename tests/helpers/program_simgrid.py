@@ -1,7 +1,7 @@
-"""Replay a schedule in the GOAL format by SimGrid: program_simgrid.py FILE LATENCY BANDWIDTH; prints its seconds.
+"""Replay a schedule in the GOAL format with SimGrid: program_simgrid.py FILE LATENCY BANDWIDTH; prints its seconds.
 
-Every rank has a host, whose link of LATENCY / 2 seconds and BANDWIDTH bytes a second each way leads to a switch; ranks
-make their tasks in the order of the file, each after those that it requires. Needs SimGrid's Python bindings alone.
+Every rank has a host with a link to a switch, of LATENCY / 2 seconds and BANDWIDTH bytes a second in each direction.
+Ranks run their tasks in the order of the file, each after those that it requires. Needs only SimGrid's Python bindings.
 """
 
 import sys
@@ -11,7 +11,7 @@ from simgrid import Actor, Comm, Engine, LinkInRoute, NetZone, Semaphore, this_a
 
 
 def read(path):
-    """Of each rank its tasks: kind, nanoseconds or bytes, other rank, tag, and the tasks before."""
+    """For each rank, the list of its tasks (kind, nanoseconds or bytes, other rank, tag, tasks that it requires)."""
     ranks = []
     with open(path) as lines:
         for line in lines:
@@ -28,8 +28,8 @@ def read(path):
 
 
 def named(ranks):
-    """For each message task the name of its mailbox: the k-th of a tag from one rank to another is the k-th there."""
-    found = []
+    """For each rank, the names of its messages by task. The k-th send with a tag matches the k-th receive with it."""
+    names_by_rank = []
     for rank, tasks in enumerate(ranks):
         counts = defaultdict(int)
         names = {}
@@ -38,39 +38,42 @@ def named(ranks):
                 pair = (rank, peer) if kind == "send" else (peer, rank)
                 names[number] = f"{pair[0]} {pair[1]} {tag} {counts[kind, pair, tag]}"
                 counts[kind, pair, tag] += 1
-        found.append(names)
-    return found
+        names_by_rank.append(names)
+    return names_by_rank
 
 
 def work(rank, tasks, names, hosts, left, flows):
-    """An actor's part. left: semaphores of messages, released as these leave; flows: what is under way, by name."""
+    """Run the tasks of a rank, as an actor.
+
+    left: a semaphore for each message, released when it is sent. flows: the messages under way, by name.
+    """
     coming = set()
 
-    def wait(one):
-        if one in coming:
-            coming.remove(one)
-            left[names[one]].acquire()
-            flows[names[one]].wait()
+    def wait(task):
+        if task in coming:
+            coming.remove(task)
+            left[names[task]].acquire()
+            flows[names[task]].wait()
 
     for number, (kind, size, peer, _, before) in enumerate(tasks):
-        for one in before:
-            wait(one)
+        for task in before:
+            wait(task)
         if kind == "calc":
             if size:
                 this_actor.sleep_for(size * 1e-9)
         elif kind == "send":
-            # As between hosts by TCP, it does not wait for its receiver.
+            # As with TCP, a send does not wait for its receiver.
             flows[names[number]] = Comm.sendto_async(hosts[rank], hosts[peer], size)
             left[names[number]].release()
         else:
             coming.add(number)
-    for one in list(coming):
-        wait(one)
+    for task in list(coming):
+        wait(task)
 
 
 def main():
     path, latency, bandwidth = sys.argv[1], float(sys.argv[2]), float(sys.argv[3])
-    # Links as they are told, without what protocols take of them.
+    # Links with exactly this latency and bandwidth, without the overhead of protocols.
     plain = ("network/model:CM02", "network/TCP-gamma:0", "network/crosstraffic:0")
     engine = Engine([sys.argv[0], *(f"--cfg={one}" for one in plain), "--log=root.t:error"])
     ranks = read(path)

@@ -1,4 +1,4 @@
-"""Trainings in the same processes, one after the other: each argument has the options of one, as JSON."""
+"""Run several trainings one after the other in the same processes. An argument has the options of one, as JSON."""
 
 import json
 import sys

@@ -1,7 +1,7 @@
-"""Make every transfer on random plans; print, as JSON from rank 0, the names tried and what failed, by claim.
+"""Test every transfer on random plans. Rank 0 prints, as JSON, the names of the transfers and the failed claims.
 
-Each transfer is a selection: this rank's dst has the elements `users[rank]` of a vector w of all ranks together, its
-src the elements `owners[rank]`. So what it has to do, and its adjoint, are known from these indices alone.
+A transfer selects elements of a vector w that all ranks share: src of a rank has the elements `owners[rank]`, and dst
+the elements `users[rank]`. So the results of a transfer and of its adjoint follow from these indices alone.
 """
 
 import json
@@ -35,16 +35,16 @@ from psmpi.methods.ist.dealer import Dealer
 from psmpi.nn.zoo import make_network
 
 SEEDS = 6
-# Seconds for a transfer that is polled.
+# Seconds to wait for a transfer that is polled.
 PATIENCE = 20
 
 
 @dataclass
 class Case:
-    """A transfer, and for each rank the elements of w in its src and dst, None where it has none.
+    """A transfer, and for each rank the indices in w of its src (owners) and dst (users), or None.
 
-    whole: backward writes all of src, not only what is moved. shared: where src lies in dst, on this rank. pairs: its
-    messages go from rank to rank, told apart by the number of the minibatch.
+    whole: backward writes all elements of src, not only those that are moved. shared: the part of dst that is src, on
+    this rank. pairs: the messages are point-to-point, with tags by the number of the minibatch.
     """
 
     transfer: object
@@ -58,38 +58,38 @@ class Case:
 
 
 def ranks_of(world, rng, least=1):
-    """Some ranks of the job in any order."""
+    """At least `least` ranks of the job, in random order."""
     count = rng.integers(min(least, world.size), world.size + 1)
     return rng.permutation(world.size)[:count].tolist()
 
 
 def on(world, ranks, each):
-    """`each` by number in the group, for every rank of the job."""
+    """For every rank of the job, its entry of `each`, which is by number in the group `ranks`; else None."""
     return [each[ranks.index(r)] if r in ranks else None for r in range(world.size)]
 
 
 def spread(world, counter, rng, dtype):
     ranks, n, b = ranks_of(world, rng), int(rng.integers(1, 9)), int(rng.integers(1, 4))
     root, apart = int(rng.integers(len(ranks))), bool(rng.integers(2))
-    made = Spread(Group(world, ranks, counter), n, dtype, root, per_sample=True)
+    transfer = Spread(Group(world, ranks, counter), n, dtype, root, per_sample=True)
     every = np.arange(n * b)
     owners = on(world, ranks, [every if k == root else None for k in range(len(ranks))])
     at_root = world.rank == ranks[root]
-    case = Case(made, owners, on(world, ranks, [every] * len(ranks)), step=Step(b), whole=True)
+    case = Case(transfer, owners, on(world, ranks, [every] * len(ranks)), step=Step(b), whole=True)
     return case if apart or not at_root else replace(case, shared=slice(0, n * b))
 
 
 def deal(world, counter, rng, dtype):
     ranks = ranks_of(world, rng)
     counts = rng.integers(0, 5, len(ranks)).tolist()
-    # In any order in the root's vector, with gaps.
+    # The parts are in random order in the root's vector, with gaps.
     starts, at = [0] * len(ranks), 0
     for k in rng.permutation(len(ranks)):
         at += int(rng.integers(0, 3))
         starts[k], at = at, at + counts[k]
-    made = Deal(Group(world, ranks, counter), counts, starts, dtype)
+    transfer = Deal(Group(world, ranks, counter), counts, starts, dtype)
     owners = [np.arange(at + 2) if r == ranks[0] else None for r in range(world.size)]
-    return Case(made, owners, on(world, ranks, [np.arange(a, a + n) for a, n in zip(starts, counts, strict=True)]))
+    return Case(transfer, owners, on(world, ranks, [np.arange(a, a + n) for a, n in zip(starts, counts, strict=True)]))
 
 
 def total(world, counter, rng, dtype):
@@ -108,7 +108,10 @@ def indices(runs):
 
 
 def roles_of(world, rng):
-    """A plan of the method psl, or any plan: each run of one owner and some users, or of owners that may use it."""
+    """The roles of a plan of psl, or random roles.
+
+    In random roles a run has one owner and some users, or several owners, which may use it.
+    """
     ranks = range(world.size)
     layout = make_network("psnet", (1, 8, 8), 10).layout()
     roles = assign_roles(layout, world.size, colocate=True, masters=int(rng.integers(1, world.size + 1)))
@@ -131,9 +134,9 @@ def roles_of(world, rng):
 
 def exchange(world, counter, rng, dtype):
     roles = roles_of(world, rng)
-    made = Exchange(world, roles, counter, dtype)
+    transfer = Exchange(world, roles, counter, dtype)
     owners, users = ([indices(runs) for runs in of] for of in (roles.shards, roles.parts))
-    return Case(made, owners, users, whole=True, shared=made.inside)
+    return Case(transfer, owners, users, whole=True, shared=transfer.inside)
 
 
 def row_exchange(world, counter, rng, dtype):
@@ -142,28 +145,28 @@ def row_exchange(world, counter, rng, dtype):
     ends = np.cumsum([0, *counts]) * b
     own = [np.arange(ends[k], ends[k + 1]) for k in range(len(ranks))]
     every = on(world, ranks, [np.arange(ends[-1])] * len(ranks))
-    made = RowExchange(Group(world, ranks, counter), counts, dtype)
-    return Case(made, on(world, ranks, own), every, ((-1, b), (-1, b)), Step(b), whole=True)
+    transfer = RowExchange(Group(world, ranks, counter), counts, dtype)
+    return Case(transfer, on(world, ranks, own), every, ((-1, b), (-1, b)), Step(b), whole=True)
 
 
 def slices(world, counter, rng, dtype):
-    """Ranks without a sample among them."""
+    """Slices of a minibatch, of which some ranks may have no sample."""
     ranks, units, b = ranks_of(world, rng), int(rng.integers(1, 5)), int(rng.integers(1, 8))
-    made = Slices(Group(world, ranks, counter), units, dtype)
+    transfer = Slices(Group(world, ranks, counter), units, dtype)
     every = np.arange(units * b).reshape(units, b)
     own = [every[:, columns].reshape(-1) for columns in np.array_split(np.arange(b), len(ranks))]
-    mine = len(np.array_split(np.arange(b), len(ranks))[ranks.index(world.rank)]) if world.rank in ranks else 0
+    own_samples = len(np.array_split(np.arange(b), len(ranks))[ranks.index(world.rank)]) if world.rank in ranks else 0
     users = on(world, ranks, [every.reshape(-1)] * len(ranks))
-    return Case(made, on(world, ranks, own), users, ((units, mine), (units, b)), Step(b), whole=True)
+    return Case(transfer, on(world, ranks, own), users, ((units, own_samples), (units, b)), Step(b), whole=True)
 
 
 def boundary(world, counter, rng, dtype):
     ranks, units, b = ranks_of(world, rng), int(rng.integers(1, 6)), int(rng.integers(1, 4))
     source, target = rng.integers(0, len(ranks), 2).tolist()
-    made = Boundary(Group(world, ranks, counter), source, target, units, dtype)
+    transfer = Boundary(Group(world, ranks, counter), source, target, units, dtype)
     every = np.arange(units * b)
     owners, users = ([every if r == ranks[k] else None for r in range(world.size)] for k in (source, target))
-    return Case(made, owners, users, ((units, b), (units, b)), Step(b), whole=True, pairs=True)
+    return Case(transfer, owners, users, ((units, b), (units, b)), Step(b), whole=True, pairs=True)
 
 
 def gather(world, counter, rng, dtype):
@@ -176,50 +179,50 @@ def gather(world, counter, rng, dtype):
         spans = list(zip([0, *edges], [*edges, size], strict=True))
         shards = [Runs.union(s for s, k in zip(spans, of, strict=False) if k == r) for r in range(len(ranks))]
     runs = random_runs(rng, size, lambda k: k == 0 or rng.integers(4))
-    made = Gather(Group(world, ranks, counter), shards, runs, dtype)
-    return Case(made, on(world, ranks, list(map(indices, shards))), on(world, ranks, [indices(runs)] * len(ranks)))
+    transfer = Gather(Group(world, ranks, counter), shards, runs, dtype)
+    return Case(transfer, on(world, ranks, list(map(indices, shards))), on(world, ranks, [indices(runs)] * len(ranks)))
 
 
 def neighbours(world, counter, rng, dtype):
-    """Places on ranks, some of which may have none; planned anew once."""
+    """Random places on ranks, some of which may have none, and a plan that is replaced once."""
     ranks, n = ranks_of(world, rng), int(rng.integers(1, 6))
     owners = sorted(rng.integers(0, len(ranks), rng.integers(1, 8)).tolist())
     places = range(len(owners))
     draws = [[(a, b) for a in places for b in places if a != b and rng.integers(2)] for _ in range(2)]
-    made = Neighbours(Group(world, ranks, counter), draws[0], n, dtype, owners=owners)
-    made.plan(draws[1])
+    transfer = Neighbours(Group(world, ranks, counter), draws[0], n, dtype, owners=owners)
+    transfer.plan(draws[1])
     into = [sorted({a for a, b in draws[1] if owners[b] == k != owners[a]}) for k in range(len(ranks))]
     held = [[a for a in places if owners[a] == k] for k in range(len(ranks))]
     users, owns = ([(np.array(of, int)[:, None] * n + np.arange(n)).reshape(-1) for of in x] for x in (into, held))
-    return Case(made, on(world, ranks, owns), on(world, ranks, users), ((-1, n), (-1, n)), whole=True, pairs=True)
+    return Case(transfer, on(world, ranks, owns), on(world, ranks, users), ((-1, n), (-1, n)), whole=True, pairs=True)
 
 
 def halo(world, counter, rng, dtype):
-    """Units on ranks, some of which may have none, and what each uses."""
+    """Random units on ranks, some of which may have none, and the units that each rank needs."""
     ranks, b, units = ranks_of(world, rng), int(rng.integers(1, 4)), int(rng.integers(1, 20))
     owners = rng.integers(0, len(ranks), units)
     if rng.integers(2):
         owners.sort()
     needs = [np.flatnonzero(rng.random(units) < rng.choice([0.0, 0.4, 1.0])) for _ in ranks]
-    made = Halo(Group(world, ranks, counter), owners, needs, dtype)
+    transfer = Halo(Group(world, ranks, counter), owners, needs, dtype)
     held = [np.flatnonzero(owners == k) for k in range(len(ranks))]
     users, owns = ([(of[:, None] * b + np.arange(b)).reshape(-1) for of in x] for x in (needs, held))
     shapes = (-1, b), (-1, b)
-    return Case(made, on(world, ranks, owns), on(world, ranks, users), shapes, Step(b), whole=True, pairs=True)
+    return Case(transfer, on(world, ranks, owns), on(world, ranks, users), shapes, Step(b), whole=True, pairs=True)
 
 
 def matrices(layout, values):
-    """A flat vector's parameters by name, (units, weights of a unit) each."""
-    found = {p.name: np.zeros((p.units, p.unit_size), int) for p in layout.parameters}
+    """The parameters in a flat vector by name, each (units, weights of a unit)."""
+    by_name = {p.name: np.zeros((p.units, p.unit_size), int) for p in layout.parameters}
     for piece in layout.pieces():
         p = layout.parameters[piece.parameter]
         size = (piece.last - piece.first) * p.unit_size
-        found[p.name][piece.first : piece.last] = values[piece.offset : piece.offset + size].reshape(-1, p.unit_size)
-    return found
+        by_name[p.name][piece.first : piece.last] = values[piece.offset : piece.offset + size].reshape(-1, p.unit_size)
+    return by_name
 
 
 def subnets(world, counter, rng, dtype):
-    """Holders and workers at random; by units, or by blocks of which some have several owners."""
+    """Random holders and workers; subnetworks by units, or by blocks, some of which have several owners."""
     ranks = list(range(world.size))
     holders = ranks[: rng.integers(1, world.size + 1)]
     workers = ranks[rng.integers(0, len(holders) + 1) if len(holders) < world.size else 0 :]
@@ -230,8 +233,8 @@ def subnets(world, counter, rng, dtype):
     deal = "blocks" if blocks else "units"
     dealer = Dealer(network, len(workers), int(rng.integers(99)), deal)
     layout, number = network.layout(), int(rng.integers(9))
-    made = Subnets(Group(world, ranks, counter), holders, workers, layout, dealer.layouts, dealer.deal, dtype)
-    made.plan(number)
+    transfer = Subnets(Group(world, ranks, counter), holders, workers, layout, dealer.layouts, dealer.deal, dtype)
+    transfer.plan(number)
     whole, users = matrices(layout, np.arange(layout.size)), [None] * world.size
     for worker, own, shares in zip(workers, dealer.layouts, dealer.deal(number), strict=True):
         places, users[worker] = matrices(own, np.arange(own.size)), np.full(own.size, -1)
@@ -242,7 +245,7 @@ def subnets(world, counter, rng, dtype):
                 for n, which in zip(source.shape, (share.rows, share.columns), strict=True)
             )
             users[worker][places[name]] = source[np.ix_(rows, columns)]
-    return Case(made, [indices(shard) for shard in made.shards], users, step=Step(round=number))
+    return Case(transfer, [indices(shard) for shard in transfer.shards], users, step=Step(round=number))
 
 
 TRANSFERS = {
@@ -252,7 +255,7 @@ TRANSFERS = {
 
 
 class Trial:
-    """One case on this rank: random values of all ranks, and vectors to put them in."""
+    """One case on this rank: random values of all ranks, and vectors for them."""
 
     def __init__(self, world, case, dtype, seed):
         self.world, self.case, self.dtype, self.rng = world, case, dtype, np.random.default_rng([seed, 77])
@@ -264,7 +267,7 @@ class Trial:
         self.part = self.own is not None or self.used is not None
 
     def vectors(self):
-        """src and dst, not numbers yet."""
+        """New vectors src and dst, filled with NaN."""
         src, dst = (
             None if index is None else np.full(len(index), np.nan, self.dtype).reshape(shape)
             for index, shape in zip((self.own, self.used), self.case.shapes, strict=True)
@@ -272,12 +275,12 @@ class Trial:
         return (dst[self.case.shared] if self.case.shared is not None else src), dst
 
     def forward_values(self):
-        """x on this rank, the same wherever several have an element, and what dst is to become."""
+        """The values of src on this rank, equal on all owners of an element, and the expected values of dst."""
         w = self.rng.standard_normal(self.size).astype(self.dtype)
         return [None if index is None else w[index] for index in (self.own, self.used)]
 
     def backward_values(self):
-        """y on this rank, and what src is to become."""
+        """The values of dst on this rank, and the expected values of src after backward."""
         sums, y = np.zeros(self.size), [None] * self.world.size
         for rank, index in enumerate(self.case.users):
             if index is not None:
@@ -286,15 +289,15 @@ class Trial:
         return y[self.world.rank], None if self.own is None else sums[self.own]
 
     def dot(self, a, b, record=None):
-        """Sum over the ranks."""
-        mine = 0.0
+        """The scalar product of a and b, summed over all ranks; record: the elements of a and b that count."""
+        product = 0.0
         if a is not None:
             a, b = a.reshape(-1).astype(float), b.reshape(-1).astype(float)
-            mine = float((a * b if record is None else (a * b)[record]).sum())
-        return bare(self.world).allreduce(mine)
+            product = float((a * b if record is None else (a * b)[record]).sum())
+        return bare(self.world).allreduce(product)
 
     def record(self):
-        """The elements of this rank's src that it counts: moved, and on no rank before it."""
+        """Mask of the elements of src that this rank counts: those that are moved, and that no lower rank owns."""
         if self.own is None:
             return None
         before = np.concatenate([np.arange(0), *there(self.case.owners[: self.world.rank])])
@@ -315,7 +318,7 @@ def far(vector, expected):
 
 
 def check(world, case, counter, dtype, seed, failed):
-    """Both directions of one case."""
+    """Check both directions of a case, and add failures to `failed` by claim."""
     trial, tolerance = Trial(world, case, dtype, seed), 1e-12 if dtype == np.float64 else 1e-4
     transfer, rank = case.transfer, world.rank
     src, dst = trial.vectors()
@@ -344,7 +347,7 @@ def check(world, case, counter, dtype, seed, failed):
         failed["bytes"].append(f"backward {counted}")
     if src is not None and not case.whole:
         expected = np.where(trial.moved[trial.own], expected, 7)
-    # What was not a number has to be written.
+    # The comparison also fails if an element is still NaN.
     if not far(src, expected) <= tolerance:
         failed["backward"].append("src")
     record = trial.record()
@@ -354,11 +357,11 @@ def check(world, case, counter, dtype, seed, failed):
 
 
 def check_overlap(world, case, counter, dtype, seed, failed):
-    """Three minibatches under way at once, ended in another order than begun; each has its own values."""
+    """Check three transfers in flight at once, which end in another order than they begin."""
     trials = [Trial(world, case, dtype, 100 * seed + k) for k in range(3)]
     if not trials[0].part:
         return
-    # Once more back, with room that is there already.
+    # Backward twice: the second time the buffers already exist.
     for back in (False, True, True):
         begun, order = {}, [0, 1, 2]
         if case.pairs and world.rank % 2:
@@ -386,7 +389,7 @@ def check_overlap(world, case, counter, dtype, seed, failed):
 
 
 def trials(world):
-    """Try all of them on all ranks of a world: what went wrong, by claim, as rank 0 knows it."""
+    """Check all transfers on all ranks of a world. Returns their names, the failures [claim, text], and the bytes."""
     counter = Counter()
     wrong, tried = [], []
     for name, make in TRANSFERS.items():
@@ -400,9 +403,9 @@ def trials(world):
                 both = json.dumps([case.transfer.messages(case.step, back) for back in (False, True)])
                 if len(set(bare(world).allgather(both))) > 1:
                     failed["messages"].append("not the same on all ranks")
-                for rank, found in enumerate(bare(world).allgather(failed)):
+                for rank, failures in enumerate(bare(world).allgather(failed)):
                     where = f"{name}, seed {seed}, {dtype}, rank {rank}"
-                    wrong += [[claim, f"{where}: {what}"] for claim, of in found.items() for what in of]
+                    wrong += [[claim, f"{where}: {text}"] for claim, of in failures.items() for text in of]
         tried.append(name)
     return {"tried": tried, "wrong": wrong, "bytes": counter.sent + counter.received}
 

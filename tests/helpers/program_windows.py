@@ -1,4 +1,4 @@
-"""What windows do between ranks that are threads or processes; each check returns what a test expects of it."""
+"""Checks of one-sided windows, on ranks that are threads or processes. Each returns figures for a test to compare."""
 
 import json
 import os
@@ -24,8 +24,8 @@ def edges_of(world, n=ELEMENTS):
 
 
 def sums(world):
-    """Every rank adds ones to all elements, and to some: nothing is lost."""
-    found = [windows_of(world).fault()]
+    """Every rank adds ones to all elements, and to some; returns the fault, and whether all values are as expected."""
+    checks = [windows_of(world).fault()]
     for name in ("int64", "float32", "float64"):
         window = windows_of(world).sharded(edges_of(world), np.dtype(name), Counter())
         some = np.arange(world.rank, ELEMENTS, 7)
@@ -40,18 +40,18 @@ def sums(world):
             expected[rank::7] += TIMES
         part = np.empty(len(some), name)
         window.read_at(some, part)
-        found.append(bool((out == expected).all() and (part == expected[some]).all()))
+        checks.append(bool((out == expected).all() and (part == expected[some]).all()))
         window.sync()
         own = slice(*edges_of(world)[world.rank : world.rank + 2])
-        found.append(bool((window.own == expected[own]).all()))
+        checks.append(bool((window.own == expected[own]).all()))
         world.Barrier()
         window.free()
-    return found
+    return checks
 
 
 def shared(world, times=20_000):
-    """Increments of 16 elements that all ranks share: those expected, found atomically, and by plain stores."""
-    ops, ones, found = CompiledOps(), np.ones(16), [16 * times * world.size]
+    """Increment 16 shared elements; returns the expected sum, and those by atomic additions and by plain stores."""
+    ops, ones, results = CompiledOps(), np.ones(16), [16 * times * world.size]
     for atomic in (True, False):
         memory = windows_of(world).memory(128)
         values = memory.bytes.view(np.float64)
@@ -61,15 +61,15 @@ def shared(world, times=20_000):
         memory.sync()
         world.Barrier()
         memory.sync()
-        found.append(float(values.sum()))
+        results.append(float(values.sum()))
         world.Barrier()
         del values
         memory.free()
-    return found
+    return results
 
 
 def tickets(world, count=100):
-    """The minibatches that each rank has taken."""
+    """The minibatches that all ranks together have taken, before and after a restart, sorted."""
     turns, own = Tickets(world.rank, world.size, windows_of(world).counters(1), world), []
     for turn in range(count):
         if turns.takes(turn):
@@ -84,22 +84,23 @@ def tickets(world, count=100):
 
 
 def bounded(world, bound, rounds=25):
-    """Ranks that sleep, one of them long: the most that one was ahead when it began, and that clocks were apart.
+    """Run ranks that sleep, rank 1 longest, with bounded staleness.
 
-    Also how often a rank did not see an update that it was to see.
+    Returns the largest lead of a rank when it began a turn, the largest difference of clocks, and the number of missed
+    updates, which a rank should have seen.
     """
     windows = windows_of(world)
     turns = Turns(world.rank, world.size, bound, windows.counters(world.size), world)
     window = windows.sharded(edges_of(world, world.size), np.dtype(np.int64), Counter())
-    rng, seen, own = random.Random(world.rank), np.empty(world.size, np.int64), np.zeros(world.size, np.int64)
+    rng, values, own = random.Random(world.rank), np.empty(world.size, np.int64), np.zeros(world.size, np.int64)
     own[world.rank] = 1
     apart = missed = 0
     for clock in range(rounds):
         turns.begin()
-        window.read(seen)
+        window.read(values)
         expected = np.full(world.size, max(0, clock - bound))
         expected[world.rank] = clock
-        missed += int((seen < expected).sum())
+        missed += int((values < expected).sum())
         time.sleep(rng.random() * 1e-3 + 2e-3 * (world.rank == 1))
         window.add(own)
         window.flush()
@@ -110,11 +111,11 @@ def bounded(world, bound, rounds=25):
     everyone = bare(world).allgather([turns.lead, apart, missed])
     window.free()
     turns.counters.free()
-    return [max(one) for one in zip(*everyone, strict=True)]
+    return [max(column) for column in zip(*everyone, strict=True)]
 
 
 def cycles(world, times=100):
-    """Windows that come and go; the growth of this process in MB after the first fifth."""
+    """Allocate and free windows `times` times; returns the growth of this process in MB after the first fifth."""
     before = 0
     for k in range(times):
         windows = windows_of(world)
@@ -138,7 +139,7 @@ def resident():
 
 
 def stopped(world, bound, folder, seconds=20.0):
-    """Ranks that count up while one of them is stopped; where they are they write into files."""
+    """Ranks count and write their counts to files, while the test stops one of their processes."""
     bound = None if bound < 0 else bound
     windows = windows_of(world)
     turns = Turns(world.rank, world.size, bound, windows.counters(world.size), world)
@@ -158,10 +159,10 @@ def stopped(world, bound, folder, seconds=20.0):
         own.with_suffix(".new").rename(own)
         time.sleep(1e-3)
     world.Barrier()
-    found = total.count(0, 0), sum(bare(world).allgather(turns.clock))
+    counts = total.count(0, 0), sum(bare(world).allgather(turns.clock))
     turns.counters.free()
     total.free()
-    return found
+    return counts
 
 
 CHECKS = {check.__name__: check for check in (sums, shared, tickets, bounded, cycles, stopped)}

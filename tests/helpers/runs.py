@@ -1,4 +1,4 @@
-"""Programs of psmpi on ranks that are threads, and what a training leaves."""
+"""Run psmpi's programs on ranks that are threads, and read the results of trainings."""
 
 import json
 
@@ -12,7 +12,7 @@ from psmpi.testing.conformance import tensors
 
 
 def run(ranks, option, module, *arguments, timeout=120, cwd=None):
-    """(status, stdout, stderr) of `mpirun -n ranks python -m module arguments`, on threads of this process."""
+    """Run `mpirun -n ranks python -m module arguments` on threads; return (status, stdout, stderr)."""
     assert option == "-m"
     ended = run_program(ranks, module, arguments, timeout=timeout, cwd=cwd)
     return ended.status, ended.stdout, ended.stderr
@@ -31,12 +31,12 @@ class Trained:
         return tensors(self.checkpoint)
 
 
-# What tests train with that say nothing else.
+# Options of trainings in tests that do not give them.
 NUMBERS = {"--epochs": "10", "--batch-size": "100", "--lr": "0.001"}
 
 
 def said(options):
-    """Options for those of NUMBERS that are not among `options`, nor in a file or checkpoint that these name."""
+    """The options of NUMBERS that are not among `options`; none if a file or a checkpoint has them."""
     if {"--config", "--resume"} & set(map(str, options)):
         return []
     return [word for name, number in NUMBERS.items() if name not in options for word in (name, number)]
@@ -49,7 +49,7 @@ def usual_config():
 
 
 def trainer(folder, how=run):
-    """train(ranks, *options): psmpi.train to its end, by `run` or by `launch`; what it left."""
+    """Return train(ranks, *options), which runs psmpi.train to its end by `run` or `launch`, and returns `Trained`."""
     count = iter(range(1000))
 
     def call(ranks, *options, out=None, timeout=120):
@@ -64,19 +64,19 @@ def trainer(folder, how=run):
 
 
 def once(folder, *fixed):
-    """serial(*options): a training on one process, with `fixed` options too; each is made once."""
-    known, train = {}, trainer(folder)
+    """Return serial(*options), which trains on one rank with `fixed` and `options`, once for each `options`."""
+    trainings, train = {}, trainer(folder)
 
     def call(*options):
-        if options not in known:
-            known[options] = train(1, *fixed, *options)
-        return known[options]
+        if options not in trainings:
+            trainings[options] = train(1, *fixed, *options)
+        return trainings[options]
 
     return call
 
 
 def distance(first, second):
-    """The largest relative distance between tensors of the same name."""
+    """The largest relative distance (2-norm) between tensors of the same name."""
     assert first.keys() == second.keys()
     return max(float(np.linalg.norm(first[k] - second[k])) / max(1e-300, np.linalg.norm(first[k])) for k in first)
 
@@ -85,7 +85,7 @@ __all__ = ["Trained", "distance", "launch", "once", "run", "trainer", "usual_con
 
 
 def save_many(folder):
-    """Options for a head of 37 classes, in float64."""
+    """Write a data set of 37 classes; return the options of a training of a head on it, in float64."""
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(150, 6)), np.arange(150) % 37
     np.savez(folder / "data.npz", x=x, y=y, x_test=x[:60] + 0.1, y_test=y[:60])
@@ -94,7 +94,7 @@ def save_many(folder):
 
 
 def same_run(first, second):
-    """Whether weights, losses and scores are the same to rounding."""
+    """Whether two runs end with the same weights, losses and scores, up to rounding."""
     keys = ("train_loss", "test_loss", "test_accuracy", "test_top5")
     near = all(second.rows[-1][key] == pytest.approx(first.rows[-1][key], rel=1e-10) for key in keys)
     return near and distance(first.tensors(), second.tensors()) <= 1e-10

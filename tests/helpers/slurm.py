@@ -1,4 +1,4 @@
-"""A SLURM of one node on this host, as its root, for as long as it is needed."""
+"""A temporary SLURM cluster of one node on this host; needs root."""
 
 import contextlib
 import os
@@ -12,12 +12,12 @@ import time
 from pathlib import Path
 
 DAEMONS = ("munged", "slurmctld", "slurmd")
-# States from which a job does not come back by itself.
+# Final states of a job.
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL")
 
 
 def missing():
-    """Why there can be no SLURM here, "" where it can."""
+    """The reason why no SLURM can be started here, or ""."""
     if os.getuid() != 0:
         return "a SLURM of its own needs root"
     lacks = [name for name in (*DAEMONS, "sbatch", "srun", "scontrol") if found(name) is None]
@@ -29,16 +29,16 @@ def found(name):
 
 
 def free_port():
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
 
 
 class Cluster:
-    """Daemons of SLURM and of munge, with all their files in one folder; entered, they run."""
+    """The daemons of SLURM and munge, with all their files in one folder; a context manager that runs them."""
 
     def __init__(self):
-        # Not of pytest's: paths of sockets are short, and munge wants to own every folder above.
+        # Not pytest's folder: paths of sockets must be short, and munge must own every parent folder.
         self.folder = Path(tempfile.mkdtemp(prefix="slurm-"))
         self.folder.chmod(0o755)
         self.environment = {**os.environ, "SLURM_CONF": str(self.folder / "slurm.conf")}
@@ -60,7 +60,7 @@ class Cluster:
             "SlurmdPidFile": folder / "slurmd.pid", "ProctrackType": "proctrack/linuxproc", "TaskPlugin": "task/none",
             "SelectType": "select/cons_tres", "SelectTypeParameters": "CR_Core", "ReturnToService": 2,
             "MpiDefault": "pmi2", "KillWait": 20,
-            # MPICH's shared memory has the name of the job: not that of another cluster of this host.
+            # MPICH names shared memory by the job: job numbers must differ from those of other clusters on this host.
             "FirstJobId": random.randrange(1000, 60_000_000),
         }  # fmt: skip
         node = f"NodeName={host} NodeAddr=127.0.0.1 CPUs={os.cpu_count()} RealMemory={int(memory * 0.8)}"
@@ -108,19 +108,19 @@ class Cluster:
             time.sleep(0.1)
 
     def run(self, *command, cwd=None, timeout=60, **environment):
-        """A command of SLURM, finished."""
+        """Run a command of SLURM to its end, and return it."""
         return subprocess.run(
             [found(command[0]) or command[0], *map(str, command[1:])], env={**self.environment, **environment}, cwd=cwd,
             text=True, capture_output=True, timeout=timeout, check=False,
         )  # fmt: skip
 
     def show(self, job, name):
-        """A field of a job, as `scontrol show job` tells it."""
+        """The value of a field of a job, from `scontrol show job`."""
         text = self.run("scontrol", "show", "job", job, "-o").stdout
         return text.partition(f" {name}=")[2].split(" ")[0].split("\n")[0]
 
     def wait(self, job, patience, states=ENDED):
-        """The state of a job when it is one of `states`."""
+        """Wait until the state of a job is one of `states`, and return it."""
         end = time.monotonic() + patience
         while (state := self.show(job, "JobState")) not in states:
             assert time.monotonic() < end, f"job {job} is {state} after {patience} s"
@@ -128,9 +128,9 @@ class Cluster:
         return state
 
     def again(self, job):
-        """Start a requeued job at once: by itself SLURM would wait two minutes."""
+        """Start a requeued job at once; SLURM would wait two minutes."""
         self.wait(job, 60, ("PENDING",))
-        # One that starts in the second in which it was stopped slurmd takes for the one that it has killed.
+        # slurmd confuses a job that starts in the second in which it was killed with its previous start.
         time.sleep(2)
         end = time.monotonic() + 60
         while self.show(job, "JobState") == "PENDING":

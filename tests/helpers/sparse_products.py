@@ -1,4 +1,4 @@
-"""Patterns with rows and columns that have nothing, and weights whose rows lie in any order."""
+"""Sparse patterns with empty rows and columns, and weights whose rows are in random order in a vector."""
 
 import numpy as np
 from scipy import sparse
@@ -8,7 +8,7 @@ from psmpi.layout import Pattern
 
 
 def some_pattern(rows, inputs, density, seed=0):
-    """A pattern with rows and columns that have nothing."""
+    """A random pattern with an empty row and an empty column."""
     there = np.random.default_rng(seed).random((rows, inputs)) < density
     there[rows // 2], there[:, inputs // 3], there[0, 0] = False, False, True
     matrix = sparse.csr_array(there)
@@ -16,17 +16,17 @@ def some_pattern(rows, inputs, density, seed=0):
 
 
 def index_of(pattern, rng, bias):
-    """The index of weights whose rows lie in any order, and the size of their vector."""
+    """Return the index of weights whose rows are in random order in a vector, and the size of the vector."""
     order = rng.permutation(pattern.rows)
     places = np.empty(pattern.rows, np.int64)
-    # Three numbers that are of nothing before each row.
+    # Leave three unused elements before each row.
     places[order] = np.cumsum(pattern.fan_in[order] + 3) - pattern.fan_in[order]
     end = int((places + pattern.fan_in).max())
     biases = end + rng.permutation(pattern.rows) if bias else None
     back = pattern.transposed
     back_places = (places - pattern.starts[:-1])[back.rows] + back.entries
-    one = SparseIndex(
+    index = SparseIndex(
         pattern.inputs, pattern.starts, pattern.columns, places, biases, back.starts, back.rows,
         back_places.astype(np.int32),
     )  # fmt: skip
-    return one, end + pattern.rows * bias
+    return index, end + pattern.rows * bias

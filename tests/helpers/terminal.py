@@ -1,4 +1,4 @@
-"""Programs on a pseudo-terminal of their own, as a person sees them, whose keys can be pressed."""
+"""Run programs on a pseudo-terminal, with their output as on a screen and with keys typed."""
 
 import fcntl
 import os
@@ -11,45 +11,52 @@ import sys
 import termios
 import time
 
-# What makes the terminal that of the session, so that its keys send signals.
+# A program that makes the terminal the controlling one, so that keys send signals, and then runs its arguments.
 TAKE = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execvp(sys.argv[1], sys.argv[1:])"
 CTRL_C = b"\x03"
-# Variables by which a launcher makes itself known.
+# Prefixes of the environment variables that launchers of MPI set.
 LAUNCHERS = ("OMPI_", "PMI_", "PMIX_", "SLURM_")
 
 
 def on_terminal(words, cwd, *, keys=(), columns=80, timeout=90, **environ):
-    """The status of a command, and the bytes that it and its children print on a terminal.
+    """Run a command on a terminal; return its status, and the bytes that it and its children print.
 
-    keys: (text, what is typed so many seconds after that text is seen, behind the one before, seconds) in turn.
+    keys: a sequence of (text, keys, seconds). After `text` has appeared, behind the text of the previous entry, the
+    keys are typed after `seconds` seconds.
     """
-    ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 30, columns, 0, 0))
-    known = {k: v for k, v in os.environ.items() if not k.startswith(LAUNCHERS) and k not in ("COLUMNS", "LINES")}
+    master, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 30, columns, 0, 0))
+    variables = {k: v for k, v in os.environ.items() if not k.startswith(LAUNCHERS) and k not in ("COLUMNS", "LINES")}
     command = [sys.executable, "-c", TAKE, *map(str, words)]
     process = subprocess.Popen(
-        command, stdin=theirs, stdout=theirs, stderr=theirs, cwd=cwd, env={**known, **environ}, start_new_session=True
+        command,
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        cwd=cwd,
+        env={**variables, **environ},
+        start_new_session=True,
     )
-    os.close(theirs)
-    found, at, waiting, end = b"", 0, list(keys), time.monotonic() + timeout
+    os.close(terminal)
+    output, at, waiting, end = b"", 0, list(keys), time.monotonic() + timeout
     try:
-        while select.select([ours], [], [], max(0.0, end - time.monotonic()))[0]:
+        while select.select([master], [], [], max(0.0, end - time.monotonic()))[0]:
             try:
-                found += os.read(ours, 65536)
+                output += os.read(master, 65536)
             except OSError:
                 break
-            while waiting and (seen := re.search(waiting[0][0], found[at:])):
-                at += seen.end()
+            while waiting and (match := re.search(waiting[0][0], output[at:])):
+                at += match.end()
                 _, typed, seconds = waiting.pop(0)
                 time.sleep(seconds)
-                os.write(ours, typed)
-        return process.wait(max(1.0, end - time.monotonic())), found
+                os.write(master, typed)
+        return process.wait(max(1.0, end - time.monotonic())), output
     finally:
         process.kill()
-        os.close(ours)
+        os.close(master)
 
 
 def lines(raw):
-    """What lines a terminal was given, without escape codes, and without what was written over by the next one."""
+    """The non-empty lines of terminal output, without escape codes; a carriage return also ends a line."""
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", raw.decode())
     return [line.rstrip() for line in re.split(r"[\r\n]+", text) if line.strip()]

@@ -1,4 +1,4 @@
-"""Losses and gradients by tiles of classes, and of all classes at once."""
+"""Losses and gradients by tiles of classes, or of all classes at once."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ def make_ops(name):
 
 
 def derive(network, w, x, labels, loss, ops, tiled, scale=0.125):
-    """Loss, gradient, and the number of clipped terms."""
+    """Compute the loss, the gradient of the flat vector, and the number of clipped terms. tiled: by tiles."""
     g = np.full_like(w, np.nan)
     model = Model(network, network.layout(), w, g, ops, tiled=tiled)
     objective = (TiledObjective if tiled else Objective)(loss, model)

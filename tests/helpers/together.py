@@ -1,10 +1,13 @@
-"""Sums over the threads of a test, as layers state them of ranks."""
+"""Sums over the threads of a test, in place of sums over ranks that layers need."""
 
 import threading
 
 
 class Together:
-    """Sums of arrays over threads, each of which calls `total` in turn with the others."""
+    """Sums of arrays over `count` threads. Thread k gets its function from total(k), and all threads call it together.
+
+    numbers: how many elements each thread has summed.
+    """
 
     def __init__(self, count):
         self.barrier, self.arrays, self.numbers = threading.Barrier(count), [None] * count, [0] * count
@@ -14,8 +17,8 @@ class Together:
             self.numbers[k] += values.size
             self.arrays[k] = values
             self.barrier.wait(30)
-            found = sum(array.copy() for array in self.arrays)
+            array_sum = sum(array.copy() for array in self.arrays)
             self.barrier.wait(30)
-            values[...] = found
+            values[...] = array_sum
 
         return call

@@ -1,4 +1,4 @@
-"""Some steps of a method in a world of threads: the weights of all ranks together, and their losses."""
+"""Train some steps on ranks that are threads, and compare weights, losses and scores."""
 
 import numpy as np
 
@@ -12,42 +12,42 @@ from psmpi.training.loop import plan_steps
 
 
 def train_steps(ranks, options, steps=20, method="data_parallel"):
-    """The flat vector after some steps on so many ranks, the losses of the steps, and the scores of the test."""
+    """Train `steps` steps on `ranks` ranks; return the flat vector, the losses of the steps, and the test scores."""
     network, dataset, config = Case(method, ".", options).problem()
     batches, _, _ = plan_steps(dataset, config)
     kind = find_method(method)
     kind.check(ranks, network, dataset, config)
 
     def work(world):
-        made = kind(Context(world, network, dataset, config, make_backend("auto")))
+        trained = kind(Context(world, network, dataset, config, make_backend("auto")))
         losses = []
         for step in range(steps):
             epoch, at = divmod(step, batches.steps_per_epoch)
-            before = made.loss_sum
-            made.step(Batch(batches.ids(epoch, at)), config.optimization.lr)
-            losses.append(made.loss_sum - before)
-        made.collect()
-        shard = made.shards[world.rank]
-        return shard, made.state.vectors["weights"].copy(), np.array(losses), made.test()
+            before = trained.loss_sum
+            trained.step(Batch(batches.ids(epoch, at)), config.optimization.lr)
+            losses.append(trained.loss_sum - before)
+        trained.collect()
+        shard = trained.shards[world.rank]
+        return shard, trained.state.vectors["weights"].copy(), np.array(losses), trained.test()
 
     layout = network.layout()
     whole = np.full(layout.size, np.nan)
-    found = run_ranks(ranks, work, timeout=120)
-    for shard, values, *_ in found:
+    results = run_ranks(ranks, work, timeout=120)
+    for shard, values, *_ in results:
         for (a, b), at in zip(shard.intervals, shard.offsets.tolist(), strict=False):
-            known, values_here = whole[a:b], values[at : at + b - a]
-            there = ~np.isnan(known)
-            assert np.allclose(known[there], values_here[there])
+            values_so_far, values_here = whole[a:b], values[at : at + b - a]
+            there = ~np.isnan(values_so_far)
+            assert np.allclose(values_so_far[there], values_here[there])
             whole[a:b] = values_here
     assert not np.isnan(whole).any()
-    assert all(one[3] == found[0][3] for one in found)
-    return whole, sum(one[2] for one in found), found[0][3]
+    assert all(one[3] == results[0][3] for one in results)
+    return whole, sum(one[2] for one in results), results[0][3]
 
 
-def same(found, expected, tolerance=1e-10):
-    """AssertionError unless two of what `train_steps` returns are the same but for rounding."""
-    for one, other in zip(found[:2], expected[:2], strict=True):
+def same(actual, expected, tolerance=1e-10):
+    """Raise AssertionError unless two results of `train_steps` are equal up to rounding."""
+    for one, other in zip(actual[:2], expected[:2], strict=True):
         assert np.linalg.norm(one - other) <= tolerance * np.linalg.norm(other)
-    assert found[2].keys() == expected[2].keys()
+    assert actual[2].keys() == expected[2].keys()
     for name, value in expected[2].items():
-        assert abs(found[2][name] - value) <= 1e-6 * max(1.0, abs(value))
+        assert abs(actual[2][name] - value) <= 1e-6 * max(1.0, abs(value))

@@ -473,7 +473,7 @@ def test_a_gpu_that_cannot_be_used_is_told(nodes, level, stand_in, monkeypatch):
     monkeypatch.setattr(software.glob, "glob", lambda pattern: nodes)
     monkeypatch.setattr(stand_in.cuda, "FAULT", "old driver")
     (told,) = software.gpus()
-    assert told.level == level and "its driver speaks CUDA 12.4" in told.text
+    assert told.level == level and "its driver supports CUDA 12.4" in told.text
 
 
 @pytest.mark.parametrize(("nodes", "level"), [([], "good"), (["/dev/nvidia0"], "warning")])

@@ -1,4 +1,4 @@
-"""Operations in C, where the kernels were built for this processor."""
+"""Operations in C, for processors with AVX2 or AVX-512."""
 
 from psmpi.backend.compiled.library import NAMES, function, level, missing, pointers
 from psmpi.backend.compiled.ops import CompiledOps

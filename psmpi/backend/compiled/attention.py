@@ -11,17 +11,18 @@ from psmpi.backend.compiled.team import Team
 from psmpi.backend.reference.arrays import Arrays
 from psmpi.backend.reference.attention import Take
 
-# Bytes of a vector by the instructions, and steps whose probabilities are there at a time, see c/attention.h.
+# Bytes of a vector, and number of steps whose probabilities are computed at a time (c/attention.h), by `level()`.
 VECTORS, TALL = {1: 32, 2: 64}, {1: 12, 2: 16}
-# Multiplications that are worth another thread.
+# Number of multiplications for each thread, below which fewer threads are used.
 WORK = 2_000_000
 INT32 = np.dtype(np.int32)
 
 
 class CompiledAttention(Arrays):
-    """Samples side by side in vectors: no probabilities of all steps, and if causal about half of the products.
+    """Attention with samples side by side in vectors.
 
-    Several threads share heads and vectors of samples; each number is computed as one thread alone would.
+    The kernel never stores the probabilities of all steps, and computes about half of the products if causal. Threads
+    share heads and vectors of samples; results do not depend on the number of threads.
     """
 
     instructions: int
@@ -46,7 +47,10 @@ class CompiledAttention(Arrays):
         self, call: Callable[..., None], x: np.ndarray, heads: int, causal: bool, lengths: np.ndarray | None,
         arrays: tuple[np.ndarray, ...], rooms: tuple[int, int], take: Take,
     ) -> None:  # fmt: skip
-        """The call, by as many threads as it is worth; rooms: of each, so many packed parts, and rows of steps."""
+        """Call a kernel on as many threads as the work is worth.
+
+        rooms: scratch of a thread, in packed parts of a head and in rows of probabilities.
+        """
         rows, steps, batch = x.shape
         size, lanes = rows // (3 * heads), VECTORS[self.instructions] // x.itemsize
         jobs = heads * -(-batch // lanes)
@@ -67,4 +71,4 @@ class CompiledAttention(Arrays):
 
 def _check(x: np.ndarray, y: np.ndarray) -> None:
     if x.shape != (3 * len(y), *y.shape[1:]):
-        raise ValueError(f"attention makes {(len(x) // 3, *x.shape[1:])} of {x.shape}, not {y.shape}")
+        raise ValueError(f"attention of x {x.shape} needs y of shape {(len(x) // 3, *x.shape[1:])}, not {y.shape}")

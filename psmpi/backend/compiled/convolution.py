@@ -11,17 +11,17 @@ from psmpi.backend.compiled.library import function, pointers
 from psmpi.backend.compiled.team import Team
 from psmpi.backend.reference.convolution import Stripes, seen_once
 
-# Multiplications that are worth another thread.
+# Number of multiplications for each thread, below which fewer threads are used.
 WORK = 2_000_000
-# Samples that a thread takes are a multiple of this: whole vectors.
+# A thread takes a multiple of this number of samples: whole vectors.
 BATCH_MULTIPLE = 16
 
 
 class DirectConvolution:
-    """Convolution without windows: register blocks along the batch, see c/convolution.h. Buffers: packed kernels.
+    """Direct convolution with register blocks along the batch, without windows: see c/convolution.h.
 
-    Several threads share the samples of a call or, for the gradient of the kernels, the units; each number is computed
-    as one thread alone would.
+    Its buffers are the packed kernels of each thread. Threads share the samples or, for the gradient of the kernels,
+    the units. Results do not depend on the number of threads.
     """
 
     def __init__(
@@ -37,14 +37,14 @@ class DirectConvolution:
         activate: Callable[[np.ndarray], None],
     ):
         self.team, self.dtype, self.activate = team, np.dtype(dtype), activate
-        # The last three numbers, the batch and the samples of a thread, are those of the call.
+        # Each call fills in the last three numbers: the batch, and the first and last sample of a thread.
         rest = (*in_shape[1:], *out_shape[1:], kernel, stride, 0, 0, 0)
         self.shapes = [[_shape(s, rest) for s in stripes] for _ in range(team.size)]
         self.unit_shapes = [
             [_shape(part, rest) for s in stripes if (part := _share(s, k, team.size)).count * part.n > 0]
             for k in range(team.size)
         ]
-        # Made for a thread when it is first needed.
+        # Buffers for packed kernels, one for each thread, allocated when the thread is first used.
         self.packs: list[np.ndarray] = []
         self.pack_size = max(s.n * s.n_in for s in stripes) * kernel**2
         self.work = sum(s.count * s.n * s.n_in for s in stripes) * kernel**2 * out_shape[1] * out_shape[2]
@@ -55,20 +55,20 @@ class DirectConvolution:
         self._samples = function("conv_samples", dtype, "ppppp", instructions)
 
     def prepare(self, kernels: np.ndarray) -> None:
-        """Packs the kernels in each call: a thread its own."""
+        """Do nothing: each thread packs the kernels in each call."""
 
     def reserve(self, batch: int) -> None:
-        """Needs nothing that grows with the minibatch."""
+        """Do nothing: no buffer grows with the minibatch."""
 
     def arrays(self) -> list[np.ndarray]:
         return self.packs
 
     def _members(self, batch: int) -> int:
-        """Threads that a call is worth."""
+        """Number of threads for a call."""
         return min(self.team.size, max(1, self.work * batch // WORK))
 
     def _samples_of(self, batch: int, members: int) -> None:
-        """Tell each thread its samples."""
+        """Set the range of samples in the shapes of each thread."""
         edges = [min(batch, -(-batch * k // members // BATCH_MULTIPLE) * BATCH_MULTIPLE) for k in range(members)] + [
             batch
         ]
@@ -98,7 +98,7 @@ class DirectConvolution:
             dx.fill(0)
 
         def share(k: int) -> None:
-            # Threads that have no samples leave their units to the others.
+            # The units are divided by the size of the team: fewer threads take several shares each.
             for shapes in self.unit_shapes[k::members] if dkernels is not None else ():
                 for shape in shapes:
                     shape[-3] = x.shape[-1]
@@ -123,12 +123,12 @@ class DirectConvolution:
 
 
 def _shape(s: Stripes, rest: Sequence[int]) -> np.ndarray:
-    """The `shape_t` of kernels.c."""
+    """The struct `shape_t` of kernels.c as an int32 array."""
     return np.array([s.count, s.n, s.n_in, s.source, s.source_step, s.out, *rest], np.int32)
 
 
 def _share(s: Stripes, k: int, members: int) -> Stripes:
-    """The stripes, or the units of the only one, that thread k of `members` takes."""
+    """The part of the stripes that thread k of `members` takes: whole stripes, or units of a single stripe."""
     if s.count > 1:
         first, last = s.count * k // members, s.count * (k + 1) // members
         return replace(s, count=last - first, source=s.source + first * s.source_step, out=s.out + first * s.n)

@@ -1,6 +1,6 @@
-"""The library of C kernels, for float32 and float64, on processors with AVX2 or AVX-512.
+"""The shared library of C kernels, for float32 and float64, on processors with AVX2 or AVX-512.
 
-It is built when psmpi is installed, where there is a C compiler; without it NumPy does everything.
+Installing psmpi builds the library if there is a C compiler. Without it psmpi uses NumPy.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ TYPES = {np.dtype(np.float32): "float", np.dtype(np.float64): "double"}
 
 @cache
 def _library() -> tuple[Any, str]:
-    """The shared library, or None and why there is none."""
+    """Return the shared library and "", or None and the reason why there is none."""
     here = Path(__file__).parent
     text = b"".join(source.read_bytes() for source in sorted((here / "c").glob("*.[ch]")))
     why = "no C compiler for this processor (gcc or clang, x86-64) built them when psmpi was installed"
@@ -40,20 +40,23 @@ def _library() -> tuple[Any, str]:
 
 @cache
 def level() -> int:
-    """2: AVX-512, 1: AVX2, 0: no kernels, or none for this processor."""
+    """The instruction set of the kernels: 2 AVX-512, 1 AVX2, 0 no kernels for this processor."""
     library, _ = _library()
     return 0 if library is None else int(library.psmpi_level())
 
 
 def missing() -> str:
-    """Why there are no kernels."""
+    """The reason why there are no kernels."""
     library, why = _library()
     return why if library is None else "this processor lacks AVX2"
 
 
 @cache
 def function(name: str, dtype: np.dtype, arguments: str, instructions: int) -> Any:
-    """A kernel for a dtype; `arguments` is a letter each: p pointer, i int, n size, d double."""
+    """Return the kernel for a dtype and a level of instructions.
+
+    arguments: one letter for each argument: p pointer, i int, n ssize_t, d double.
+    """
     types = {"p": ctypes.c_void_p, "i": ctypes.c_int, "n": ctypes.c_ssize_t, "d": ctypes.c_double}
     kernel = _library()[0][f"{name}_{TYPES[dtype]}_{instructions}"]
     kernel.argtypes, kernel.restype = [types[a] for a in arguments], None
@@ -62,7 +65,7 @@ def function(name: str, dtype: np.dtype, arguments: str, instructions: int) -> A
 
 @cache
 def plain(name: str, arguments: str) -> Any:
-    """A kernel of no floating point type, which returns an int; arguments as in `function`."""
+    """Return a kernel without floating point types, which returns an int; arguments as in `function`."""
     types = {"p": ctypes.c_void_p, "i": ctypes.c_int, "n": ctypes.c_ssize_t}
     kernel = _library()[0][f"psmpi_{name}"]
     kernel.argtypes, kernel.restype = [types[a] for a in arguments], ctypes.c_int
@@ -70,7 +73,7 @@ def plain(name: str, arguments: str) -> Any:
 
 
 def pointers(dtype: np.dtype, *arrays: np.ndarray) -> tuple[int, ...]:
-    """The addresses of contiguous arrays of this dtype; ValueError for others: C would take them for such."""
+    """The addresses of contiguous arrays of this dtype; ValueError for other arrays, which C would misread."""
     for array in arrays:
         if array.dtype != dtype or not array.flags.c_contiguous:
             raise ValueError(f"a kernel needs contiguous {dtype}, not {array.dtype} with strides {array.strides}")
@@ -83,5 +86,5 @@ def steps(array: np.ndarray) -> tuple[int, ...]:
 
 
 def units_pointer(dtype: np.dtype, kernels: np.ndarray) -> int:
-    """The address of kernels (count, n, channels, k, k), of which those of one unit are contiguous."""
+    """The address of kernels (count, n, channels, k, k); ValueError unless the kernels of a unit are contiguous."""
     return pointers(dtype, kernels[0, 0])[0]

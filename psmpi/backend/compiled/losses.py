@@ -1,4 +1,4 @@
-"""Losses of tiles of classes, in C."""
+"""Losses of tiles of classes, in C: a tile is some of the classes."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import numpy as np
 from psmpi.backend.compiled.library import function, pointers
 from psmpi.backend.reference.arrays import Arrays
 
-# The losses with a kernel, by their numbers there.
+# Numbers of the losses in the C kernel.
 KINDS = {"psl": 0, "logistic": 1, "nll": 2, "squared": 3, "bce": 4}
 
 
 class CompiledLosses(Arrays):
-    """Passes over scores (classes, b) of some classes; arrays (b,) are of the samples."""
+    """Passes over the scores (classes, b) of a tile of classes."""
 
     instructions: int
 
@@ -27,12 +27,11 @@ class CompiledLosses(Arrays):
         given: np.ndarray | None,
         rest: np.ndarray,
     ) -> tuple[float, float] | None:
-        """The scaled loss, and the largest margin of psl or score of squared; scores become derivatives.
+        """Return the scaled loss, and the largest margin (psl) or absolute score (squared); see `Loss.terms`.
 
-        See `Loss.terms`. None where there is no kernel.
-
-        Terms are of the scores' dtype, summed over few classes in it and then in float64; psl has no tangent here. rest
-        (b,) float64 is filled for losses with a sum of terms.
+        Return None for losses without a kernel. scores (classes, b) become derivatives. labels: (b,), counted from the
+        first of these classes. rest: (b,) float64, filled for losses with a sum of terms. Terms have the dtype of the
+        scores; sums over few classes in this dtype are summed in float64. psl has no tangent here.
         """
         if name not in KINDS:
             return None
@@ -48,6 +47,9 @@ class CompiledLosses(Arrays):
         return float(sums[0]), float(sums[1])
 
     def class_normalizers(self, scores: np.ndarray, top: np.ndarray, sums: np.ndarray) -> None:
-        """Take up scores (classes, b) into the largest (b,) and the sums of exponentials relative to these (b,)."""
+        """Update the normalizers of softmax with the scores (classes, b) of one more tile.
+
+        top: (b,) float64, the largest scores. sums: (b,) float64, the sums of exponentials relative to them.
+        """
         call = function("class_normalizers", scores.dtype, "inppp", self.instructions)
         call(*scores.shape, *pointers(scores.dtype, scores), *pointers(np.dtype(np.float64), top, sums))

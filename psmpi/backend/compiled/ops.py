@@ -1,6 +1,6 @@
-"""The operations that C does faster than NumPy.
+"""The backend `compiled`: operations that C does faster than NumPy.
 
-Sums are made in another order than NumPy's, so results differ by rounding.
+Sums have another order than in NumPy, so results differ by rounding.
 """
 
 from __future__ import annotations
@@ -165,23 +165,24 @@ class CompiledOps(CompiledAttention, CompiledLosses, CompiledShared, NumpyOps):
         self, w: np.ndarray, g: np.ndarray, m: np.ndarray, v: np.ndarray, rate: float, root: float, beta1: float,
         beta2: float, eps: float, l2: float, keep: float,
     ) -> None:  # fmt: skip
-        """w = keep w - rate m / (root sqrt(v) + eps) after m and v have moved towards d = g + l2 w and d^2.
+        """A step of Adam (Kingma & Ba 2015): w = keep w - rate m / (root sqrt(v) + eps).
 
-        All are (n,) of one dtype.
+        Before it, m = beta1 m + (1 - beta1) d and v = beta2 v + (1 - beta2) d^2 with d = g + l2 w. All arrays are (n,)
+        of one dtype.
         """
         call = function("adam", w.dtype, "nppppddddddd", self.instructions)
         call(w.size, *pointers(w.dtype, w, g, m, v), rate, root, beta1, beta2, eps, l2, keep)
 
 
 def _rows(dtype: np.dtype, w: np.ndarray) -> tuple[int, ...]:
-    """The address and the steps of rows w (..., n, m), each of which is contiguous."""
+    """The address of w (..., n, m) and its strides in elements but the last; ValueError unless rows are contiguous."""
     if w.dtype != dtype or w.strides[-1] != w.itemsize:
         raise ValueError(f"a kernel needs contiguous rows of {dtype}, not {w.dtype} with strides {w.strides}")
     return w.ctypes.data, *steps(w[..., 0])
 
 
 class CompiledRunCopies(RunCopies):
-    """Copies of runs without index arrays."""
+    """`RunCopies` without index arrays."""
 
     def __init__(self, table: np.ndarray, instructions: int):
         self.table, self.instructions = np.ascontiguousarray(table, np.int64), instructions
@@ -198,7 +199,7 @@ class CompiledRunCopies(RunCopies):
 
 
 class CompiledCompressedSamples(CompressedSamples):
-    """Minibatches of compressed rows without a loop in Python."""
+    """`CompressedSamples` without a loop in Python."""
 
     def __init__(
         self, starts: np.ndarray, columns: np.ndarray, values: np.ndarray, features: int, instructions: int

@@ -11,17 +11,17 @@ from psmpi.backend.compiled.library import function, pointers
 from psmpi.backend.compiled.team import Team
 from psmpi.backend.reference.recurrence import ProductOps, Recurrence
 
-# By the numbers that the kernels know them by.
+# Numbers of the kinds of cells in the C kernels.
 KINDS = {"rnn": 0, "gru": 1, "lstm": 2}
-# Multiplications that are worth another thread.
+# Number of multiplications for each thread, below which fewer threads are used.
 WORK = 2_000_000
 
 
 class CompiledRecurrence(Recurrence):
-    """Products and cells in one pass over blocks of units, see c/recurrence.h.
+    """Products and cells in one pass over blocks of units: see c/recurrence.h.
 
-    Buffers: the packed weights, of each way, and states. Several threads share the samples; each number is computed as
-    one thread alone would.
+    The buffers are the packed weights of the forward and the backward pass, and states. Threads share the samples;
+    results do not depend on the number of threads.
     """
 
     def __init__(self, kind: str, units: int, dtype: np.dtype, instructions: int, team: Team, ops: ProductOps):
@@ -29,7 +29,7 @@ class CompiledRecurrence(Recurrence):
         self.team = team
         size = self.gates * units * units
         self.ahead = ops.empty(size, self.dtype)
-        # Made when a backward pass first needs it.
+        # Packed weights of the backward pass, allocated when it is first used.
         self.back = ops.empty(0, self.dtype)
         self.packed_back = False
         self.state = ops.empty(0, self.dtype)
@@ -47,7 +47,7 @@ class CompiledRecurrence(Recurrence):
             self.state = self.ops.empty(size, self.dtype)
 
     def prepare(self, u: np.ndarray) -> None:
-        """Pack the weights; `u` must stay as it is until the last backward pass with them."""
+        """Pack the weights u (gates * units, units), which must not change until the last backward pass with them."""
         self._check(u, (self.gates * self.units, self.units))
         self.u, self.packed_back = u, False
         self._pack(self.gates, self.units, *pointers(self.dtype, u, self.ahead))
@@ -81,7 +81,7 @@ class CompiledRecurrence(Recurrence):
     def _share(
         self, call: Callable[..., None], pack: np.ndarray, arrays: tuple[int | None, ...], shape: tuple[int, ...]
     ) -> None:
-        """The call, by as many threads as it is worth."""
+        """Call a kernel on as many threads as the work is worth."""
         _, steps, batch = shape
         padded = -(-batch // BATCH_MULTIPLE) * BATCH_MULTIPLE
         self.reserve(batch)
@@ -110,7 +110,7 @@ class CompiledRecurrence(Recurrence):
     @staticmethod
     def _check(array: np.ndarray, shape: tuple[int, ...]) -> None:
         if array.shape != shape:
-            raise ValueError(f"a recurrence needs an array of the shape {shape}, not {array.shape}")
+            raise ValueError(f"this recurrence needs an array of shape {shape}, not {array.shape}")
 
 
 def _pointer(lengths: np.ndarray | None) -> int | None:

@@ -1,4 +1,4 @@
-"""Updates of weights that other processes may update at the same time, in C."""
+"""Steps on weights that other processes may update at the same time, in C."""
 
 from __future__ import annotations
 
@@ -13,17 +13,20 @@ COUNTS, TOKENS, MARKS = np.dtype(np.int64), np.dtype(np.int32), np.dtype(np.uint
 
 
 def lock_bytes() -> int:
-    """Bytes of a lock."""
+    """Size of a lock in bytes."""
     return int(plain("lock_bytes", "")())
 
 
 def make_lock(kind: str, room: np.ndarray) -> None:
-    """Make a lock of `LOCKS` in memory that processes share, (lock_bytes(),) uint8; one of them calls it."""
+    """Initialize a lock in memory that processes share; exactly one of them calls it.
+
+    kind: a key of LOCKS. room: (lock_bytes(),) uint8.
+    """
     plain("lock_begin", "ip")(LOCKS[kind], room.ctypes.data)
 
 
 class CompiledShared(SharedUpdates):
-    """Additions of C are atomic, where they are to be, between all processes that share the weights."""
+    """Steps in C. With `atomic`, additions are atomic between all processes that share the weights."""
 
     instructions: int
     atomics = True
@@ -41,7 +44,7 @@ class CompiledShared(SharedUpdates):
         self, order: np.ndarray, rows: Rows, w: np.ndarray, bias: np.ndarray | None, how: Descent, atomic: bool,
         lock: tuple[str, np.ndarray] | None,
     ) -> float:  # fmt: skip
-        """`sparse_steps`, each under a lock of `make_lock`, where there is one: its kind and its memory."""
+        """Take `sparse_steps`, each under a lock. lock: kind and memory of a lock of `make_lock`; None: no lock."""
         call = function("sparse_steps", w.dtype, "nppppppppiddddiipp", self.instructions)
         kind, room = lock or ("none", None)
         loss = ctypes.c_double(0)

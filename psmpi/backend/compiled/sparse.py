@@ -10,14 +10,14 @@ from psmpi.backend.compiled.library import function, pointers
 from psmpi.backend.compiled.team import Team
 from psmpi.backend.reference.sparse import SparseIndex, SparseProduct
 
-# Multiplications that are worth another thread.
+# Number of multiplications for each thread, below which fewer threads are used.
 WORK = 500_000
 
 
 class CompiledSparseProduct(SparseProduct):
-    """Rows ahead, and columns on the way back, in blocks of samples, see c/sparse.h.
+    """Sparse products by rows (forward) and by columns (backward), in blocks of samples: see c/sparse.h.
 
-    Several threads share the rows, and the columns; each number is computed as one thread alone would.
+    Threads share the rows or the columns; results do not depend on the number of threads.
     """
 
     def __init__(self, index: SparseIndex, dtype: np.dtype, instructions: int, team: Team):
@@ -51,7 +51,7 @@ class CompiledSparseProduct(SparseProduct):
             self._share(self._backward, self.index.back_starts, x.shape[1], arrays)
 
     def _share(self, call: Callable[..., None], starts: np.ndarray, batch: int, arrays: tuple[int | None, ...]) -> None:
-        """The call, by as many threads as it is worth, with about as many entries each."""
+        """Call a kernel on as many threads as the work is worth, each with about the same number of entries."""
         rows, entries = len(starts) - 1, int(starts[-1])
         members = min(self.team.size, max(1, entries * batch // WORK), rows)
         if members == 1:
@@ -64,6 +64,6 @@ class CompiledSparseProduct(SparseProduct):
     def _check(self, x: np.ndarray, y: np.ndarray) -> None:
         if x.shape[0] != self.index.inputs or y.shape != (self.index.rows, x.shape[1]):
             raise ValueError(
-                f"a product of {self.index.rows} x {self.index.inputs} needs arrays that fit, not {x.shape} and "
-                f"{y.shape}"
+                f"a sparse matrix ({self.index.rows}, {self.index.inputs}) cannot be multiplied with x {x.shape} into "
+                f"y {y.shape}"
             )

@@ -1,4 +1,4 @@
-"""Threads of the C kernels."""
+"""Threads that run the C kernels."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 
 class Team:
-    """Threads that work on one call together; `size` counts the caller."""
+    """Threads that share the work of one call. size: number of threads, including the caller's."""
 
     def __init__(self, size: int) -> None:
         self.size = size
         self.others = ThreadPoolExecutor(size - 1, "psmpi-kernel") if size > 1 else None
 
     def run(self, share: Callable[[int], None], members: int) -> None:
-        """share(0), ..., share(members - 1), side by side."""
+        """Run share(0), ..., share(members - 1) in parallel, share(0) on the caller's thread."""
         waiting = [self.others.submit(share, k) for k in range(1, members)] if self.others is not None else []
         share(0)
         for future in waiting:

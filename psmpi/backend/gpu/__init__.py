@@ -1,4 +1,4 @@
-"""Everything that knows CuPy and CUDA."""
+"""The backend for GPUs, with CuPy, CUDA kernels, cuBLAS and cuDNN."""
 
 from psmpi.backend.gpu.ops import CupyOps
 from psmpi.backend.gpu.runtime import available, devices

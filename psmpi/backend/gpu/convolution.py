@@ -11,15 +11,15 @@ from psmpi.backend.gpu.grids import BLOCKS, blocks
 from psmpi.backend.gpu.pointwise import ACTIVATIONS, DevicePointwise
 from psmpi.backend.reference.convolution import Im2col, Stripes, seen_once
 
-# Units or channels that a thread computes.
+# Number of units, or channels, that a thread computes.
 TILE = 4
 
-# Terms of a sum that one block of 128 threads makes.
+# Largest number of terms that one block of 128 threads adds up.
 LONGEST = 1 << 15
 
 
 class DeviceConvolution:
-    """Register blocks along the batch, see cuda/conv.cu; the packed kernels are made by `prepare`."""
+    """Direct convolution with register blocks along the batch: see cuda/conv.cu. `prepare` packs the kernels."""
 
     def __init__(
         self,
@@ -85,7 +85,7 @@ class DeviceConvolution:
         if not self.covers:
             dx.fill(0)
         for s, (_, by_channel) in zip(self.stripes, self.packed, strict=True):
-            # Stripes whose channels overlap come one after the other.
+            # Stripes whose channels overlap need one launch each, since each adds to dx.
             for k in range(1 if self.covers else s.count):
                 count = s.count if self.covers else 1
                 numbers = (count, s.n, s.n_in, s.source + k * s.source_step, s.source_step, s.out + k * s.n)
@@ -100,9 +100,9 @@ class DeviceConvolution:
         _samples(self.ops, self.stripes, self.rest, x, dy, dkernels, dbias)
 
     def _splits(self, s: Stripes, batch: int) -> int:
-        """Parts of the sum over positions and samples: by the shapes alone, so that it keeps its order.
+        """Number of parts of the sum over positions and samples in the gradient of the kernels.
 
-        They are short enough for a thread to add up its share in float32.
+        It depends only on the shapes, so that the sum keeps its order. The parts are short enough for float32 sums.
         """
         each = s.count * blocks(s.n, TILE) * s.n_in * self.kernel
         terms = self.positions * batch
@@ -110,7 +110,7 @@ class DeviceConvolution:
 
 
 class DeviceWindows(Im2col):
-    """Products with windows, which the tensor cores compute; but for what each sample adds."""
+    """Matrix products with windows, which run on tensor cores; `samples` uses the kernel of cuda/conv.cu."""
 
     def samples(self, x: Any, dy: Any, dkernels: Any, dbias: Any) -> None:
         rest = (*x.shape[1:3], *dy.shape[1:3], self.kernel, self.stride)
@@ -120,7 +120,10 @@ class DeviceWindows(Im2col):
 def _samples(
     ops: Any, stripes: Sequence[Stripes], rest: tuple[int, ...], x: Any, dy: Any, dkernels: Any, dbias: Any
 ) -> None:
-    """Each sample's share of the gradients, see `Convolution`; rest: of the images, the kernel and the stride."""
+    """Gradients of each sample, see `Convolution.samples`.
+
+    rest: height and width of the input and of the output, kernel and stride.
+    """
     b, kernel = x.shape[-1], rest[-2]
     for s in stripes:
         grid = (blocks(s.n_in * kernel**2 * b, 128), blocks(s.n, TILE), s.count)

@@ -1,7 +1,7 @@
-"""Convolutions by cuDNN on a GPU, in place of psmpi's own where the values agree and, if wished, where it is faster.
+"""Convolutions by cuDNN on a GPU, which replace psmpi's own where their values agree and, optionally, are faster.
 
-cuDNN is found out about on the very shapes, with random data: what it refuses, cannot do while a step is recorded, or
-does wrong costs nothing but its use.
+Each shape is tried with random data. psmpi's own convolution stays in use where cuDNN has no operation, cannot run
+while a step is captured, or returns other values.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from psmpi.backend.gpu.trial import ConvolutionShape, Trial, Work
 from psmpi.backend.reference.convolution import Convolution, Stripes
 from psmpi.errors import UserError
 
-# What an operation of cuDNN may use besides its arrays, in bytes.
+# Largest workspace of an operation of cuDNN, in bytes.
 WORKSPACE = 1 << 28
-# How cuDNN takes for granted that arrays begin, in bytes.
+# Alignment of arrays that cuDNN assumes, in bytes.
 ALIGNED = 16
-# The largest distance from psmpi's own values, over the largest of these, by what is computed with. Sums in another
-# order stay far below it; those of numbers that were rounded to fewer bits, where that was not asked for, do not.
+# Largest allowed difference from psmpi's own values, relative to the largest of them, by the precision of the products.
+# Another order of sums stays far below it; operands rounded to fewer bits than asked for do not.
 TOLERANCE = {"float32": 1e-4, "tf32": 5e-3, "float64": 1e-10}
 INSTALL = (
     "pip install 'psmpi[cudnn]' (CUDA 13), pip install nvidia-cudnn-frontend nvidia-cudnn-cu12 (CUDA 12), or use "
     "--convolution own"
 )
 
-# Sizes of a tensor as cuDNN orders them, samples and channels first, and the steps between its elements.
+# Sizes of a tensor in cuDNN's order, samples and channels first, and its strides in elements.
 Dims = tuple[tuple[int, ...], tuple[int, ...]]
 
 
@@ -39,7 +39,7 @@ def _packed(*dim: int) -> Dims:
 
 
 def groups(stripes: Sequence[Stripes], channels: int, units: int) -> int:
-    """The number of equal groups of consecutive channels and units that the stripes are; 0 where they are none."""
+    """The number of groups if the stripes form a grouped convolution of all channels and units, else 0."""
     if len(stripes) != 1:
         return 0
     (s,) = stripes
@@ -49,14 +49,15 @@ def groups(stripes: Sequence[Stripes], channels: int, units: int) -> int:
 
 
 class Cudnn:
-    """cuDNN on the stream of one device, what its operations share, and which convolutions it does.
+    """cuDNN on the stream of one device, and the choices between its convolutions and psmpi's own.
 
-    measured: only those in which it is faster. choices: what was chosen, a line each. UserError where it does not load.
+    measured: choose cuDNN only where it is faster. choices: messages about the choices, one for each. Raise UserError
+    if cuDNN does not load.
     """
 
     def __init__(self, ops: DevicePointwise, measured: bool):
         self.ops, self.measured = ops, measured
-        # cuDNN opens the CUDA runtime by its name alone: this finds it among packages of Python, and loads it.
+        # cuDNN opens the CUDA runtime by file name only: load it first from the installed Python packages.
         with suppress(Exception):
             from cuda import pathfinder
 
@@ -74,25 +75,26 @@ class Cudnn:
 
     @property
     def name(self) -> str:
-        """The library and how it is used, for people."""
+        """The use of cuDNN and its version, for messages."""
         number = self.cudnn.backend_version()
         how = "the faster of psmpi and" if self.measured else "by"
         return f"convolutions {how} cuDNN {number // 10000}.{number // 100 % 100}"
 
     def precision(self, dtype: np.dtype) -> str:
-        """The type in which arrays of this dtype are multiplied."""
+        """The precision in which arrays of this dtype are multiplied: the backend's `compute`, or float64."""
         return self.ops.compute if dtype == np.float32 else "float64"
 
     def scratch(self, name: str, size: int, dtype: np.dtype) -> Any:
-        """Scratch (size,) of all convolutions, valid until its next use."""
+        """Return scratch (size,) that all convolutions share, valid until the next call with this name."""
         return self.ops.scratch(f"cuDNN {name}", size, dtype)[:size]
 
     def operation(
         self, name: str, inputs: dict[str, Dims], output: Dims, stride: int, dtype: np.dtype
     ) -> Callable[..., None]:
-        """An operation of cuDNN on two arrays, and into a third. RuntimeError, or another one, where it has none.
+        """Build an operation of cuDNN with two input arrays and one output array.
 
-        Only such as give the same bits each time, and whose products are of all bits unless fewer are asked for.
+        Only deterministic algorithms are allowed, and only those whose products have the precision of the backend's
+        `compute`. Raises an error, such as RuntimeError, if cuDNN has none.
         """
         cudnn = self.cudnn
         real = cudnn.data_type.FLOAT if dtype == np.float32 else cudnn.data_type.DOUBLE
@@ -125,7 +127,10 @@ class Cudnn:
         return run
 
     def choose(self, own: Convolution, shape: ConvolutionShape, batch: int, work: Work) -> CudnnConvolution | None:
-        """cuDNN's convolution for minibatches of `batch` samples, or None; a line in `choices` says why."""
+        """Return cuDNN's convolution for minibatches of `batch` samples, or None to use `own`.
+
+        A message with the reason is added to `choices`.
+        """
         chosen: CudnnConvolution | None = None
         taken, said, best = "psmpi", [], np.inf
         try:
@@ -140,13 +145,13 @@ class Cudnn:
                     candidate = CudnnConvolution(self, shape, batch, work, turned)
                     value, again = trial.value(candidate)
                     far = abs(value - expected).max() / abs(expected).max()
-                    # What is not a number does not agree.
+                    # The negation also rejects NaN.
                     if not far <= TOLERANCE[self.precision(shape.dtype)]:
                         said.append(f"{name} is wrong by {far:.1g}")
                         continue
                     time = trial.time(again) if self.measured else 0.0
                 except Exception as error:
-                    # Whatever the library says: nothing depends on it.
+                    # cuDNN raises errors of many types: any error means that psmpi's own convolution is used.
                     said.append(f"{name} cannot: {(str(error).strip() or type(error).__name__).splitlines()[0][:80]}")
                     continue
                 if self.measured:
@@ -163,10 +168,10 @@ class Cudnn:
 
 
 class CudnnConvolution:
-    """One kind of work of a convolution by cuDNN, on minibatches of `batch` samples.
+    """One operation of a convolution (output or a gradient) by cuDNN, on minibatches of `batch` samples.
 
-    turned: of images turned to have the minibatch first, as cuDNN's kernels want them; else cuDNN reads ours as they
-    lie, and turns them itself where it has to.
+    turned: transpose images so that the minibatch is the first axis, as cuDNN's kernels expect; else cuDNN reads
+    psmpi's images with their strides, and transposes them itself if it needs to.
     """
 
     def __init__(self, library: Cudnn, shape: ConvolutionShape, batch: int, work: Work, turned: bool):
@@ -186,7 +191,7 @@ class CudnnConvolution:
         return (batch, channels, height, width), (1, height * width * batch, width * batch, batch)
 
     def prepare(self, kernels: Any) -> None:
-        """Uses the kernels as they are."""
+        """Do nothing: cuDNN reads the kernels without packing."""
 
     def forward(self, x: Any, kernels: Any, bias: Any, y: Any) -> None:
         into = self._place("y", y)
@@ -195,7 +200,7 @@ class CudnnConvolution:
         self.ops.finish(y.reshape(1, y.shape[0], -1), bias.reshape(1, -1), self.shape.activation)
 
     def backward(self, x: Any, dy: Any, kernels: Any, dkernels: Any, dx: Any) -> None:
-        """One of the two gradients, the other being None."""
+        """Compute one of the two gradients; the other must be None."""
         if dkernels is not None:
             self.run(self._given("x", x), self._given("y", dy), dkernels)
             return
@@ -204,7 +209,7 @@ class CudnnConvolution:
         self._back(into, dx)
 
     def _place(self, name: str, images: Any) -> Any:
-        """The array from which cuDNN reads, or into which it writes, the images."""
+        """The array in which cuDNN reads or writes the images: scratch if they are transposed."""
         return self.library.scratch(name, images.size, images.dtype) if self.turned else images
 
     def _given(self, name: str, images: Any) -> Any:
@@ -219,8 +224,9 @@ class CudnnConvolution:
 
 
 class ChosenConvolution:
-    """psmpi's own convolution, or cuDNN's in its place, chosen for each kind of work and size of minibatch when it
-    comes for the first time.
+    """psmpi's own convolution, or cuDNN's instead.
+
+    The choice is made at the first use, for each operation (output or a gradient) and size of minibatch.
     """
 
     def __init__(self, own: Convolution, library: Cudnn, shape: ConvolutionShape):
@@ -233,7 +239,8 @@ class ChosenConvolution:
         return self.own.arrays()
 
     def prepare(self, kernels: Any) -> None:
-        # Whatever is chosen for the output: with that played back, nobody would know that a gradient needs it.
+        # Always, even if cuDNN computes the output: a gradient may need the packed kernels, and a replayed graph does
+        # not run this code again.
         self.own.prepare(kernels)
 
     def forward(self, x: Any, kernels: Any, bias: Any, y: Any) -> None:
@@ -252,9 +259,9 @@ class ChosenConvolution:
     def _for(self, work: Work, kernels: Any, x: Any, *arrays: Any) -> Any:
         library, key = self.library, (self.shape, x.shape[-1], work)
         aligned = not any(array.data.ptr % ALIGNED for array in (kernels, x, *arrays))
-        # A step that is being recorded can neither wait nor allocate.
+        # A trial waits and allocates, which is impossible while a step is captured.
         if aligned and key not in library.chosen and not library.ops.stream.is_capturing():
             library.chosen[key] = library.choose(self.own, *key)
-            # It was tried with other kernels.
+            # The trial has packed random kernels.
             self.own.prepare(kernels)
         return (library.chosen.get(key) if aligned else None) or self.own

@@ -1,7 +1,7 @@
 """One device: its arrays, the kernels of cuda/, and scratch.
 
-Everything goes to one stream, in order. What waits for the device: a mirror's `wait` and `settle`, `host`, `put`, and
-sums that are handed out as numbers.
+All work goes to one stream, in order. Only these calls wait for the device: `wait` and `settle` of a mirror, `host`,
+`put`, `synchronize`, and operations that return numbers.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Ops = TypeVar("Ops", bound="Device")
 
 
 class Device(Arrays):
-    """Arrays of CuPy. compute, graphs: as in `CupyOps`."""
+    """CuPy arrays and kernels on one device. compute, graphs: see `CupyOps`."""
 
     name = "cupy"
     on_device = True
@@ -47,10 +47,10 @@ class Device(Arrays):
         cuda.Device(device).use()
         self.stream = stream_of(self.cupy, device)
         self.stream.use()
-        # CuPy raises the last of these for what it will not do while a stream is being recorded.
+        # Errors of work that cannot be captured. CuPy raises NotImplementedError for calls that it refuses.
         self.failures = (cuda.runtime.CUDARuntimeError, cuda.driver.CUDADriverError, CublasError, NotImplementedError)
         self.allocations = 0
-        # Mirrors of small arrays, by what for.
+        # Mirrors of small arrays, by name and dtype.
         self.mirrors: dict[tuple[str, np.dtype], Mirror] = {}
         self.functions: dict[tuple[str, np.dtype], Any] = {}
         self.modules: dict[np.dtype, Any] = {}
@@ -65,7 +65,7 @@ class Device(Arrays):
         return str(self.cupy.cuda.runtime.deviceGetPCIBusId(self.device))
 
     def compile(self, dtype: np.dtype) -> None:
-        """Compile the kernels for a dtype, or find them compiled; UserError where a library for that is missing."""
+        """Compile the kernels for a dtype, or load them from CuPy's cache; UserError if a library is missing."""
         try:
             self._function("activate", np.dtype(dtype))
         except (self.cupy.cuda.compiler.CompileException, ImportError, OSError, RuntimeError) as error:
@@ -80,37 +80,37 @@ class Device(Arrays):
                 folder = Path(__file__).parent / "cuda"
                 number = crc32(b"".join((folder / source).read_bytes() for source in SOURCES))
                 code = "".join(f'#include "{source}"\n' for source in SOURCES)
-                # The number is there for CuPy's cache, which does not look into included files.
+                # CuPy's cache depends on the options but not on included files: the checksum stands for these.
                 options = ("-std=c++17", f"-DREAL={REALS[dtype]}", f"-DPSMPI_SOURCE={number}", f"-I{folder}")
                 self.modules[dtype] = self.cupy.RawModule(code=code, options=options)
             self.functions[name, dtype] = self.modules[dtype].get_function(name)
         return self.functions[name, dtype]
 
     def launch(self, name: str, dtype: np.dtype, grid: tuple[int, ...], block: tuple[int, ...], *args: Any) -> None:
-        """Start a kernel; `args` are arrays, Python ints (64 bits, 0 for no array) and floats (64 bits)."""
+        """Start a kernel. args: arrays, Python ints (passed as 64 bits; 0 stands for no array) and floats (64 bits)."""
         self._function(name, dtype)(grid, block, args)
 
     def spread(self, name: str, dtype: np.dtype, size: int, *args: Any) -> None:
-        """Start a kernel that takes `size` elements one by one, however many threads there are."""
+        """Start a kernel over `size` elements, whose threads each loop over some of them."""
         if size:
             self.launch(name, dtype, (min(blocks(size, 256), 16 * BLOCKS),), (256,), *args)
 
     def partial(self, size: int, dtype: np.dtype) -> Any:
-        """Scratch for the parts of a sum, valid until the next sum."""
+        """Return scratch for partial sums, valid until the next sum."""
         return self.scratch("partial", size, dtype)
 
     def small_mirror(self, name: str, size: int, dtype: np.dtype) -> Mirror:
-        """A mirror of (size or more,) of this name."""
+        """Return the mirror (size or more,) with this name and dtype."""
         mirror = self.mirrors.get((name, dtype))
         if mirror is None or mirror.host.size < size:
             if mirror is not None:
-                # Pinned memory is for others as soon as it is let go.
+                # CuPy reuses pinned memory as soon as it is freed: the last copy must have ended.
                 mirror.settle()
             mirror = self.mirrors[name, dtype] = self.mirror(self.empty(size, dtype))
         return mirror
 
     def upload(self, name: str, values: np.ndarray) -> Any:
-        """Values of host memory on the device, until the next of this name."""
+        """Copy values to the device; the array is valid until the next call with this name."""
         mirror = self.small_mirror(name, values.size, values.dtype)
         mirror.settle()
         mirror.host[: values.size] = values.reshape(-1)
@@ -131,7 +131,7 @@ class Device(Arrays):
         return self.cupy.lib.stride_tricks.as_strided(flat[start:], tuple(shape), strides)
 
     def mirror(self, array: Any) -> Mirror:
-        # What is in host memory already needs none.
+        # An array in host memory is its own mirror.
         return Mirror(array) if isinstance(array, np.ndarray) else DeviceMirror(array, self.cupy, self.stream)
 
     def host(self, array: Any) -> np.ndarray:
@@ -150,6 +150,6 @@ class Device(Arrays):
 
     def separate(self: Ops) -> Ops:
         made = copy(self)
-        # Scratch of recorded work stays where it is.
+        # Recorded work uses the scratch of `self`, which must not move.
         made.buffers, made.mirrors = {}, {}
         return made

@@ -1,11 +1,11 @@
-"""Numbers of blocks with which kernels on a GPU are started."""
+"""Sizes of the grids of GPU kernels."""
 
-# Blocks that fill the largest devices; sums are split over about as many.
+# Number of blocks that fills the largest devices; sums are split over about as many.
 BLOCKS = 512
-# Sides of the tiles of cuda/turn.cu, and their rows of threads.
+# Side of the tiles of cuda/turn.cu, and rows of threads for each tile.
 SIDE, SIDE_ROWS = 32, 8
 
 
 def blocks(size: int, threads: int) -> int:
-    """Blocks of so many threads for `size` of them."""
+    """The number of blocks of `threads` threads that cover `size` elements."""
     return -(-size // threads)

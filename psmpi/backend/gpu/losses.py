@@ -1,4 +1,4 @@
-"""Losses on a GPU, and derivatives that are scaled to stay finite."""
+"""Losses on a GPU, and scaling of derivatives by a power of two, which keeps a backward pass finite."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LOSSES = {"psl": 0, "logistic": 1, "nll": 2, "squared": 3, "bce": 4}
 
 
 class DeviceLosses(Device):
-    """Kernels of loss.cu."""
+    """Losses by the kernels of cuda/loss.cu. Scores are (classes, b)."""
 
     def losses(
         self,
@@ -31,7 +31,7 @@ class DeviceLosses(Device):
         rest: Any,
         report: Any,
     ) -> None:
-        """One pass over a minibatch of the loss called `name`; arguments as in `Loss.fused`."""
+        """Compute the loss called `name` and its derivatives in one pass; arguments as in `Loss.fused`."""
         classes, b = scores.shape
         each = self.partial(3 * b, np.dtype(np.float64))
         seen, sums, into, left = (0 if array is None else array for array in (pairs, given, grad, rest))
@@ -40,26 +40,30 @@ class DeviceLosses(Device):
         self.launch("loss_report", scores.dtype, (1,), (256,), classes, b, each, into, scale, report)
 
     def label_scores(self, scores: Any, labels: Any, out: Any) -> None:
-        """out (1, b) float64: the labels' scores, 0 of labels that are not among these classes."""
+        """out (1, b) float64 = the scores of the labels (b,), 0 for labels outside these classes."""
         self.spread("label_scores", scores.dtype, len(labels), *scores.shape, scores, labels, out)
 
     def normalizers(self, scores: Any, labels: Any, out: Any) -> None:
-        """out (3, b) float64: largest score, sum of exponentials relative to it, the label's score as label_scores."""
+        """out (3, b) float64 = largest score, sum of exponentials relative to it, and the row of `label_scores`."""
         self.spread("normalizers", scores.dtype, len(labels), *scores.shape, scores, labels, out)
 
     def add_normalizers(self, first: int, scores: Any, labels: Any, out: Any) -> None:
-        """normalizers of one tile more, of classes from `first` on as labels count; out: of those before, if any."""
+        """Update out (3, b), the `normalizers` of earlier tiles of classes, with the scores of one more tile.
+
+        first: the number, as in labels, of the first class of the tile.
+        """
         self.spread("add_normalizers", scores.dtype, len(labels), first, *scores.shape, scores, labels, out)
 
     def merge_normalizers(self, gathered: Any, starts: Any, labels: Any, out: Any) -> None:
-        """out (3, b) float64 of all ranks' classes, see `CrossEntropy.merge`."""
+        """out (3, b) float64 = the `normalizers` of all ranks' classes, see `CrossEntropy.merge`."""
         ranks, b = len(starts) - 1, len(labels)
         self.spread("merge_normalizers", gathered.dtype, b, ranks, b, gathered, starts, labels, out)
 
     def close_losses(self, grad: Any, labels: Any, rest: Any, report: Any, dtype: np.dtype) -> None:
-        """Complete derivatives, see `Loss.close`, and report their largest, and NaN as the loss where a rest is none.
+        """Complete the derivatives grad (classes, b) as in `Loss.close`, and update the report.
 
-        dtype: that of the scores.
+        report[3] becomes the largest absolute derivative; the loss becomes NaN if a sum of terms in rest (b,) is not
+        finite. dtype: the dtype of the scores.
         """
         classes, b = grad.shape
         self.spread("close_losses", dtype, b, classes, b, labels, rest, grad)
@@ -75,8 +79,9 @@ class DeviceLosses(Device):
         self.launch("multiply_labels", np.dtype(np.float64), (1,), (256,), *grad.shape, labels, slopes, grad, report)
 
     def distances(self, outputs: Any, targets: Any, labels: Any, scale: float, grad: Any, report: Any) -> None:
-        """The same for the loss ||f - S_y||^2 of outputs f (units, b), the y-th column of targets S (units, classes)
-        float64; of the report the second and the third number are 0.
+        """Compute the loss ||f - S_y||^2 of outputs f (units, b) and its derivatives grad (units, b), in one pass.
+
+        S_y: column y of targets S (units, classes) float64, for the label y of a sample. report[1] and report[2] are 0.
         """
         count = min(blocks(outputs.size, 1024), BLOCKS)
         partial = self.partial(4 * count, np.dtype(np.float64))
@@ -84,7 +89,7 @@ class DeviceLosses(Device):
         self.launch(
             "distances", outputs.dtype, (count,), (256,), *shape, outputs, targets, labels, scale, grad, partial
         )
-        # What blocks have found is added up as if they were samples with one score each.
+        # The kernel loss_report adds up the results of blocks like those of samples with one score each.
         peaks = partial[3 * count :]
         self.launch("loss_report", outputs.dtype, (1,), (256,), 1, count, partial, peaks, scale, report)
 

@@ -1,4 +1,4 @@
-"""Images of a device's arrays in host memory."""
+"""Mirrors of a device's arrays in pinned host memory."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from psmpi.backend.reference.moves import Mirror
 
 
 class DeviceMirror(Mirror):
-    """An array on a device and its image in pinned host memory."""
+    """An array on a device and its image in pinned host memory. MemoryError if that cannot be allocated."""
 
     def __init__(self, array: Any, cupy: Any, stream: Any):
         self.array, self.stream = array, stream
         try:
-            # CuPy's pool takes it back when the last array over it is gone.
+            # The memory returns to CuPy's pool when the last array over it is deleted.
             memory = cupy.cuda.alloc_pinned_memory(max(1, array.nbytes))
         except cupy.cuda.runtime.CUDARuntimeError as error:
-            raise MemoryError(f"{array.nbytes} bytes of pinned host memory: {error}") from None
+            raise MemoryError(f"cannot allocate {array.nbytes} bytes of pinned host memory: {error}") from None
         self.host = np.frombuffer(memory, array.dtype, array.size).reshape(array.shape)
         self.event = cupy.cuda.Event(disable_timing=True)
         self.runtime = cupy.cuda.runtime

@@ -1,4 +1,4 @@
-"""Samples and runs of vectors on a GPU."""
+"""Minibatches of samples, and copies of runs of vectors, on a GPU."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from psmpi.backend.gpu.device import Device
 from psmpi.backend.gpu.grids import blocks
 from psmpi.backend.reference.moves import CompressedSamples, Mirror, RunCopies, Samples
 
-# Elements of a run that a block moves.
+# Largest number of elements of a run that a block copies.
 PIECE = 256
 
 
 class Positions:
-    """Positions of samples on the device, those of one minibatch after the other."""
+    """Buffer on the device for the positions of a minibatch's samples."""
 
     def __init__(self, ops: Device):
         self.ops = ops
         self.mirror: Mirror | None = None
 
     def put(self, at: np.ndarray) -> Any:
-        """An array of the device that begins with `at` (b,) int64, until the next call."""
+        """Copy `at` (b,) int64 to the device; return an array that begins with it, valid until the next call."""
         if self.mirror is not None:
             self.mirror.settle()
         if self.mirror is None or self.mirror.host.size < len(at):
@@ -33,7 +33,7 @@ class Positions:
 
 
 class DeviceCompressedSamples(CompressedSamples):
-    """Compressed rows on the device."""
+    """`CompressedSamples` whose rows stay on the device."""
 
     def __init__(self, starts: np.ndarray, columns: np.ndarray, values: np.ndarray, features: int, ops: Device):
         super().__init__(upload(ops, starts), upload(ops, columns), upload(ops, values), features)
@@ -48,16 +48,19 @@ class DeviceCompressedSamples(CompressedSamples):
 
 
 def upload(ops: Device, values: np.ndarray) -> Any:
-    """Values of host memory on the device, to stay there."""
+    """Copy values from host memory to a new array on the device."""
     copy = ops.cupy.asarray(np.ascontiguousarray(values))
-    # They went through pinned memory, which CuPy would keep.
+    # CuPy copies through pinned memory, which its pool would keep.
     ops.synchronize()
     ops.cupy.get_default_pinned_memory_pool().free_all_blocks()
     return copy
 
 
 class DeviceSamples(Samples):
-    """Samples that stay on the device; those that are there already may be written later."""
+    """`Samples` that stay on the device.
+
+    An array on the device is not copied: its values may change between fetches.
+    """
 
     def __init__(self, values: Any, scale: float, ops: Device):
         self.ops, self.scale = ops, scale
@@ -90,13 +93,16 @@ class DeviceSamples(Samples):
 
 
 class DeviceRunCopies(RunCopies):
-    """Copies of runs by a table of pieces of the target that all have the same runs of the source, see `transfer`."""
+    """`RunCopies` by the kernel `transfer` of cuda/elements.cu.
+
+    The target is cut into pieces, each of which receives the same runs of the source in all of its elements.
+    """
 
     def __init__(self, table: np.ndarray, ops: Device):
         self.ops, self.table = ops, np.ascontiguousarray(table, np.int64)
         begin, to, length = self.table.T
         edges = np.unique(np.concatenate([to, to + length]))
-        # Runs are cut where another begins or ends, and what is long in pieces for a block each.
+        # Cut runs where other runs begin or end, and the segments into pieces of at most PIECE elements for a block.
         first, last = np.searchsorted(edges, to), np.searchsorted(edges, to + length)
         run = np.repeat(np.arange(len(to)), last - first)
         segment = np.arange(len(run)) - np.repeat(np.cumsum(last - first) - last, last - first)

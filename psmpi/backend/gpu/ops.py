@@ -1,4 +1,4 @@
-"""The operations on a GPU: CuPy arrays, the kernels of cuda/, cuBLAS and, where wished, cuDNN."""
+"""The backend `cupy`: CuPy arrays, the kernels of cuda/, cuBLAS and, optionally, cuDNN."""
 
 from __future__ import annotations
 
@@ -24,15 +24,16 @@ from psmpi.errors import UserError
 class CupyOps(DeviceProducts, DeviceLosses, DeviceTiles, DeviceVectors, DeviceSteps, NumpyOps):
     """The operations on one device.
 
-    compute: what the matrix products of float32 arrays, and convolutions by way of them, compute with: float32, tf32,
-    float16 or bfloat16; sums and results stay float32. graphs: record repeated work as CUDA graphs. convolution: own,
-    cudnn where it has the convolution and its values agree, or measured, where it is faster too.
+    compute: precision of the factors in matrix products, and convolutions by them, of float32 arrays: float32, tf32,
+    float16 or bfloat16; sums and results are float32. graphs: record repeated work as CUDA graphs. convolution: own
+    (psmpi's kernels), cudnn (cuDNN where it has the convolution and its values agree), or measured (cuDNN where it is
+    faster too). Raise UserError for a combination that does not exist, or if a library does not load.
     """
 
     def __init__(self, device: int = 0, compute: str = "float32", graphs: bool = True, convolution: str = "own"):
         super().__init__(device, compute, graphs)
         self.blas = Blas(self.cupy, self.stream)
-        # Sums over vectors that are waited for together.
+        # Results of scalar products, which are copied to the host together.
         self.sums = self.mirror(self.zeros(64, np.dtype(np.float64)))
         self.cudnn: Cudnn | None = None
         self._choices: list[str] = []
@@ -40,7 +41,7 @@ class CupyOps(DeviceProducts, DeviceLosses, DeviceTiles, DeviceVectors, DeviceSt
             if compute not in ("float32", "tf32"):
                 raise UserError(
                     f"--convolution {convolution} computes with float32 and tf32, not --compute {compute}: leave one "
-                    "out"
+                    "of the options out"
                 )
             try:
                 self.cudnn = Cudnn(self, convolution == "measured")

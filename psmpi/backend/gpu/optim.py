@@ -1,4 +1,4 @@
-"""Steps of optimizers on a GPU, a kernel each; all vectors are (n,) of one dtype."""
+"""Steps of optimizers on a GPU, one kernel each. All vectors are (n,) of one dtype."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from psmpi.backend.gpu.device import Device
 
 
 class DeviceSteps(Device):
-    """Kernels of optim.cu. Below, d = g + l2 w is the gradient with the penalty on the weights."""
+    """Steps of optimizers by the kernels of cuda/optim.cu, in place.
+
+    In the formulas d = g + l2 w is the gradient with the L2 penalty, and keep is the factor of decoupled weight decay.
+    """
 
     def sgd(self, w: Any, g: Any, rate: float, l2: float) -> None:
         """w -= rate d."""
@@ -31,15 +34,16 @@ class DeviceSteps(Device):
         self, w: Any, g: Any, m: Any, v: Any, rate: float, root: float, beta1: float, beta2: float, eps: float,
         l2: float, keep: float,
     ) -> None:  # fmt: skip
-        """w = keep w - rate m / (root sqrt(v) + eps) after m and v have moved towards d and d^2."""
+        """m = beta1 m + (1 - beta1) d, v = beta2 v + (1 - beta2) d^2, w = keep w - rate m / (root sqrt(v) + eps)."""
         self.spread("adam", w.dtype, w.size, w.size, w, g, m, v, rate, root, beta1, beta2, eps, l2, keep)
 
     def counted_adam(
         self, w: Any, g: Any, m: Any, v: Any, t: Any, rate: float, beta1: float, beta2: float, eps: float, l2: float,
         keep: float,
     ) -> None:  # fmt: skip
-        """`adam` with the number of steps t of each weight, which grow by 1: w = keep w - rate m' / (sqrt(v') + eps)
-        with m' = m / (1 - beta1^t), v' = v / (1 - beta2^t).
+        """Adam with a step count t (n,) for each weight, which grows by 1.
+
+        w = keep w - rate m' / (sqrt(v') + eps) with m' = m / (1 - beta1^t), v' = v / (1 - beta2^t).
         """
         logs = [log(beta) if beta else -inf for beta in (beta1, beta2)]
         self.spread("counted_adam", w.dtype, w.size, w.size, w, g, m, v, t, rate, *logs, beta1, beta2, eps, l2, keep)

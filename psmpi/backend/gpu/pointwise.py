@@ -9,12 +9,12 @@ import numpy as np
 from psmpi.backend.gpu.device import Device
 from psmpi.backend.gpu.grids import BLOCKS, SIDE, SIDE_ROWS, blocks
 
-# By the numbers that the kernels know them by.
+# Numbers of the activations in the kernels.
 ACTIVATIONS = {"identity": 0, "sigmoid": 1, "tanh": 2, "relu": 3}
 
 
 class DevicePointwise(Device):
-    """Kernels of layers.cu, norm.cu and attention.cu, and the transpose."""
+    """Operations by the kernels of layers.cu, norm.cu, attention.cu and turn.cu."""
 
     def add_bias(self, y: Any, bias: Any) -> None:
         self.finish(y, bias, "identity")

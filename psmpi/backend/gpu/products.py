@@ -1,4 +1,4 @@
-"""Products of matrices by cuBLAS, convolutions and recurrences, on a GPU."""
+"""Matrix products by cuBLAS, convolutions and recurrences, on a GPU."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from psmpi.backend.reference.sparse import SparseIndex, SparseProduct
 
 
 class DeviceProducts(DevicePointwise):
-    """blas: the products; cudnn: what may do convolutions in place of psmpi's kernels conv.cu and windows.cu."""
+    """Matrix products by `blas`, and convolutions by psmpi's kernels or, where it is chosen, by `cudnn`."""
 
     blas: Blas
     cudnn: Cudnn | None
 
     def look_up(self, table: Any, tokens: Any, out: Any) -> None:
-        """On the host, where the tokens come from."""
+        """Look up on the host, where the tokens come from; see the reference."""
         out[...] = self.put(np.ascontiguousarray(self.host(table)[:, whole(self.host(tokens))]))
 
     def add_up(self, tokens: Any, values: Any, out: Any) -> None:
@@ -43,7 +43,7 @@ class DeviceProducts(DevicePointwise):
         if out.ndim == 3:
             self.blas.product(a, b, out, self.compute)
             return
-        # All of the first axis meet the same b: a step of 0 from one to the next.
+        # All matrices a[:, k] have the same factor b[k]: a stride of 0 repeats it.
         for k in range(out.shape[1]):
             same = self.cupy.lib.stride_tricks.as_strided(b[k], (len(out), *b.shape[1:]), (0, *b.strides[1:]))
             self.blas.product(a[:, k], same, out[:, k], self.compute)
@@ -60,7 +60,7 @@ class DeviceProducts(DevicePointwise):
     ) -> Convolution:
         own: Convolution
         if self.compute != "float32" and dtype == np.float32:
-            # The tensor cores compute products of matrices.
+            # Tensor cores compute matrix products only.
             own = DeviceWindows(stripes, in_shape, out_shape, kernel, stride, dtype, activation, ops=self)
         else:
             own = DeviceConvolution(self, stripes, in_shape, out_shape, kernel, stride, dtype, activation)

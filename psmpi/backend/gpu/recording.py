@@ -1,4 +1,4 @@
-"""Work on a GPU that is recorded as CUDA graphs."""
+"""Recording of work on a GPU as CUDA graphs."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from typing import Any
 
 from psmpi.backend.gpu.device import Device
 
-# Calls with other arguments that are kept.
+# Largest number of graphs, for calls with different arguments, that are kept.
 KEPT = 256
 
 
 class Recording:
-    """Work on the device that is captured as a CUDA graph when it is done with the same arguments a second time.
+    """A function whose work on the device is captured as a CUDA graph at the second call with equal arguments.
 
-    Arrays among the arguments are the same where they have the same memory, shape and dtype. The first time makes room:
-    what a graph uses must stay where it is. Graphs from before the last allocation are forgotten for that reason.
+    Arrays are equal if they have the same memory, shape, strides and dtype. The first call allocates buffers, which
+    must not move afterwards. An allocation by the backend therefore discards all earlier graphs. If the device cannot
+    capture the work, a warning is given and graphs are turned off.
     """
 
     def __init__(self, ops: Device, work: Callable[..., Any]):
@@ -40,7 +41,7 @@ class Recording:
         return result
 
     def _key(self, argument: Any) -> Any:
-        """The memory of an array, else the argument itself."""
+        """The key of an argument: address, shape, strides and dtype of an array, else the argument itself."""
         if isinstance(argument, self.array):
             return argument.data.ptr, argument.shape, argument.strides, argument.dtype
         return argument
@@ -62,7 +63,7 @@ class Recording:
                 graph = ops.stream.end_capture()
         except ops.failures as error:
             ops.graphs = False
-            warnings.warn(f"CUDA graphs are not used, this device cannot record the step: {error}", stacklevel=2)
+            warnings.warn(f"CUDA graphs are not used: this device cannot record the step: {error}", stacklevel=2)
             return self.work(*args)
         self.made[key] = graph, result
         graph.launch(ops.stream)

@@ -8,18 +8,21 @@ import numpy as np
 
 from psmpi.backend.reference.recurrence import Recurrence
 
-# By the numbers that the kernels know them by.
+# Numbers of the kinds of cells in the kernels.
 KINDS = {"rnn": 0, "gru": 1, "lstm": 2}
 
 
 class DeviceRecurrence(Recurrence):
-    """A product and a kernel of recurrence.cu for each step. Buffers: products, and their gradients."""
+    """`Recurrence` by a matrix product and a kernel of cuda/recurrence.cu for each step.
+
+    The buffers are the products and their gradients.
+    """
 
     ops: Any
 
     def __init__(self, kind: str, units: int, dtype: np.dtype, ops: Any):
         super().__init__(kind, units, dtype, ops)
-        # Of so many rows each.
+        # Buffers of products by their number of rows.
         self.products: dict[int, Any] = {}
         self.du: Any = ops.empty(0, self.dtype)
 
@@ -50,5 +53,5 @@ class DeviceRecurrence(Recurrence):
 
 
 def _given(array: Any) -> Any:
-    """What a kernel takes for an array that may not be there."""
+    """The argument of a kernel for an optional array: 0 if it is None or empty."""
     return 0 if array is None or array.size == 0 else array

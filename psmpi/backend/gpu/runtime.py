@@ -1,4 +1,4 @@
-"""CuPy and the devices that this process sees; nothing is imported before it is asked for."""
+"""CuPy, loaded at first use, and the devices that this process sees."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ INSTALL = "pip install 'psmpi[cuda]' (CUDA 13), pip install 'cupy-cuda12x[ctk]' 
 
 @cache
 def load_cupy() -> Any:
-    """CuPy, whose cache of compiled kernels is on this host's own disk unless CUPY_CACHE_DIR says otherwise."""
+    """Import CuPy. Unless CUPY_CACHE_DIR is set, it caches compiled kernels in a private folder on this host's disk."""
     if "CUPY_CACHE_DIR" not in os.environ:
         folder = Path(tempfile.gettempdir()) / f"psmpi-cupy-{os.getuid()}"
         try:
             folder.mkdir(mode=0o700, exist_ok=True)
-            # Kernels are loaded from there: nobody else may have put them there.
+            # Kernels are loaded from this folder: no other user may write to it.
             status = folder.lstat()
             if status.st_uid == os.getuid() and not status.st_mode & 0o077:
                 os.environ["CUPY_CACHE_DIR"] = str(folder)
         except OSError:
-            # CuPy's own choice, in the home directory.
+            # CuPy then uses its default folder, in the home directory.
             pass
     import cupy
 
@@ -35,7 +35,7 @@ def load_cupy() -> Any:
 
 
 def devices() -> int:
-    """The number of devices that this process sees, 1 or more; UserError that says why there is none."""
+    """The number of devices that this process sees; UserError with the reason if there is none."""
     try:
         cupy = load_cupy()
     except ImportError as error:
@@ -53,7 +53,7 @@ def devices() -> int:
         fix = "no NVIDIA driver is loaded on this host: run on a GPU node, or use --backend compiled"
     elif driver[0] < built[0]:
         fix = (
-            f"its driver speaks CUDA {driver[0]}.{driver[1]} and this CuPy is built for CUDA {built[0]}: install a "
+            f"its driver supports CUDA {driver[0]}.{driver[1]}, but this CuPy is built for CUDA {built[0]}: install a "
             f"CuPy for CUDA {driver[0]} (pip install cupy-cuda{driver[0]}x), or a newer driver"
         )
     else:
@@ -83,5 +83,5 @@ def _version(get: Callable[[], int]) -> tuple[int, int]:
 
 @cache
 def stream_of(cupy: Any, device: int) -> Any:
-    """The stream of a device: one, so that operations of all that compute on it are in order."""
+    """The stream of a device. All backends of this process use it, so that their operations are in order."""
     return cupy.cuda.Stream(non_blocking=True)

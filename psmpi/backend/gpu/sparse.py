@@ -8,12 +8,12 @@ from typing import Any
 from psmpi.backend.gpu.grids import BLOCKS
 from psmpi.backend.reference.sparse import SparseIndex, SparseProduct
 
-# Threads of the blocks that make a sum, and blocks that share the entries of a column.
+# Threads of a block that computes a sum, and number of blocks that share the entries of a column.
 THREADS, SHARES = 32, 8
 
 
 class DeviceSparseProduct(SparseProduct):
-    """Kernels of sparse.cu. Buffers: the index."""
+    """Sparse products by the kernels of cuda/sparse.cu. The buffers are the index on the device."""
 
     def __init__(self, index: SparseIndex, dtype: Any, ops: Any):
         super().__init__(index)

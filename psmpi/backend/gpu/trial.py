@@ -1,4 +1,4 @@
-"""Convolutions tried on random data on a GPU: what they compute, and how long it takes."""
+"""Trials of convolutions on a GPU with random data: their values and times."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ import numpy as np
 
 from psmpi.backend.gpu.device import Device
 
-# What a convolution is asked for, and chosen for one by one.
+# The operations of a convolution, for each of which an implementation is chosen.
 Work = Literal["output", "gradient of kernels", "gradient of input"]
 
-# Measurements of a candidate.
+# Number of measurements of a candidate.
 REPEATS = 5
 
 
 @dataclass(frozen=True)
 class ConvolutionShape:
-    """A convolution of one group of channels, or of equal groups side by side: what a choice depends on."""
+    """Shape, activation and dtype of a convolution with one or more equal groups: the key of a choice."""
 
     in_shape: tuple[int, int, int]
     out_shape: tuple[int, int, int]
@@ -43,13 +43,13 @@ class ConvolutionShape:
 
 
 class Trial:
-    """Random data of one convolution, and what is done with it."""
+    """Random data of one operation of a convolution, to compare and time implementations."""
 
     def __init__(self, ops: Device, shape: ConvolutionShape, batch: int, work: Work):
         rng, dtype = np.random.default_rng(0), shape.dtype
         self.ops, self.work, self.records = ops, work, ops.graphs
         x, y = (*shape.in_shape, batch), (*shape.out_shape, batch)
-        # Sums of order 1 are where activations bend.
+        # Sums of order 1, where activations are not linear.
         scale = prod(shape.kernels[1:]) ** -0.5
         self.x, self.dy = (ops.put(rng.standard_normal(size, np.float32).astype(dtype)) for size in (x, y))
         self.kernels = ops.put((scale * rng.standard_normal(shape.kernels)).astype(dtype))
@@ -60,9 +60,10 @@ class Trial:
         self.result = ops.empty(prod(sizes[work]), dtype).reshape(sizes[work])
 
     def value(self, convolution: Any, reference: bool = False) -> tuple[np.ndarray, Callable[[], None]]:
-        """The result, and what computes it again: recorded, where steps are.
+        """Return the values of a convolution, and a function that computes them again.
 
-        Where the `reference` cannot be recorded no step will be, and nothing else needs to.
+        That function replays a CUDA graph if steps are recorded. If the `reference` cannot be recorded, no step will
+        be, and later convolutions are not recorded either. Else an error of recording is raised.
         """
         ops = self.ops
         convolution.prepare(self.kernels)
@@ -102,7 +103,7 @@ class Trial:
         return again
 
     def time(self, work: Callable[[], None]) -> float:
-        """The median of some measurements, in milliseconds."""
+        """The median time of `work` in milliseconds."""
         cuda, stream, times = self.ops.cupy.cuda, self.ops.stream, []
         for _ in range(REPEATS):
             begin, end = cuda.Event(), cuda.Event()

@@ -1,4 +1,4 @@
-"""Vectors on a GPU: sums of multiples, scalar products and norms."""
+"""Operations on flat vectors on a GPU: linear combinations, scalar products and norms."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from psmpi.backend.reference.moves import Mirror
 
 
 class DeviceVectors(Device):
-    """Kernels of vector.cu. sums: (64 or more,) float64, scalar products that are waited for together."""
+    """Operations by the kernels of cuda/vector.cu. sums: mirror (64 or more,) float64 of scalar products."""
 
     sums: Mirror
 
@@ -24,7 +24,7 @@ class DeviceVectors(Device):
         self.spread("scale", g.dtype, g.size, g.size, g, factor)
 
     def combine(self, out: Any, *terms: tuple[float, Any]) -> None:
-        # Up to four in a launch; the sum so far is the first of the next ones.
+        # A launch takes up to four terms; the sum so far is the first term of the next launch.
         for k in range(1, max(2, len(terms)), 3):
             some = [(1.0, out) if k > 1 else terms[0], *terms[k : k + 3]]
             some += [(0.0, 0)] * (4 - len(some))
@@ -53,15 +53,15 @@ class DeviceVectors(Device):
         self.spread("multiply", x.dtype, x.size, x.size, x, by)
 
     def _shares(self, count: int, n: int) -> tuple[int, Any]:
-        """The number of blocks that make a sum over n elements, and scratch for what they come to in `count` sums."""
+        """The number of blocks for a sum over n elements, and scratch for the partial results of `count` sums."""
         if count > self.sums.host.size:
             self.sums = self.mirror(self.zeros(count, np.dtype(np.float64)))
         each = min(blocks(n, 1024), BLOCKS)
-        # For as many sums as there may be: a larger scratch would end the recordings.
+        # Allocate for the largest number of sums at once: allocating again would discard recorded graphs.
         return each, self.partial(self.sums.host.size * each, np.dtype(np.float64))
 
     def _sums(self, count: int, each: int, partial: Any, dtype: np.dtype) -> np.ndarray:
-        """The sums (count,) of the shares of `each` blocks, by the kernels of `dtype`."""
+        """Add up the partial results of `each` blocks to the sums (count,), with the kernels of `dtype`."""
         self.launch("sum_partials", dtype, (count,), (256,), each, partial, self.sums.array)
         self.sums.fetch(slice(count))
         self.sums.wait()

@@ -1,4 +1,4 @@
-"""The operations in NumPy: what other backends are tested against, and fall back to."""
+"""The operations in NumPy: the reference for tests of the other backends, and their fallback."""
 
 from psmpi.backend.reference.arrays import CHUNK
 from psmpi.backend.reference.convolution import Convolution, Im2col, Stripes

@@ -9,21 +9,22 @@ import numpy as np
 
 from psmpi.backend.reference.products import Products
 
-# Gives an array of a name and a shape, of the dtype that is computed with, valid until the next of the name.
+# take(name, *shape): a scratch array of this shape in the dtype of the computation, valid until the next call with the
+# same name.
 Take = Callable[..., np.ndarray]
 
 
 class Attention(Products):
-    """Of each sample and head, `queries`, keys and values are (size, steps), after a turn that puts samples first."""
+    """Multi-head attention. Samples become the first axis; each head's queries, keys and values are (size, steps)."""
 
     def attention(
         self, x: np.ndarray, heads: int, causal: bool, lengths: np.ndarray | None, y: np.ndarray, take: Take
     ) -> None:
-        """y (units, steps, b): each step's mean of values, by the softmax of its query's products with keys.
+        """y (units, steps, b) = values weighted by softmax(queries^T keys / sqrt(size)), for each head.
 
-        x (3 units, steps, b): of each of `heads` heads the rows of queries, then of keys, then of values. Products are
-        over the square root of a head's units. Steps look at themselves and those before if `causal`, else at all;
-        lengths (b,) int32: of each sample those before its end, None: all. take: gives room.
+        x: (3 units, steps, b), for each head the rows of queries, then keys, then values; size: units / heads. causal:
+        a step attends to itself and earlier steps only. lengths: (b,) int32, steps attend only to those before the end
+        of their sample; None: to all. take: allocates scratch.
         """
         batch, turned, out = x.shape[2], self._turned(take, "x", x), take("attention y", *_first(y))
         for some, p in self._probabilities(take, turned, heads, causal, lengths):
@@ -41,7 +42,10 @@ class Attention(Products):
         dx: np.ndarray,
         take: Take,
     ) -> None:
-        """The adjoint of `attention`: dx of the shape of x; probabilities are computed again."""
+        """The adjoint of `attention`: dx (3 units, steps, b) from dy (units, steps, b).
+
+        The probabilities are computed again.
+        """
         batch, turned, dout = x.shape[2], self._turned(take, "x", x), self._turned(take, "y", dy)
         dturned = take("attention dx", *_first(x))
         for some, p in self._probabilities(take, turned, heads, causal, lengths):
@@ -60,10 +64,10 @@ class Attention(Products):
         out[...] = values.T
 
     def softmax(self, s: np.ndarray, scale: float, causal: bool, heads: int, lengths: np.ndarray | None) -> None:
-        """s (samples heads, steps, steps), in place, becomes softmax(scale s) of each row, over the steps it looks at.
+        """s (samples heads, steps, steps) becomes softmax(scale s) of each row, in place.
 
-        Those are all, if `causal` those up to the row's own, and with lengths (samples,) int32 those before the end of
-        its sample; the others are 0.
+        A row attends to all steps; if `causal`, to steps up to its own; with lengths (samples,) int32, to steps before
+        the end of its sample. The probabilities of other steps are 0.
         """
         steps, off = np.arange(s.shape[2]), np.zeros((1, *s.shape[1:]), bool)
         if causal:
@@ -77,7 +81,7 @@ class Attention(Products):
         s /= s.sum(axis=2, keepdims=True)
 
     def softmax_back(self, p: np.ndarray, scale: float, dp: np.ndarray) -> None:
-        """dp (n, steps, steps), in place: the gradient of s from that of p = softmax(scale s) of each row."""
+        """dp (n, steps, steps), the gradient of p = softmax(scale s), becomes the gradient of s, in place."""
         dp -= np.einsum("nij,nij->ni", p, dp)[:, :, None]
         dp *= p
         dp *= scale
@@ -85,7 +89,7 @@ class Attention(Products):
     def _probabilities(
         self, take: Take, turned: np.ndarray, heads: int, causal: bool, lengths: np.ndarray | None
     ) -> Iterator[tuple[slice, np.ndarray]]:
-        """Some samples after the other, with their probabilities (samples heads, steps, steps)."""
+        """Iterate over slices of samples with their probabilities (samples heads, steps, steps)."""
         batch, _, steps = turned.shape
         each = max(1, self.chunk // (heads * steps**2))
         for first in range(0, batch, each):
@@ -99,12 +103,12 @@ class Attention(Products):
 
     @staticmethod
     def _heads(turned: np.ndarray, heads: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Queries, keys and values (samples heads, size, steps) of samples (n, 3 units, steps)."""
+        """Views of the queries, keys and values (samples heads, size, steps) in samples (n, 3 units, steps)."""
         apart = turned.reshape(len(turned) * heads, 3, -1, turned.shape[2])
         return apart[:, 0], apart[:, 1], apart[:, 2]
 
     def _turned(self, take: Take, name: str, values: np.ndarray) -> np.ndarray:
-        """Samples (b, rows, steps) of values (rows, steps, b)."""
+        """Return values (rows, steps, b) transposed to (b, rows, steps), in scratch."""
         batch = values.shape[2]
         made = take(f"attention {name}", *_first(values))
         self.turn(values.reshape(-1, batch), made.reshape(batch, -1))
@@ -112,5 +116,5 @@ class Attention(Products):
 
 
 def _first(x: np.ndarray) -> tuple[int, int, int]:
-    """The shape with samples first."""
+    """The shape (b, rows, steps) of x (rows, steps, b) after samples have become the first axis."""
     return x.shape[2], x.shape[0], x.shape[1]

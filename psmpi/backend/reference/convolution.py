@@ -1,4 +1,4 @@
-"""Convolutions as products of matrices, and what every convolution of a backend has."""
+"""Convolutions as matrix products with windows (im2col), and the interface of a backend's convolutions."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Stripes:
-    """`count` sets of n units that see n_in consecutive channels each: the first ones from `source` and unit `out` on,
-    each next one `source_step` channels and n units further.
+    """`count` stripes of a convolution: n units each, connected to n_in consecutive input channels.
+
+    Stripe k has the channels from source + k source_step on and the units from out + k n on.
     """
 
     count: int
@@ -25,13 +26,13 @@ class Stripes:
 
     @property
     def apart(self) -> list[Stripes]:
-        """Each stripe alone."""
+        """The stripes as single ones, with count 1."""
         places = [(self.source + k * self.source_step, self.out + k * self.n) for k in range(self.count)]
         return [Stripes(1, self.n, self.n_in, source, 0, out) for source, out in places]
 
 
 def seen_once(stripes: Sequence[Stripes], channels: int) -> bool:
-    """Whether one stripe sees each input channel, so that gradients of the input need no sums and no zeros."""
+    """Whether exactly one stripe reads each input channel: input gradients then need neither sums nor zeros."""
     seen = np.zeros(channels, int)
     for s in stripes:
         for one in s.apart:
@@ -46,27 +47,30 @@ class Convolution(Protocol):
         """Make room for minibatches of up to `batch` samples."""
 
     def prepare(self, kernels: np.ndarray) -> None:
-        """Get ready for new values of the kernels."""
+        """Prepare for new values of the kernels, for example by packing them."""
 
     def forward(self, x: np.ndarray, kernels: np.ndarray, bias: np.ndarray, y: np.ndarray) -> None:
-        """y (units, rows, columns, b) = activation(bias (units,) + the correlations)."""
+        """y (units, rows, columns, b) = activation(correlation of x with the kernels + bias (units,))."""
 
     def backward(
         self, x: np.ndarray, dy: np.ndarray, kernels: np.ndarray, dkernels: np.ndarray | None, dx: np.ndarray | None
     ) -> None:
-        """The gradients with respect to the kernels and the input, where these are given, from that of y."""
+        """Compute the gradients dkernels and dx, where they are not None.
+
+        dy: (units, rows, columns, b), the gradient of the output before its activation.
+        """
 
     def samples(self, x: np.ndarray, dy: np.ndarray, dkernels: np.ndarray, dbias: np.ndarray) -> None:
-        """Each sample's share of the gradients, dkernels (units, n_in, kernel, kernel, b) and dbias (units, b)."""
+        """Compute the gradients of each sample: dkernels (units, n_in, kernel, kernel, b) and dbias (units, b)."""
 
     def arrays(self) -> list[np.ndarray]:
-        """Its buffers."""
+        """The buffers of the convolution, for the account of memory."""
 
 
 class WindowOps(Protocol):
     """The operations that `Im2col` needs of a backend."""
 
-    # Elements of the windows that are made at a time.
+    # Largest number of elements of windows at a time.
     chunk: int
 
     def empty(self, size: int, dtype: np.dtype) -> np.ndarray: ...
@@ -83,7 +87,7 @@ class WindowOps(Protocol):
 
 
 class Im2col:
-    """Convolution as matrix products with windows, made for as many output rows at a time as `ops.chunk` allows."""
+    """Convolution as matrix products with windows, for as many output rows at a time as `ops.chunk` allows."""
 
     def __init__(
         self,
@@ -101,14 +105,14 @@ class Im2col:
         self.stripes, self.channels, self.kernel, self.stride = stripes, in_shape[0], kernel, stride
         (self.units, self.height, self.width), self.dtype = out_shape, dtype
         self.covers = seen_once(stripes, self.channels)
-        # Stripes that write the gradients of their windows side by side.
+        # Groups of stripes with disjoint windows, whose gradients can be written before one col2im.
         self.together = [stripes] if self.covers else [[one] for s in stripes for one in s.apart]
-        # A sum over more than one chunk is made in a second buffer.
+        # Buffer for the share of later chunks in the gradient of the kernels.
         self.product = self.ops.empty(0, dtype)
         self.cols = self.dcols = self.ops.empty(0, dtype)
 
     def prepare(self, kernels: np.ndarray) -> None:
-        """Uses the kernels as they are."""
+        """Do nothing: the products read the kernels without packing."""
 
     def reserve(self, batch: int) -> None:
         row = self.channels * self.kernel**2 * self.width * batch
@@ -119,7 +123,10 @@ class Im2col:
         return [self.cols, self.dcols, self.product]
 
     def _chunks(self, batch: int) -> list[tuple[int, int]]:
-        """Rows of the output that are computed at a time: by the minibatch alone, so that sums keep their order."""
+        """Ranges of output rows that are computed at a time.
+
+        They depend only on the shapes and the minibatch, so that sums keep their order.
+        """
         rows = max(1, min(self.height, self.ops.chunk // (self.channels * self.kernel**2 * self.width * batch)))
         return [(r, min(r + rows, self.height)) for r in range(0, self.height, rows)]
 
@@ -128,7 +135,7 @@ class Im2col:
         return buffer[: prod(shape)].reshape(shape)
 
     def _source(self, s: Stripes, columns: np.ndarray) -> np.ndarray:
-        """The windows of the stripes' inputs, (count, n_in k^2, positions), as a view."""
+        """View of the windows of the stripes' input channels, (count, n_in kernel^2, positions)."""
         k2, positions = self.kernel**2, columns.size // (self.channels * self.kernel**2)
         step = k2 * positions
         shape = (s.count, s.n_in * k2, positions)
@@ -136,7 +143,7 @@ class Im2col:
 
     @staticmethod
     def _rows(s: Stripes, array: np.ndarray) -> np.ndarray:
-        """The stripes' units of an array (units, ...), as (count, n, ...)."""
+        """View of the stripes' units in an array (units, ...), as (count, n, elements)."""
         return array[s.out : s.out + s.count * s.n].reshape(s.count, s.n, -1)
 
     def forward(self, x: np.ndarray, kernels: np.ndarray, bias: np.ndarray, y: np.ndarray) -> None:
@@ -168,7 +175,7 @@ class Im2col:
                     self.ops.col2im(dcols, self.stride, r0, dx)
 
     def _add_product(self, x: np.ndarray, out: np.ndarray, r0: int, r1: int, dkernels: np.ndarray) -> None:
-        """The share of output rows [r0, r1), whose gradient is `out`, in that of the kernels; the first one sets it."""
+        """Add the share of output rows [r0, r1) to dkernels; the first rows overwrite it. out: gradient of the rows."""
         cols = self._columns(self.cols, r1 - r0, x.shape[-1])
         self.ops.im2col(x, self.stride, r0, cols)
         into = dkernels
@@ -185,7 +192,7 @@ class Im2col:
         np.sum(dy, axis=(1, 2), dtype=np.float64, out=dbias)
         batch, one = x.shape[-1], np.empty(dkernels.shape[:-1], dkernels.dtype)
         for k in range(batch):
-            # Minibatches of one sample: slow, and as right as the sum.
+            # The gradient of a minibatch of one sample: slow, but plainly correct.
             single, out = (np.ascontiguousarray(a[..., k : k + 1]) for a in (x, dy))
             self.backward(single, out, one, one, None)
             dkernels[..., k] = one

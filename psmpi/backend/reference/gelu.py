@@ -1,4 +1,4 @@
-"""The distribution function of the normal law, for GELU."""
+"""The cumulative distribution function of the standard normal distribution, for GELU (Hendrycks & Gimpel 2016)."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from math import pi, sqrt
 
 import numpy as np
 
-# (1 - Phi(a)) / exp(-a^2 / 2) times 1 + a, for a >= 0, as a polynomial in (a - 4) / (a + 4): derived, by interpolation
-# at Chebyshev points in 80 digits; what is left out is below 1e-16.
+# Coefficients of (1 + a) (1 - Phi(a)) / exp(-a^2 / 2), a >= 0, as a polynomial in (a - 4) / (a + 4), constant first.
+# Derived: interpolation at Chebyshev points in 80 digits. Omitted terms are below 1e-16.
 TAIL = (
     0.47205320650984467, -0.09670347732652607, 0.013999634724430469, 0.02860036405357749, -0.03219783742831453,
     0.01793609747886859, -0.0050023785870514665, -0.00028562308680939413, 0.0006948970692570495, -9.443033944152223e-05,
@@ -16,12 +16,12 @@ TAIL = (
     -1.1022354013739079e-07, -1.7932121916642413e-08, 1.7442583764419795e-08, 5.474708632048689e-09,
     -1.5456221598143852e-09, -6.763267210562454e-10,
 )  # fmt: skip
-# Beyond, the tail counts as that here: densities would be no normal numbers.
+# Arguments are limited to this size: beyond it the density would be a subnormal number.
 FAR = {np.dtype(np.float32): 13.0, np.dtype(np.float64): 37.0}
 
 
 def normal_law(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Phi(x), the distribution function, and the density phi(x), of x (n,), in its dtype."""
+    """Return the distribution function Phi(x) and the density phi(x) of x (n,), each (n,) of the dtype of x."""
     a = np.minimum(np.abs(x), FAR[x.dtype])
     t, tail = (a - 4) / (a + 4), np.full_like(a, TAIL[-1])
     for term in TAIL[-2::-1]:

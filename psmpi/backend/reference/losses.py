@@ -1,4 +1,4 @@
-"""Losses of scores, and derivatives that are scaled to stay finite."""
+"""Margins of scores, and scaling of derivatives by a power of two, which keeps a backward pass finite."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from psmpi.backend.reference.arrays import Arrays
 
 
 def exponent_of(peak: float) -> int:
-    """The power of two by which derivatives of this size are too large for a backward pass; 0 where they are not."""
+    """The exponent of the power of two that divides derivatives with this largest size; 0 up to 2^20."""
     return int(np.frexp(peak)[1]) if peak > 2.0**20 else 0
 
 
 class Losses(Arrays):
-    """A report (4,) float64 says how a loss came out, see psmpi.nn.losses.Loss.fused."""
+    """Operations on scores and derivatives. A report (4,) float64 summarizes a loss: see psmpi.nn.losses.Loss.fused."""
 
     def add_margins(
         self,
@@ -25,9 +25,10 @@ class Losses(Arrays):
         least: float,
         slopes: np.ndarray,
     ) -> None:
-        """Scores (classes, b) of labels (b,) get a margin, see psmpi.nn.margin; slopes (b,) float64: their derivatives.
+        """Apply the margin of psmpi.nn.margin to the scores (classes, b) of the labels (b,), in place.
 
-        Labels that are not among the classes have the slope 1.
+        slopes: (b,) float64, filled with the derivatives of the new scores by the old; 1 for labels outside the
+        classes.
         """
         own = np.flatnonzero((labels >= 0) & (labels < len(scores)))
         at = labels[own], own
@@ -43,22 +44,25 @@ class Losses(Arrays):
         slopes[own] = np.where(inside, np.cos(size) + np.sin(size) * cosine / sine, 1)
 
     def multiply_labels(self, grad: np.ndarray, labels: np.ndarray, slopes: np.ndarray, report: np.ndarray) -> None:
-        """Derivatives (classes, b) of labels' scores times slopes (b,); the report's largest derivative follows."""
+        """Multiply the derivatives grad (classes, b) of the labels' scores by slopes (b,), in place.
+
+        report[3], the largest absolute derivative, grows if needed.
+        """
         own = np.flatnonzero((labels >= 0) & (labels < len(grad)))
         grad[labels[own], own] *= slopes[own]
         report[3] = max(report[3], np.abs(grad[labels[own], own]).max(initial=0.0))
 
     def cast_scores(self, grad: np.ndarray, out: np.ndarray, report: np.ndarray) -> None:
-        """out = grad, over the power of two by which the report says that derivatives are too large."""
+        """out = grad / 2^exponent_of(report[3]), in the dtype of out."""
         exponent = exponent_of(report[3])
         np.copyto(out, np.ldexp(grad, -exponent) if exponent else grad, casting="same_kind")
 
     def unscale(self, g: np.ndarray, report: np.ndarray, limit: float) -> None:
-        """g times that power of two, in place, limited to `limit` in each component."""
+        """g *= 2^exponent_of(report[3]), in place; a scaled g is clipped to [-limit, limit]."""
         exponent = exponent_of(report[3])
         if exponent:
             np.copyto(g, np.clip(np.ldexp(g.astype(np.float64), exponent), -limit, limit), casting="same_kind")
 
     def bound(self, g: np.ndarray, limit: float) -> None:
-        """g limited to `limit` in each component, in place; what is not a number stays so."""
+        """Clip g to [-limit, limit], in place; NaN stays NaN."""
         np.clip(g, -limit, limit, out=g)

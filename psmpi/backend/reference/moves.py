@@ -1,4 +1,4 @@
-"""Moves of values: runs of vectors, images in host memory, samples."""
+"""Copies of runs and rows, mirrors in host memory, and minibatches of samples."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import numpy as np
 
 
 class RunCopies:
-    """Runs of one vector that are copied into another, or added, again and again.
+    """A reusable copy, or addition, of runs of one vector into another.
 
-    table: (runs, 3) int64, from, to and length of each; the runs of one target may overlap, and then count one by one.
+    table: (runs, 3) int64, source, target and length of each run. Targets may overlap: `add` then adds every run.
     """
 
     def __init__(self, table: np.ndarray):
@@ -21,11 +21,11 @@ class RunCopies:
         self.target = np.repeat(self.table[:, 1], self.table[:, 2]) + inside
 
     def copy(self, values: np.ndarray, out: np.ndarray) -> None:
-        """out[to ...] = values[from ...]; both contiguous, of any shape, and one dtype."""
+        """Copy the runs of `values` to `out`; both contiguous, of any shape and one dtype."""
         out.reshape(-1)[self.target] = values.reshape(-1)[self.source]
 
     def add(self, values: np.ndarray, out: np.ndarray) -> None:
-        """out[to ...] += values[from ...]."""
+        """Add the runs of `values` to `out`."""
         np.add.at(out.reshape(-1), self.target, values.reshape(-1)[self.source])
 
     @property
@@ -34,23 +34,23 @@ class RunCopies:
 
 
 class RowCopies:
-    """Rows of arrays (rows, b) that are copied into others, or added, again and again, for any b.
+    """A reusable copy, or addition, of rows of arrays (rows, b), for any b.
 
-    source, target: (k,) row numbers; source rows may repeat, and in `add` target rows too.
+    source, target: (k,) row numbers. Source rows may repeat; target rows may repeat in `add`.
     """
 
     def __init__(self, source: np.ndarray, target: np.ndarray):
         source, target = (np.asarray(rows, np.int64) for rows in (source, target))
-        # Whether no target is there twice.
+        # Whether no target row repeats.
         self.once = len(np.unique(target)) == len(target)
         self.source, self.target = _side_by_side(source), _side_by_side(target)
 
     def copy(self, values: np.ndarray, out: np.ndarray) -> None:
-        """out[target[k]] = values[source[k]] of each k."""
+        """out[target[k]] = values[source[k]] for each k."""
         out[self.target] = values[self.source]
 
     def add(self, values: np.ndarray, out: np.ndarray) -> None:
-        """out[target[k]] += values[source[k]] of each k."""
+        """out[target[k]] += values[source[k]] for each k."""
         if self.once:
             out[self.target] += values[self.source]
         elif isinstance(self.target, np.ndarray):
@@ -62,14 +62,14 @@ class RowCopies:
 
 
 def _side_by_side(rows: np.ndarray) -> np.ndarray | slice:
-    """Row numbers, as a slice where they follow each other."""
+    """Row numbers as a slice if they are consecutive."""
     if len(rows) and (np.diff(rows) == 1).all():
         return slice(int(rows[0]), int(rows[-1]) + 1)
     return rows
 
 
 class RowRuns(RowCopies):
-    """Rows that are copied or added by runs of a backend; make: see `Arrays.run_copies`."""
+    """`RowCopies` by a backend's copies of runs. make: the backend's `run_copies`."""
 
     def __init__(self, source: np.ndarray, target: np.ndarray, make: Callable[[np.ndarray], RunCopies]):
         source, target = (np.asarray(rows, np.int64) for rows in (source, target))
@@ -96,33 +96,34 @@ class RowRuns(RowCopies):
 
 
 class Mirror:
-    """An array of a backend and its image in host memory, which here are one.
+    """An array of a backend and its image `host` in host memory; for arrays in host memory the two are the same.
 
-    `host` has the shape and dtype of the array, and keeps its address. `fetch` begins to bring it up to date, `wait`
-    ends when it is; `push` sends it to the array, for the operations that follow; `settle` ends when it may be written.
+    `host` has the shape and dtype of the array and a fixed address. `fetch` starts a copy of the array to `host` and
+    `wait` waits for its end. `push` starts a copy of `host` to the array, before any later operation on the array;
+    after `settle` the caller may write to `host` again.
     """
 
     def __init__(self, array: np.ndarray):
         self.array = self.host = array
 
     def fetch(self, at: slice = slice(None)) -> None:
-        """Begin to copy the array, or this piece of a vector, to `host`."""
+        """Start a copy of the array, or of the slice `at` of a vector, to `host`."""
 
     def wait(self) -> None:
-        """Wait until what was fetched is there."""
+        """Wait until the fetched values are in `host`."""
 
     def push(self, at: slice = slice(None)) -> None:
-        """Copy `host`, or this piece of a vector, to the array; it is not to be written before `settle`."""
+        """Start a copy of `host`, or of the slice `at` of a vector, to the array. `host` stays fixed until `settle`."""
 
     def settle(self) -> None:
-        """Wait until `host` has been copied."""
+        """Wait until the copy of `host` is complete."""
 
 
 class CompressedSamples:
-    """Sparse samples, compressed rows, of which dense minibatches are made.
+    """Sparse samples as compressed rows, from which dense minibatches are made.
 
-    starts: (n + 1,) int64; columns: (entries,) int32; values: (entries,), those of sample r from starts[r] to
-    starts[r + 1].
+    starts: (n + 1,) int64; columns: (entries,) int32; values: (entries,). Sample r has the entries starts[r] to
+    starts[r + 1] - 1.
     """
 
     def __init__(self, starts: np.ndarray, columns: np.ndarray, values: np.ndarray, features: int):
@@ -141,7 +142,7 @@ class CompressedSamples:
 
 
 class Samples:
-    """Samples (n, features) of which minibatches are taken, multiplied by a scale."""
+    """Samples (n, features), from which minibatches are taken and multiplied by a scale."""
 
     def __init__(self, values: np.ndarray, scale: float):
         self.values, self.scale = values, scale
@@ -152,10 +153,10 @@ class Samples:
         return self.values.nbytes + self.scratch.nbytes
 
     def fetch(self, at: np.ndarray, out: np.ndarray) -> None:
-        """out (features, b) = the scaled samples at positions `at` (b,) int64, which are not checked."""
+        """out (features, b) = the scaled samples at positions `at` (b,) int64, whose range is not checked."""
         if len(at) > len(self.scratch):
             self.scratch = np.empty((len(at), self.values.shape[1]), self.values.dtype)
         taken = self.scratch[: len(at)]
-        # Any mode but "raise" saves numpy a buffer for the result.
+        # With mode "raise" NumPy would buffer the output.
         np.take(self.values, at, axis=0, out=taken, mode="clip")
         np.multiply(taken.T, out.dtype.type(self.scale), out=out, dtype=out.dtype, casting="same_kind")

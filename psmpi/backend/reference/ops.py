@@ -1,8 +1,8 @@
-"""The NumPy operations, written to be obviously right.
+"""The operations in NumPy, written to be plainly correct.
 
-Activations keep the minibatch last: an image array is (channels, height, width, batch), a feature array (features,
-batch). So a class's channels, features and scores are contiguous rows, flattening is a reshape, and every copy below
-runs along the batch. All arrays of one call share one dtype, float32 or float64.
+The minibatch is the last axis: an image array is (channels, height, width, batch), a feature array (features, batch).
+So a class's channels, features and scores are contiguous rows, flattening is a reshape, and copies run along the batch.
+All arrays of a call have the same dtype, float32 or float64.
 """
 
 from __future__ import annotations
@@ -14,4 +14,4 @@ from psmpi.backend.reference.vectors import Vectors
 
 
 class NumpyOps(Attention, Losses, SharedUpdates, Vectors):
-    """All operations; other backends override those that they do faster."""
+    """The NumPy backend. Other backends derive from it and override operations with faster ones."""

@@ -1,4 +1,4 @@
-"""Element by element: bias, activation, normalization, pooling, and weights of samples."""
+"""Bias, activation, normalization, pooling, image moves, and weights of samples."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import numpy as np
 from psmpi.backend.reference.arrays import CHUNK, Arrays
 from psmpi.backend.reference.gelu import FAR, normal_law
 
-# Numbers whose plain sum loses few digits in float32.
+# Length of a float32 sum that loses few digits; longer sums accumulate such sums in float64.
 SHORT = 1 << 10
-# Windows of more rows are summed in float64.
+# Pooling sums windows of more rows than this in float64.
 FEW_ROWS = 8
 
 
 class Pointwise(Arrays):
-    """All activations are one of identity, sigmoid, tanh and relu, by name."""
+    """Operations on elements, rows and windows. `kind` and `activation`: identity, sigmoid, tanh or relu."""
 
     def add_bias(self, y: np.ndarray, bias: np.ndarray) -> None:
-        """y (count, n, anything) += bias (count, n), in place."""
+        """y (count, n, m) += bias (count, n), in place."""
         y += bias[:, :, None]
 
     def row_sums(self, y: np.ndarray, out: np.ndarray) -> None:
@@ -25,12 +25,15 @@ class Pointwise(Arrays):
         np.sum(y, axis=-1, out=out)
 
     def finish(self, y: np.ndarray, bias: np.ndarray, kind: str) -> None:
-        """y (count, n, anything) = activation(y + bias (count, n)), in place."""
+        """y (count, n, m) = activation(y + bias (count, n)), in place."""
         self.add_bias(y, bias)
         self.activate(kind, y)
 
     def finish_back(self, y: np.ndarray, dy: np.ndarray, kind: str, dbias: np.ndarray | None) -> None:
-        """dy (count, n, anything) *= activation', from its output y, in place; dbias (count, n) = the sums of dy."""
+        """dy (count, n, m) *= activation', in place, from the activation's output y.
+
+        dbias: (count, n), filled with the sums of the new dy over m; None: no sums.
+        """
         self.activate_back(kind, y, dy)
         if dbias is not None:
             self.row_sums(dy, dbias)
@@ -38,7 +41,7 @@ class Pointwise(Arrays):
     def activate(self, kind: str, y: np.ndarray) -> None:
         """y = activation(y), in place."""
         if kind == "sigmoid":
-            # exp would overflow for very negative inputs; tanh does not.
+            # sigmoid(y) = (1 + tanh(y / 2)) / 2: exp would overflow for very negative inputs.
             y *= 0.5
             np.tanh(y, out=y)
             y *= 0.5
@@ -53,7 +56,7 @@ class Pointwise(Arrays):
         if kind == "identity":
             return
         ys, ds = y.reshape(-1), dy.reshape(-1)
-        # In chunks that stay in the cache: the derivative needs room, and other layers need y.
+        # The derivative needs scratch, since y is kept for other layers; chunks of it stay in the cache.
         for first in range(0, ys.size, CHUNK):
             at = slice(first, min(first + CHUNK, ys.size))
             slope = self.scratch("slope", CHUNK, y.dtype)[: at.stop - at.start]
@@ -68,13 +71,13 @@ class Pointwise(Arrays):
             ds[at] *= slope
 
     def normalize(self, x: np.ndarray, eps: float, out: np.ndarray, scale: np.ndarray) -> None:
-        """out (n, m) = the rows of x (n, m) less their means, times scale (n,) = 1 / sqrt(their variance + eps).
+        """out (n, m) = (x - mean) scale, scale (n,) = 1 / sqrt(variance + eps), for each row of x (n, m).
 
-        out may be x. The variance is that of the m values, not an estimate of a larger population's.
+        out may be x. The variance divides by m, not by m - 1. Batch normalization (Ioffe & Szegedy 2015).
         """
         m = x.shape[1]
         np.subtract(x, np.mean(x, axis=1)[:, None], out=out)
-        # What rounding has left of the mean: much, beside a small deviation.
+        # Subtract the mean again: its rounding error may be large compared with a small deviation.
         out -= np.mean(out, axis=1)[:, None]
         np.copyto(scale, row_dots(out, out) / m)
         scale += eps
@@ -99,8 +102,10 @@ class Pointwise(Arrays):
         dgamma: np.ndarray,
         dbeta: np.ndarray,
     ) -> None:
-        """The adjoint of `normalize` and `affine`, from their outputs x, scale and y: dy (n, m) becomes the gradient of
-        what was normalized, dgamma and dbeta (n,) are those of gamma and beta. x is used up.
+        """The adjoint of `normalize` followed by `affine`.
+
+        x, scale, y: their outputs; x is overwritten. dy (n, m), the gradient of y, becomes the gradient of the input of
+        `normalize`. dgamma, dbeta: (n,), filled with the gradients of gamma and beta.
         """
         m = x.shape[1]
         self.activate_back(kind, y, dy)
@@ -121,12 +126,12 @@ class Pointwise(Arrays):
         scale: np.ndarray,
         y: np.ndarray,
     ) -> None:
-        """normal (n, m) = the columns of x (n, m) less their means, times scale (m,) = 1 / sqrt(their variance + eps).
+        """normal (n, m) = (x - mean) scale, scale (m,) = 1 / sqrt(variance + eps), for each column of x (n, m).
 
-        y (n, m) = gamma (n,) normal + beta (n,). normal may be x.
+        y (n, m) = gamma (n,) normal + beta (n,). normal may be x. Layer normalization (Ba et al. 2016).
         """
         np.subtract(x, x.mean(axis=0), out=normal)
-        # What rounding has left of the mean.
+        # Subtract the mean again, because of its rounding error.
         normal -= normal.mean(axis=0)
         np.einsum("ij,ij->j", normal, normal, out=scale)
         scale /= len(x)
@@ -145,10 +150,10 @@ class Pointwise(Arrays):
         dgamma: np.ndarray | None,
         dbeta: np.ndarray | None,
     ) -> None:
-        """The adjoint of `layer_norm`: dy becomes the gradient of x, dgamma and dbeta (n,) those of gamma and beta.
+        """The adjoint of `layer_norm`: dy (n, m) becomes the gradient of x, in place.
 
-        With None for both these are not wanted. Derived: dx = scale (d - mean(d) - normal mean(d normal)) with d =
-        gamma dy.
+        dgamma, dbeta: (n,), filled with the gradients of gamma and beta; both None if these are not wanted. Derived:
+        dx = scale (d - mean(d) - normal mean(d normal)) with d = gamma dy.
         """
         if dgamma is not None and dbeta is not None:
             np.copyto(dgamma, row_dots(dy, normal))
@@ -164,14 +169,17 @@ class Pointwise(Arrays):
         dy *= scale
 
     def gelu(self, x: np.ndarray, y: np.ndarray) -> None:
-        """y = x Phi(x), Phi the distribution function of the normal law; both contiguous."""
+        """y = x Phi(x), with Phi the distribution function of the standard normal; x, y contiguous, of one shape.
+
+        Hendrycks & Gimpel 2016.
+        """
         xs, ys = x.reshape(-1), y.reshape(-1)
         for first in range(0, xs.size, SHORT):
             at = slice(first, first + SHORT)
             np.multiply(np.maximum(xs[at], -FAR[x.dtype]), normal_law(xs[at])[0], out=ys[at])
 
     def gelu_back(self, x: np.ndarray, dy: np.ndarray) -> None:
-        """dy *= Phi(x) + x phi(x), in place, phi the density; both contiguous."""
+        """dy *= Phi(x) + x phi(x), in place, with phi the density of the standard normal; x, dy contiguous."""
         xs, ds = x.reshape(-1), dy.reshape(-1)
         for first in range(0, xs.size, SHORT):
             at = slice(first, first + SHORT)
@@ -181,16 +189,16 @@ class Pointwise(Arrays):
             ds[at] *= density
 
     def last_steps(self, x: np.ndarray, lengths: np.ndarray, y: np.ndarray) -> None:
-        """y (units, b) = the last step of each sequence of x (units, steps, b), of lengths (b,) int32."""
+        """y (units, b) = the last step of each sequence in x (units, steps, b). lengths: (b,) int32."""
         np.take(x.reshape(len(x), -1), _ends(lengths), axis=1, out=y, mode="clip")
 
     def last_steps_back(self, dy: np.ndarray, lengths: np.ndarray, dx: np.ndarray) -> None:
-        """The adjoint of `last_steps`: dx of the shape of x."""
+        """The adjoint of `last_steps`: dx (units, steps, b) = dy at the last steps, 0 elsewhere."""
         dx.fill(0)
         dx.reshape(len(dx), -1)[:, _ends(lengths)] = dy
 
     def row_factors(self, w: np.ndarray, eps: float, scale: float, out: np.ndarray) -> None:
-        """out (count, n) = scale / sqrt(|row|^2 + eps) of the rows of w (count, n, m); NaN where a square overflows."""
+        """out (count, n) = scale / sqrt(|row|^2 + eps) for the rows of w (count, n, m); NaN if |row|^2 overflows."""
         np.einsum("...j,...j->...", w, w, out=out)
         lost = np.isinf(out)
         out += eps
@@ -199,9 +207,10 @@ class Pointwise(Arrays):
         out[lost] = np.nan
 
     def project_rows(self, w: np.ndarray, factors: np.ndarray, scale: float, g: np.ndarray) -> None:
-        """g (k, count, n, m) loses its share along the rows of w (count, n, m): g -= f^2 <g, w> w, f = factors / scale.
+        """Project the rows of g (k, count, n, m) orthogonally to those of w (count, n, m), in place.
 
-        factors (count, n): those of `row_factors`. The gradient of scale w / |w| is factors times what is left of g.
+        g -= f^2 <g, w> w for each row, f = factors / scale, with factors (count, n) from `row_factors`. If g is the
+        gradient of scale w / |w|, factors times the projected g is the gradient of w.
         """
         along = np.einsum("...j,...j->...", g, w)
         along *= (factors / scale) ** 2
@@ -229,15 +238,16 @@ class Pointwise(Arrays):
             np.multiply(dy, 1 / size**2, out=window)
 
     def move_images(self, x: np.ndarray, moves: np.ndarray, reflect: bool, out: np.ndarray) -> None:
-        """out (c, h, w, b) = images x, each mirrored left to right where moves[2] is 1, then moved.
+        """out (c, h, w, b) = the images x, flipped and shifted.
 
-        By moves[0] rows down and moves[1] columns to the right, less than there are; beyond an image lie zeros, or with
-        `reflect` its mirror images, without the row or column at the edge. moves: (3, b) int32, in host memory.
+        moves: (3, b) int32 in host memory, for each image the rows to shift down, the columns to shift right (fewer
+        than the image has), and 1 to flip it left to right first. Pixels from outside the image are 0, or with
+        `reflect` mirrored at the edge without repeating the row or column at the edge.
         """
         _, height, width, batch = x.shape
         rows, columns = (np.arange(n)[:, None] - move for n, move in ((height, moves[0]), (width, moves[1])))
         inside = ((rows >= 0) & (rows < height))[:, None] & ((columns >= 0) & (columns < width))
-        # -1, 0, 1, ..., n - 1, n become 1, 0, 1, ..., n - 1, n - 2.
+        # Reflection: positions -1, 0, 1, ..., n - 1, n become 1, 0, 1, ..., n - 1, n - 2.
         rows, columns = (n - 1 - abs(n - 1 - abs(at)) for n, at in ((height, rows), (width, columns)))
         columns = np.where(moves[2], width - 1 - columns, columns)
         out[...] = x[:, rows[:, None], columns[None], np.arange(batch)]
@@ -252,13 +262,13 @@ class Pointwise(Arrays):
         self.activate(activation, y)
 
     def max_pool_back(self, x: np.ndarray, y: np.ndarray, dy: np.ndarray, size: int, dx: np.ndarray) -> None:
-        """dx: dy where x is a window's first largest entry, 0 elsewhere. y, of the shape of dy, is scratch."""
+        """dx = dy where x is the first largest entry of its window, 0 elsewhere. y, of the shape of dy, is scratch."""
         self.max_pool(x, size, y)
         dx.fill(0)
         for window, into in zip(_windows(x, size, y), _windows(dx, size, y), strict=True):
             hit = window == y
             np.copyto(into, dy, where=hit)
-            # A later entry of the same window may tie with this one: NaN equals nothing, so it cannot win again.
+            # Later entries of the window that tie get no gradient: NaN is equal to nothing.
             np.copyto(y, np.nan, where=hit)
 
     def scale_samples(self, y: np.ndarray, weights: np.ndarray, out: np.ndarray) -> None:
@@ -272,7 +282,7 @@ class Pointwise(Arrays):
 
 
 def row_dots(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """The scalar products (n,) float64 of the rows of a and b (n, m): plain sums of pieces, theirs in float64."""
+    """The scalar products (n,) float64 of the rows of a and b (n, m): pieces in their dtype, their sum in float64."""
     dots = np.zeros(len(a))
     for first in range(0, a.shape[1], SHORT):
         at = slice(first, first + SHORT)
@@ -281,7 +291,7 @@ def row_dots(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def _ends(lengths: np.ndarray) -> np.ndarray:
-    """The places (b,) of sequences' last steps among all steps of all samples."""
+    """Positions (b,) of the sequences' last steps in the flattened axes (steps, b)."""
     return (lengths - 1) * len(lengths) + np.arange(len(lengths))
 
 

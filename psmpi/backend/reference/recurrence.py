@@ -1,4 +1,4 @@
-"""Recurrent cells, step by step: states that pass from one step of a sequence to the next."""
+"""Layers of recurrent cells (Elman RNN, GRU, LSTM), computed step by step."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from typing import Protocol
 
 import numpy as np
 
-# Of each kind: gates, states that pass from step to step, arrays of all steps that the gradients need besides the gates
-# and h.
+# For each kind of cell: the number of gates, of states that pass from step to step, and of arrays (units, steps, b)
+# that the backward pass needs besides the gates and h.
 CELLS = {"rnn": (1, 1, 0), "gru": (3, 1, 1), "lstm": (4, 2, 1)}
 
 
@@ -22,43 +22,44 @@ class ProductOps(Protocol):
 
 
 class Recurrence:
-    """The states of a layer of recurrent cells over some steps of sequences, and their gradients.
+    """A layer of recurrent cells over some steps of sequences: states and gradients.
 
-    With x W + b the caller's, and u = U h' + bias of the state h' before:
+    The caller computes xw = x W + b. With u = U h' + bias, where h' and c' are the states of the previous step:
 
     rnn: h = tanh(xw + u).
-    gru, gates r z n: [r z] = sigmoid(xw + u), n = tanh(xw + r u), h = (1 - z) n + z h'.
-    lstm, gates i f g o: [i f o] = sigmoid(xw + u), g = tanh(xw + u), c = f c' + i g, h = o tanh(c).
+    gru, gates r z n: [r z] = sigmoid(xw + u), n = tanh(xw + r u), h = (1 - z) n + z h' (Cho et al. 2014).
+    lstm, gates i f g o: [i f o] = sigmoid(xw + u), g = tanh(xw + u), c = f c' + i g, h = o tanh(c) (Hochreiter &
+    Schmidhuber 1997).
 
-    Sequences are (units, steps, b), states (carried, units, b): h, and of lstm c. Steps beyond the length of a sample
-    copy its states. All arrays are contiguous and of one dtype; objects have no memory in common.
+    Sequences are (units, steps, b). States are (carried, units, b): h, and for lstm also c. Steps beyond the length of
+    a sample copy its states. All arrays are contiguous and of one dtype. Two objects share no memory.
     """
 
     def __init__(self, kind: str, units: int, dtype: np.dtype, ops: ProductOps):
         self.kind, self.units, self.dtype, self.ops = kind, units, np.dtype(dtype), ops
-        # more (kept, units, steps, b): of lstm c, of gru the n gate's u.
+        # The array `more` (kept, units, steps, b) has c for lstm, and u of the n gate for gru.
         self.gates, self.carried, self.kept = CELLS[kind]
 
     def prepare(self, u: np.ndarray) -> None:
-        """Take the recurrent weights (gates * units, units) of the passes to come."""
+        """Set the recurrent weights u (gates * units, units) for the next passes."""
         self.u = u
 
     def reserve(self, batch: int) -> None:
-        """Make room for passes of up to `batch` samples."""
+        """Allocate buffers for passes of up to `batch` samples."""
 
     def arrays(self) -> list[np.ndarray]:
-        """Its buffers."""
+        """The buffers of the layer, for the account of memory."""
         return []
 
     def forward(
         self, a: np.ndarray, bias: np.ndarray | None, before: np.ndarray, h: np.ndarray, more: np.ndarray,
         lengths: np.ndarray | None,
     ) -> None:  # fmt: skip
-        """h (units, steps, b) = the states from those `before` (carried, units, b) on.
+        """h (units, steps, b) = the states h of all steps, starting from the states `before` (carried, units, b).
 
-        a (gates * units, steps, b): x W + b, becomes the gates' values, but of rnn holds anything. bias (gates *
-        units,): of the recurrent product, or None. more (kept, units, steps, b): filled for the way back. lengths (b,)
-        int32: the steps of each sample, 0 to all; None: all.
+        a: (gates * units, steps, b), x W + b, overwritten with the values of the gates (undefined for rnn). bias:
+        (gates * units,), added to U h', or None. more: (kept, units, steps, b), filled for `backward`. lengths: (b,)
+        int32, the number of steps of each sample, from 0 up; None: all steps.
         """
         for t in range(h.shape[1]):
             last = before[0] if t == 0 else h[:, t - 1]
@@ -68,11 +69,11 @@ class Recurrence:
         self, a: np.ndarray, before: np.ndarray, h: np.ndarray, more: np.ndarray, dh: np.ndarray, carry: np.ndarray,
         lengths: np.ndarray | None,
     ) -> None:  # fmt: skip
-        """The gradients, from dh (units, steps, b) and from carry (carried, units, b), that of the states at the end.
+        """Gradients from dh (units, steps, b), that of h, and carry (carried, units, b), that of the last states.
 
-        The other arrays are those that `forward` left. a becomes the gradient of x W + b, more[0] of gru that of the n
-        gate's u, whose other gates have that of x W + b; carry that of the states before. They are 0 at steps beyond a
-        sample's length.
+        a, before, h, more: the arrays after `forward`. a becomes the gradient of x W + b, and carry the gradient of the
+        states `before`. u has the same gradient as x W + b, except that of the n gate of gru, which more[0] becomes.
+        Gradients of x W + b and u are 0 at steps beyond the length of a sample.
         """
         for t in reversed(range(h.shape[1])):
             du = self._step_back(t, a, before, h, more, dh, carry, lengths)
@@ -81,7 +82,7 @@ class Recurrence:
     def _product(self, weights: np.ndarray, values: np.ndarray) -> np.ndarray:
         """weights @ values (..., b)."""
         out = np.empty((len(weights), values.shape[1]), self.dtype)
-        # So that the steps of a chunk do not decide how it is summed.
+        # A contiguous copy, so that BLAS sums in the same order whatever the number of steps.
         self.ops.matmul(weights, np.ascontiguousarray(values), out)
         return out
 
@@ -90,9 +91,9 @@ class Recurrence:
         self, t: int, a: np.ndarray, bias: np.ndarray | None, product: np.ndarray, before: np.ndarray, h: np.ndarray,
         more: np.ndarray, lengths: np.ndarray | None,
     ) -> None:  # fmt: skip
-        """Step t of `forward`; product (gates * units, b) is used up."""
+        """Step t of `forward`. product: (gates * units, b), U h', overwritten."""
         gates = a.reshape(self.gates, self.units, *a.shape[1:])[:, :, t]
-        # Functions of NumPy round by the steps between numbers: of copies these are always the same.
+        # NumPy's functions may round differently for different strides: a copy always has the same strides.
         x, u = gates.copy(), product.reshape(gates.shape)
         if bias is not None:
             u += bias.reshape(self.gates, self.units, 1)
@@ -126,13 +127,16 @@ class Recurrence:
         self, t: int, a: np.ndarray, before: np.ndarray, h: np.ndarray, more: np.ndarray, dh: np.ndarray,
         carry: np.ndarray, lengths: np.ndarray | None,
     ) -> np.ndarray:  # fmt: skip
-        """Step t of `backward`: the gradient (gates * units, b) of U h', without whose share carry[0] is left."""
+        """Step t of `backward`: return the gradient (gates * units, b) of U h'.
+
+        carry[0] then lacks the share of this gradient, which the caller adds.
+        """
         gates = a.reshape(self.gates, self.units, *a.shape[1:])[:, :, t]
         x = gates.copy()
         live = True if lengths is None else t < lengths
         total = dh[:, t] + carry[0]
         carry[0] = np.where(live, 0, total)
-        # The gates' gradients, and those of the product with the states.
+        # Gradients d of x W + b, and du of U h', for each gate.
         d: tuple[np.ndarray, ...]
         du: tuple[np.ndarray, ...]
         if self.kind == "rnn":

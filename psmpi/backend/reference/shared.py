@@ -1,4 +1,4 @@
-"""Updates of weights that other processes may update at the same time, many in one call."""
+"""Steps of stochastic gradient descent on weights that other processes may update at the same time (Hogwild)."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import numpy as np
 
 from psmpi.backend.reference.arrays import Arrays
 
-# Losses of one score with steps of many samples, and how a lock is taken, by their numbers in C.
+# Numbers of the losses of one score, and of the kinds of locks, in the C kernels.
 SLOPES = {"logistic": 0, "hinge": 1, "squared": 2}
 LOCKS = {"none": 0, "ticket": 1, "mutex": 2}
 
 
 class Rows(NamedTuple):
-    """Samples in compressed sparse rows: those of sample s are starts[s] to starts[s + 1].
+    """Samples in compressed sparse rows: sample s has the entries starts[s] to starts[s + 1] - 1.
 
-    starts: (samples + 1,) int64, columns: (values,) int32, values: (values,) of the weights' dtype; targets (samples,)
-    of it, -1 and 1 of two classes. often: (features,) of it, by what the penalty of a column counts more than once in a
-    sum over samples.
+    starts: (samples + 1,) int64; columns: (entries,) int32; values: (entries,); targets: (samples,), -1 and 1 for two
+    classes; often: (features,), the factor of a column's penalty in the loss of each sample that has the column
+    (samples / samples with the column). values, targets and often have the dtype of the weights.
     """
 
     starts: np.ndarray
@@ -30,8 +30,9 @@ class Rows(NamedTuple):
 
 
 class Room(NamedTuple):
-    """What `sparse_blocks` works in: own, base (features,) of the weights' dtype, mark (features,) uint8 of 0, and
-    touched (features + 1,) int32.
+    """Scratch of `sparse_blocks`.
+
+    own, base: (features,) of the weights' dtype; mark: (features,) uint8, all 0; touched: (features + 1,) int32.
     """
 
     own: np.ndarray
@@ -41,13 +42,16 @@ class Room(NamedTuple):
 
     @classmethod
     def of(cls, features: int, dtype: np.dtype) -> Room:
-        """A new one."""
+        """Allocate the scratch for this number of features."""
         own, base = np.zeros((2, features), dtype)
         return cls(own, base, np.zeros(features, np.uint8), np.zeros(features + 1, np.int32))
 
 
 class Pairs(NamedTuple):
-    """Samples that are pairs of different tokens, (samples, 2) int32; targets and often as in `Rows`, of tokens."""
+    """Samples that are pairs of different tokens: tokens (samples, 2) int32.
+
+    targets: (samples,); often: (tokens,), as in `Rows` with tokens for columns.
+    """
 
     tokens: np.ndarray
     targets: np.ndarray
@@ -55,9 +59,11 @@ class Pairs(NamedTuple):
 
 
 class Descent(NamedTuple):
-    """Length of steps lr, factor of the penalty, longest gradient of a sample's loss (0: any), loss of `SLOPES`.
+    """Settings of the steps.
 
-    A step along the penalty's gradient ends at a weight of 0 at the latest. scale: of the loss of sparse rows.
+    lr: learning rate. penalty: factor of the L2 penalty, whose step never changes the sign of a weight. clip: largest
+    norm of the gradient of a sample's loss, 0: no limit. loss: a key of SLOPES. scale: factor of the loss in
+    `sparse_steps`.
     """
 
     lr: float
@@ -68,22 +74,25 @@ class Descent(NamedTuple):
 
 
 class SharedUpdates(Arrays):
-    """In NumPy nothing is atomic between processes: `atomics` says whether `atomic` has a meaning."""
+    """Updates of weights in memory that processes may share.
+
+    atomics: whether this backend can add atomically. NumPy cannot, and ignores the argument `atomic`.
+    """
 
     atomics = False
 
     def add_shared(self, w: np.ndarray, g: np.ndarray, factor: float, atomic: bool) -> None:
-        """w (n,) += factor g, where g (n,) is not 0; elsewhere nothing is written."""
+        """w (n,) += factor g where g (n,) is not 0; other elements of w are not written."""
         (at,) = np.nonzero(g)
         w[at] += g[at] * g.dtype.type(factor)
 
     def sparse_steps(
         self, order: np.ndarray, rows: Rows, w: np.ndarray, bias: np.ndarray | None, how: Descent, atomic: bool
     ) -> float:
-        """Step a linear model of one score along the gradients of samples `order` (n,) int64, one after the other.
+        """Take a gradient step of a linear model for each of the samples `order` (n,) int64, in this order.
 
-        The loss of a sample is that of its score, and how.penalty / 2 sum often w^2 over its columns. w: (features,),
-        bias: (1,) or None, both of one dtype. Returns the sum of the losses without the penalty.
+        The loss of a sample is the loss of its score plus how.penalty / 2 times the sum of often w^2 over its columns.
+        w: (features,); bias: (1,) or None; both of one dtype. Returns the sum of the losses without the penalty.
         """
         total, kind = 0.0, w.dtype.type
         for sample in order.tolist():
@@ -105,7 +114,7 @@ class SharedUpdates(Arrays):
         self, order: np.ndarray, rows: Rows, w: np.ndarray, bias: np.ndarray | None, how: Descent, atomic: bool,
         block: int, room: Room,
     ) -> float:  # fmt: skip
-        """`sparse_steps` on a copy of the weights, whose changes are added after each `block` samples."""
+        """Take `sparse_steps` on a copy of the weights, and add its changes to w after each `block` samples."""
         total = 0.0
         for at in range(0, len(order), block):
             own, own_bias = w.copy(), None if bias is None else bias.copy()
@@ -117,10 +126,11 @@ class SharedUpdates(Arrays):
         return total
 
     def factor_steps(self, order: np.ndarray, pairs: Pairs, w: np.ndarray, how: Descent, atomic: bool) -> float:
-        """Step the columns of w (units, tokens) of pairs `order` (n,) int64 along the gradients, one after the other.
+        """Take a gradient step of a matrix factorization for each of the pairs `order` (n,) int64, in this order.
 
-        The loss of a pair is (their product - target)^2, and how.penalty / 2 often |column|^2 of both. Returns the sum
-        of the losses without the penalty.
+        A step changes the two columns of w (units, tokens) of the pair's tokens. The loss of a pair is (scalar product
+        of the columns - target)^2 plus how.penalty / 2 times often |column|^2 of both columns. Returns the sum of the
+        losses without the penalty.
         """
         total, kind = 0.0, w.dtype.type
         for sample in order.tolist():
@@ -136,18 +146,19 @@ class SharedUpdates(Arrays):
         return total
 
     def count_rows(self, order: np.ndarray, rows: Rows, counts: np.ndarray, atomic: bool) -> None:
-        """counts (features,) int64 += 1 for each column of the samples `order`, as steps of these would be added."""
+        """counts (features,) int64 += 1 for each entry of the samples `order`, written as `sparse_steps` writes w."""
         for sample in order.tolist():
             counts[rows.columns[rows.starts[sample] : rows.starts[sample + 1]]] += 1
 
     def deal_components(
         self, order: np.ndarray, starts: np.ndarray, columns: np.ndarray, workers: int, seen: np.ndarray
     ) -> tuple[np.ndarray, int, int]:
-        """Deal samples `order` (n,) to workers so that no two of these have a column in common (CYCLADES).
+        """Assign samples `order` (n,) to workers so that no two workers share a column (CYCLADES, Pan et al. 2016).
 
-        Returns the worker of each (n,) int32, the number of components of the graph in which samples with a common
-        column are joined, and the samples of the largest. Components are dealt in the order of their first samples,
-        each to the first worker with the fewest columns so far. seen: (features,) int32 of -1, which is left so.
+        The components are those of the graph that joins samples with a common column. In the order of their first
+        samples, each goes to the first worker with the smallest load (entries plus samples). Returns the worker of each
+        sample (n,) int32, the number of components, and the number of samples of the largest. seen: (features,) int32
+        scratch, all -1 before and after.
         """
         rows = [columns[starts[sample] : starts[sample + 1]].tolist() for sample in order.tolist()]
         parent = list(range(len(rows)))
@@ -173,7 +184,7 @@ def _root(parent: Sequence[int], s: int) -> int:
 
 
 def _slope(loss: str, score: float, target: float) -> tuple[float, float]:
-    """The loss of a score with a target, and its derivative."""
+    """Return the loss of a score with a target, and its derivative with respect to the score."""
     z = target * score
     if loss == "logistic":
         return float(np.logaddexp(0, -z)), float(-target * np.exp(-np.logaddexp(0, z)))

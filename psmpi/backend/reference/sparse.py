@@ -6,17 +6,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# Elements of the terms of sums that are made at a time.
+# Largest number of elements of products that are computed before they are summed.
 TERMS = 1 << 18
 
 
 @dataclass(frozen=True, eq=False)
 class SparseIndex:
-    """The places of the entries of a matrix (rows, inputs), and of their weights in a vector.
+    """The pattern of a sparse matrix (rows, inputs), and the positions of its weights in a flat vector.
 
-    starts (rows + 1,) int64, columns (entries,) int32: the entries of each row; places (rows,) int64: where the weights
-    of a row begin; biases (rows,) int64: where its bias is, None where there are none. The entries by columns:
-    back_starts (inputs + 1,) int64; back_rows, back_places (entries,) int32: the row of each, and where its weight is.
+    By rows: starts (rows + 1,) int64 and columns (entries,) int32 of compressed rows; places (rows,) int64, the
+    position of a row's first weight (the others follow); biases (rows,) int64, the position of a row's bias, or None.
+    By columns: back_starts (inputs + 1,) int64; back_rows, back_places (entries,) int32, the row of an entry and the
+    position of its weight.
     """
 
     inputs: int
@@ -34,7 +35,7 @@ class SparseIndex:
 
     @property
     def arrays(self) -> list[np.ndarray]:
-        """All of its arrays."""
+        """All arrays of the index."""
         back = [self.back_starts, self.back_rows, self.back_places]
         return [self.starts, self.columns, self.places, *back, *([] if self.biases is None else [self.biases])]
 
@@ -42,20 +43,20 @@ class SparseIndex:
 class SparseProduct:
     """y = W x + b for one pattern of W, and its gradients.
 
-    w, g (weights,): a vector that has the weights and the biases, and one for their gradient, in which nothing else is
-    written; x, dx (inputs, b), y, dy (rows, b): contiguous, all of one dtype. Sums are made in the order of the
-    entries.
+    w, g: (weights,), a vector with the weights and biases, and a vector for their gradient, of which other elements are
+    not written. x, dx: (inputs, b). y, dy: (rows, b). All arrays are contiguous and of one dtype. Sums follow the order
+    of the entries.
     """
 
     def __init__(self, index: SparseIndex):
         self.index = index
 
     def arrays(self) -> list[np.ndarray]:
-        """What it holds besides the index."""
+        """The buffers of the product besides the index, for the account of memory."""
         return []
 
     def forward(self, w: np.ndarray, x: np.ndarray, y: np.ndarray) -> None:
-        """y[r] = w[biases[r]] + the sum over the entries k of row r of w_k x[columns[k]]."""
+        """y[r] = w[biases[r]] + sum of w_k x[columns[k]] over the entries k of row r."""
         one = self.index
         weights = w[_entries(one.starts, one.places)]
         y[...] = 0 if one.biases is None else w[one.biases][:, None]
@@ -64,9 +65,9 @@ class SparseProduct:
     def backward(
         self, w: np.ndarray, x: np.ndarray, dy: np.ndarray, dx: np.ndarray | None, g: np.ndarray | None
     ) -> None:
-        """dx[c] = the sum over the entries k of column c of w_k dy[row_k]; g_k = <dy[row_k], x[columns[k]]>.
+        """dx[c] = sum of w_k dy[row_k] over the entries k of column c; g_k = <dy[row_k], x[columns[k]]>.
 
-        The gradient of a bias is the sum of dy[r]. dx, g: None where they are not wanted.
+        The gradient of the bias of row r is the sum of dy[r]. dx, g: None if not wanted.
         """
         one = self.index
         if dx is not None:
@@ -84,13 +85,13 @@ class SparseProduct:
 
 
 def _entries(starts: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """(entries,) int64: where the weight of each entry is."""
+    """Positions (entries,) int64 of the weights of the entries."""
     entries: np.ndarray = np.arange(starts[-1]) + np.repeat(places - starts[:-1], np.diff(starts))
     return entries
 
 
 def _add_products(starts: np.ndarray, weights: np.ndarray, columns: np.ndarray, x: np.ndarray, out: np.ndarray) -> None:
-    """out[r] += the sum over the entries k of row r of weights[k] x[columns[k]], some rows at a time."""
+    """out[r] += sum of weights[k] x[columns[k]] over the entries k of row r, for some rows at a time."""
     rows = np.flatnonzero(np.diff(starts))
     first, most = 0, max(1, TERMS // max(1, x.shape[1]))
     while first < len(rows):

@@ -1,4 +1,4 @@
-"""Vectors: sums of multiples, scalar products and norms."""
+"""Operations on flat vectors: linear combinations, scalar products and norms."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ import numpy as np
 
 from psmpi.backend.reference.arrays import Arrays
 
-# Below the 10,000 from which OpenBLAS splits a dot product over threads, so that sums do not depend on their number.
+# Length of a piece of a vector. OpenBLAS splits dot products of 10,000 elements or more over threads: with shorter
+# pieces, sums do not depend on the number of threads.
 DOT = 1 << 13
 
 
 class Vectors(Arrays):
-    """Sums are accumulated in float64, piece by piece."""
+    """Operations on vectors. Sums are accumulated in float64, piece by piece."""
 
     def squared_norm(self, g: np.ndarray) -> float:
         """The squared Euclidean norm of g (n,), accumulated in float64; 0.0 for an empty vector.
@@ -30,14 +31,14 @@ class Vectors(Arrays):
         """g *= factor, in place, in the dtype of g."""
         g *= factor
 
-    # On a device too, what overflows does so in silence.
+    # No warning of overflow, as on a device.
     @np.errstate(over="ignore", invalid="ignore")
     def combine(self, out: np.ndarray, *terms: tuple[float, np.ndarray]) -> None:
-        """out (n,) = the sum of factor * array over the terms, one or more, in their order; all (n,) of one dtype.
+        """out (n,) = the sum of factor * array over one or more terms, in their order; all arrays (n,) of one dtype.
 
-        Factors, products and sums are each rounded to the dtype: the bits of an element depend neither on where it
-        lies nor, but for float32 numbers too small to be normal, on the backend. `out` may be the array of the first
-        term, and of no other.
+        Factors, products and sums are each rounded to the dtype. So the bits of an element depend neither on its
+        position nor on the backend, except for subnormal float32 numbers. `out` may be the array of the first term
+        only.
         """
         (first, start), *others = ((out.dtype.type(factor), array) for factor, array in terms)
         scratch = self._two_pieces(out.dtype)[0]
@@ -60,8 +61,8 @@ class Vectors(Arrays):
     def dots(self, pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
         """The scalar products of pairs of vectors, (k,) float64 in host memory, accumulated in float64.
 
-        All vectors are (n,) of one dtype. Pairs that share their first array should follow each other: it is then
-        brought to the cache once a piece.
+        All vectors are (n,) of one dtype. Pairs with the same first vector should be adjacent: each of its pieces is
+        then read from memory once.
         """
         dots = np.zeros(len(pairs))
         scratch = self._two_pieces(np.dtype(np.float64))

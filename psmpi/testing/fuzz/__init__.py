@@ -1,5 +1,5 @@
-"""Hostile files by the thousand: `python -m psmpi.testing.fuzz` says how psmpi takes them.
+"""A fuzzer: `python -m psmpi.testing.fuzz` makes thousands of hostile files and reports how psmpi handles them.
 
-`kinds` lists the kinds of files, which `checkpoints`, `arrays` and `known` make by the changes in `mutations`; `worker`
-is the process that tries file after file and may be lost, `greedy` has checks that take too much.
+`kinds` lists the kinds of files. `checkpoints`, `arrays` and `known` make them, with the random changes of `mutations`.
+`worker` is the process that opens file after file and may crash. `greedy` has checks that use too much of a resource.
 """

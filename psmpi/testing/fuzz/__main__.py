@@ -18,16 +18,17 @@ from tyro.conf import Positional, arg
 from psmpi.errors import UserError
 from psmpi.output import Screen, complain
 
-# Seconds and bytes of one file beyond which psmpi takes more than the file explains, and files of a process.
+# Failures: more than SLOW seconds of processor time, or memory of more than LARGE bytes plus the size of the file.
+# BATCH: files that one worker process opens.
 SLOW, LARGE, BATCH = 10.0, 1 << 30, 200
-# What Python runs to try files.
+# Arguments of Python that run the worker.
 WORKER = ["-m", "psmpi.testing.fuzz.worker"]
 FAILURES = ("traceback", "crash", "slow", "memory")
 
 
 @dataclass
 class Found:
-    """The outcomes of the files of a kind: counts, the longest time, the largest growth, and failures."""
+    """Outcomes of the files of one kind: counts, longest time in seconds, largest growth in bytes, and failures."""
 
     counts: Counter[str] = field(default_factory=Counter)
     seconds: float = 0.0
@@ -35,7 +36,7 @@ class Found:
     failures: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, outcome: str, number: int, text: str, seconds: float, grown: int, size: int) -> None:
-        """Count a file; what took too long, or too much memory for its size, is a failure too."""
+        """Count a file. Too much time, or too much memory for its size, makes it a failure whatever its outcome."""
         if seconds > SLOW:
             outcome = "slow"
         elif grown > LARGE + size:
@@ -82,11 +83,11 @@ def fuzz(
 
     for kind in kinds:
         if kind not in KINDS:
-            raise UserError(f"{kind}: choose of {', '.join(KINDS)}")
+            raise UserError(f"unknown kind of files {kind!r}: choose {', '.join(KINDS)}")
     if min(count, jobs) < 1 or min(seed, first, seconds) < 0:
-        raise UserError("--count and --jobs from 1 up, --seed, --first and --seconds from 0 up")
+        raise UserError("--count and --jobs must be at least 1, and --seed, --first and --seconds at least 0")
     chosen = kinds or tuple(KINDS)
-    # Kinds in turn, so that each has its share of the time.
+    # Alternate between kinds, so that each has its share of the time.
     parts = [(kind, at) for at in range(first, first + count, BATCH) for kind in chosen]
     tallies = {kind: Found() for kind in chosen}
     end = time.monotonic() + seconds if seconds else None
@@ -105,7 +106,7 @@ def fuzz(
 
 
 def _batch(kind: str, seed: int, first: int, count: int, keep: str, tally: Found, end: float | None) -> None:
-    """Try files in a process, and in another one from where it died."""
+    """Try files in a worker process. If it dies at a file, count the outcome and continue in a new process."""
     at, stop = first, first + count
     while at < stop:
         command = [sys.executable, *WORKER, kind, *map(str, (seed, at, stop - at))]
@@ -116,17 +117,17 @@ def _batch(kind: str, seed: int, first: int, count: int, keep: str, tally: Found
         if end is not None and time.monotonic() > end:
             return
         if at < stop and process.returncode:
-            # What looks at a file may be lost: it is another process in earnest.
+            # Outside the fuzzer the stage "looking" runs in a separate process, so a crash in it is no failure.
             waits = process.returncode == -signal.SIGALRM
             outcome = "slow" if waits else "lost" if stage == "looking" else "crash"
             tally.add(outcome, at, f"status {process.returncode}, {stage}", 0.0, 0, size)
             at += 1
         elif at < stop:
-            raise UserError(f"the process that tries files of the kind {kind} ended at file {at}")
+            raise UserError(f"the worker for files of kind {kind} ended without an error at file {at}")
 
 
 def _listen(process: subprocess.Popen[str], tally: Found, at: int, end: float | None) -> tuple[int, str, int]:
-    """Take a process's lines; the number of the file that it is at, what it does with it, and the file's size."""
+    """Read a worker's lines into `tally`; return the number of its current file, the stage and the file's size."""
     assert process.stdout is not None
     stage, size = "", 0
     for line in process.stdout:
@@ -169,7 +170,7 @@ def _report(tallies: dict[str, Found], seed: int, as_json: bool) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point; returns the exit status: 0 where all files were taken as they should be, else 1."""
+    """Entry point. Returns the exit status: 0 if psmpi accepted or refused every file properly, else 1."""
     from psmpi.command import answer, parsed
 
     words = sys.argv[1:] if argv is None else argv

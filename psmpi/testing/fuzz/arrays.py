@@ -1,4 +1,4 @@
-"""Hostile data sets of the user's own: npz, sparse rows, HDF5, texts of sparse samples."""
+"""Hostile files of users' data sets: npz, compressed sparse rows, HDF5, svmlight."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def npz(rng: Rng, folder: Path) -> Path:
     (np.savez if rng.random() < 0.5 else np.savez_compressed)(plain, x=X, y=Y)
     if rng.random() < 0.5:
         return put(folder, "own.npz", mutate(rng, plain.getvalue()))
-    # Arrays whose headers say odd things, in a sound archive.
+    # A valid archive of arrays with invalid headers.
     members = {}
     for key, values in (("x", X), ("y", Y)):
         parts = [repr(values.dtype.str), "False", str(values.shape)]
@@ -61,7 +61,7 @@ def npz(rng: Rng, folder: Path) -> Path:
 
 
 def sparse(rng: Rng, folder: Path) -> Path:
-    """Arrays of compressed rows."""
+    """An npz file of compressed sparse rows, with one array of a wrong type, value, length or shape."""
     dense = X * (X > 0.5)
     rows, columns = np.nonzero(dense)
     arrays: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""Parts that kinds of hostile files share: the samples in them, odd HDF5 objects, and how data sets are used."""
+"""Parts that several kinds of hostile files share: samples, odd HDF5 objects, and the use of data sets."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ Y = np.arange(20) % 4
 
 @dataclass(frozen=True)
 class Kind:
-    """make(rng, folder) writes a file, or a folder of them, and returns its path; use(path) opens it as psmpi does."""
+    """A kind of hostile files.
+
+    make(rng, folder) writes a file or a folder of files and returns its path. use(path) opens it as psmpi does.
+    """
 
     make: Callable[[Rng, Path], Path]
     use: Callable[[Path], None]
@@ -34,7 +37,7 @@ def put(folder: Path, name: str, data: bytes) -> Path:
 
 
 def use_data(path: Path, data_dir: Path | None = None) -> None:
-    """Open a data set, look at it, and read samples, as a start of a training does."""
+    """Open a data set, identify it, and read samples, as psmpi.train does at its start."""
     dataset = open_dataset(str(path), data_dir, 0)
     prints: list[Any] = []
     identify(dataset, prints=prints)
@@ -44,7 +47,7 @@ def use_data(path: Path, data_dir: Path | None = None) -> None:
 
 
 def read_some(split: Split, count: int) -> None:
-    """Read the first samples as a training does: sparse ones are never made dense."""
+    """Read the first `count` samples as training does: sparse samples stay sparse."""
     rows = np.arange(min(split.n, count))
     if split.compressed is None:
         split.read(rows)
@@ -53,7 +56,7 @@ def read_some(split: Split, count: int) -> None:
 
 
 def use_own(path: Path) -> None:
-    """As `use_data`, and as samples to be predicted."""
+    """Open a file both as `use_data` does and as samples to predict; raise the last UserError after both."""
     refused: UserError | None = None
     for whole in (False, True):
         try:
@@ -68,7 +71,10 @@ def use_own(path: Path) -> None:
 
 
 def odd_object(rng: Rng, file: h5py.File, name: str, shape: tuple[int, ...], kind: int, folder: Path) -> None:
-    """An object in the place of an array, of an odd kind, type, shape, layout, or a link."""
+    """Write an odd object instead of an array.
+
+    kind: 0 a link, 1 external storage, 2 a virtual data set, 3 an unexpected dtype, else unexpected sizes and chunks.
+    """
     private = folder.parent / "private.bin"
     if kind == 0:
         link = (h5py.ExternalLink(str(private), "/x"), h5py.SoftLink(f"/{name}"), h5py.SoftLink("/config"))

@@ -1,4 +1,4 @@
-"""Hostile checkpoints: damaged ones, and ones whose digest was made anew."""
+"""Hostile checkpoints: damaged files, and changed files whose digest was computed again."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from psmpi.testing.fuzz.mutations import Rng, mutate, mutate_near, mutate_plain,
 
 @cache
 def good_checkpoint(gzip_level: int) -> bytes:
-    """A checkpoint of a small network, with vectors of Adam."""
+    """The bytes of a checkpoint of a small network with Adam's state, at this level of compression."""
     import tempfile
 
     from psmpi.config import NetworkSettings
@@ -67,7 +67,7 @@ def use_damaged(path: Path) -> None:
     try:
         checkpoint.validate(path)
     finally:
-        # In a process of its own, as the other look.
+        # psmpi scans a file in a separate process, as it does the validation.
         with looking():
             scan(str(path))
 
@@ -75,7 +75,7 @@ def use_damaged(path: Path) -> None:
 def resealed(rng: Rng, folder: Path) -> Path:
     data = good_checkpoint(int(rng.integers(2)))
     if rng.random() < 0.5:
-        # Tables of contents, and not the numbers, most of the time.
+        # Mostly change HDF5's metadata, not the tensors.
         places = [(512, 4096), (512, len(data)), (len(data) // 2, len(data))]
         path = put(folder, "step-000000003.h5", mutate_near(rng, data, places))
     else:
@@ -89,7 +89,7 @@ TEXTS = ("layout", "progress", "scalars", "random", "data", "placement", "proven
 
 
 def _edit(rng: Rng, path: Path) -> None:
-    """Change a text of a checkpoint, or an object of the file."""
+    """Change one text of a checkpoint, or replace one of its HDF5 objects."""
     with h5py.File(path, "r+") as file:
         if rng.random() < 0.75:
             name = TEXTS[rng.integers(len(TEXTS))]
@@ -108,7 +108,7 @@ def _edit(rng: Rng, path: Path) -> None:
 
 
 def use_resealed(path: Path) -> None:
-    """Read all that verify, show, a prediction and a resume read."""
+    """Read a checkpoint as psmpi's commands verify and show, a prediction and a resumed run do."""
     contents = checkpoint.validate(path)
     with redirect_stdout(io.StringIO()):
         changed, problem = state(path)

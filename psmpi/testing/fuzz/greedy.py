@@ -1,4 +1,4 @@
-"""Checks of a file that take what they should not: they show that the process that looks at files has limits."""
+"""Checks of a file that crash or use too much memory or time: they test the limits of the process that runs checks."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from pathlib import Path
 
 
 def crash(path: Path) -> None:
-    """End as a library does that writes where it should not."""
+    """End with SIGSEGV, as a library that writes to invalid memory."""
     os.kill(os.getpid(), signal.SIGSEGV)
 
 
 def fill(path: Path) -> None:
-    """Take memory until there is none."""
+    """Allocate memory until there is none left."""
     blocks = [bytes(1)]
     while True:
         blocks.append(b"x" * (64 << 20))
 
 
 def spin(path: Path) -> None:
-    """Take processor time for ever."""
+    """Use processor time for ever."""
     while True:
         pass
 
 
 def wait(path: Path) -> None:
-    """Wait, as for a file that another program has to write."""
+    """Sleep for 10 minutes, as a check that waits for another program."""
     time.sleep(600)

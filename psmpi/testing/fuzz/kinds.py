@@ -1,4 +1,4 @@
-"""Kinds of files that a stranger might send: how one is made, and what psmpi does with it."""
+"""The kinds of hostile files: how to make one, and how psmpi opens it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hostile files of well-known data sets: IDX, and CIFAR-10 in its binary and its pickled version."""
+"""Hostile files of public data sets: IDX (MNIST), and CIFAR-10 in its binary and its pickled version."""
 
 from __future__ import annotations
 
@@ -60,15 +60,15 @@ def cifar(rng: Rng, folder: Path) -> Path:
 
 
 def _odd_pickle(rng: Rng, data: bytes) -> bytes:
-    """A pickle with other bytes, or one that makes much of little."""
+    """A pickle with changed bytes, or a short one that unpickles to a large object."""
     kind = int(rng.integers(8))
     if kind == 0:
-        # Objects of one byte.
+        # Many objects of one byte each in the file.
         return (
             b"\x80\x04" + (b"]", b"}", b"\x8f", b")", b"N")[rng.integers(5)] * int(rng.choice([1000, 3_000_000])) + b"."
         )
     if kind == 1:
-        # Each tuple holds the one before twice.
+        # Each tuple holds the previous one twice: the object grows exponentially.
         end = (b".", b"K\x01s.", b"\x85.")[rng.integers(3)]
         return b"\x80\x02}K\x01" + b"2\x86" * int(rng.integers(1, 64)) + end
     if kind == 2:

@@ -1,4 +1,7 @@
-"""The part of the work on a file that another process does in earnest, which may be lost there."""
+"""Checks of files that psmpi runs in a separate process, and the fuzzer in its worker.
+
+Outside the fuzzer a crash of that process is harmless. The worker therefore reports which part of its work is a check.
+"""
 
 from __future__ import annotations
 
@@ -10,22 +13,22 @@ from typing import Any
 from psmpi.errors import DamagedError
 from psmpi.files.examining import limited, run_check, size_of
 
-# What hears where the work is: "looking", or "using" what was looked at.
+# Called with the stage of the work: "looking" within a check, "using" after it.
 report: Callable[[str], None] = lambda stage: None  # noqa: E731
 
 
 @contextmanager
 def looking() -> Iterator[None]:
-    """A block whose work another process does in earnest."""
+    """Report the block as work that psmpi does in a separate process."""
     report("looking")
     yield
     report("using")
 
 
 def look(check: str, path: Path, options: dict[str, Any]) -> None:
-    """As `psmpi.files.examining.run_check`, in this process, with the limits that the other one has."""
+    """Run psmpi.files.examining.run_check in this process, with the limits of the separate one."""
     with looking(), limited(size_of(path)):
         try:
             run_check(check, path, options)
         except MemoryError:
-            raise DamagedError(f"{path} takes more memory to open than its size explains") from None
+            raise DamagedError(f"{path} needs more memory to open than its size explains") from None

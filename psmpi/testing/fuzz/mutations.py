@@ -1,4 +1,4 @@
-"""Changes of bytes and of plain data, drawn from a generator of random numbers."""
+"""Random changes of bytes and of plain data (JSON, TOML)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 Rng = np.random.Generator
 
-# Numbers that programs take wrongly.
+# Numbers at the limits of integer types and of float64's exact integers.
 NUMBERS = (
     0, 1, -1, 2, 7, 127, 128, 255, 256, 32767, 65535, 65536, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**53, 2**63 - 1,
     2**63, 2**64 - 1, 2**64, 10**18, -(2**31), -(2**63),
@@ -23,7 +23,7 @@ VALUES: tuple[Any, ...] = (
 
 
 def mutate(rng: Rng, data: bytes) -> bytes:
-    """Some changes of `data`: bits, bytes, numbers, blocks moved, doubled or left out, the end off."""
+    """Apply 1 to 7 random changes: flipped bits, other bytes or numbers, moved, doubled or removed blocks, a cut."""
     changed = bytearray(data)
     for _ in range(int(rng.integers(1, 8))):
         if not changed:
@@ -54,7 +54,7 @@ def mutate(rng: Rng, data: bytes) -> bytes:
 
 
 def mutate_near(rng: Rng, data: bytes, places: list[tuple[int, int]]) -> bytes:
-    """As `mutate`, of some bytes in one of the places [first, last) alone, the length kept."""
+    """Change 1 to 4 bits or numbers in one of the ranges [first, last) of `places`. The length stays the same."""
     changed = bytearray(data)
     first, last = places[rng.integers(len(places))]
     for _ in range(int(rng.integers(1, 5))):
@@ -71,7 +71,7 @@ def mutate_near(rng: Rng, data: bytes, places: list[tuple[int, int]]) -> bytes:
 
 
 def mutate_plain(rng: Rng, value: Any) -> Any:
-    """A value of JSON or TOML with one place in it changed: another value, left out, doubled, or under another name."""
+    """A copy of a JSON value with one or two changes: an entry replaced, removed, doubled, or renamed."""
     places: list[Callable[[], None]] = []
     copy = json.loads(json.dumps(value))
 
@@ -113,7 +113,7 @@ def _change(rng: Rng, node: Any, key: Any) -> None:
 
 
 def spelled(rng: Rng, value: Any) -> str:
-    """JSON of a value, with marks left out or doubled now and then, and as deep as a parser can bear or deeper."""
+    """JSON text of a value; sometimes with changed bytes, or nested as deep as the parser's limit or deeper."""
     text = json.dumps(value)
     if rng.random() < 0.05:
         return mutate(rng, text.encode()).decode("utf-8", "replace")

@@ -1,6 +1,6 @@
-"""The process that tries file after file: `python -m psmpi.testing.fuzz.worker KIND SEED FIRST COUNT`.
+"""The process that opens file after file: `python -m psmpi.testing.fuzz.worker KIND SEED FIRST COUNT [FOLDER]`.
 
-It prints a line of JSON before and after each file, and dies where a file makes it.
+The process prints a line of JSON before and after each file. A file may crash it.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from psmpi.files import examiner
 from psmpi.testing.fuzz import looking
 from psmpi.testing.fuzz.kinds import KINDS
 
-# Seconds on the clock that a file may take: it may wait for something that never comes.
+# Seconds of wall time after which SIGALRM ends the process: opening a file may block for ever.
 WAIT = 60
-# What would be read if a file made psmpi read another one.
+# Contents of a file that hostile HDF5 files link to, and that psmpi must not read.
 PRIVATE = b"nobody else is to read this. " * 1000
 
 
 def main(kind: str, seed: int, first: int, count: int, keep: str = "") -> None:
-    """Try files of a kind by their numbers; each is a function of (seed, kind, number) alone.
+    """Make and open the files `first` to `first + count - 1` of a kind. A file depends only on (seed, kind, number).
 
-    keep: a folder to leave the files in.
+    keep: a folder to leave the files in; empty: delete each file after its use.
     """
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    # Numbers that are too large for a type are warned of, as in earnest.
+    # Hide warnings, such as those about numbers that overflow a type.
     warnings.simplefilter("ignore")
 
     def say(**what: object) -> None:

@@ -1,8 +1,8 @@
-"""A stand-in for cuDNN's front end, beside that for CuPy: the few names psmpi uses. FAKE_CUDNN says what goes wrong.
+"""A stand-in for cuDNN's front end, for use with the stand-in for CuPy; it has only the names that psmpi uses.
 
-Graphs of one convolution compute by NumPy, when the stream comes to them. They take their time, as `cudnn packed` or
-`cudnn strided` in cupy.cuda.clock.costs, fill the workspace, and want their arrays, their calls in order and what may
-not be used to be said.
+A graph has one convolution, which NumPy computes when the stream reaches it. It costs the time of `cudnn packed` or
+`cudnn strided` in cupy.cuda.clock.costs, and overwrites the workspace. Assertions check the arrays, the order of calls,
+and the excluded numerical notes. The variable FAKE_CUDNN names a fault to simulate.
 """
 
 import ctypes
@@ -19,7 +19,7 @@ if FAULT == "import":
     raise ImportError("No module named 'cudnn'")
 
 __version__ = "fake"
-# Of each graph that was built, the notes that are not to be: for tests.
+# For tests: the dtype and the excluded numerical notes of each graph that was built.
 built = []
 handles = {}
 
@@ -114,9 +114,9 @@ class pygraph:
     def conv_dgrad(self, loss, filter, padding, stride, dilation):
         return self._operation("dgrad", loss, filter, padding, stride, dilation)
 
-    def _operation(self, kind, one, other, padding, stride, dilation):
+    def _operation(self, kind, first, second, padding, stride, dilation):
         assert (padding, dilation) == ([0, 0], [1, 1]) and stride[0] == stride[1] and len(stride) == 2
-        assert self.tensors == [one, other]
+        assert self.tensors == [first, second]
         self.kind, self.pace = kind, stride[0]
         self.tensors.append(Tensor(None, None, None))
         return self.tensors[-1]
@@ -180,7 +180,7 @@ class pygraph:
         cuda.current().enqueue(work)
 
     def _roles(self, *three):
-        """x, w and y among the arrays of the graph."""
+        """Return the arrays of the graph in the order x, w, y."""
         order = {"fprop": (0, 1, 2), "wgrad": (0, 2, 1), "dgrad": (2, 1, 0)}[self.kind]
         return tuple(three[k] for k in order)
 
@@ -194,20 +194,20 @@ def _convolve(kind, x, w, y, pace):
     by_group = w.reshape(groups, -1, *w.shape[1:])
     if kind == "dgrad":
         dy = y.reshape(n, groups, -1, rows, columns)
-        found = np.zeros(x.shape, x.dtype)
+        gradient = np.zeros(x.shape, x.dtype)
         for i in range(w.shape[2]):
             for j in range(w.shape[3]):
                 part = np.einsum("ngkpq,gkc->ngcpq", dy, by_group[..., i, j]).reshape(n, -1, rows, columns)
-                found[:, :, i : i + pace * rows : pace, j : j + pace * columns : pace] += part
-        x[...] = found
+                gradient[:, :, i : i + pace * rows : pace, j : j + pace * columns : pace] += part
+        x[...] = gradient
         return
-    seen = sliding_window_view(x, w.shape[2:], axis=(2, 3))[:, :, ::pace, ::pace]
-    seen = seen.reshape(n, groups, -1, *seen.shape[2:])
+    windows = sliding_window_view(x, w.shape[2:], axis=(2, 3))[:, :, ::pace, ::pace]
+    windows = windows.reshape(n, groups, -1, *windows.shape[2:])
     if kind == "fprop":
-        y[...] = np.einsum("ngcpqrs,gkcrs->ngkpq", seen, by_group).reshape(y.shape)
+        y[...] = np.einsum("ngcpqrs,gkcrs->ngkpq", windows, by_group).reshape(y.shape)
     else:
         dy = y.reshape(n, groups, -1, rows, columns)
-        w[...] = np.einsum("ngcpqrs,ngkpq->gkcrs", seen, dy).reshape(w.shape)
+        w[...] = np.einsum("ngcpqrs,ngkpq->gkcrs", windows, dy).reshape(w.shape)
 
 
 __all__ = [

@@ -1,8 +1,8 @@
-"""A stand-in for CuPy on a machine without a GPU: the few names psmpi uses, over host memory.
+"""A stand-in for CuPy on host memory, for machines without a GPU; it has only the names that psmpi uses.
 
-It is as unkind as a device may be. Work is done as late as possible, when something waits for it, so that what was not
-waited for is not there; new memory holds NaN; NumPy and device arrays do not mix; what is captured is not done. Kernels
-are those of psmpi, compiled as C++ (cuda_host.py).
+It simulates the worst case of a device. Work runs as late as possible, only when something waits for it, so that a
+missing wait shows. New memory holds NaN. NumPy arrays and device arrays do not mix. Captured work does not run. The
+kernels are those of psmpi, compiled as C++ (cuda_host.py).
 """
 
 import sys
@@ -19,7 +19,7 @@ __version__ = "fake"
 
 
 class ndarray:
-    """A device array; `_a` is the memory."""
+    """A device array. _a: the NumPy array with its memory."""
 
     __array_ufunc__ = None
 
@@ -42,10 +42,10 @@ class ndarray:
 
     @property
     def __cuda_array_interface__(self):
-        found = dict(self._a.__array_interface__)
-        found["version"] = 3
-        found["stream"] = None
-        return found
+        interface = dict(self._a.__array_interface__)
+        interface["version"] = 3
+        interface["stream"] = None
+        return interface
 
     @property
     def T(self):
@@ -55,16 +55,16 @@ class ndarray:
         return ndarray(self._a.transpose(*axes))
 
     def reshape(self, *shape):
-        made = self._a.reshape(*shape)
-        if self._a.size and not np.shares_memory(made, self._a):
-            made = np.empty(made.shape, made.dtype)
+        reshaped = self._a.reshape(*shape)
+        if self._a.size and not np.shares_memory(reshaped, self._a):
+            reshaped = np.empty(reshaped.shape, reshaped.dtype)
             source = self._a
 
             def copy():
-                made[...] = source.reshape(made.shape)
+                reshaped[...] = source.reshape(reshaped.shape)
 
             current().enqueue(copy)
-        return ndarray(made)
+        return ndarray(reshaped)
 
     def __getitem__(self, at):
         if isinstance(at, (np.ndarray, list)):
@@ -98,15 +98,15 @@ def _operand(value):
     raise TypeError(f"Unsupported type {type(value)}")
 
 
-# CuPy's pool gives memory that is no longer referred to only to work that comes later: here, to none.
+# Keeps all memory alive: CuPy's pool too reuses freed memory only for later work on the stream.
 _memory = []
 
 
 def _poisoned(shape, dtype):
-    made = np.empty(shape, dtype)
-    made.reshape(-1).view(np.uint8)[:] = 0xFF
-    _memory.append(made)
-    return made
+    array = np.empty(shape, dtype)
+    array.reshape(-1).view(np.uint8)[:] = 0xFF
+    _memory.append(array)
+    return array
 
 
 def empty(shape, dtype=float):
@@ -116,15 +116,15 @@ def empty(shape, dtype=float):
 
 
 def zeros(shape, dtype=float):
-    made = _poisoned(shape, dtype)
-    current().enqueue(lambda: made.fill(0))
-    return ndarray(made)
+    array = _poisoned(shape, dtype)
+    current().enqueue(lambda: array.fill(0))
+    return ndarray(array)
 
 
 def asarray(values):
-    made = np.array(values)
-    _memory.append(made)
-    return ndarray(made)
+    array = np.array(values)
+    _memory.append(array)
+    return ndarray(array)
 
 
 def asnumpy(array):
@@ -171,7 +171,7 @@ class RawModule:
                 else:
                     passed.append(arg)
 
-            # What the work needs stays alive until it is done.
+            # `held` keeps the arguments alive until the work has run.
             def work(held=args):
                 cuda.clock.spend(name)
                 self.module.launch(name, grid, block, tuple(passed))
@@ -182,7 +182,7 @@ class RawModule:
 
 
 def _check(kind, array, real):
-    """TypeError for an array that is not of the parameter's type, which a GPU would take for such."""
+    """Raise TypeError if an array does not have the type of the parameter, which a GPU would not notice."""
     types = {
         "float": ("float32",), "double": ("float64",), "int": ("int32",), "long long": ("int64",),
         "unsigned char": ("uint8", "bool"),

@@ -1,13 +1,13 @@
-/* Attention of heads, samples side by side in vectors. Part of the template kernels.h.
+/* Multi-head attention, with samples side by side in vectors. Part of the template kernels.h.
  *
- * Of a head and VL samples, queries, keys and values are packed: (steps, size) vectors each, so that products of small
- * matrices run over memory that lies together. Probabilities are there of TALL steps at a time.
+ * The queries, keys and values of a head and VL samples are packed, (steps, size) vectors each, so that products of
+ * small matrices read contiguous memory. Probabilities exist for TALL steps at a time.
  */
 
 #define TALL (4 * ROWS)
 
-/* c (nu, nt), ci and cj numbers apart, = or += the products of rows of a and b (n of each), ak and bk apart: all are of
- * vectors. */
+/* c (nu, nt) = or += the products of nu rows of a and nt rows of b, of n vectors each. The strides of c are ci and cj;
+ * ak and bk are the strides along the rows of a and b. */
 INLINE void NAME(product_tile)(const int nu, const int nt, const int add, int n, const R *a, ptrdiff_t ai, ptrdiff_t ak,
                                const R *b, ptrdiff_t bj, ptrdiff_t bk, R *c, ptrdiff_t ci, ptrdiff_t cj)
 {
@@ -64,8 +64,8 @@ static void NAME(product_rows)(int nu, int m, int add, int n, const R *a, ptrdif
 #undef MORE
 }
 
-/* Rows of a head, x (size, steps, batch) at its first sample, as out (steps, size) vectors; lanes that are no samples
- * hold 0. */
+/* Pack rows of a head, x (size, steps, batch) from its first sample on, into out (steps, size) vectors. Lanes without a
+ * sample are 0. */
 INLINE void NAME(pack_head)(const attention_t *s, int some, const R *x, R *out)
 {
     for (int c = 0; c < s->size; c++)
@@ -73,7 +73,7 @@ INLINE void NAME(pack_head)(const attention_t *s, int some, const R *x, R *out)
             STORE(out + ((ptrdiff_t)t * s->size + c) * VL, some ? LOAD_SOME(x, some) : LOAD(x));
 }
 
-/* The reverse. */
+/* The reverse of pack_head. */
 INLINE void NAME(unpack_head)(const attention_t *s, int some, const R *from, R *y)
 {
     for (int c = 0; c < s->size; c++)
@@ -86,14 +86,14 @@ INLINE void NAME(unpack_head)(const attention_t *s, int some, const R *from, R *
         }
 }
 
-/* The steps that the rows of one tile look at: all, or those up to the last row's own. */
+/* The number of steps that the rows of a tile attend to: all, or if causal those up to the last row's own. */
 INLINE int NAME(seen)(const attention_t *s, int t, int nu)
 {
     return s->causal ? t + nu : s->steps;
 }
 
-/* p (tall, steps) vectors: the probabilities of `tall` steps from t0 on, and 0 up to the end of a tile. ends: the
- * lengths of the samples, or 0 where they do not matter. */
+/* p (tall, steps) vectors = the probabilities of `tall` steps from t0 on, padded with 0 to a whole tile. ends: the
+ * lengths of the samples, or NULL. */
 INLINE void NAME(probabilities)(const attention_t *s, int t0, int tall, const R *q, const R *k, const R *ends, R *p)
 {
     const ptrdiff_t row = (ptrdiff_t)s->steps * VL, wide = (ptrdiff_t)s->size * VL;
@@ -105,7 +105,7 @@ INLINE void NAME(probabilities)(const attention_t *s, int t0, int tall, const R 
             R *const out = p + j * row;
             const int n = NAME(seen)(s, t0 + j, 1);
             V most = LOAD(out), sum = SET1((R)0);
-            /* Every sequence has a first step. */
+            /* Start from step 0, which every sequence has. */
             for (int u = 1; u < n; u++) {
                 V v = LOAD(out + u * VL);
                 if (ends)
@@ -131,7 +131,7 @@ INLINE void NAME(probabilities)(const attention_t *s, int t0, int tall, const R 
     }
 }
 
-/* The lengths of the samples from b on, as numbers in a vector, or 0 where they do not matter. */
+/* The lengths of the samples from b on as a vector, or NULL without lengths. */
 INLINE const R *NAME(ends_of)(const attention_t *s, int b, const int32_t *lengths, R *ends)
 {
     for (int i = 0; i < VL; i++)
@@ -139,9 +139,9 @@ INLINE const R *NAME(ends_of)(const attention_t *s, int b, const int32_t *length
     return lengths ? ends : 0;
 }
 
-/* y (heads size, steps, batch): each step's mean of the values of the steps that it looks at, by the softmax of
- * products of its query with their keys. x (heads 3 size, steps, batch): of each head queries, keys, values. Jobs are
- * a head and a vector of samples; those from first to last are done. room: (4 size + TALL) steps vectors. */
+/* y (heads size, steps, batch) = values weighted by softmax(queries^T keys / sqrt(size)), for each head.
+ * x (heads 3 size, steps, batch): for each head queries, keys, values. A job is a head and a vector of samples; this
+ * call does the jobs [first, last). room: scratch of (4 size + TALL) steps vectors. */
 void NAME(attention)(const attention_t *s, const R *x, const int32_t *lengths, R *y, R *room)
 {
     const ptrdiff_t one = (ptrdiff_t)s->size * s->steps, row = (ptrdiff_t)s->steps * VL, wide = (ptrdiff_t)s->size * VL;
@@ -166,7 +166,7 @@ void NAME(attention)(const attention_t *s, const R *x, const int32_t *lengths, R
     }
 }
 
-/* The adjoint: dx of the shape of x. room: (7 size + 2 TALL) steps vectors. */
+/* The adjoint of attention: dx of the shape of x. room: scratch of (7 size + 2 TALL) steps vectors. */
 void NAME(attention_back)(const attention_t *s, const R *x, const int32_t *lengths, const R *dy, R *dx, R *room)
 {
     const ptrdiff_t one = (ptrdiff_t)s->size * s->steps, row = (ptrdiff_t)s->steps * VL, wide = (ptrdiff_t)s->size * VL;

@@ -1,6 +1,6 @@
-/* Normalization of columns, and GELU. Part of the template kernels.h. */
+/* Layer normalization (of columns), and GELU. Part of the template kernels.h. */
 
-/* Vectors of columns that are taken together. */
+/* Number of vectors of columns that are normalized together. */
 #define BESIDE 4
 
 #define TAKE(p) (some ? LOAD_SOME(p, some) : LOAD(p))
@@ -12,7 +12,7 @@
             STORE(p, v);                                                                                               \
     } while (0)
 
-/* `layer_norm` of nv vectors of columns, or of `some` columns. */
+/* layer_norm for nv vectors of columns, or for `some` columns if these are fewer than a vector. */
 INLINE void NAME(norm_columns)(const int nv, const int some, ptrdiff_t n, ptrdiff_t m, const R *x, double eps,
                                const R *gamma, const R *beta, R *normal, R *scale, R *y)
 {
@@ -79,8 +79,8 @@ INLINE void NAME(norm_columns)(const int nv, const int some, ptrdiff_t n, ptrdif
     }
 }
 
-/* normal (n, m) = the columns of x less their means, times scale (m,) = 1 / sqrt(their variance + eps); y = gamma
- * normal + beta, a number of each (n,) for a row. normal may be x. */
+/* normal (n, m) = (x - mean) scale, scale (m,) = 1 / sqrt(variance + eps), for each column of x. y (n, m) = gamma (n,)
+ * normal + beta (n,). normal may be x. */
 void NAME(layer_norm)(ptrdiff_t n, ptrdiff_t m, const R *x, double eps, const R *gamma, const R *beta, R *normal,
                       R *scale, R *y)
 {
@@ -133,8 +133,8 @@ INLINE void NAME(norm_columns_back)(const int nv, const int some, ptrdiff_t n, p
     }
 }
 
-/* The adjoint: dy (n, m) becomes the gradient of what was normalized; dgamma and dbeta (n,) get theirs, unless they are
- * 0. */
+/* The adjoint of layer_norm: dy (n, m) becomes the gradient of x. dgamma and dbeta (n,) are filled unless they are
+ * NULL. */
 void NAME(layer_norm_back)(ptrdiff_t n, ptrdiff_t m, const R *normal, const R *scale, const R *gamma, R *dy, R *dgamma,
                            R *dbeta)
 {
@@ -152,7 +152,7 @@ void NAME(layer_norm_back)(ptrdiff_t n, ptrdiff_t m, const R *normal, const R *s
         NAME(norm_columns_back)(1, (int)(m - j), n, m, normal + j, scale + j, gamma, dy + j);
 }
 
-/* The polynomial of psmpi.backend.reference.gelu, of fewer terms for float. */
+/* Coefficients of the polynomial in psmpi.backend.reference.gelu, fewer for float. */
 #if DOUBLE
 static const double NAME(tail_terms)[] = {
     0.47205320650984467, -0.09670347732652607, 0.013999634724430469, 0.02860036405357749, -0.03219783742831453,
@@ -163,7 +163,7 @@ static const double NAME(tail_terms)[] = {
     5.474708632048689e-09, -1.5456221598143852e-09, -6.763267210562454e-10,
 };
 #define TAIL_TERMS 24
-/* Beyond, densities are no normal numbers. */
+/* Arguments are limited to this size: beyond it densities are subnormal numbers. */
 #define FAR 37.0
 #else
 static const float NAME(tail_terms)[] = {
@@ -174,7 +174,7 @@ static const float NAME(tail_terms)[] = {
 #define FAR 13.0f
 #endif
 
-/* Phi(x), the distribution function of the normal law, and its density. Not a number stays so. */
+/* Phi(x), the distribution function of the standard normal, and its density. NaN stays NaN. */
 INLINE void NAME(normal_law)(V x, V *below, V *density)
 {
     V scale, rest, sum = SET1(NAME(tail_terms)[TAIL_TERMS - 1]);
@@ -197,7 +197,7 @@ void NAME(gelu)(ptrdiff_t n, const R *x, R *y)
         const int some = n - k < VL ? (int)(n - k) : 0;
         const V v = TAKE(x + k);
         NAME(normal_law)(v, &below, &density);
-        /* Far below, what is left of the tail is not to count more and more. */
+        /* Phi is constant below -FAR: limit the factor x too, so that y does not grow there. */
         GIVE(y + k, MAX(SET1((R)-FAR), v) * below);
     }
 }

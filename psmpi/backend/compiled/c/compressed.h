@@ -1,7 +1,7 @@
 /* Dense minibatches of compressed rows. Part of the template kernels.h. */
 
-/* out (features, batch) = the rows `at` (batch,), of which row r has the entries from starts[r] to starts[r + 1]; zero
- * where a row has none. */
+/* out (features, batch) = the rows `at` (batch,) as columns; row r has the entries [starts[r], starts[r + 1]). Features
+ * without an entry are 0. */
 void NAME(fill_compressed)(ptrdiff_t batch, ptrdiff_t features, const int64_t *at, const int64_t *starts,
                            const int32_t *columns, const R *values, R *out)
 {

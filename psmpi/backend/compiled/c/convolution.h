@@ -1,15 +1,15 @@
 /* Convolutions in register blocks along the batch. Part of the template kernels.h. */
 
-/* Where vectors that go on from one column to the next lie: of each the lanes in its first column, VL where it has no
- * other, where it begins, and the elements that the lanes of the second column lie further on. */
+/* Positions of up to two vectors whose lanes may cross from one image column to the next. lanes: lanes in the first
+ * column (VL: all); begin: position of the first lane; on: extra offset of the lanes in the second column. */
 typedef struct {
     int lanes[2];
     ptrdiff_t begin[2], on;
 } NAME(cut);
 
 /* Products of `nu` rows of weights with `nv` vectors along the batch, summed over three nested loops. In a step of loop
- * k the vectors advance by sv[k] elements and the weights by sw[k]. With some > 0 the only vector has `some` lanes. The
- * vectors follow each other, or lie where `cut` says. */
+ * k the vectors advance by sv[k] elements and the weights by sw[k]. With some > 0 there is one vector, of `some` lanes.
+ * Vectors are contiguous unless `cut` gives their positions. */
 INLINE void NAME(micro)(const int nu, const int nv, const int some, const NAME(cut) * cut, const int n[3], const R *v,
                         const ptrdiff_t sv[3], const R *w, const ptrdiff_t sw[3], R *out, ptrdiff_t so, const R *bias,
                         int add)
@@ -56,7 +56,7 @@ INLINE void NAME(micro)(const int nu, const int nv, const int some, const NAME(c
         }
 }
 
-/* ONE(nu) for any nu, with constants where the compiler needs them. */
+/* ONE(nu) with a constant for each value of nu, so that the compiler unrolls the loops. */
 #if UNITS > 6
 #define ANY(nu)                                                                                                        \
     switch (nu) {                                                                                                      \
@@ -85,7 +85,7 @@ static void NAME(block)(int nu, int nv, int some, const int n[3], const R *v, co
 #undef ONE
 }
 
-/* block, of vectors that are cut. */
+/* block() for vectors at the positions of `cut`. */
 static void NAME(block_cut)(int nu, int nv, const NAME(cut) * cut, const int n[3], const R *v, const ptrdiff_t sv[3],
                             const R *w, const ptrdiff_t sw[3], R *out, ptrdiff_t so, const R *bias)
 {
@@ -102,11 +102,11 @@ static void NAME(block_cut)(int nu, int nv, const NAME(cut) * cut, const int n[3
 
 #undef ANY
 
-/* Where block number k of `blocks` equal ones of `n` rows begins. */
+/* The first row of block k, if n rows are divided into `blocks` blocks of nearly equal size. */
 #define EDGE(k, blocks, n) ((int)((int64_t)(k) * (n) / (blocks)))
 
-/* Of so many vectors' lanes a column's batch fills a part; columns side by side, whose batches follow each other, fill
- * more of them. The columns, 1, 2 or 4, that leave the fewest lanes empty. */
+/* The number of adjacent columns, 1, 2 or 4, that are computed together: the one that leaves the fewest lanes of
+ * vectors empty. The batches of adjacent columns are contiguous. */
 static int NAME(together)(const shape_t *s)
 {
     int best = 1;
@@ -119,7 +119,7 @@ static int NAME(together)(const shape_t *s)
     return best;
 }
 
-/* conv_forward of one stripe and columns [j0, j1), `g` at a time: these are a multiple of g. */
+/* conv_forward for one stripe and the columns [j0, j1), `g` at a time. j1 - j0 is a multiple of g. */
 static void NAME(forward_columns)(const shape_t *s, int j0, int j1, int g, const R *xs, const R *pack, const R *bias,
                                   R *ys)
 {
@@ -157,7 +157,7 @@ static void NAME(forward_columns)(const shape_t *s, int j0, int j1, int g, const
 }
 
 /* y (units, rows, columns, batch) = bias + correlation of x (channels, height, width, batch) with kernels
- * (units, n_in, kernel, kernel), for one segment. pack: scratch of n x n_in x kernel^2 elements. */
+ * (units, n_in, kernel, kernel), for the stripes of s. pack: scratch of n x n_in x kernel^2 elements. */
 void NAME(conv_forward)(const shape_t *s, const R *x, const R *kernels, const R *bias, R *y, R *pack)
 {
     const int k2 = s->kernel * s->kernel, taps = s->n_in * k2, blocks = (s->n + UNITS - 1) / UNITS;
@@ -178,7 +178,7 @@ void NAME(conv_forward)(const shape_t *s, const R *x, const R *kernels, const R 
     }
 }
 
-/* dx (+)= the adjoint of conv_forward on dy, for one segment. Where no output sees an input, it is 0 (or stays). */
+/* dx = or, with `add`, += the adjoint of conv_forward applied to dy, for the stripes of s. */
 void NAME(conv_input)(const shape_t *s, const R *dy, const R *kernels, R *dx, R *pack, int add)
 {
     const int k2 = s->kernel * s->kernel, blocks = (s->n_in + UNITS - 1) / UNITS;
@@ -199,7 +199,8 @@ void NAME(conv_input)(const shape_t *s, const R *dy, const R *kernels, R *dx, R 
             const int left = s->last - b, nv = left >= 2 * VL ? 2 : 1, some = left < VL ? left : 0;
             for (int i = 0; i < s->height; i++)
                 for (int j = 0; j < s->width; j++) {
-                    /* Output rows and columns that see this input; kernel rows go up as output rows go down. */
+                    /* Output rows and columns whose windows contain this input. The kernel's row increases as the
+                     * output row decreases. */
                     int top = i / s->stride, right = j / s->stride;
                     if (top >= s->rows)
                         top = s->rows - 1;
@@ -227,15 +228,15 @@ void NAME(conv_input)(const shape_t *s, const R *dy, const R *kernels, R *dx, R 
     }
 }
 
-/* Sums over outputs and batch of `nu` rows of dy times `nt` taps of x, into out (nu rows, so apart). Every FLUSH vectors
- * the sums go into others, so that their rounding does not grow with the image and the batch. */
+/* Sums over outputs and batch of `nu` rows of dy times `nt` taps of x, into out (nu rows with stride so). After every
+ * FLUSH vectors the sums are added to others, so that rounding does not grow with the image and the batch. */
 INLINE void NAME(products)(const int nu, const int nt, const shape_t *s, const R *dy, ptrdiff_t sd, const R *x,
                            const ptrdiff_t *taps, R *out, ptrdiff_t so)
 {
     V acc[ROWS][TAPS], sums[ROWS][TAPS];
     const ptrdiff_t row = (ptrdiff_t)s->stride * s->width * s->batch, step = (ptrdiff_t)s->stride * s->batch;
-    /* Batches of columns follow each other in dy: as one they leave the fewest lanes empty. Smaller ones than a vector,
-     * which could reach over more than two columns, are by themselves. */
+    /* The batches of the columns of a row are contiguous in dy: as one run they leave the fewest lanes empty. A batch
+     * smaller than a vector is a run of its own, since a vector must not reach over more than two columns. */
     const int runs = s->batch < VL ? s->columns : 1, size = s->columns / runs * s->batch;
     int since = 0;
 #pragma GCC unroll 8
@@ -314,7 +315,8 @@ static void NAME(rows)(int nu, int nt, const shape_t *s, const R *dy, ptrdiff_t 
 #undef MORE
 }
 
-/* dkernels (units, n_in, kernel, kernel): the gradient of conv_forward with respect to its kernels, for one segment. */
+/* dkernels (units, n_in, kernel, kernel) = the gradient of conv_forward with respect to the kernels, for the stripes of
+ * s. */
 void NAME(conv_weight)(const shape_t *s, const R *x, const R *dy, R *dkernels)
 {
     const int k2 = s->kernel * s->kernel, all = s->n_in * k2;

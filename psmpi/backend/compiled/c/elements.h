@@ -1,6 +1,7 @@
 /* Products with the quasi-Newton matrices of elements. Part of the template kernels.h. */
 
-/* Scalar products of `nr` rows of z, `row` elements apart, with v (n); short sums in the type, their sum in double. */
+/* Scalar products of `nr` rows of z, with stride `row`, and v (n). Short sums are in the type of the arrays, the sum of
+ * these in double. */
 INLINE void NAME(dots)(const int nr, ptrdiff_t n, const R *z, ptrdiff_t row, const R *v, double *out)
 {
 #pragma GCC unroll 8
@@ -31,7 +32,7 @@ INLINE void NAME(dots)(const int nr, ptrdiff_t n, const R *z, ptrdiff_t row, con
     }
 }
 
-/* out (n) += the sum of `nr` rows of z, `row` elements apart, times w. */
+/* out (n) += the sum of `nr` rows of z, with stride `row`, each times its weight in w (nr). */
 INLINE void NAME(combine)(const int nr, ptrdiff_t n, const R *z, ptrdiff_t row, const R *w, R *out)
 {
     V weight[PAIRS];
@@ -56,8 +57,8 @@ INLINE void NAME(combine)(const int nr, ptrdiff_t n, const R *z, ptrdiff_t row, 
     }
 }
 
-/* coefficients (rows) = Z v and out (n) = sigma v + Z^T (middle Z v): Z (rows, n, `row` elements apart), middle (rows,
- * rows). weights: scratch (rows). Z is read from memory once where it fits the cache. */
+/* coefficients (rows) = Z v and out (n) = sigma v + Z^T (middle Z v), with Z (rows, n) of stride `row` and middle
+ * (rows, rows). weights: scratch (rows). If Z fits the cache, it is read from memory once. */
 INLINE void NAME(element_product)(ptrdiff_t rows, ptrdiff_t n, const R *z, ptrdiff_t row, const double *middle, R sigma,
                           double *coefficients, R *weights, const R *v, R *out)
 {
@@ -80,7 +81,7 @@ INLINE void NAME(element_product)(ptrdiff_t rows, ptrdiff_t n, const R *z, ptrdi
         NAME(combine)(1, n, z + r * row, row, weights + r, out);
 }
 
-/* `element_product` for each of `count` elements, all arrays of one element after those of another. */
+/* element_product for each of `count` elements. Each array has the elements as its first axis. */
 void NAME(element_products)(ptrdiff_t count, ptrdiff_t rows, ptrdiff_t n, const R *pairs, const double *middle,
                     const double *sigma, double *coefficients, R *weights, const R *v, R *out)
 {
@@ -96,9 +97,10 @@ void NAME(row_dots)(ptrdiff_t count, ptrdiff_t n, const R *a, const R *b, double
         NAME(dots)(1, n, a + e * n, n, b + e * n, out + e);
 }
 
-/* q += U_e^T B_e U_e p for each element e; *curvature = the sum of their p^T U_e^T B_e U_e p. sizes: variables of each
- * element, at most n; table: from (in p), to (in rows of n elements) and length of runs, those of element e from
- * starts[e] to starts[e + 1]; work: scratch (2 n + rows). */
+/* q += U_e^T B_e U_e p for each element e; *curvature = the sum of p^T U_e^T B_e U_e p over the elements. sizes: the
+ * number of variables of each element, at most n. table: the runs of U_e, with the position in p, the position in the
+ * element's row of n variables, and the length; element e has the runs [starts[e], starts[e + 1]). work: scratch (2 n +
+ * rows). */
 void NAME(restricted_products)(ptrdiff_t count, ptrdiff_t rows, ptrdiff_t n, const int64_t *sizes,
                                const int64_t *starts, const int64_t *table, const R *pairs, const double *middle,
                                const double *sigma, double *coefficients, R *work, const R *p, R *q)

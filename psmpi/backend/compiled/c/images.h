@@ -1,8 +1,8 @@
-/* Images moved and mirrored, each by itself. Part of the template kernels.h. */
+/* Shifts and flips of images. Part of the template kernels.h. */
 
-/* out (channels, height, width, batch) = images x, mirrored left to right where moves[2] says so, then moved by moves[0]
- * rows down and moves[1] columns to the right; beyond them lie zeros, or with `reflect` their mirror images. moves: (3,
- * batch), less than the sides. */
+/* out (channels, height, width, batch) = images x, each flipped left to right if moves[2] is 1, then shifted by
+ * moves[0] rows down and moves[1] columns to the right. Pixels from outside the image are 0, or with `reflect` mirrored
+ * at the edge. moves: (3, batch), smaller than the sides of the image. */
 void NAME(move_images)(int channels, int height, int width, int batch, const int32_t *moves, int reflect, const R *x,
                        R *out)
 {

@@ -1,8 +1,8 @@
-/* Convolutions and element-wise passes of small grouped networks, minibatch last.
+/* The C kernels of psmpi: operations on layers, losses and vectors, with the minibatch as the last axis.
  *
  * An image array is (channels, height, width, batch), contiguous: every inner loop runs along the batch. One template
- * (kernels.h) is compiled for float and double, for AVX-512 and for AVX2 with FMA; the caller asks `psmpi_level` which
- * of them this processor has. Plain C functions, called by ctypes.
+ * (kernels.h) is compiled for float and double, and for AVX-512 and AVX2 with FMA. psmpi_level() returns the
+ * instruction set of this processor. Python calls the functions with ctypes.
  */
 #include <immintrin.h>
 #include <math.h>
@@ -14,35 +14,35 @@
 #define PASTE2(a, b) a##b
 #define PASTE(a, b) PASTE2(a, b)
 
-/* What a convolution looks like to one segment: `count` stripes of n units that see n_in channels each. */
+/* The shape of a convolution with `count` stripes of n units each, connected to n_in channels each. */
 typedef struct {
     int32_t count, n, n_in, source, source_step, out;
     int32_t height, width, rows, columns, kernel, stride, batch;
-    /* The samples that the call computes; conv_weight always sums over all. */
+    /* The call computes the samples [first, last), except conv_weight, which sums over all samples. */
     int32_t first, last;
 } shape_t;
 
-/* Recurrent cells by the number of their kind, see recurrence.h; `padded`: the batch in whole vectors. A call computes
- * the samples [first, last), of which `first` begins a vector. */
+/* A layer of recurrent cells, see recurrence.h. padded: the batch rounded up to whole vectors. A call computes the
+ * samples [first, last); `first` is the start of a vector. */
 typedef struct {
     int32_t kind, units, steps, batch, padded, first, last;
 } cells_t;
 
-/* Attention: heads of `size` units each. A call takes jobs from first to last, see attention.h. */
+/* Attention with heads of `size` units each. A call does the jobs [first, last), see attention.h. */
 typedef struct {
     int32_t heads, size, steps, batch, causal, first, last;
 } attention_t;
 
-/* Vectors that are summed up before the sum goes into another. */
+/* Number of vectors in a sum, before it is added to another sum. */
 #define FLUSH 256
 
-/* Vectors whose sum is made in the type, before it goes into one in double. */
+/* Number of vectors whose sum has the type of the arrays, before it is added to a sum in double. */
 #define SHORT 32
 
-/* Vectors of curvature that one pass reads side by side. */
+/* Number of curvature vectors that one pass reads together. */
 #define PAIRS 5
 
-/* Which text this was compiled from: psmpi compares it with the text it has. */
+/* Checksum of the sources of this library, which psmpi compares with that of the installed sources. */
 uint32_t psmpi_source(void)
 {
     return PSMPI_SOURCE;
@@ -68,7 +68,7 @@ static const int32_t ones[16] = {-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 
 #pragma GCC target("avx512f,avx512dq,avx2,fma")
 #endif
 
-/* MIN and MAX give b where one is not a number; WHERE gives a where m is negative; POWER is two to the number in the
+/* MIN and MAX return b if one operand is NaN. WHERE returns a where m is negative. POWER is 2 to the integer in the
  * lowest bits of t. */
 #define DOUBLE 0
 #define V __m512

@@ -1,9 +1,10 @@
 /* Losses of a tile of classes: scores become derivatives. Part of the template kernels.h. */
 
-/* Samples that are taken through all classes of a tile at once, so that their sums stay in registers or the cache. */
+/* Number of samples that go through all classes of a tile together, so that their sums stay in registers or the
+ * cache. */
 #define SAMPLES 64
 
-/* Classes whose terms are summed in the type, before the sum goes into one in double. */
+/* Number of classes whose terms are summed in the type of the scores; these sums are summed in double. */
 #define CLASSES 16
 
 #define PSL 0
@@ -12,13 +13,13 @@
 #define SQUARED 3
 #define BCE 4
 
-/* x within the range of `exponential`; not a number stays so. */
+/* x limited to the range of `exponential`; NaN stays NaN. */
 INLINE R NAME(clamped)(R x)
 {
     return x > (R)LARGE ? (R)LARGE : x < -(R)LARGE ? -(R)LARGE : x;
 }
 
-/* log(1 + a) for 0 <= a <= 1: twice the series of artanh(a / (2 + a)), which is at most 1 / 3, to rounding. */
+/* log(1 + a) for 0 <= a <= 1, exact to rounding: twice the series of artanh(z), z = a / (2 + a) <= 1 / 3. */
 INLINE R NAME(log_of_more)(R a)
 {
     const R s = a / ((R)2 + a), square = s * s;
@@ -29,8 +30,8 @@ INLINE R NAME(log_of_more)(R a)
     return (R)2 * s * (sum + (R)1);
 }
 
-/* Terms of one kind, of `samples` samples of `classes` classes; b from one class to the next. own: scores of labels, or
- * largest scores; inverse: scale over the sums of exponentials. value, worst and rest (samples,) are added to. */
+/* Terms of a loss of this kind, for `samples` samples and `classes` classes with stride b. own: the labels' scores, or
+ * the largest scores; inverse: scale / sums of exponentials. value, worst and rest (samples,) are updated. */
 INLINE void NAME(terms)(const int kind, int classes, ptrdiff_t b, int samples, R *c, const R *restrict own,
                         const R *restrict inverse, R kappa, R scale, R offset, double *restrict value,
                         R *restrict worst, double *restrict rest)
@@ -74,15 +75,15 @@ INLINE void NAME(terms)(const int kind, int classes, ptrdiff_t b, int samples, R
     }
 }
 
-/* The losses of the classes of a tile, `kind` as above, psl without its tangent: scores c (classes, b) become d loss /
- * d c. labels (b,) count from the first of these classes; the label's score of a loss with a sum of terms has none.
- * given: (b,) scores of labels, of nll (2, b) largest scores and sums of exponentials. rest (b,) = the sums of the
- * derivatives but the label's; found (2,) = the scaled loss, and of psl the largest margin, at least 0, of squared the
- * largest score in magnitude. */
+/* The loss of the classes of a tile: scores c (classes, b) become d loss / d c. psl is without its tangent. labels (b,)
+ * count from the first of these classes. In a loss with a sum of terms (psl, logistic) the derivative of the label's
+ * score is left 0. given: (b,) labels' scores; for nll (2, b) largest scores and sums of exponentials. rest (b,) = the
+ * sums of the derivatives of the other classes. found (2,) = the scaled loss, and for psl the largest margin, at least
+ * 0, for squared the largest absolute score. */
 void NAME(class_terms)(int kind, int classes, ptrdiff_t b, R *c, const int64_t *labels, const double *given,
                        double scale, double kappa, double offset, double *rest, double *found)
 {
-    /* What the derivative of a term is a multiple of. */
+    /* The constant factor of the derivatives of all terms. */
     const R factor = (R)(kind == SQUARED ? 2 * scale : kind == BCE ? scale : scale * kappa);
     double total = 0, most = 0;
     for (ptrdiff_t at = 0; at < b; at += SAMPLES) {
@@ -97,7 +98,7 @@ void NAME(class_terms)(int kind, int classes, ptrdiff_t b, R *c, const int64_t *
             if (y >= 0 && y < classes) {
                 R *score = c + y * b + at + s;
                 mine[s] = *score;
-                /* Of a score that far down no term is left. */
+                /* Scores for which the label's own term is 0. */
                 if (kind != NLL)
                     *score = kind == SQUARED ? 0 : -INFINITY;
             }
@@ -148,8 +149,8 @@ void NAME(class_terms)(int kind, int classes, ptrdiff_t b, R *c, const int64_t *
     found[1] = most;
 }
 
-/* Of scores c (classes, b) the largest ones go into top (b,) and the sums of exponentials relative to these into sums
- * (b,), where those of classes before may be. */
+/* Update top (b,), the largest scores, and sums (b,), the sums of exponentials relative to them, with the scores c
+ * (classes, b) of a tile. */
 void NAME(class_normalizers)(int classes, ptrdiff_t b, const R *c, double *top, double *sums)
 {
     for (ptrdiff_t at = 0; at < b; at += SAMPLES) {
@@ -161,7 +162,7 @@ void NAME(class_normalizers)(int classes, ptrdiff_t b, const R *c, double *top, 
         for (int j = 1; j < classes; j++)
             for (int s = 0; s < samples; s++) {
                 const R score = c[j * b + at + s];
-                /* Not a number stays so. */
+                /* NaN stays NaN. */
                 largest[s] = score > largest[s] || score != score ? score : largest[s];
             }
         for (int s = 0; s < samples; s++) {
@@ -181,7 +182,7 @@ void NAME(class_normalizers)(int classes, ptrdiff_t b, const R *c, double *top, 
                 total[s] += some[s];
         }
         for (int s = 0; s < samples; s++) {
-            /* Of nothing before, minus infinity, the exponential is 0. */
+            /* Before the first tile top is minus infinity, whose exponential is 0. */
             sums[at + s] = total[s] + sums[at + s] * exp(top[at + s] - largest[s]);
             top[at + s] = largest[s];
         }

@@ -1,6 +1,6 @@
 /* Passes over activations: pooling, bias, sigmoid and derivatives; folded kernels. Part of the template kernels.h. */
 
-/* y (channels, height / size, width / size, batch): maxima of size x size windows of x. */
+/* y (channels, height / size, width / size, batch) = maxima of size x size windows of x. */
 void NAME(max_pool)(int channels, int height, int width, int batch, int size, const R *restrict x, R *restrict y)
 {
     for (int c = 0; c < channels; c++)
@@ -19,7 +19,7 @@ void NAME(max_pool)(int channels, int height, int width, int batch, int size, co
             }
 }
 
-/* dx: dy where x is a window's first maximum, 0 elsewhere. y is scratch. */
+/* dx = dy where x is the first maximum of its window, 0 elsewhere. y is scratch. */
 void NAME(max_pool_back)(int channels, int height, int width, int batch, int size, const R *restrict x, R *restrict y,
                          const R *restrict dy, R *restrict dx)
 {
@@ -38,7 +38,7 @@ void NAME(max_pool_back)(int channels, int height, int width, int batch, int siz
                     const R *restrict v = x + in;
                     R *restrict into = dx + in;
                     for (int b = 0; b < batch; b++) {
-                        /* A later entry of the window may tie with this one: NaN equals nothing, so it cannot win again. */
+                        /* Later entries of the window that tie get no gradient: NaN is equal to nothing. */
                         const int hit = v[b] == m[b];
                         into[b] = hit ? d[b] : (R)0;
                         m[b] = hit ? (R)NAN : m[b];
@@ -47,7 +47,7 @@ void NAME(max_pool_back)(int channels, int height, int width, int batch, int siz
             }
 }
 
-/* Rows of y (n elements each, one after the other) += bias (at i sb + j tb). */
+/* Row (i, j) of y, of n contiguous elements, += bias[i sb + j tb]. */
 void NAME(add_bias)(int count, int rows, ptrdiff_t n, R *restrict y, const R *restrict bias, ptrdiff_t sb, ptrdiff_t tb)
 {
     for (int i = 0; i < count; i++)
@@ -58,8 +58,8 @@ void NAME(add_bias)(int count, int rows, ptrdiff_t n, R *restrict y, const R *re
         }
 }
 
-/* out (n_in, k + pool - 1, k + pool - 1) for each of count x rows units: w (n_in, k, k), at i sw + j tw, smoothed by a
- * pool x pool box. */
+/* For each of count x rows units, out (n_in, k + pool - 1, k + pool - 1) = w (n_in, k, k), at i sw + j tw, convolved
+ * with a pool x pool box. */
 void NAME(fold)(int count, int rows, int n_in, int k, int pool, const R *restrict w, ptrdiff_t sw, ptrdiff_t tw,
                 R *restrict out)
 {
@@ -80,7 +80,7 @@ void NAME(fold)(int count, int rows, int n_in, int k, int pool, const R *restric
         }
 }
 
-/* The adjoint of fold, into out (n_in, k, k), at i sw + j tw. */
+/* The adjoint of fold: out (n_in, k, k) at i sw + j tw, for each unit. */
 void NAME(unfold)(int count, int rows, int n_in, int k, int pool, const R *restrict from, R *restrict out, ptrdiff_t sw,
                   ptrdiff_t tw)
 {
@@ -101,8 +101,8 @@ void NAME(unfold)(int count, int rows, int n_in, int k, int pool, const R *restr
         }
 }
 
-/* exp(x) for |x| <= LARGE: 2^n times the Taylor polynomial of the rest, |r| <= log(2) / 2, which is exact to rounding.
- * Adding SHIFT rounds to a whole number, which then is in the lowest bits. */
+/* exp(x) = 2^n exp(r) for |x| <= LARGE, with a Taylor polynomial for exp(r), |r| <= log(2) / 2, that is exact to
+ * rounding. Adding SHIFT rounds to an integer, which is then in the lowest bits. */
 INLINE R NAME(exponential)(R x)
 {
     union {
@@ -124,7 +124,7 @@ INLINE R NAME(exponential)(R x)
 void NAME(sigmoid)(ptrdiff_t n, R *y)
 {
     for (ptrdiff_t k = 0; k < n; k++) {
-        /* Not a number stays so: comparisons with it are false. */
+        /* NaN stays NaN, since comparisons with it are false. */
         const R x = y[k] > (R)LARGE ? (R)LARGE : y[k] < -(R)LARGE ? -(R)LARGE : y[k];
         y[k] = (R)1 / ((R)1 + NAME(exponential)(-x));
     }
@@ -144,7 +144,7 @@ void NAME(tanh_back)(ptrdiff_t n, const R *restrict y, R *restrict dy)
         dy[k] *= (R)1 - y[k] * y[k];
 }
 
-/* dy where y > 0, else 0; not a number stays so. */
+/* dy = 0 where y <= 0; NaN in y makes dy NaN. */
 void NAME(relu_back)(ptrdiff_t n, const R *restrict y, R *restrict dy)
 {
     for (ptrdiff_t k = 0; k < n; k++)

@@ -1,11 +1,11 @@
-/* Recurrent cells: the product with the states before and what follows it, a block of units at a time. Part of the
- * template kernels.h.
+/* Recurrent cells: the product with the previous states and the cells' functions, a block of units at a time. Part of
+ * the template kernels.h.
  *
- * Samples are taken in groups of up to WIDE vectors. Of a group the states, or the gradients of the products, lie
- * together: (rows, the lanes of the group), row after row. Lanes behind the last sample hold anything, and go nowhere.
+ * Samples form groups of up to WIDE vectors. The states of a group, or the gradients of its products, are contiguous:
+ * (rows, lanes of the group). Lanes after the last sample have undefined values, which are never written to arrays.
  */
 
-/* Units of a block, and vectors of a group: their sums fill the registers. */
+/* Largest numbers of units in a block and of vectors in a group: their sums fill the registers. */
 #define CELLS 6
 #if UNITS > 6
 #define WIDE 4
@@ -18,7 +18,7 @@
 #define GRU 1
 #define LSTM 2
 
-/* exp(x) = scale + scale * rest for |x| <= LARGE, see `exponential`: rest = exp(r) - 1, |r| <= log(2) / 2, keeps the
+/* exp(x) = scale + scale * rest for |x| <= LARGE, see `exponential`. rest = exp(r) - 1, |r| <= log(2) / 2, keeps the
  * digits of a small x. */
 INLINE void NAME(exponential_parts)(V x, V *scale, V *rest)
 {
@@ -38,7 +38,7 @@ INLINE void NAME(exponential_parts)(V x, V *scale, V *rest)
     *rest = FMA(sum, r * r, r);
 }
 
-/* 1 / (1 + exp(-x)); not a number stays so. */
+/* 1 / (1 + exp(-x)); NaN stays NaN. */
 INLINE V NAME(sigmoid_of)(V x)
 {
     V scale, rest;
@@ -46,7 +46,7 @@ INLINE V NAME(sigmoid_of)(V x)
     return SET1((R)1) / (SET1((R)1) + FMA(scale, rest, scale));
 }
 
-/* (exp(2 x) - 1) / (exp(2 x) + 1); not a number stays so. Beyond 22 it is 1 to rounding. */
+/* tanh(x) = (exp(2 x) - 1) / (exp(2 x) + 1); NaN stays NaN. Beyond |x| = 22 it is 1 to rounding. */
 INLINE V NAME(tanh_of)(V x)
 {
     V scale, rest;
@@ -55,16 +55,16 @@ INLINE V NAME(tanh_of)(V x)
     return e / (e + SET1((R)2));
 }
 
-/* What is needed soon: `count` arrays, of each as many rows as a block has units, `row` apart. */
+/* Memory to prefetch: `count` arrays, each with as many rows as a block has units, with stride `row`. */
 typedef struct {
     const R *from[8];
     int count;
     ptrdiff_t row;
 } NAME(ahead);
 
-/* out (nu, LANES) = bias (nu) + products of weights w (n, nu) with x (n, nv vectors). Meanwhile the arrays `ahead` are
- * brought to the cache, a row now and then: each row is on another page, where the processor fetches nothing ahead, and
- * many at once would keep what is multiplied waiting. */
+/* out (nu, LANES) = bias (nu) + products of weights w (n, nu) with x (n, nv vectors). In between, rows of the arrays
+ * `ahead` are prefetched one by one: each row is on another page, so the processor does not prefetch it by itself, and
+ * many prefetches at once would delay the products. */
 INLINE void NAME(panel)(const int nu, const int nv, int n, const R *x, const R *w, const R *bias, R *out,
                         const NAME(ahead) * ahead)
 {
@@ -121,7 +121,7 @@ static void NAME(any_panel)(int nu, int nv, int n, const R *x, const R *w, const
 #undef ONE
 }
 
-/* pack: u (gates units, units) in blocks of units, of each block gate after gate (units, units of the block). */
+/* pack = u (gates units, units) in blocks of units; a block has for each gate a matrix (units, units of the block). */
 void NAME(cells_pack)(int gates, int units, const R *restrict u, R *restrict pack)
 {
     const int blocks = (units + CELLS - 1) / CELLS;
@@ -134,7 +134,7 @@ void NAME(cells_pack)(int gates, int units, const R *restrict u, R *restrict pac
     }
 }
 
-/* The same of the transposed u: blocks (gates units, units of the block). */
+/* pack = the transpose of u in blocks of units; a block is a matrix (gates units, units of the block). */
 void NAME(cells_pack_back)(int gates, int units, const R *restrict u, R *restrict pack)
 {
     const int blocks = (units + CELLS - 1) / CELLS;
@@ -146,7 +146,7 @@ void NAME(cells_pack_back)(int gates, int units, const R *restrict u, R *restric
     }
 }
 
-/* Vectors of which only some lanes are samples, unless all are (plain). */
+/* Load a vector of which `some` lanes are samples, or all lanes (plain). */
 #define TAKE(p) (plain ? LOAD(p) : LOAD_SOME(p, some))
 #define GIVE(p, v)                                                                                                     \
     do {                                                                                                               \
@@ -155,7 +155,7 @@ void NAME(cells_pack_back)(int gates, int units, const R *restrict u, R *restric
         else                                                                                                           \
             STORE_SOME(p, some, v);                                                                                    \
     } while (0)
-/* `then` for samples that have this step, `other` for those that have ended. */
+/* `then` for samples that have this step, `other` for samples that have ended before it. */
 #define IF_LIVE(then, other) NAME(if_live)(plain, age, then, other)
 INLINE V NAME(if_live)(const int plain, V age, V then, V other)
 {
@@ -164,16 +164,16 @@ INLINE V NAME(if_live)(const int plain, V age, V then, V other)
     return WHERE(age, then, other);
 }
 
-/* age (nv vectors): the step less the samples' lengths, negative where they have the step. */
+/* age (nv vectors) = the step minus the samples' lengths; negative for samples that have the step. */
 INLINE void NAME(ages)(int t, const int32_t *lengths, int samples, R *age)
 {
     for (int k = 0; k < LANES; k++)
         age[k] = lengths && k < samples ? (R)(t - lengths[k]) : (R)-1;
 }
 
-/* A step of a block of units and a group of vectors, of whose lanes `samples` are samples, from products `tile` (gates,
- * CELLS, LANES). a, h, more and, of the step before, c begin at the first unit and sample; row, gate and c_row lead to
- * the next unit and gate. last, next: states (nu, nv VL). */
+/* A step of a block of nu units and a group of nv vectors with `samples` samples, from the products `tile` (gates,
+ * CELLS, LANES). a, h, more and c (of the previous step) point to the first unit and sample; row and c_row are strides
+ * between units, gate the stride between gates. last, next: the states before and after the step, (nu, nv VL). */
 INLINE void NAME(cells_step)(const int kind, const int plain, int nu, int nv, int samples, ptrdiff_t row,
                              ptrdiff_t gate, const R *tile, const R *ages, R *a, R *h, R *more, const R *c,
                              ptrdiff_t c_row, const R *last, R *next)
@@ -217,8 +217,8 @@ INLINE void NAME(cells_step)(const int kind, const int plain, int nu, int nv, in
         }
 }
 
-/* For each block of units, nu from u0 on, and each group of vectors, nv from sample b on, of whose lanes `samples` are
- * samples. The weights of a block meet all groups before those of the next one: they come from far away. */
+/* Loop over blocks of nu units from u0 on and groups of nv vectors from sample b on, with `samples` samples. Groups are
+ * the inner loop, so that the weights of a block are read from memory once. */
 #define EACH_BLOCK                                                                                                     \
     for (int block = 0; block < blocks; block++)                                                                       \
         for (int b = s->first, u0 = EDGE(block, blocks, units), nu = EDGE(block + 1, blocks, units) - u0, samples, nv; \
@@ -231,7 +231,7 @@ INLINE void NAME(forward_steps)(const int kind, const cells_t *s, const R *pack,
     const int gates = kind == RNN ? 1 : kind == GRU ? 3 : 4, units = s->units, batch = s->batch;
     const int blocks = (units + CELLS - 1) / CELLS;
     const ptrdiff_t row = (ptrdiff_t)s->steps * batch, gate = units * row;
-    /* The states before a step, and behind it. */
+    /* The states before and after a step. */
     R *from = state, *into = state + (ptrdiff_t)units * s->padded;
     R tile[4 * CELLS * LANES] __attribute__((aligned(64))), age[LANES] __attribute__((aligned(64)));
     EACH_BLOCK
@@ -265,7 +265,7 @@ INLINE void NAME(forward_steps)(const int kind, const cells_t *s, const R *pack,
     }
 }
 
-/* h (units, steps, batch) of the samples [first, last), see Recurrence.forward. pack: of cells_pack; state: scratch (2
+/* Recurrence.forward for the samples [first, last): h (units, steps, batch). pack: from cells_pack. state: scratch (2
  * units padded). */
 void NAME(cells_forward)(const cells_t *s, const R *pack, const R *bias, R *a, const R *before, R *h, R *more,
                          const int32_t *lengths, R *state)
@@ -278,9 +278,9 @@ void NAME(cells_forward)(const cells_t *s, const R *pack, const R *bias, R *a, c
         NAME(forward_steps)(LSTM, s, pack, bias, a, before, h, more, lengths, state);
 }
 
-/* A step backwards of a block of units and a group of vectors, as cells_step: tile (CELLS, LANES) is the gradient of h
- * by way of the later steps. last: h, of lstm c, of the step before. direct (nu, nv VL): what the gradient of the states
- * before does not owe to the product; du: the gradient of the product, gate_du from gate to gate. */
+/* The adjoint of cells_step. tile (CELLS, LANES): the gradient of h through the products of the next step. last: h, or
+ * for lstm c, of the previous step. direct (nu, nv VL): the part of the gradient of the previous states that does not
+ * pass through the product. du: the gradient of the product, with stride gate_du between gates. */
 INLINE void NAME(cells_step_back)(const int kind, const int plain, int nu, int nv, int samples, ptrdiff_t row,
                                   ptrdiff_t gate, const R *tile, const R *ages, R *a, const R *h, R *more, const R *dh,
                                   const R *last, ptrdiff_t last_row, R *dc, ptrdiff_t dc_row, R *direct, R *du,
@@ -344,7 +344,8 @@ INLINE void NAME(backward_steps)(const int kind, const cells_t *s, const R *pack
     const int gates = kind == RNN ? 1 : kind == GRU ? 3 : 4, units = s->units, batch = s->batch, rows = gates * units;
     const int blocks = (units + CELLS - 1) / CELLS;
     const ptrdiff_t row = (ptrdiff_t)s->steps * batch, gate = units * row;
-    /* Gradients of the products of the step behind, and of this one; those of h that come past the products. */
+    /* Gradients of the products of the next step and of this one, and the part of the gradient of h that does not pass
+     * through the products. */
     R *from = state, *into = state + (ptrdiff_t)rows * s->padded, *past = into + (ptrdiff_t)rows * s->padded;
     R tile[CELLS * LANES] __attribute__((aligned(64))), age[LANES] __attribute__((aligned(64)));
     for (int t = s->steps - 1; t >= -1; t--) {
@@ -393,8 +394,8 @@ INLINE void NAME(backward_steps)(const int kind, const cells_t *s, const R *pack
     }
 }
 
-/* The gradients of cells_forward for the samples [first, last), see Recurrence.backward. pack: of cells_pack_back;
- * state: scratch ((2 gates + 1) units padded). */
+/* Recurrence.backward for the samples [first, last). pack: from cells_pack_back. state: scratch ((2 gates + 1) units
+ * padded). */
 void NAME(cells_backward)(const cells_t *s, const R *pack, R *a, const R *before, const R *h, R *more, const R *dh,
                           R *carry, const int32_t *lengths, R *state)
 {

@@ -1,7 +1,7 @@
 /* Sums over rows, and normalization by them. Part of the template kernels.h. */
 
-/* The sum of the n elements of y and, with `products`, that of their products with x: short sums in the type, theirs in
- * double, so that no digits are lost in long rows. */
+/* The sum of the n elements of y and, with `products`, *dot = the scalar product of x and y. Short sums are in the type
+ * of the arrays and the sum of these in double, so that long rows lose no digits. */
 INLINE double NAME(long_sums)(const int products, ptrdiff_t n, const R *x, const R *y, double *dot)
 {
     double sum = 0, along = 0;
@@ -33,7 +33,7 @@ INLINE double NAME(long_sums)(const int products, ptrdiff_t n, const R *x, const
     return sum;
 }
 
-/* out (at i so + j to) = y summed over the n elements of row (i, j), rows one after the other. */
+/* out[i so + j to] = the sum of the n elements of row (i, j) of y. */
 void NAME(row_sums)(int count, int rows, ptrdiff_t n, const R *y, R *out, ptrdiff_t so, ptrdiff_t to)
 {
     for (int i = 0; i < count; i++)
@@ -41,8 +41,8 @@ void NAME(row_sums)(int count, int rows, ptrdiff_t n, const R *y, R *out, ptrdif
             out[i * so + j * to] = (R)NAME(long_sums)(0, n, 0, y, 0);
 }
 
-/* out (rows, m) = the rows of x less their means, times scale (rows,) = 1 / sqrt(their variance + eps); out may be x.
- * What a mean in the type is off by is found with the squares, so that little is lost where a mean is large. */
+/* out (rows, m) = (x - mean) scale, scale (rows,) = 1 / sqrt(variance + eps), for each row of x; out may be x. The mean
+ * is rounded to the type; its error is computed together with the squares, so that a large mean loses few digits. */
 void NAME(normalize)(int rows, ptrdiff_t m, const R *x, double eps, R *out, R *scale)
 {
     for (int i = 0; i < rows; i++, x += m, out += m) {
@@ -73,7 +73,8 @@ void NAME(normalize)(int rows, ptrdiff_t m, const R *x, double eps, R *out, R *s
     }
 }
 
-/* out (count, rows) = scale / sqrt(|row|^2 + eps) of rows of m at w + i sw + j tw; NaN where the square overflows. */
+/* out (count, rows) = scale / sqrt(|row|^2 + eps) for rows of m elements at w + i sw + j tw; NaN if |row|^2
+ * overflows. */
 void NAME(row_factors)(int count, int rows, ptrdiff_t m, const R *w, ptrdiff_t sw, ptrdiff_t tw, double eps,
                        double scale, R *out)
 {
@@ -86,8 +87,8 @@ void NAME(row_factors)(int count, int rows, ptrdiff_t m, const R *w, ptrdiff_t s
         }
 }
 
-/* Rows of m at g + k rg + i sg + j tg lose their share along those at w + i sw + j tw: g -= f^2 <g, w> w with
- * f = factors (count, rows) / scale. */
+/* Project rows of m elements at g + k rg + i sg + j tg orthogonally to the rows at w + i sw + j tw: g -= f^2 <g, w> w
+ * with f = factors (count, rows) / scale. */
 void NAME(project_rows)(int many, int count, int rows, ptrdiff_t m, const R *w, ptrdiff_t sw, ptrdiff_t tw,
                         const R *factors, double scale, R *g, ptrdiff_t rg, ptrdiff_t sg, ptrdiff_t tg)
 {
@@ -105,8 +106,8 @@ void NAME(project_rows)(int many, int count, int rows, ptrdiff_t m, const R *w, 
             }
 }
 
-/* The adjoint: dy (rows, m) becomes the gradient of what was normalized to x by `scale`, and then scaled by gamma and
- * shifted; dgamma and dbeta (rows,) are the sums of dy x and of dy. */
+/* The adjoint of normalize followed by y = gamma x + beta: dy (rows, m) becomes the gradient of the input of normalize,
+ * whose output is x. dgamma and dbeta (rows,) = the sums of dy x and of dy. */
 void NAME(normalize_back)(int rows, ptrdiff_t m, const R *restrict x, const R *scale, const R *gamma, R *restrict dy,
                           R *dgamma, R *dbeta)
 {

@@ -1,7 +1,8 @@
-/* What each sample adds to the gradient of a convolution's kernels. Part of the template kernels.h. */
+/* Gradients of a convolution's kernels for each sample. Part of the template kernels.h. */
 
-/* Sums over outputs, for each sample apart, of `nu` rows of dy times `nt` taps of x. The rows of out are so apart, its
- * taps a batch. Every FLUSH outputs or more, at the end of a row, the sums go into others, as in `products`. */
+/* Sums over outputs, for each sample separately, of `nu` rows of dy times `nt` taps of x. The rows of out have the
+ * stride so, its taps the stride batch. At the end of a row of outputs, after at least FLUSH outputs, the sums are
+ * added to others, as in `products`. */
 INLINE void NAME(apart)(const int nu, const int nt, const int some, const shape_t *s, const R *dy, ptrdiff_t sd,
                         const R *x, const ptrdiff_t *taps, R *out, ptrdiff_t so)
 {
@@ -78,8 +79,8 @@ static void NAME(rows_apart)(int nu, int nt, int some, const shape_t *s, const R
 #undef MORE
 }
 
-/* dkernels (units, n_in, kernel, kernel, batch): what each sample adds to the result of conv_weight, for the samples
- * from first to last; dbias (units, batch): the sums of dy over the outputs. */
+/* dkernels (units, n_in, kernel, kernel, batch) = the gradient of the kernels of each sample in [first, last); dbias
+ * (units, batch) = the sums of dy over the outputs. */
 void NAME(conv_samples)(const shape_t *s, const R *x, const R *dy, R *dkernels, R *dbias)
 {
     const int k2 = s->kernel * s->kernel, all = s->n_in * k2;

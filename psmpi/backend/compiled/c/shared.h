@@ -1,11 +1,11 @@
 /* Updates of weights that other processes update at the same time. Part of the template kernels.h.
  *
- * Without `atomic` an element is read, and written a moment later: what others add between is lost. With it, additions
- * are made by comparing and exchanging an element's bits. Products are rounded before they are added. */
+ * Without `atomic` an element is read and later written: an addition by another process in between is lost. With
+ * `atomic` additions are atomic, by compare and exchange. Products are rounded before they are added. */
 
 typedef INTEGER NAME(bits) __attribute__((may_alias));
 
-/* A product that is not taken together with an addition. */
+/* Keep the compiler from fusing a product with an addition. */
 #define ROUNDED(a) __asm__("" : "+x"(a))
 
 /* *place = keep *place + change. */
@@ -28,13 +28,13 @@ INLINE void NAME(change)(R *place, R keep, R change, int atomic)
     } while (!__atomic_compare_exchange_n(at, &old, new, 1, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
 }
 
-/* What a penalty leaves of a weight: no step goes past 0. */
+/* The factor 1 - shrink of a weight after a step along the penalty's gradient, at least 0. */
 INLINE R NAME(kept)(R shrink)
 {
     return shrink < 1 ? 1 - shrink : 0;
 }
 
-/* w (n) += factor g, where g is not 0: elsewhere nothing is written. */
+/* w (n) += factor g where g is not 0; other elements of w are not written. */
 void NAME(add_shared)(ptrdiff_t n, R *w, const R *restrict g, double factor, int atomic)
 {
     const R f = (R)factor;
@@ -58,8 +58,8 @@ void NAME(add_shared)(ptrdiff_t n, R *w, const R *restrict g, double factor, int
             NAME(change)(w + k, 1, f * g[k], atomic);
 }
 
-/* The derivative of a loss of one score m with the target t, and its value, which is added to *loss. Logistic and hinge
- * have targets -1 and 1; what is not a number stays so. */
+/* Return the derivative of the loss of a score m with the target t, and add the loss to *loss. Targets of logistic and
+ * hinge are -1 and 1. NaN stays NaN. */
 static double NAME(slope)(int kind, double m, double t, double *loss)
 {
     const double z = t * m;
@@ -93,7 +93,7 @@ static __attribute__((noinline)) R NAME(margin)(ptrdiff_t n, const int32_t *rest
     return (a + b) + (c + d);
 }
 
-/* What a row's values are multiplied by in the step along the gradient of its loss. */
+/* The factor of a row's values in the step along the gradient of its loss. */
 INLINE R NAME(step_of)(ptrdiff_t n, const int32_t *columns, const R *values, const R *w, const R *bias, int kind,
                        double scale, double target, double lr, double clip, double *loss)
 {
@@ -121,10 +121,10 @@ static void NAME(one_row)(const int atomic, ptrdiff_t n, const int32_t *restrict
     }
 }
 
-/* For `count` samples of `order`, one after the other: a step of a linear model with one score, along the gradient of
- * the loss `kind` (0 logistic, 1 hinge, 2 squared) of its row, that is made no longer than `clip` (0: any length), and of
- * penalty / 2 often[column] w[column]^2 of the row's columns. bias: an element of the weights, or NULL. scale: a factor
- * of the loss, without which *loss is the sum of the losses. A step is made under the lock `lock`, of one kind, if not 0. */
+/* A gradient step of a linear model with one score for each of `count` samples, in their order. The loss of a sample is
+ * scale times the loss `kind` (0 logistic, 1 hinge, 2 squared) of its row, whose gradient is clipped to the norm `clip`
+ * (0: not clipped), plus penalty / 2 often[column] w[column]^2 for the row's columns. bias: an element, or NULL. *loss:
+ * the sum of the losses without scale and penalty. Each step holds the lock at `at`, of the kind `lock`. */
 void NAME(sparse_steps)(ptrdiff_t count, const int64_t *order, const int64_t *starts, const int32_t *columns,
                         const R *values, const R *targets, R *w, R *bias, const R *often, int kind, double scale, double lr,
                         double penalty, double clip, int atomic, int lock, void *at, double *loss)
@@ -153,9 +153,9 @@ void NAME(sparse_steps)(ptrdiff_t count, const int64_t *order, const int64_t *st
     }
 }
 
-/* As `sparse_steps`, but `block` samples are stepped on copies of the weights that they touch, and what these have
- * changed by is added then. own, base (features), mark (features) of 0, and so left, touched (features): of this
- * process alone. */
+/* sparse_steps on copies of the weights, whose changes are added to w after each `block` samples. Only weights of
+ * columns that the samples have are copied. Scratch of this process: own, base, touched (features), and mark
+ * (features), which is 0 before and after. */
 void NAME(sparse_blocks)(ptrdiff_t count, const int64_t *order, const int64_t *starts, const int32_t *columns,
                          const R *values, const R *targets, R *w, R *bias, const R *often, int kind, double scale,
                          double lr, double penalty, double clip, int atomic, ptrdiff_t block, R *restrict own,
@@ -196,9 +196,10 @@ void NAME(sparse_blocks)(ptrdiff_t count, const int64_t *order, const int64_t *s
     }
 }
 
-/* For `count` samples of `order`, pairs of tokens: a step of the columns (units) of w (units, size) of both along the
- * gradient of (their product - target)^2, no longer than `clip` (0: any length), and of penalty / 2 often[token] times
- * the square of each. Tokens are two. *loss: the sum of the losses. */
+/* A gradient step of a matrix factorization for each of `count` pairs of different tokens, in their order. It changes
+ * the two columns (units) of w (units, size). The loss of a pair is (scalar product of the columns - target)^2, whose
+ * gradient is clipped to the norm `clip` (0: not clipped), plus penalty / 2 often[token] |column|^2 for both. *loss:
+ * the sum of the losses without the penalty. */
 void NAME(factor_steps)(ptrdiff_t count, const int64_t *order, const int32_t *pairs, const R *targets, R *w,
                         ptrdiff_t units, ptrdiff_t size, const R *often, double lr, double penalty, double clip,
                         int atomic, double *loss)

@@ -1,8 +1,9 @@
 /* Products with sparse matrices in compressed rows, minibatch last. Part of the template kernels.h.
  *
- * Blocks of samples are computed one after the other: the sums of a row's block stay in registers. */
+ * Samples are computed in blocks, so that the sums of a row stay in registers. */
 
-/* Samples [0, nv VL) or the first `some` of y (rows, b), rows [first, last): y[r] = bias + sum of w_k x[columns_k]. */
+/* y[r] = bias + sum of w_k x[columns_k] for the rows [first, last) of y (rows, b), and nv vectors of samples or, with
+ * some > 0, the first `some` samples. */
 INLINE void NAME(sparse_ahead)(const int nv, const int some, ptrdiff_t first, ptrdiff_t last, ptrdiff_t b,
                                const int64_t *starts, const int32_t *columns, const int64_t *places,
                                const int64_t *biases, const R *w, const R *x, R *y)
@@ -32,8 +33,8 @@ INLINE void NAME(sparse_ahead)(const int nv, const int some, ptrdiff_t first, pt
     }
 }
 
-/* The same samples of the gradients, columns [first, last): dx[c] = sum of w_k dy[rows_k], and g_k = <dy[rows_k], x[c]>,
- * with `more` added to what the samples before have left. An entry is read once for both. */
+/* The gradients for the columns [first, last) and the same samples as in sparse_ahead: dx[c] = sum of w_k dy[rows_k],
+ * and g_k = <dy[rows_k], x[c]>, added to that of earlier samples if `more`. An entry is read once for both. */
 INLINE void NAME(sparse_behind)(const int nv, const int some, const int inputs, const int weights, const int more,
                                 ptrdiff_t first, ptrdiff_t last, ptrdiff_t b, const int64_t *starts,
                                 const int32_t *rows, const int32_t *places, const R *w, const R *x, const R *dy, R *dx,
@@ -90,7 +91,7 @@ void NAME(sparse_forward)(ptrdiff_t first, ptrdiff_t last, ptrdiff_t b, const in
     }
 }
 
-/* dx, g: 0 where they are not wanted. */
+/* The gradients for the columns [first, last) and all samples. dx, g: NULL if not wanted. */
 void NAME(sparse_backward)(ptrdiff_t first, ptrdiff_t last, ptrdiff_t b, const int64_t *starts, const int32_t *rows,
                            const int32_t *places, const R *w, const R *x, const R *dy, R *dx, R *g)
 {

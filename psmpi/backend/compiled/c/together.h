@@ -1,25 +1,25 @@
-/* What processes that share memory do together, of no floating point type: locks, counts and components. */
+/* Operations without floating point types for processes that share memory: locks, counts and components. */
 
 #include <pthread.h>
 #include <sched.h>
 
-/* Looks at a lock before others are given the core. */
+/* Number of attempts to take a lock before the process yields its core. */
 #define SPINS 2000
 
-/* Locks: none, tickets that are served in their order, or a mutex of the system's. */
+/* Kinds of locks: none, a ticket lock, which is served in order, or a mutex of the operating system. */
 enum { FREE, TICKET, MUTEX };
 
 typedef struct {
     uint32_t next, pad[15], serving;
 } ticket_t;
 
-/* Bytes of a lock, which are to be 64 bytes apart from all else. */
+/* Size of a lock in bytes. A lock must be 64 bytes apart from other data, so that it has a cache line to itself. */
 int psmpi_lock_bytes(void)
 {
     return sizeof(ticket_t) > sizeof(pthread_mutex_t) ? sizeof(ticket_t) : sizeof(pthread_mutex_t);
 }
 
-/* Make a lock in memory that processes share; one of them calls it. */
+/* Initialize a lock in memory that processes share. One process calls this. */
 void psmpi_lock_begin(int kind, void *at)
 {
     if (kind == TICKET)
@@ -58,8 +58,8 @@ INLINE void give(int kind, void *at)
     }
 }
 
-/* For `count` samples of `order`, rows of columns: counts[column] += 1, which another process's may be lost in unless
- * `atomic`. */
+/* counts[column] += 1 for each column of `count` samples. Without `atomic` additions of several processes may be
+ * lost. */
 void psmpi_count_rows(ptrdiff_t count, const int64_t *order, const int64_t *starts, const int32_t *columns,
                       int64_t *counts, int atomic)
 {
@@ -82,10 +82,10 @@ static int32_t root_of(int32_t *parent, int32_t s)
     return s;
 }
 
-/* Components of `count` samples, rows of columns, of which two are connected that share a column. Whole components go
- * to the one of `workers` that has the fewest columns to update, in the order of their first samples; owner (count):
- * of each sample. seen (features): -1, and so left; parent (count); load (count + workers); found: the number of
- * components, and the samples of the largest. */
+/* Assign components of the graph that joins samples with a common column to workers (CYCLADES, Pan et al. 2016). In the
+ * order of their first samples, components go to the worker with the fewest columns to update. owner (count) = the
+ * worker of each sample. found (2) = the number of components, and the number of samples of the largest. Scratch: seen
+ * (features), -1 before and after; parent (count); load (count + workers). */
 void psmpi_deal_components(ptrdiff_t count, const int64_t *order, const int64_t *starts, const int32_t *columns,
                            int workers, int32_t *seen, int32_t *parent, int64_t *load, int32_t *owner, int64_t *found)
 {
@@ -97,7 +97,7 @@ void psmpi_deal_components(ptrdiff_t count, const int64_t *order, const int64_t 
             if (*first < 0) {
                 *first = s;
             } else {
-                /* The earliest sample is the root. */
+                /* The earliest sample becomes the root. */
                 const int32_t a = root_of(parent, *first), b = root_of(parent, s);
                 if (a < b)
                     parent[b] = a;

@@ -1,6 +1,6 @@
 /* Runs of vectors, and a step of Adam. Part of the template kernels.h. */
 
-/* `runs` runs: out[to ..] = values[from ..] or, with `add`, += ; table: from, to and length of each. */
+/* Copy or, with `add`, add runs of `values` to `out`. table (runs, 3): source, target and length of each run. */
 void NAME(transfer)(ptrdiff_t runs, const int64_t *table, const R *restrict values, R *restrict out, int add)
 {
     for (ptrdiff_t k = 0; k < runs; k++) {
@@ -14,7 +14,7 @@ void NAME(transfer)(ptrdiff_t runs, const int64_t *table, const R *restrict valu
     }
 }
 
-/* out (units, n) = the columns of table (units, size) at tokens (n), whole numbers of the type. */
+/* out (units, n) = the columns of table (units, size) at tokens (n), integers in the type of the arrays. */
 void NAME(look_up)(ptrdiff_t units, ptrdiff_t n, ptrdiff_t size, const R *restrict table, const R *restrict tokens,
                    R *restrict out)
 {
@@ -23,7 +23,7 @@ void NAME(look_up)(ptrdiff_t units, ptrdiff_t n, ptrdiff_t size, const R *restri
             out[k] = table[(ptrdiff_t)(tokens[k] + (R)0.5)];
 }
 
-/* out (units, size) = for each token the sum of its columns of values (units, n). */
+/* The adjoint of look_up: column t of out (units, size) = the sum of the columns of values (units, n) with token t. */
 void NAME(add_up)(ptrdiff_t units, ptrdiff_t n, ptrdiff_t size, const R *restrict tokens, const R *restrict values,
                   R *restrict out)
 {
@@ -33,8 +33,8 @@ void NAME(add_up)(ptrdiff_t units, ptrdiff_t n, ptrdiff_t size, const R *restric
             out[(ptrdiff_t)(tokens[k] + (R)0.5)] += values[k];
 }
 
-/* Adam (Kingma and Ba 2015, algorithm 1) along g + l2 w: rate = lr / (1 - beta1^t), root = 1 / sqrt(1 - beta2^t); w is
- * multiplied by `keep` first (the decoupled decay of AdamW). */
+/* A step of Adam (Kingma and Ba 2015, algorithm 1) with the gradient g + l2 w. rate = lr / (1 - beta1^t), root = 1 /
+ * sqrt(1 - beta2^t). w is first multiplied by `keep` (the decoupled weight decay of AdamW). */
 void NAME(adam)(ptrdiff_t n, R *restrict w, const R *restrict g, R *restrict m, R *restrict v, double rate, double root,
                 double beta1, double beta2, double eps, double l2, double keep)
 {

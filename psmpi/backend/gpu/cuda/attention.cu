@@ -1,9 +1,10 @@
-/* Softmax of rows of products, and its adjoint. Grid: a block of 128 for each row. */
+/* Softmax of rows, and its adjoint. Grid: one block of 128 for each row. */
 #include "common.cuh"
 
 #define SOFTMAX_THREADS 128
 
-/* s (samples heads, steps, steps): each row becomes softmax(scale s) over the steps that it looks at, else 0. */
+/* s (samples heads, steps, steps): each row becomes softmax(scale s) over the steps that it attends to, and 0
+ * elsewhere. */
 extern "C" __global__ void softmax(long long steps, long long heads, long long causal, double scale,
                                    const int *__restrict__ lengths, T *__restrict__ s)
 {
@@ -29,7 +30,7 @@ extern "C" __global__ void softmax(long long steps, long long heads, long long c
         row[u] /= sum;
 }
 
-/* dp (rows, steps): the gradient of s from that of p = softmax(scale s). */
+/* dp (rows, steps), the gradient of p = softmax(scale s), becomes the gradient of s. */
 extern "C" __global__ void softmax_back(long long steps, double scale, const T *__restrict__ p, T *__restrict__ dp)
 {
     __shared__ T room[SOFTMAX_THREADS];

@@ -1,4 +1,4 @@
-/* What all kernels share. REAL is float or double; no host header is included, so that NVRTC compiles this as well.
+/* Functions that all kernels share. REAL is float or double. No host header is included, so that NVRTC compiles it.
  *
  * An image array is (channels, height, width, batch), contiguous: neighbouring threads take neighbouring samples. Every
  * sum is made in an order that the launch alone decides, so that two runs give the same bits.
@@ -7,12 +7,12 @@
 
 typedef REAL T;
 
-/* Four numbers that are read at once; their address is a multiple of 16 bytes. */
+/* Four numbers that are read at once, aligned to 16 bytes. */
 struct __align__(16) Four {
     T at[4];
 };
 
-/* The first element of this thread in a one-dimensional launch, and how far the next one is. */
+/* The first element of this thread in a one-dimensional launch; threads() is the step to its next element. */
 __device__ __forceinline__ long long thread()
 {
     return (long long)blockIdx.x * blockDim.x + threadIdx.x;
@@ -31,7 +31,7 @@ __device__ __forceinline__ long long quotient(long long a, long long b)
     return a / b;
 }
 
-/* Where position number p of (rows, columns, batch) lies. */
+/* Row, column and sample of a position p in (rows, columns, batch). */
 struct Place {
     int row, column, sample;
 };
@@ -42,7 +42,7 @@ __device__ __forceinline__ Place place(long long p, int columns, int batch)
     return {(int)row, (int)(image - row * columns), (int)(p - image * batch)};
 }
 
-/* Whether a label, counted from the first of some classes, is among these. */
+/* Whether a label, counted from the first of `classes` classes, is one of these. */
 __device__ __forceinline__ bool here(long long y, long long classes)
 {
     return y >= 0 && y < classes;
@@ -98,7 +98,7 @@ __device__ __forceinline__ double t_expm1(double a)
     return expm1(a);
 }
 
-/* Products and sums that are rounded one by one: of a product and the sum it goes into nvcc makes one operation. */
+/* Products and sums that are rounded separately: nvcc would fuse a product and a sum into one operation. */
 #ifdef __CUDACC__
 __device__ __forceinline__ float t_mul(float a, float b)
 {
@@ -131,7 +131,7 @@ __device__ __forceinline__ T t_add(T a, T b)
 }
 #endif
 
-/* A sum of many numbers: short sums in T, theirs in double, of which many devices do few operations. */
+/* A sum of many numbers: short sums in T, and their sum in double, which is slow on many devices. */
 struct LongSum {
     T few = T(0);
     double total = 0;
@@ -161,7 +161,7 @@ struct LongSum {
 __device__ __forceinline__ T activation(T a, int kind)
 {
     if (kind == SIGMOID)
-        /* exp would overflow for very negative inputs; tanh does not. */
+        /* sigmoid(a) = (1 + tanh(a / 2)) / 2: exp would overflow for very negative inputs. */
         return T(0.5) * t_tanh(T(0.5) * a) + T(0.5);
     if (kind == TANH)
         return t_tanh(a);
@@ -179,17 +179,17 @@ __device__ __forceinline__ T slope(T y, int kind)
     if (kind == TANH)
         return T(1) - y * y;
     if (kind == RELU)
-        /* The sign; that of NaN is NaN. */
+        /* The sign of y; NaN stays NaN. */
         return y > T(0) ? T(1) : y < T(0) ? T(-1) : y;
     return T(1);
 }
 
 /* The largest double. */
 #define LARGEST 1.7976931348623157e308
-/* Derivatives up to this one go into a backward pass as they are. */
+/* Derivatives up to this size are not scaled for a backward pass. */
 #define COMMON 1048576.0
 
-/* The power of two by which derivatives are too large for a backward pass; 0 where they are not, or no numbers. */
+/* The exponent of the power of two that divides derivatives for a backward pass; 0 if they are small enough or NaN. */
 __device__ __forceinline__ int excess(const double *report)
 {
     const double peak = report[3];
@@ -199,11 +199,12 @@ __device__ __forceinline__ int excess(const double *report)
     return exponent;
 }
 
-/* The sum of `value` over the `SIZE` threads of a block, a power of two; room: (SIZE,), shared. All threads get it. */
+/* The sum of `value` over the SIZE threads of a block, returned to all threads. SIZE: a power of two; room: (SIZE,) in
+ * shared memory. */
 template <int SIZE, typename S> __device__ __forceinline__ S block_sum(S value, S *room)
 {
     const int t = threadIdx.x;
-    /* The room may still be read by threads that are behind, in an earlier sum. */
+    /* Other threads may still read the room for an earlier sum. */
     __syncthreads();
     room[t] = value;
     __syncthreads();
@@ -215,13 +216,13 @@ template <int SIZE, typename S> __device__ __forceinline__ S block_sum(S value, 
     return room[0];
 }
 
-/* The larger one of two, and NaN where either is. */
+/* The larger of two numbers; NaN if one is NaN. */
 __device__ __forceinline__ double larger(double a, double b)
 {
     return b > a || b != b ? b : a;
 }
 
-/* The same for the largest `value`; NaN where one is. */
+/* The largest `value` of the threads of a block, as block_sum; NaN if one is NaN. */
 template <int SIZE> __device__ __forceinline__ double block_max(double value, double *room)
 {
     const int t = threadIdx.x;

@@ -1,17 +1,17 @@
 /* Convolutions of small grouped networks: y (units, rows, columns, batch) from x (channels, height, width, batch).
  *
- * Of `count` stripes, number k has the n units from out + k n on, which see the n_in channels from
+ * Stripe k of `count` stripes has the n units from out + k n on, connected to the n_in channels from
  * source + k source_step on; kernels: (units, n_in, kernel, kernel). Stripes of one launch share no channel. A thread
- * has one position and four units (or channels), so that a number that it reads meets four weights, which all threads
- * of a warp read together.
+ * computes one position of four units (or channels): each input that it reads is multiplied by four weights, which all
+ * threads of a warp read together.
  */
 #include "common.cuh"
 
 #define PER_THREAD 4
-/* Columns of a kernel whose gradients a thread sums up at the same time. */
+/* Number of columns of a kernel whose gradients a thread sums up together. */
 #define TAPS 8
 #define WEIGHT_THREADS 128
-/* Threads that share the last part of a sum. */
+/* Number of threads that share the last part of a sum. */
 #define LANES (WEIGHT_THREADS / TAPS)
 
 __device__ __forceinline__ long long padded(long long n)
@@ -73,7 +73,7 @@ extern "C" __global__ void conv_forward(long long count, long long n, long long 
             y[(unit + u) * positions + p] = activation(sum[u] + bias[unit + u], (int)kind);
 }
 
-/* dx = the gradient with respect to the channels that the stripes see, or dx += it. Grid: (positions of the input /
+/* dx = or, with `add`, += the gradient with respect to the channels of the stripes. Grid: (positions of the input /
  * 128, channels / 4, stripes). */
 extern "C" __global__ void conv_input(long long count, long long n, long long n_in, long long source,
                                       long long source_step, long long out, long long height, long long width,
@@ -88,8 +88,8 @@ extern "C" __global__ void conv_input(long long count, long long n, long long n_
     const long long line = columns * batch, positions = rows * line, step = padded(n_in);
     const Place at = place(p, (int)width, (int)batch);
     const int size = (int)kernel, apart = (int)stride;
-    /* The outputs (r, c) whose windows hold this position: entry (row - r stride, column - c stride) of their kernel is
-     * on it. */
+    /* The outputs (r, c) whose windows contain this position: entry (row - r stride, column - c stride) of the kernel
+     * multiplies it. */
     const int r0 = at.row < size ? 0 : (at.row - size) / apart + 1;
     const int c0 = at.column < size ? 0 : (at.column - size) / apart + 1;
     const int r1 = at.row / apart < (int)rows ? at.row / apart + 1 : (int)rows;
@@ -114,20 +114,20 @@ extern "C" __global__ void conv_input(long long count, long long n, long long n_
             into[q * plane] = accumulate ? into[q * plane] + sum[q] : sum[q];
 }
 
-/* What a thread of conv_weight goes through: the positions from `p` to `end`, every WEIGHT_THREADS-th of them. */
+/* The positions of a thread of conv_weight: every WEIGHT_THREADS-th from `p` to `end`. */
 struct Walk {
     long long p, end, positions, line, batch, columns, stride;
 };
 
-/* Sums over the walk for four units and `WIDTH` columns of a kernel row; x: where the first of these columns meets
- * position 0; dy: the first unit's. into: where the first sum goes, next: from a unit to the next there. */
+/* Sums over the walk for four units and WIDTH columns of a kernel row. x: the input that the first of these columns
+ * multiplies at position 0; dy: gradient of the first unit. into: the first sum; next: stride between units there. */
 template <int WIDTH>
 __device__ __forceinline__ void weight_columns(Walk walk, int units, const T *__restrict__ x, const T *__restrict__ dy,
                                                T *__restrict__ into, long long next, T (*all)[WEIGHT_THREADS + 1],
                                                T (*some)[LANES + 1])
 {
     const int t = threadIdx.x, batch = (int)walk.batch, columns = (int)walk.columns;
-    /* From one position to the next without a division. */
+    /* Steps from one position to the next, to avoid divisions. */
     const int images = WEIGHT_THREADS / batch, d_row = images / columns;
     const int d_column = images - d_row * columns, d_sample = WEIGHT_THREADS - images * batch;
     Place at = place(walk.p, columns, batch);
@@ -186,7 +186,7 @@ __device__ __forceinline__ void weight_columns(Walk walk, int units, const T *__
     }
 }
 
-/* partial (splits, count n, n_in, kernel, kernel): each split's share of the gradient of the kernels. Grid: (stripes *
+/* partial (splits, count n, n_in, kernel, kernel) = partial sums of the gradient of the kernels. Grid: (stripes *
  * units / 4, n_in * kernel, splits), blocks of 128. */
 extern "C" __global__ void conv_weight(long long count, long long n, long long n_in, long long source,
                                        long long source_step, long long out, long long height, long long width,
@@ -249,8 +249,8 @@ extern "C" __global__ void conv_weight_sum(long long size, long long splits, con
     }
 }
 
-/* dkernels (units, n_in, kernel, kernel, batch) = what each sample adds to the gradient of the kernels. Grid: (n_in *
- * kernel^2 * batch / 128, units / 4, stripes). */
+/* dkernels (units, n_in, kernel, kernel, batch) = the gradient of the kernels for each sample. Grid: (n_in * kernel^2 *
+ * batch / 128, units / 4, stripes). */
 extern "C" __global__ void conv_samples(long long count, long long n, long long n_in, long long source,
                                         long long source_step, long long out, long long height, long long width,
                                         long long rows, long long columns, long long kernel, long long stride,
@@ -261,7 +261,7 @@ extern "C" __global__ void conv_samples(long long count, long long n, long long 
     if (p >= taps * batch)
         return;
     const long long k = blockIdx.z, first = (long long)PER_THREAD * blockIdx.y, unit = out + k * n + first;
-    /* The tap for an image position: the kernel's rows and columns, one channel after the other. */
+    /* A thread has one tap, an entry of the kernel of one channel, and one sample. */
     const long long tap = quotient(p, batch), sample = p - tap * batch;
     const long long c = quotient(tap, kernel * kernel), entry = tap - c * kernel * kernel;
     const long long i = quotient(entry, kernel), j = entry - i * kernel, line = width * batch;
@@ -269,7 +269,7 @@ extern "C" __global__ void conv_samples(long long count, long long n, long long 
     const T *from = x + (source + k * source_step + c) * height * line + i * line + j * batch + sample;
     const T *d = dy + unit * positions + sample;
     const int units = n - first < PER_THREAD ? (int)(n - first) : PER_THREAD;
-    /* Row by row, so that no sum is long. */
+    /* Sum row by row, so that no sum is long. */
     T sum[PER_THREAD] = {T(0), T(0), T(0), T(0)};
     for (long long r = 0; r < rows; r++) {
         T some[PER_THREAD] = {T(0), T(0), T(0), T(0)};

@@ -1,11 +1,11 @@
-/* Elements: the variables of each among those of a part, what they remember of steps, and their gradients. */
+/* Elements of a partially separable loss: runs of their variables, their curvature pairs, and their gradients. */
 #include "common.cuh"
 
 #define SUM_THREADS 256
 
-/* Runs of `values` copied to `out`, or added there. A block takes an entry of the table (entries, 5): where it begins in
- * out, its length, the first of its sources and the one behind the last, and how far from their beginning it lies. One
- * entry's sources are added in their order; of copies the last one counts. */
+/* Copy runs of `values` to `out`, or add them. A block takes one entry of the table (entries, 5): its position in out,
+ * its length, its range [first, last) in `sources`, and its offset from the positions there. The sources of an entry
+ * are added in their order; of copies the last one counts. */
 extern "C" __global__ void transfer(const long long *__restrict__ table, const long long *__restrict__ sources,
                                     const T *__restrict__ values, T *__restrict__ out, long long add)
 {
@@ -20,7 +20,7 @@ extern "C" __global__ void transfer(const long long *__restrict__ table, const l
     }
 }
 
-/* partial (count rows, splits): shares of the scalar products of pairs (count, rows, size) with v (count, size). Grid:
+/* partial (count rows, splits) = partial scalar products of pairs (count, rows, size) and v (count, size). Grid:
  * (count rows, splits), blocks of 256. */
 extern "C" __global__ void pair_dots(long long rows, long long size, const T *__restrict__ pairs,
                                      const T *__restrict__ v, double *__restrict__ partial)
@@ -76,8 +76,8 @@ extern "C" __global__ void pair_combine(long long count, long long rows, long lo
     }
 }
 
-/* Row slots[e] of pairs (count, 2 memory, size) = s, the one `memory` further = y; none where the slot is -1. Of a
- * cleared element the other rows become 0. */
+/* For each element e, row slots[e] of pairs (count, 2 memory, size) = s, and row slots[e] + memory = y; nothing if the
+ * slot is -1. The other rows of a cleared element become 0. */
 extern "C" __global__ void keep_pairs(long long count, long long memory, long long size,
                                       const long long *__restrict__ slots, const unsigned char *__restrict__ cleared,
                                       const T *__restrict__ s, const T *__restrict__ y, T *__restrict__ pairs)
@@ -95,7 +95,7 @@ extern "C" __global__ void keep_pairs(long long count, long long memory, long lo
     }
 }
 
-/* y (count, size) = a x + b y, a number of each for a row. */
+/* y (count, size) = a x + b y, with one a and b (count,) for each row. */
 extern "C" __global__ void mix_rows(long long count, long long size, const double *__restrict__ a,
                                     const T *__restrict__ x, const double *__restrict__ b, T *__restrict__ y)
 {
@@ -105,9 +105,9 @@ extern "C" __global__ void mix_rows(long long count, long long size, const doubl
     }
 }
 
-/* out (terms, wide): the derivatives grad (classes, batch) of single terms, over a power of two where the report says
- * so: of the score of others[t] over the samples of class `own`, times lost[t]; of the score of `own` over those of
- * others[t], times won[t]. */
+/* out (terms, wide) = the derivatives of single terms, from grad (classes, batch), scaled down as the report states.
+ * Term t has the derivatives of the scores of others[t] for samples of class `own`, times lost[t], and those of the
+ * scores of `own` for samples of class others[t], times won[t]; else 0. */
 extern "C" __global__ void term_weights(long long terms, long long batch, long long wide,
                                         const double *__restrict__ grad, const long long *__restrict__ labels,
                                         const double *__restrict__ report, long long own,
@@ -126,7 +126,7 @@ extern "C" __global__ void term_weights(long long terms, long long batch, long l
     }
 }
 
-/* out (many, size, batch) = y (size, batch), each sample times its weight in weights (many, batch). */
+/* out (many, size, batch) = y (size, batch), with each sample times its weight in weights (many, batch). */
 extern "C" __global__ void scale_samples(long long many, long long size, long long batch, const T *__restrict__ y,
                                          const T *__restrict__ weights, T *__restrict__ out)
 {
@@ -136,8 +136,8 @@ extern "C" __global__ void scale_samples(long long many, long long size, long lo
     }
 }
 
-/* out (many, count, n), at these steps, = the sums of y (count, n, batch) over the samples, each times its weight in
- * weights (many, batch). Grid: (count n, many), blocks of 256. */
+/* out (many, count, n), with the given strides, = the sums of y (count, n, batch) over the samples, each times its
+ * weight in weights (many, batch). Grid: (count n, many), blocks of 256. */
 extern "C" __global__ void weighted_sums(long long n, long long batch, const T *__restrict__ y,
                                          const T *__restrict__ weights, T *__restrict__ out, long long many_step,
                                          long long count_step, long long n_step)

@@ -1,4 +1,4 @@
-/* Passes over whole layers: biases, activations, pooling, and the kernels of pooling folded into a convolution. */
+/* Passes over layers: biases, activations, pooling, shifts of images, folded kernels, GELU, and last steps. */
 #include "common.cuh"
 
 #define ROW_THREADS 256
@@ -14,8 +14,8 @@ extern "C" __global__ void finish(long long count, long long n, long long m, T *
     }
 }
 
-/* dy (count, n, m) *= activation', in place, and partial (count n, splits) = the sums of the rows' shares. Grid:
- * (rows, splits), blocks of 256. */
+/* dy (count, n, m) *= activation', in place, and partial (count n, splits) = partial sums of the rows. Grid: (rows,
+ * splits), blocks of 256. */
 extern "C" __global__ void finish_back(long long count, long long n, long long m, const T *__restrict__ y,
                                        T *__restrict__ dy, T *__restrict__ partial, long long splits, long long kind)
 {
@@ -63,10 +63,10 @@ extern "C" __global__ void activate_back(long long size, const T *__restrict__ y
         dy[i] *= slope(y[i], (int)kind);
 }
 
-/* Number i of the squares of `size` x `size` pixels that make up the image, and what lies there. At the lower and right
- * edges squares may be cut off: only whole ones are pooled. */
+/* Square i of the `size` x `size` squares that cover an image. Squares at the lower and right edges may be cut off:
+ * only whole ones are pooled. */
 struct Square {
-    /* Where its first pixel and its pooled value are. */
+    /* Positions of its first pixel and of its pooled value. */
     long long pixel, value;
     int high, wide;
     bool whole;
@@ -95,7 +95,7 @@ extern "C" __global__ void mean_pool(long long channels, long long height, long 
     const T weight = T(1.0 / (double)(size * size));
     for (long long i = thread(); i < channels * down * across * batch; i += threads()) {
         const T *from = x + square(i, across, down, height, width, batch, size).pixel;
-        /* Row by row, so that no sum is long. */
+        /* Sum row by row, so that no sum is long. */
         T sum = T(0);
         for (int r = 0; r < (int)size; r++) {
             T line = T(0);
@@ -107,7 +107,7 @@ extern "C" __global__ void mean_pool(long long channels, long long height, long 
     }
 }
 
-/* The gradient with respect to x (channels, height, width, batch), 0 where no window is. */
+/* dx (channels, height, width, batch) = the gradient with respect to x, 0 outside all windows. */
 extern "C" __global__ void mean_pool_back(long long channels, long long height, long long width, long long batch,
                                           long long size, const T *__restrict__ dy, T *__restrict__ dx)
 {
@@ -122,7 +122,7 @@ extern "C" __global__ void mean_pool_back(long long channels, long long height, 
     }
 }
 
-/* y = activation(largest entry of size x size windows of x), NaN where one is. */
+/* y = activation(largest entry of size x size windows of x), NaN if an entry is NaN. */
 extern "C" __global__ void max_pool(long long channels, long long height, long long width, long long batch,
                                     long long size, const T *__restrict__ x, T *__restrict__ y, long long kind)
 {
@@ -140,8 +140,9 @@ extern "C" __global__ void max_pool(long long channels, long long height, long l
     }
 }
 
-/* out = images x, mirrored left to right where moves[2] says so, then moved by moves[0] rows down and moves[1] columns to
- * the right; beyond them lie zeros, or with `reflect` their mirror images. moves: (3, batch). */
+/* out = the images x, each flipped left to right if moves[2] is 1, then shifted by moves[0] rows down and moves[1]
+ * columns to the right. Pixels from outside the image are 0, or with `reflect` mirrored at the edge. moves: (3,
+ * batch). */
 extern "C" __global__ void move_images(long long channels, long long height, long long width, long long batch,
                                        const int *__restrict__ moves, long long reflect, const T *__restrict__ x,
                                        T *__restrict__ out)
@@ -163,7 +164,7 @@ extern "C" __global__ void move_images(long long channels, long long height, lon
     }
 }
 
-/* dx: dy where x is a window's first largest entry, 0 elsewhere, and in windows with NaN. */
+/* dx = dy where x is the first largest entry of its window, 0 elsewhere and in windows with NaN. */
 extern "C" __global__ void max_pool_back(long long channels, long long height, long long width, long long batch,
                                          long long size, const T *__restrict__ x, const T *__restrict__ dy,
                                          T *__restrict__ dx)
@@ -196,7 +197,7 @@ extern "C" __global__ void max_pool_back(long long channels, long long height, l
     }
 }
 
-/* Entry (i, j) of channel c of row u of stripe s, from its number in a contiguous (count, rows, n_in, k, k). */
+/* Stripe, row, channel and entry (i, j) of an element, from its position in a contiguous (count, rows, n_in, k, k). */
 struct Entry {
     long long stripe, row, channel;
     int i, j;
@@ -214,8 +215,8 @@ __device__ __forceinline__ Entry entry(long long e, long long rows, long long n_
     return found;
 }
 
-/* Kernels followed by pool x pool mean pooling as one kernel: out (count, rows, n_in, k + pool - 1, k + pool - 1).
- * Entry (s, u, c, i, j) of the kernels is w[s step + u row_step + (c k + i) k + j]. */
+/* Fold pool x pool mean pooling into kernels: out (count, rows, n_in, k + pool - 1, k + pool - 1). Entry (s, u, c, i,
+ * j) of the kernels is w[s step + u row_step + (c k + i) k + j]. */
 extern "C" __global__ void fold(long long count, long long rows, long long n_in, long long k, long long pool,
                                 const T *__restrict__ w, long long step, long long row_step, T *__restrict__ out)
 {
@@ -235,7 +236,7 @@ extern "C" __global__ void fold(long long count, long long rows, long long n_in,
     }
 }
 
-/* The adjoint of fold: dfolded (count, rows, n_in, k + pool - 1, k + pool - 1), out as the kernels there. */
+/* The adjoint of fold, from dfolded (count, rows, n_in, k + pool - 1, k + pool - 1); out has the layout of w there. */
 extern "C" __global__ void unfold(long long count, long long rows, long long n_in, long long k, long long pool,
                                   const T *__restrict__ dfolded, T *__restrict__ out, long long step,
                                   long long row_step)
@@ -253,7 +254,7 @@ extern "C" __global__ void unfold(long long count, long long rows, long long n_i
     }
 }
 
-/* Phi(x), the distribution function of the normal law. */
+/* Phi(x), the distribution function of the standard normal. */
 __device__ __forceinline__ T normal_law(T x)
 {
     return T(0.5) * t_erfc(x * T(-0.70710678118654752440));
@@ -266,7 +267,7 @@ extern "C" __global__ void gelu(long long size, const T *__restrict__ x, T *__re
         y[i] = x[i] * normal_law(x[i]);
 }
 
-/* dy *= Phi(x) + x phi(x), phi the density. */
+/* dy *= Phi(x) + x phi(x), with phi the density of the standard normal. */
 extern "C" __global__ void gelu_back(long long size, const T *__restrict__ x, T *__restrict__ dy)
 {
     for (long long i = thread(); i < size; i += threads())
@@ -283,7 +284,7 @@ extern "C" __global__ void last_steps(long long units, long long steps, long lon
     }
 }
 
-/* dx (units, steps, b): dy (units, b) at the last steps, 0 elsewhere. */
+/* dx (units, steps, b) = dy (units, b) at the last steps, 0 elsewhere. */
 extern "C" __global__ void last_steps_back(long long units, long long steps, long long b, const T *__restrict__ dy,
                                            const int *__restrict__ lengths, T *__restrict__ dx)
 {

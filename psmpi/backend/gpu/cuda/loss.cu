@@ -1,4 +1,4 @@
-/* Losses on raw scores (classes, batch), in double whatever the type of the scores, and their way into the backward
+/* Losses of scores (classes, batch), in double for all types of scores, and scaling of derivatives for the backward
  * pass. */
 #include "common.cuh"
 
@@ -9,14 +9,15 @@
 #define SUMS 3
 #define REPORT_THREADS 256
 
-/* What the loss of a sample comes to. */
+/* The loss of a sample, its largest margin, and the number of clipped margins. */
 struct Sample {
     double value, worst, clipped;
 };
 
-/* The pairwise losses: terms in z_j = kappa (c_j - c_y). Scores and grad are those of one sample, from a class to the
- * next is `step`; y: the label, own: its score. rest, if any, gets the sum of the derivatives, which else is minus that
- * of the label's score; infinity where a margin exceeds the limit and is to be an error (strict). */
+/* The pairwise losses, with terms in z_j = kappa (c_j - c_y), for one sample. scores, grad: with stride `step` between
+ * classes; y: the label, own: its score. rest: if not NULL, it gets the sum of the derivatives of the other scores, and
+ * the derivative of the label's score, minus this sum, is left 0; infinity if a margin exceeds the limit and `strict`
+ * makes this an error. */
 __device__ __forceinline__ Sample pairwise(bool psl, long long classes, long long step, const T *scores, long long y,
                                            double own, double scale, double kappa, double limit, bool strict,
                                            double cap, const unsigned char *pairs, double *grad, double *rest)
@@ -32,14 +33,14 @@ __device__ __forceinline__ Sample pairwise(bool psl, long long classes, long lon
                 found.worst = larger(found.worst, z);
                 found.clipped += z > limit;
             }
-            /* Beyond the limit the exponential goes on as its tangent there; comparisons keep NaN, fmin would not. */
+            /* Beyond the limit its tangent continues the exponential. Comparisons keep NaN, unlike fmin. */
             const double e = kept ? exp(z > limit ? limit : z) : 0;
             const double tangent = kept && z > limit ? e * (1 + (z - limit)) : e;
             value = tangent > cap ? cap : tangent;
             d = e * kappa;
         } else {
             value = (z > 0 ? z : 0) + log1p(exp(-fabs(z)));
-            /* The logistic function by tanh, which cannot overflow. */
+            /* The logistic function, by tanh, which cannot overflow. */
             d = (tanh(0.5 * z) + 1) * (0.5 * kappa);
             if (pairs) {
                 value *= kept;
@@ -54,19 +55,20 @@ __device__ __forceinline__ Sample pairwise(bool psl, long long classes, long lon
         if (grad)
             grad[j * step] = d;
     }
-    /* A loss that is not finite is to be known to all. */
+    /* rest is summed over ranks: it must not be finite if the loss is not, so that all ranks see it. */
     if (rest)
         *rest = strict && found.worst > limit ? exp(1e4) : sum + (found.value - found.value);
-    /* Every term sees c_j - c_y. */
+    /* Every term depends on c_j - c_y. */
     if (grad && here(y, classes))
         grad[y * step] = rest ? 0 : -sum;
-    /* The term j = y of psl is the constant 1, which belongs to no pair. */
+    /* The term j = y of psl is the constant 1, and belongs to no pair of classes. */
     if (psl && !pairs && here(y, classes))
         found.value += 1;
     return found;
 }
 
-/* Take up scores into the largest one and the sum of exponentials relative to it: of none any of them, and 0. */
+/* Update the largest score *top, and the sum *total of exponentials relative to it, with the scores of some classes.
+ * Before the first class *total is 0 and *top is any of the scores. */
 __device__ __forceinline__ void normalizer(long long classes, long long step, const T *scores, double *top,
                                            double *total)
 {
@@ -78,7 +80,7 @@ __device__ __forceinline__ void normalizer(long long classes, long long step, co
         *total += exp((double)scores[j * step] - *top);
 }
 
-/* Minus the logarithm of softmax. */
+/* Minus the logarithm of the softmax of the label. */
 __device__ __forceinline__ double cross_entropy(long long classes, long long step, const T *scores, long long y,
                                                 double top, double total, double scale, double *grad)
 {
@@ -101,7 +103,7 @@ __device__ __forceinline__ double squared_error(long long classes, long long ste
     return sum;
 }
 
-/* Binary cross-entropy of each class, of scores to which an offset is added. */
+/* The sum of the binary cross-entropies of all classes, with an offset added to the scores. */
 __device__ __forceinline__ double binary(long long classes, long long step, const T *scores, long long y, double offset,
                                          double scale, double *grad)
 {
@@ -115,7 +117,7 @@ __device__ __forceinline__ double binary(long long classes, long long step, cons
     return sum;
 }
 
-/* out (batch,): the scores of the labels, 0 of those of other ranks. */
+/* out (batch,) = the labels' scores, 0 for labels of other ranks. */
 extern "C" __global__ void label_scores(long long classes, long long batch, const T *__restrict__ scores,
                                         const long long *__restrict__ labels, double *__restrict__ out)
 {
@@ -123,7 +125,8 @@ extern "C" __global__ void label_scores(long long classes, long long batch, cons
         out[b] = here(labels[b], classes) ? (double)scores[labels[b] * batch + b] : 0;
 }
 
-/* The labels' scores get a margin, see psmpi.nn.margin; slopes (batch,): the derivatives, 1 of labels of other ranks. */
+/* Apply the margin of psmpi.nn.margin to the labels' scores. slopes (batch,) = the derivatives of the new scores by the
+ * old, 1 for labels of other ranks. */
 extern "C" __global__ void add_margins(long long classes, long long batch, T *__restrict__ scores,
                                        const long long *__restrict__ labels, long long arc, double size, double scale,
                                        double least, double *__restrict__ slopes)
@@ -146,8 +149,8 @@ extern "C" __global__ void add_margins(long long classes, long long batch, T *__
     }
 }
 
-/* The derivatives of the labels' scores, in grad (classes, batch), times slopes (batch,); the largest derivative that
- * the report has follows. One block of 256. */
+/* Multiply the derivatives of the labels' scores, in grad (classes, batch), by slopes (batch,), and update the largest
+ * derivative in the report. One block of 256. */
 extern "C" __global__ void multiply_labels(long long classes, long long batch, const long long *__restrict__ labels,
                                            const double *__restrict__ slopes, double *__restrict__ grad,
                                            double *__restrict__ report)
@@ -165,7 +168,8 @@ extern "C" __global__ void multiply_labels(long long classes, long long batch, c
         report[3] = peak;
 }
 
-/* out (3, batch): the largest scores, the sums of exponentials relative to these, the labels' scores as above. */
+/* out (3, batch) = the largest scores, the sums of exponentials relative to these, and the labels' scores (0 for labels
+ * of other ranks). */
 extern "C" __global__ void normalizers(long long classes, long long batch, const T *__restrict__ scores,
                                        const long long *__restrict__ labels, double *__restrict__ out)
 {
@@ -178,8 +182,8 @@ extern "C" __global__ void normalizers(long long classes, long long batch, const
     }
 }
 
-/* The same of one tile of classes more: the scores are those of classes from `first` on, as the labels count them, and
- * out has what came of those before. */
+/* Update out (3, batch), the normalizers of earlier tiles of classes, with the scores of one more tile, whose first
+ * class has the number `first` in the labels. */
 extern "C" __global__ void add_normalizers(long long first, long long classes, long long batch,
                                            const T *__restrict__ scores, const long long *__restrict__ labels,
                                            double *__restrict__ out)
@@ -195,8 +199,8 @@ extern "C" __global__ void add_normalizers(long long first, long long classes, l
     }
 }
 
-/* out (3, batch), the same of all ranks' classes together: rank r, of classes starts[r] to starts[r + 1] - 1, has three
- * rows of `gathered`, or its scores where it has fewer classes. */
+/* out (3, batch) = the normalizers of all ranks' classes. Rank r has the classes [starts[r], starts[r + 1]) and three
+ * rows of `gathered`, its normalizers, or its scores if it has fewer than three classes. */
 extern "C" __global__ void merge_normalizers(long long ranks, long long batch, const T *__restrict__ gathered,
                                              const long long *__restrict__ starts, const long long *__restrict__ labels,
                                              double *__restrict__ out)
@@ -226,7 +230,7 @@ extern "C" __global__ void merge_normalizers(long long ranks, long long batch, c
     }
 }
 
-/* grad (classes, batch) of a pairwise loss is completed in the labels' rows. */
+/* Complete the labels' rows of grad (classes, batch), the derivatives of a pairwise loss. */
 extern "C" __global__ void close_losses(long long classes, long long batch, const long long *__restrict__ labels,
                                         const double *__restrict__ rest, double *__restrict__ grad)
 {
@@ -235,17 +239,17 @@ extern "C" __global__ void close_losses(long long classes, long long batch, cons
             grad[labels[b] * batch + b] = -rest[b];
 }
 
-/* samples (3, batch): each sample's loss, its largest margin kappa (c_j - c_y), at least 0 and NaN where one is, and
- * how many margins exceed the limit (these two of psl only, else 0); grad (classes, batch), if any: d (scale loss) /
- * d scores. pairs (classes, classes), if any, keeps the terms of these pairs. Where other ranks have other classes,
- * given (sums, batch) are the labels' scores, or what normalizers are merged to; rest, if any, as in `pairwise`. */
+/* samples (3, batch) = the loss of each sample, its largest margin kappa (c_j - c_y), at least 0, and its number of
+ * margins beyond the limit; the last two are 0 except for psl. grad (classes, batch), if not NULL, = d (scale loss) /
+ * d scores. pairs (classes, classes), if not NULL, selects the terms of pairs of classes. given (sums, batch), if other
+ * ranks have other classes: the labels' scores, or the merged normalizers. rest: as in `pairwise`. */
 extern "C" __global__ void losses(long long kind, long long classes, long long batch, const T *__restrict__ scores,
                                   const long long *__restrict__ labels, double scale, double kappa, double limit,
                                   long long strict, double offset, const unsigned char *__restrict__ pairs,
                                   const double *__restrict__ given, double *__restrict__ grad,
                                   double *__restrict__ rest, double *__restrict__ samples)
 {
-    /* No sum of that many terms leaves double. */
+    /* Terms are limited so that their sum cannot overflow. */
     const double cap = LARGEST / (2.0 * (double)classes * (double)batch);
     for (long long b = thread(); b < batch; b += threads()) {
         const T *c = scores + b;
@@ -261,7 +265,7 @@ extern "C" __global__ void losses(long long kind, long long classes, long long b
             if (!given)
                 normalizer(classes, batch, c, &top, &total);
             found.value = cross_entropy(classes, batch, c, y, top, total, scale, into);
-            /* What is not finite is to be known to all ranks. */
+            /* Add NaN if a normalizer is not finite, so that all ranks see it. */
             if (given)
                 found.value += (top - top) + (total - total) + (given[2 * batch + b] - given[2 * batch + b]);
         } else if (kind == SQUARED)
@@ -274,8 +278,9 @@ extern "C" __global__ void losses(long long kind, long long classes, long long b
     }
 }
 
-/* Of outputs f (units, batch), `size` in all, and targets S (units, classes): grad = 2 scale (f - S_y), and in partial
- * (4, blocks) of each block the sum of (f - S_y)^2, 0, 0, and the largest derivative in magnitude. Blocks of 256. */
+/* The loss ||f - S_y||^2 of outputs f (units, batch), `size` elements in all, and targets S (units, classes): grad = 2
+ * scale (f - S_y), and partial (4, blocks) = for each block the sum of (f - S_y)^2, 0, 0, and the largest absolute
+ * derivative. Blocks of 256. */
 extern "C" __global__ void distances(long long classes, long long batch, long long size, const T *__restrict__ outputs,
                                      const double *__restrict__ targets, const long long *__restrict__ labels,
                                      double scale, double *__restrict__ grad, double *__restrict__ partial)
@@ -300,8 +305,8 @@ extern "C" __global__ void distances(long long classes, long long batch, long lo
     }
 }
 
-/* report (4,): the scaled sum of the losses, the largest margin, the terms past the limit, and the largest of the
- * derivatives in magnitude, grad (classes, batch) if any. One block of 256. */
+/* report (4,) = the scaled sum of the losses, the largest margin, the number of terms beyond the limit, and the largest
+ * absolute derivative in grad (classes, batch), if any. One block of 256. */
 extern "C" __global__ void loss_report(long long classes, long long batch, const double *__restrict__ samples,
                                        const double *__restrict__ grad, double scale, double *__restrict__ report)
 {
@@ -326,8 +331,8 @@ extern "C" __global__ void loss_report(long long classes, long long batch, const
     }
 }
 
-/* The largest of the derivatives once more, when they are complete; where one or another rank's sum is no number, the
- * loss is none either. One block of 256. */
+/* Update the largest absolute derivative in the report after the derivatives are complete. The loss becomes NaN if a
+ * sum of terms in rest, over all ranks, is not finite. One block of 256. */
 extern "C" __global__ void close_report(long long size, long long batch, const double *__restrict__ grad,
                                         const double *__restrict__ rest, double *__restrict__ report)
 {
@@ -345,7 +350,7 @@ extern "C" __global__ void close_report(long long size, long long batch, const d
     }
 }
 
-/* out = grad in the type of the scores, scaled down by a power of two where it is very large. */
+/* out = grad in the type of the scores, divided by the power of two that the report states. */
 extern "C" __global__ void cast_scores(long long size, const double *__restrict__ grad, T *__restrict__ out,
                                        const double *__restrict__ report)
 {
@@ -354,7 +359,7 @@ extern "C" __global__ void cast_scores(long long size, const double *__restrict_
         out[i] = (T)(exponent ? ldexp(grad[i], -exponent) : grad[i]);
 }
 
-/* g is scaled up by the same power again, in place, and limited in each component. */
+/* Multiply g by the power of two of cast_scores, in place, and limit each component. */
 extern "C" __global__ void unscale(long long size, T *__restrict__ g, const double *__restrict__ report, double limit)
 {
     const int exponent = excess(report);
@@ -366,7 +371,7 @@ extern "C" __global__ void unscale(long long size, T *__restrict__ g, const doub
     }
 }
 
-/* g is limited in each component, in place; what is not a number stays so. */
+/* Limit each component of g, in place; NaN stays NaN. */
 extern "C" __global__ void bound(long long size, T *__restrict__ g, double limit)
 {
     for (long long i = thread(); i < size; i += threads())

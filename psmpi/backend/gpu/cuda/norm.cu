@@ -1,10 +1,11 @@
-/* Normalization: of rows (n, m), m being all values of a unit in a minibatch, and of rows of weights to unit length. */
+/* Normalization of rows (batch normalization), of columns (layer normalization), and of rows of weights to unit
+ * length. */
 #include "common.cuh"
 
 #define NORM_THREADS 256
 
-/* out = (x - its mean) scale with scale (n,) = 1 / sqrt(variance + eps), row by row; out may be x. What a mean in T is
- * off by is found with the squares, so that little is lost where a mean is large. Grid: (rows,). */
+/* out = (x - mean) scale with scale (n,) = 1 / sqrt(variance + eps), for each row; out may be x. The mean is rounded to
+ * T; its error is computed together with the squares, so that a large mean loses few digits. Grid: (rows,). */
 extern "C" __global__ void normalize(long long m, const T *x, double eps, T *out, T *__restrict__ scale)
 {
     __shared__ double room[NORM_THREADS];
@@ -37,7 +38,8 @@ extern "C" __global__ void affine(long long n, long long m, const T *__restrict_
     }
 }
 
-/* dy becomes the gradient of what was normalized to x by `scale`; dgamma and dbeta (n,) get theirs. Grid: (rows,). */
+/* The adjoint of normalize and affine: dy becomes the gradient of the input of normalize, whose output is x. dgamma and
+ * dbeta (n,) = the gradients of gamma and beta. Grid: (rows,). */
 extern "C" __global__ void normalize_back(long long m, const T *__restrict__ x, const T *__restrict__ scale,
                                           const T *__restrict__ gamma, const T *__restrict__ y, T *__restrict__ dy,
                                           long long kind, T *__restrict__ dgamma, T *__restrict__ dbeta)
@@ -63,8 +65,8 @@ extern "C" __global__ void normalize_back(long long m, const T *__restrict__ x, 
     }
 }
 
-/* out (count, n) = scale / sqrt(|row|^2 + eps) of rows of m at w + i sw + j tw; NaN where the square overflows. Grid:
- * (count n,). */
+/* out (count, n) = scale / sqrt(|row|^2 + eps) for rows of m elements at w + i sw + j tw; NaN if |row|^2 overflows.
+ * Grid: (count n,). */
 extern "C" __global__ void row_factors(long long n, long long m, const T *__restrict__ w, long long sw, long long tw,
                                        double eps, double scale, T *__restrict__ out)
 {
@@ -79,8 +81,8 @@ extern "C" __global__ void row_factors(long long n, long long m, const T *__rest
         out[blockIdx.x] = (T)(scale / sqrt(square + eps) + (square - square));
 }
 
-/* Rows of m at g + k rg + i sg + j tg lose their share along those at w + i sw + j tw: g -= f^2 <g, w> w with f =
- * factors (count, n) / scale. Grid: (count n, k). */
+/* Project rows of m elements at g + k rg + i sg + j tg orthogonally to the rows at w + i sw + j tw: g -= f^2 <g, w> w
+ * with f = factors (count, n) / scale. Grid: (count n, k). */
 extern "C" __global__ void project_rows(long long n, long long m, const T *__restrict__ w, long long sw, long long tw,
                                         const T *__restrict__ factors, double scale, T *__restrict__ g, long long rg,
                                         long long sg, long long tg)
@@ -101,7 +103,7 @@ extern "C" __global__ void project_rows(long long n, long long m, const T *__res
 #define NORM_COLUMNS 32
 #define NORM_ROWS 8
 
-/* The sum of `value` over the threads of a column; all of them get it. */
+/* The sum of `value` over the threads of a column, returned to all of them. */
 __device__ __forceinline__ T column_sum(T value, T room[NORM_ROWS][NORM_COLUMNS])
 {
     __syncthreads();
@@ -113,8 +115,8 @@ __device__ __forceinline__ T column_sum(T value, T room[NORM_ROWS][NORM_COLUMNS]
     return sum;
 }
 
-/* normal (n, m) = the columns of x less their means, times scale (m,) = 1 / sqrt(variance + eps); y = gamma normal +
- * beta. normal may be x. Grid: a block of (32, 8) for 32 columns. */
+/* normal (n, m) = (x - mean) scale with scale (m,) = 1 / sqrt(variance + eps), for each column; y = gamma normal +
+ * beta. normal may be x. Grid: one block of (32, 8) for 32 columns. */
 extern "C" __global__ void layer_norm(long long n, long long m, const T *x, double eps, const T *__restrict__ gamma,
                                       const T *__restrict__ beta, T *normal, T *__restrict__ scale, T *__restrict__ y)
 {
@@ -141,7 +143,7 @@ extern "C" __global__ void layer_norm(long long n, long long m, const T *x, doub
         scale[j] = factor;
 }
 
-/* dgamma and dbeta (n,): the sums of the rows of dy times normal, and of dy. Grid: (n,). */
+/* dgamma and dbeta (n,) = the sums of the rows of dy times normal, and of dy. Grid: (n,). */
 extern "C" __global__ void layer_norm_sums(long long m, const T *__restrict__ normal, const T *__restrict__ dy,
                                            T *__restrict__ dgamma, T *__restrict__ dbeta)
 {
@@ -160,7 +162,7 @@ extern "C" __global__ void layer_norm_sums(long long m, const T *__restrict__ no
     }
 }
 
-/* dy (n, m) becomes the gradient of what was normalized. Grid as of layer_norm. */
+/* The adjoint of layer_norm: dy (n, m) becomes the gradient of x. Grid as for layer_norm. */
 extern "C" __global__ void layer_norm_back(long long n, long long m, const T *__restrict__ normal,
                                            const T *__restrict__ scale, const T *__restrict__ gamma,
                                            T *__restrict__ dy)

@@ -1,8 +1,8 @@
-/* Steps of the optimizers over whole shards, and what clipping needs. Scalars are cast to the type of the arrays, as
- * NumPy does; but CuPy has floats below the normal ones taken for 0. */
+/* Steps of the optimizers over whole shards, and scaling for clipping. Scalars are cast to the type of the arrays, as
+ * in NumPy. CuPy compiles with subnormal floats flushed to 0. */
 #include "common.cuh"
 
-/* The gradient with the L2 penalty; without one, w has no influence, not even as infinity. */
+/* The gradient with the L2 penalty. Without a penalty w is not used: 0 times infinity would be NaN. */
 __device__ __forceinline__ T decayed(T g, T w, T l2)
 {
     return l2 == T(0) ? g : g + l2 * w;
@@ -26,7 +26,8 @@ extern "C" __global__ void momentum(long long size, T *__restrict__ w, const T *
     }
 }
 
-/* w = keep w - rate m / (root sqrt(v) + eps) after m and v have moved towards d = g + l2 w and d^2. */
+/* A step of Adam with d = g + l2 w: m = beta1 m + (1 - beta1) d, v = beta2 v + (1 - beta2) d^2, w = keep w - rate m /
+ * (root sqrt(v) + eps). */
 extern "C" __global__ void adam(long long size, T *__restrict__ w, const T *__restrict__ g, T *__restrict__ m,
                                 T *__restrict__ v, double rate, double root, double beta1, double beta2, double eps,
                                 double l2, double keep)
@@ -41,7 +42,7 @@ extern "C" __global__ void adam(long long size, T *__restrict__ w, const T *__re
     }
 }
 
-/* The same with the number of steps t of each weight, which grow by 1; log1, log2: the logarithms of the betas. */
+/* A step of Adam with a step count t for each weight, which grows by 1. log1, log2: the logarithms of the betas. */
 extern "C" __global__ void counted_adam(long long size, T *__restrict__ w, const T *__restrict__ g, T *__restrict__ m,
                                         T *__restrict__ v, T *__restrict__ t, double rate, double log1, double log2,
                                         double beta1, double beta2, double eps, double l2, double keep)
@@ -53,7 +54,7 @@ extern "C" __global__ void counted_adam(long long size, T *__restrict__ w, const
         m[i] = first;
         v[i] = second;
         t[i] = steps;
-        /* -(1 - beta^t) of both. */
+        /* -(1 - beta^t) for both betas. */
         const T one = t_expm1(steps * (T)log1), two = t_expm1(steps * (T)log2);
         w[i] = (T)keep * w[i] + (T)rate * (first / one / (t_sqrt(-second / two) + (T)eps));
     }
@@ -71,7 +72,7 @@ extern "C" __global__ void rmsprop(long long size, T *__restrict__ w, const T *_
     }
 }
 
-/* w = keep w - rate sign(beta1 m + (1 - beta1) d), d = g + l2 w, after which m moves towards d. */
+/* w = keep w - rate sign(beta1 m + (1 - beta1) d) with d = g + l2 w, then m = beta2 m + (1 - beta2) d. */
 extern "C" __global__ void lion(long long size, T *__restrict__ w, const T *__restrict__ g, T *__restrict__ m,
                                 double rate, double beta1, double beta2, double l2, double keep)
 {
@@ -79,7 +80,7 @@ extern "C" __global__ void lion(long long size, T *__restrict__ w, const T *__re
     for (long long i = thread(); i < size; i += threads()) {
         const T d = decayed(g[i], w[i], (T)l2), c = (T)beta1 * m[i] + towards * d;
         m[i] = (T)beta2 * m[i] + fresh * d;
-        /* What is not a number stays so. */
+        /* The sign of c; NaN stays NaN. */
         w[i] = (T)keep * w[i] - (T)rate * (c > T(0) ? T(1) : c < T(0) ? T(-1) : c);
     }
 }

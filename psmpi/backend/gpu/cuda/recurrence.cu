@@ -1,10 +1,11 @@
-/* Recurrent cells: what is between two products with the recurrent weights. Arrays as in the reference's Recurrence. */
+/* Recurrent cells: the operations between two products with the recurrent weights. Arrays as in the reference's
+ * Recurrence. */
 #include "common.cuh"
 
 #define RNN 0
 #define GRU 1
 
-/* Step t, from product (gates units, b). */
+/* Step t, from product (gates units, b), the recurrent weights times the previous states. */
 extern "C" __global__ void cell_step(long long kind, long long units, long long steps, long long b, long long t,
                                      T *__restrict__ a, const T *__restrict__ bias, const T *__restrict__ product,
                                      const T *__restrict__ before, T *h, T *more, const int *__restrict__ lengths)
@@ -43,7 +44,7 @@ extern "C" __global__ void cell_step(long long kind, long long units, long long 
     }
 }
 
-/* Step t backwards: du (gates units, b) that of the product; carry[0] is left without what goes through the product. */
+/* The adjoint of step t. du (gates units, b) = the gradient of the product, whose share in carry[0] the caller adds. */
 extern "C" __global__ void cell_step_back(long long kind, long long units, long long steps, long long b, long long t,
                                           T *__restrict__ a, const T *__restrict__ before, const T *__restrict__ h,
                                           T *more, const T *__restrict__ dh, T *__restrict__ carry,

@@ -1,11 +1,11 @@
-/* Minibatches from a data set that lies on the device, (samples, features) or compressed rows. */
+/* Minibatches of a data set on the device, (samples, features) or compressed rows. */
 #include "common.cuh"
 
 #define TILE 32
 #define TILE_ROWS 8
 
-/* Both sides are read and written along their rows: a tile is turned around in shared memory, whose rows are one longer
- * so that its columns lie in different banks. */
+/* Transpose tiles in shared memory, so that both arrays are accessed along their rows. The rows of a tile are one
+ * longer than its side, so that the elements of a column lie in different banks. */
 template <typename S>
 __device__ __forceinline__ void gather(T (*tile)[TILE + 1], long long batch, long long features,
                                        const long long *__restrict__ at, const S *__restrict__ values,
@@ -48,8 +48,8 @@ extern "C" __global__ void gather_f64(long long batch, long long features, const
     gather(tile, batch, features, at, values, scale, out);
 }
 
-/* out (features, batch), which is zero, gets the entries of the compressed rows `at` (batch,): those of row r are from
- * starts[r] to starts[r + 1]. A block for each row of the minibatch. */
+/* Write the entries of the compressed rows `at` (batch,) to out (features, batch), which is 0 before. Row r has the
+ * entries [starts[r], starts[r + 1]). One block for each row of the minibatch. */
 extern "C" __global__ void fill_compressed(long long batch, const long long *__restrict__ at,
                                            const long long *__restrict__ starts, const int *__restrict__ columns,
                                            const T *__restrict__ values, T *__restrict__ out)

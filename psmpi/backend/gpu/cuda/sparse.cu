@@ -3,7 +3,7 @@
 
 #define SPARSE_THREADS 32
 
-/* y (rows, b) = the bias of each row, and the sum over its entries k of w_k x[columns_k]. */
+/* y (rows, b) = for each row its bias plus the sum of w_k x[columns_k] over its entries k. */
 extern "C" __global__ void sparse_forward(long long rows, long long b, const long long *__restrict__ starts,
                                           const int *__restrict__ columns, const long long *__restrict__ places,
                                           const long long *__restrict__ biases, const T *__restrict__ w,
@@ -33,8 +33,8 @@ extern "C" __global__ void sparse_inputs(long long inputs, long long b, const lo
     }
 }
 
-/* g at the place of each entry of a column = the product of dy[rows_k] and x of that column. A block takes the columns
- * from its own number on; blocks of SPARSE_THREADS. */
+/* g at the position of each entry k of a column = <dy[rows_k], x[column]>. A block starts with the column of its number
+ * and steps by the number of blocks; blocks of SPARSE_THREADS. */
 extern "C" __global__ void sparse_weights(long long inputs, long long b, const long long *__restrict__ starts,
                                           const int *__restrict__ rows, const int *__restrict__ places,
                                           const T *__restrict__ x, const T *__restrict__ dy, T *__restrict__ g)
@@ -54,7 +54,7 @@ extern "C" __global__ void sparse_weights(long long inputs, long long b, const l
     }
 }
 
-/* g at the place of each row's bias = the sum of dy[r]. A block a row, of SPARSE_THREADS. */
+/* g at the position of each row's bias = the sum of dy[r]. One block of SPARSE_THREADS for each row. */
 extern "C" __global__ void sparse_biases(long long rows, long long b, const long long *__restrict__ places,
                                          const T *__restrict__ dy, T *__restrict__ g)
 {

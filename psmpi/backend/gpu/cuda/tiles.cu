@@ -1,11 +1,13 @@
-/* The last layer tile by tile of its classes: labels' scores, and what the tiles come to.
+/* The last layer, computed tile by tile of its classes: labels' scores, and sums over the tiles.
  *
- * Reports are those of loss.cu. A tile's report is of all tiles so far, and what is made of its derivatives is scaled by
- * the power of two that its `excess` says: the largest so far, which never shrinks. Rows of weights (classes, inputs)
- * are `row` elements apart, biases (classes,) `step`; a label that is not here is another rank's. */
+ * Reports are those of loss.cu. The report of a tile covers all tiles so far. Gradients from the derivatives of a tile
+ * are scaled by the power of two of the report's `excess`, which never shrinks from tile to tile. Rows of weights
+ * (classes, inputs) have the stride `row`, biases (classes,) the stride `step`. Labels of other classes are those of
+ * other ranks. */
 #include "common.cuh"
 
-/* out (batch,): the scores of the labels, from features (inputs, batch), rounded to the scores' type; 0 of others. */
+/* out (batch,) = the labels' scores, from features (inputs, batch), rounded to the type of the scores; 0 for labels of
+ * other ranks. */
 extern "C" __global__ void head_labels(long long classes, long long inputs, long long batch,
                                        const T *__restrict__ features, const long long *__restrict__ labels,
                                        const T *__restrict__ weights, long long row, const T *__restrict__ biases,
@@ -23,8 +25,8 @@ extern "C" __global__ void head_labels(long long classes, long long inputs, long
     }
 }
 
-/* What a tile has found goes to what those before have, none of the first one: report (4,), and the sums of terms
- * rest (batch,), if any, into rests. own (batch,): the labels, counted from class `next`. */
+/* Combine the results of a tile with those of earlier tiles, if any: report (4,) with `before`, and the sums of terms
+ * rest (batch,), if any, into rests. own (batch,) = the labels, counted from class `next`. */
 extern "C" __global__ void next_tile(long long next, long long batch, const long long *__restrict__ labels,
                                      const double *__restrict__ before, const double *__restrict__ rest,
                                      double *__restrict__ report, double *__restrict__ rests,
@@ -43,7 +45,7 @@ extern "C" __global__ void next_tile(long long next, long long batch, const long
     }
 }
 
-/* sum += part, a sum of tiles up to that of `before`, and the part of the next one, of `report`. */
+/* sum += part, after scaling sum from the report `before` to `report`, which part is scaled by. */
 extern "C" __global__ void add_part(long long size, const T *__restrict__ part, const double *__restrict__ before,
                                     const double *__restrict__ report, T *__restrict__ sum)
 {
@@ -52,8 +54,8 @@ extern "C" __global__ void add_part(long long size, const T *__restrict__ part, 
         sum[i] = (shift ? (T)ldexp((double)sum[i], shift) : sum[i]) + part[i];
 }
 
-/* report (4,): that of the last tile, with the largest of the derivatives of own labels, rest (batch,) if any; where
- * one of these, or another rank's, is no number, the loss is none either. One block of 256. */
+/* report (4,) = the report of the last tile, with the largest of the derivatives of this rank's labels, rest (batch,),
+ * if any. If an element of rest is not finite, on any rank, the loss becomes NaN. One block of 256. */
 extern "C" __global__ void head_report(long long classes, long long batch, const long long *__restrict__ labels,
                                        const double *__restrict__ rest, const double *__restrict__ last,
                                        double *__restrict__ report)
@@ -75,14 +77,14 @@ extern "C" __global__ void head_report(long long classes, long long batch, const
     }
 }
 
-/* The gradients of weights and biases (if any), each tile's scaled as its own of `reports` (tiles, 4) says, are scaled
- * as `report` says. size: of all elements, row by row, with the biases behind. */
+/* Scale the gradients of weights and biases (if any) from the report of each tile, in `reports` (tiles, 4), to
+ * `report`. size: number of all elements, where each row is followed by its bias. */
 extern "C" __global__ void scale_rows(long long size, long long inputs, long long tile,
                                       const double *__restrict__ reports, const double *__restrict__ report,
                                       T *__restrict__ weights, long long row, T *__restrict__ biases, long long step)
 {
     const int all = excess(report);
-    /* The first is the smallest: most often nothing is to be done. */
+    /* The first tile has the smallest excess: usually no gradient has to be scaled. */
     if (excess(reports) == all)
         return;
     for (long long i = thread(); i < size; i += threads()) {
@@ -95,8 +97,9 @@ extern "C" __global__ void scale_rows(long long size, long long inputs, long lon
     }
 }
 
-/* What labels' scores add to the gradients of their rows: minus the sums of terms rest (batch,). One block for each
- * sample, of which the first of those with one label makes the sum of them all, in their order. */
+/* Add the shares of the labels' scores, whose derivatives are minus the sums of terms rest (batch,), to the gradients
+ * of the labels' rows. One block for each sample: the first sample with a label adds those of all samples with this
+ * label, in their order. */
 extern "C" __global__ void close_rows(long long classes, long long inputs, long long batch,
                                       const T *__restrict__ features, const long long *__restrict__ labels,
                                       const double *__restrict__ rest, const double *__restrict__ report,
@@ -119,7 +122,8 @@ extern "C" __global__ void close_rows(long long classes, long long inputs, long 
     }
 }
 
-/* The same for the gradient of the features, sum (inputs, batch), which was scaled as `last` says. */
+/* Add the shares of the labels' scores to the gradient of the features, sum (inputs, batch), and scale it from the
+ * report `last` to `report`. */
 extern "C" __global__ void close_features(long long classes, long long inputs, long long batch,
                                           const long long *__restrict__ labels, const double *__restrict__ rest,
                                           const T *__restrict__ weights, long long row,

@@ -1,12 +1,12 @@
-/* Matrices turned over their diagonal: images with the minibatch last become images with the minibatch first, and back. */
+/* Transposes of matrices: they move the minibatch of images from the last axis to the first, and back. */
 #include "common.cuh"
 
 #define SIDE 32
 #define SIDE_ROWS 8
 
-/* out (columns, rows) = the transpose of values (rows, columns). Grid: a block of (32, 8) for each tile of 32 x 32. Both
- * sides are read and written along their rows; the rows of the tile are one longer so that its columns lie in different
- * banks. */
+/* out (columns, rows) = the transpose of values (rows, columns). Grid: one block of (32, 8) for each tile of 32 x 32.
+ * Both arrays are accessed along their rows. The rows of a tile are one longer than its side, so that the elements of a
+ * column lie in different banks. */
 extern "C" __global__ void turn(long long rows, long long columns, const T *__restrict__ values, T *__restrict__ out)
 {
     __shared__ T tile[SIDE][SIDE + 1];

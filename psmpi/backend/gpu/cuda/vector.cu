@@ -1,10 +1,10 @@
-/* Sums of multiples, and scalar products, of whole vectors. Arrays may begin at any element. */
+/* Linear combinations and scalar products of vectors. Arrays need no alignment beyond that of an element. */
 #include "common.cuh"
 
 #define VECTOR_THREADS 256
 
-/* out = factor0 a0 + factor1 a1 + ..., in this order, every operation rounded on its own; but CuPy has floats below the
- * normal ones taken for 0. out may be a0; without an array a term does not count, the first one has one. */
+/* out = factor0 a0 + factor1 a1 + ..., in this order, with every operation rounded separately. CuPy compiles with
+ * subnormal floats flushed to 0. out may be a0. Terms other than the first may have no array: they are left out. */
 extern "C" __global__ void combine(long long size, T *out, const T *a0, const T *__restrict__ a1,
                                    const T *__restrict__ a2, const T *__restrict__ a3, double factor0, double factor1,
                                    double factor2, double factor3)
@@ -28,8 +28,8 @@ extern "C" __global__ void multiply(long long size, T *__restrict__ x, const T *
         x[i] *= by[i];
 }
 
-/* partial (pairs, blocks): shares of the scalar products of up to four pairs. An array that several pairs have comes
- * from memory once. Blocks of 256. */
+/* partial (pairs, blocks) = partial scalar products of up to four pairs. An array in several pairs is read from memory
+ * once. Blocks of 256. */
 extern "C" __global__ void dots(long long size, const T *__restrict__ a0, const T *__restrict__ b0,
                                 const T *__restrict__ a1, const T *__restrict__ b1, const T *__restrict__ a2,
                                 const T *__restrict__ b2, const T *__restrict__ a3, const T *__restrict__ b3,
@@ -56,7 +56,7 @@ extern "C" __global__ void dots(long long size, const T *__restrict__ a0, const 
         }
 }
 
-/* partial (blocks,): shares of the sum of |x|. Blocks of 256. */
+/* partial (blocks,) = partial sums of |x|. Blocks of 256. */
 extern "C" __global__ void abs_sum(long long size, const T *__restrict__ x, double *__restrict__ partial)
 {
     __shared__ double room[VECTOR_THREADS];
@@ -68,7 +68,7 @@ extern "C" __global__ void abs_sum(long long size, const T *__restrict__ x, doub
         partial[blockIdx.x] = sum;
 }
 
-/* out (rows,) = the sums of the rows of partial (rows, count). A block of 256 a row. */
+/* out (rows,) = the sums of the rows of partial (rows, count). One block of 256 for each row. */
 extern "C" __global__ void sum_partials(long long count, const double *__restrict__ partial, double *__restrict__ out)
 {
     __shared__ double room[VECTOR_THREADS];

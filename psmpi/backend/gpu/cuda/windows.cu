@@ -1,8 +1,8 @@
 /* Windows of images (channels, height, width, batch), for convolutions as products of matrices. */
 #include "common.cuh"
 
-/* columns (channels, kernel, kernel, rows, width_out, batch): the inputs that each entry of the kernel meets, for the
- * output rows from `first` on. */
+/* columns (channels, kernel, kernel, rows, width_out, batch) = the inputs that each entry of the kernel multiplies, for
+ * the output rows from `first` on. */
 extern "C" __global__ void im2col(long long channels, long long height, long long width, long long batch,
                                   long long kernel, long long stride, long long first, long long rows,
                                   long long width_out, const T *__restrict__ x, T *__restrict__ columns)
@@ -18,7 +18,7 @@ extern "C" __global__ void im2col(long long channels, long long height, long lon
     }
 }
 
-/* The adjoint: adds the columns to x's gradient, whose every element one thread sums up. */
+/* The adjoint of im2col: add the columns to the gradient of x. One thread adds up all terms of an element. */
 extern "C" __global__ void col2im(long long channels, long long height, long long width, long long batch,
                                   long long kernel, long long stride, long long first, long long rows,
                                   long long width_out, const T *__restrict__ columns, T *__restrict__ dx)

@@ -1,4 +1,4 @@
-"""Devices, streams, events, graphs, cuBLAS: see the package. FAKE_CUDA says what goes wrong."""
+"""Devices, streams, events, graphs and cuBLAS of the stand-in. The variable FAKE_CUDA names a fault to simulate."""
 
 import ctypes
 import os
@@ -24,10 +24,10 @@ class OutOfMemoryError(MemoryError):
 
 
 class clock:
-    """What events measure, in milliseconds: the time of kernels by name, 1 unless a test sets it."""
+    """The simulated time that events measure, in milliseconds. costs: time of kernels by name, 1 by default."""
 
     costs: dict[str, float] = {}  # noqa: RUF012
-    # Of each thread, as each rank has a device to itself.
+    # Each thread is a rank with its own device, and has its own time.
     own = threading.local()
 
     @classmethod
@@ -45,13 +45,13 @@ class MemoryPointer:
 
 
 class Stream(threading.local):
-    """Work in order; none of it is done before someone waits for it. Each thread, a rank, has its own."""
+    """A queue of work, which runs in order when something waits for it. Each thread, a rank, has its own queue."""
 
     ptr = 7
 
     def __init__(self, null=False, non_blocking=False):
         self.queue, self.captured = [], None
-        # Graph launches, for tests.
+        # For tests: the number of graph launches.
         self.launches = 0
 
     def use(self):
@@ -83,8 +83,8 @@ class Stream(threading.local):
     def end_capture(self):
         if self.captured is None:
             raise CUDARuntimeError("cudaErrorIllegalState: the operation cannot be performed in the present state")
-        found, self.captured = self.captured, None
-        return Graph(found)
+        works, self.captured = self.captured, None
+        return Graph(works)
 
 
 class Graph:
@@ -162,7 +162,7 @@ class runtime:
     def deviceGetPCIBusId(device):
         from psmpi.launcher import announced_rank
 
-        # As where a scheduler shows each process one device, always as number 0.
+        # Fault "alone": as if a scheduler showed each process only its own device, as number 0.
         first = announced_rank(dict(os.environ)) if FAULT == "alone" else 0
         return f"0000:{first + device:02x}:00.0"
 
@@ -199,10 +199,10 @@ class compiler:
 
 
 class _Cublas:
-    """A library that hands its calls to Python, so that they are made as those of the real one are."""
+    """A shared library in place of cuBLAS, called through ctypes like the real one, that forwards calls to Python."""
 
     def __init__(self):
-        # The library lives as long as the process, and all ranks call it: one function for all of them.
+        # One callback for all ranks, since they share the library, which is never unloaded.
         self.callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.POINTER(ctypes.c_longlong))(_called)
 
     @property
@@ -243,7 +243,10 @@ SUCCESS, INVALID_VALUE, NOT_SUPPORTED = 0, 7, 15
 
 
 def _called(which, arguments):
-    """The status of a call; the product of one on matrices, in the order of the stream."""
+    """Handle a call of the library and return its status. A matrix product is added to the stream.
+
+    which: 0 for cublasSetStream, 1 for cublasSetWorkspace, 2 for cublasGemmStridedBatchedEx.
+    """
     if which == 0:
         return SUCCESS if tuple(arguments[:2]) == (device.get_cublas_handle(), Stream.ptr) else INVALID_VALUE
     if which == 1:
@@ -255,8 +258,10 @@ def _called(which, arguments):
         return NOT_SUPPORTED
     if lda < max(1, k if transa else m) or ldb < max(1, n if transb else k) or ldc < max(1, m):
         return INVALID_VALUE
-    one, zero = (ctypes.cast(p, ctypes.POINTER(np.ctypeslib.as_ctypes_type(dtype)))[0] for p in (alpha, beta))
-    if (one, zero) != (1, 0):
+    alpha_value, beta_value = (
+        ctypes.cast(p, ctypes.POINTER(np.ctypeslib.as_ctypes_type(dtype)))[0] for p in (alpha, beta)
+    )
+    if (alpha_value, beta_value) != (1, 0):
         return NOT_SUPPORTED
 
     def matrices(address, rows, columns, lead, step, transposed):

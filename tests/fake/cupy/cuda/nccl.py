@@ -1,4 +1,4 @@
-"""NCCL between processes of one host, through files; in stream order because it waits for the stream first."""
+"""NCCL between processes of one host, through files. A call first waits for the stream, which keeps its order."""
 
 import ctypes
 import os
@@ -42,27 +42,27 @@ class NcclCommunicator:
         self.folder = Path(tempfile.gettempdir()) / f"fake-nccl-{os.getuid()}-{commId[:8].hex()}"
         self.folder.mkdir(exist_ok=True)
 
-    def _share(self, mine):
-        """Every rank's array of this call; None where a rank has none to give."""
+    def _share(self, own):
+        """Write this rank's array to a file, and return the arrays of all ranks in this call."""
         self.calls += 1
         name = self.folder / f"{self.calls}-{self.rank}"
-        np.save(name.with_suffix(".part.npy"), mine)
+        np.save(name.with_suffix(".part.npy"), own)
         os.replace(name.with_suffix(".part.npy"), name.with_suffix(".npy"))
-        found = []
+        arrays = []
         for rank in range(self.size):
             path, end = self.folder / f"{self.calls}-{rank}.npy", time.monotonic() + 60
             while not path.exists():
                 assert time.monotonic() < end, "a rank did not come"
                 time.sleep(0.001)
-            found.append(np.load(path))
-        return found
+            arrays.append(np.load(path))
+        return arrays
 
     def allReduce(self, sendbuf, recvbuf, count, datatype, op, stream):
         current().synchronize()
-        found = self._share(_memory(sendbuf, count, datatype))
-        _memory(recvbuf, count, datatype)[:] = sum(found)
+        arrays = self._share(_memory(sendbuf, count, datatype))
+        _memory(recvbuf, count, datatype)[:] = sum(arrays)
 
     def broadcast(self, sendbuff, recvbuff, count, datatype, root, stream):
         current().synchronize()
-        mine = _memory(sendbuff, count, datatype) if self.rank == root else np.empty(0)
-        _memory(recvbuff, count, datatype)[:] = self._share(mine)[root]
+        own = _memory(sendbuff, count, datatype) if self.rank == root else np.empty(0)
+        _memory(recvbuff, count, datatype)[:] = self._share(own)[root]

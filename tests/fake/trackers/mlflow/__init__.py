@@ -1,4 +1,4 @@
-"""A stand-in for MLflow's client and its store that is a folder: a file of JSON for each run."""
+"""A stand-in for MLflow's client, with a folder as its store: one JSON file for each run."""
 
 import itertools
 import json
@@ -61,9 +61,9 @@ class MlflowClient:
     def log_batch(self, run_id, metrics=(), params=()):
         run = self._load(run_id)
         assert len(metrics) + len(params) <= 100
-        for one in params:
-            if run["params"].setdefault(one.key, one.value) != one.value:
-                raise MlflowException(f"parameter {one.key} is there with another value")
-        for one in metrics:
-            run["metrics"].setdefault(one.key, []).append([one.value, one.timestamp, one.step])
+        for entry in params:
+            if run["params"].setdefault(entry.key, entry.value) != entry.value:
+                raise MlflowException(f"parameter {entry.key} is there with another value")
+        for entry in metrics:
+            run["metrics"].setdefault(entry.key, []).append([entry.value, entry.timestamp, entry.step])
         self._save(run_id, run)

@@ -1,4 +1,4 @@
-"""What a run has."""
+"""Entities of a run."""
 
 from typing import NamedTuple
 

@@ -1,1 +1,1 @@
-"""A stand-in for tensorboardX: the few names psmpi uses; events are lines of JSON."""
+"""A stand-in for tensorboardX with only the names that psmpi uses. Events are lines of JSON."""

@@ -1,4 +1,4 @@
-"""What events have."""
+"""Contents of events."""
 
 
 def scalar(tag, value):

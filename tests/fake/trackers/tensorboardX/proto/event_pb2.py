@@ -1,4 +1,4 @@
-"""Events, and the mark of a start."""
+"""Events, and the mark of the start of a session."""
 
 
 class SessionLog(dict):
