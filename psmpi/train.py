@@ -261,8 +261,8 @@ def train(
         out = Path(path)
         config = replace(config, run=replace(config.run, out=path))
         again = partial(_again, world.size)
-        if signals.told:
-            signals.told = at_signal(str(out), ends, again)
+        if signals.message:
+            signals.message = at_signal(str(out), ends, again)
         if numbers:
             tell(numbers)
         if watch is not None:
@@ -288,7 +288,7 @@ def train(
                 sizes = ", ".join(f"{what} {count / 1e6:.3g}" for what, count in method.memory().items())
                 tell(f"memory of rank 0 in MB: {sizes}")
             tell(f"model {network.name}: {method.layout.size:,} parameters; backend {ops.description}")
-            for line in method.told():
+            for line in method.run_notes():
                 tell(line)
             method_settings = {k: v for section in config.chosen.values() for k, v in asdict(section).items()}
             # Settings that each start gives anew are not part of the run.

@@ -31,7 +31,7 @@ PROCESSES = "/proc"
 YOUNG = 2.0
 
 
-class Found(NamedTuple):
+class Leftovers(NamedTuple):
     """Shared memory and session folders that no living process uses."""
 
     # Path of a segment, number of its job if its name has one, and its file status at the search.
@@ -46,7 +46,7 @@ class Found(NamedTuple):
         return sum(status.st_size for _, _, status in self.segments)
 
 
-def find_leftovers(memory: Path = Path("/dev/shm"), folder: Path | None = None) -> Found:
+def find_leftovers(memory: Path = Path("/dev/shm"), folder: Path | None = None) -> Leftovers:
     """Segments of this user that no living process has; nothing is removed.
 
     What a living process has just made is none of it. A process of another container that shares /dev/shm is not seen;
@@ -54,18 +54,18 @@ def find_leftovers(memory: Path = Path("/dev/shm"), folder: Path | None = None) 
     """
     if not os.path.isdir(PROCESSES):
         # Without /proc living processes cannot be recognised.
-        return Found([], [], [])
+        return Leftovers([], [], [])
     # /proc shows paths of open files without links.
     memory, folder = memory.resolve(), (folder or Path(tempfile.gettempdir())).resolve()
     segments = [(one, of["job"], status) for one, of, status in _mine(memory, SEGMENT) if _here(of["host"])]
     sessions = [one for one, _, _ in _mine(folder, SESSION) if _told_here(one)]
     single = [one for one, of, _ in _mine(folder, SINGLE) if _here(of["host"])]
     if not (segments or sessions):
-        return Found([], [], [])
+        return Leftovers([], [], [])
     used = set(_used())
     # The folder of a single process is called by its process number; the process may have no shared memory.
     jobs = [job for one in single for part, _, _ in _mine(one) for job, _, _ in _mine(part, NUMBER)]
-    return Found(
+    return Leftovers(
         [one for one in segments if str(one[0]) not in used],
         [one for one in sessions if not _living(int(one.name.partition(".")[2]), one, used)],
         jobs,

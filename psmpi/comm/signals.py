@@ -21,23 +21,22 @@ GRACE = 5.0
 
 
 class StopSignals:
-    """While it is entered, the first of these signals is noted: `name`. A later one does what it did before.
+    """A block in which the first stop signal is noted as `name`, and a later one has its former effect.
 
-    Handlers are those of the main thread, and to be set after MPI has been started, which sets its own. Elsewhere
-    nothing is noted. A signal that the process was started to ignore, as nohup does with SIGHUP, stays ignored. A
-    thread beside it ends the process where the main thread cannot: after GRACE seconds, with status 128 + the signal's
-    number.
+    Enter it in the main thread, which has the handlers, after the start of MPI, which sets its own. In another thread
+    nothing is noted. A signal that the process was started to ignore, as SIGHUP under nohup, stays ignored. A helper
+    thread ends the process if the main thread cannot: GRACE seconds after a later signal, with status 128 + its number.
 
-    also: one more signal, by its name without SIG; told: what is written to standard error at the first one, or to the
-    terminal `shown`, a path, of a launcher that passes nothing on any more; one: seconds, if not ONE; ends: whether
-    there is that thread.
+    also: name of one more signal, without SIG; message: text for the first signal, on standard error, or on the terminal
+    `shown` (a path) of a launcher that no longer passes output on; one: seconds in place of ONE; ends: whether there is
+    the helper thread.
     """
 
     def __init__(
-        self, also: str = "USR1", told: str = "", shown: str = "", one: float | None = None, ends: bool = True
+        self, also: str = "USR1", message: str = "", shown: str = "", one: float | None = None, ends: bool = True
     ) -> None:
         self.ends = ends
-        self.name, self.told, self.noted = "", told, 0.0
+        self.name, self.message, self.noted = "", message, 0.0
         self.shown, self.one = shown, ONE if one is None else one
         self.signals = (*STOPPING, signal.Signals[f"SIG{also}"])
         self.before: dict[signal.Signals, Callable[[int, FrameType | None], Any] | int | None] = {}
@@ -72,8 +71,8 @@ class StopSignals:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if not self.name:
             self.name, self.noted = signal.Signals(number).name, time.monotonic()
-            if self.told:
-                self._tell(f"{self.name}: {self.told}\n".encode())
+            if self.message:
+                self._tell(f"{self.name}: {self.message}\n".encode())
         elif time.monotonic() - self.noted > self.one:
             self._restore()
             os.kill(os.getpid(), number)

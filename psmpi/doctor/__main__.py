@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from psmpi.launcher import announced_rank, announced_size
 
 if TYPE_CHECKING:
-    from psmpi.comm.leftovers import Found
+    from psmpi.comm.leftovers import Leftovers
     from psmpi.comm.protocol import World
     from psmpi.doctor.report import Report
 
@@ -140,7 +140,7 @@ def _started(report: Report) -> World | None:
         return None
 
 
-def check_ranks(world: World, report: Report, options: Options, left: Found, doing: list[str]) -> int:
+def check_ranks(world: World, report: Report, options: Options, left: Leftovers, doing: list[str]) -> int:
     """Add the findings about all ranks; return the exit status, the same on all ranks. All ranks make this call.
 
     left: leftovers of killed jobs that this process saw before the start of MPI. doing: as in `bounded`.

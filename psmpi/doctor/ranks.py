@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from psmpi.comm.leftovers import Found
+from psmpi.comm.leftovers import Leftovers
 from psmpi.comm.pingpong import ping_pong
 from psmpi.doctor import machine
 from psmpi.doctor.machine import ranges
@@ -73,7 +73,7 @@ class Pair:
     nbytes: int
 
 
-def own_place(rank: int, data_dir: str, left: Found) -> Place:
+def own_place(rank: int, data_dir: str, left: Leftovers) -> Place:
     """The description of this rank; left: leftovers of killed jobs that it saw before the start of MPI."""
     import psmpi
     from psmpi.backend import compiled

@@ -126,7 +126,7 @@ class Method:
         """Warnings for the user of this method on `size` ranks with this network."""
         return ()
 
-    def told(self) -> Iterable[str]:
+    def run_notes(self) -> Iterable[str]:
         """Notes and warnings about this rank after its construction; rank 0 prints its own."""
         return ()
 

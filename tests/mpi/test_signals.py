@@ -133,7 +133,7 @@ def test_what_is_said_at_a_signal_may_go_to_another_place(tmp_path, capfd):
     place = tmp_path / "terminal"
     for shown in (place, tmp_path / "none" / "there"):
         place.write_text("")
-        with StopSignals(told="soon", shown=str(shown)):
+        with StopSignals(message="soon", shown=str(shown)):
             signal.raise_signal(signal.SIGTERM)
         err = capfd.readouterr().err
         assert (place.read_text(), err) == (("\nSIGTERM: soon\n", "") if shown == place else ("", "SIGTERM: soon\n"))
@@ -236,7 +236,7 @@ def test_what_was_to_be_ignored_stays_ignored():
 def test_a_process_that_waits_in_a_library_ends_at_a_later_signal(tmp_path):
     code = (
         "import numpy as np\nfrom psmpi.comm import signals, world\nsignals.ONE, signals.GRACE = 0.2, 0.5\n"
-        "comm = world.start()\nwith signals.StopSignals(told='soon'):\n"
+        "comm = world.start()\nwith signals.StopSignals(message='soon'):\n"
         "    print('ready', flush=True)\n    comm.Recv(np.zeros(1), 0)\n"
     )
     process = start(1, "-c", code)

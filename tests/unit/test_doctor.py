@@ -23,7 +23,7 @@ from psmpi.comm import installed, pingpong
 from psmpi.comm import world as mpi_world
 from psmpi.comm.control import Control
 from psmpi.comm.installed import Launcher, Library, started_by
-from psmpi.comm.leftovers import Found
+from psmpi.comm.leftovers import Leftovers
 from psmpi.comm.memory import Limit
 from psmpi.comm.pingpong import SIZES, ping_pong
 from psmpi.doctor import __main__ as doctor
@@ -333,7 +333,7 @@ def test_what_killed_jobs_left_is_told_of_each_host():
 
 
 def test_a_rank_s_word_is_whole():
-    own = ranks.own_place(3, "/nonexistent", Found([], [], []))
+    own = ranks.own_place(3, "/nonexistent", Leftovers([], [], []))
     assert not own.data and own.rank == 3 and own.host == socket.gethostname() and own.share >= 1
     assert own.numbers() == frozenset(mpi_world.cores())
     (found, *_), *others = run_ranks(2, lambda world: ranks.gather(Control(world), own) or [None])

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from helpers.paths import ROOT
 
-from psmpi.testing.fuzz.__main__ import Found, fuzz
+from psmpi.testing.fuzz.__main__ import Tally, fuzz
 from psmpi.testing.fuzz.kinds import KINDS
 from psmpi.testing.fuzz.mutations import mutate, mutate_plain
 
@@ -42,7 +42,7 @@ def test_files_are_functions_of_seed_and_number(tmp_path: Path, kind: str) -> No
 
 
 def test_outcomes_are_counted_and_what_takes_too_much_is_a_failure() -> None:
-    found = Found()
+    found = Tally()
     for outcome, seconds, grown in (
         ("sound", 0.1, 0), ("refused", 0.2, 0), ("lost", 0.0, 0), ("refused", 11.0, 0), ("sound", 0.1, 2 << 30),
         ("sound", 0.1, 1 << 30), ("traceback", 0.1, 0),

@@ -147,7 +147,7 @@ class Monitor:
         # The stall that was looked into last, when to look again, and what was told.
         self.stuck: frozenset[Any] = frozenset()
         self.again = now
-        self.told: tuple[Any, ...] | None = None
+        self.reported: tuple[Any, ...] | None = None
         self.since = now
         self.ending: Ending | None = None
 
@@ -194,7 +194,7 @@ class Monitor:
             self._ask(now)
             return
         if not self._speaks(now):
-            self.told = None
+            self.reported = None
             return
         if now >= self.noting:
             self.noting = float("inf")
@@ -284,9 +284,9 @@ class Monitor:
         slow = max([0.0, *(2 * longest[one.rank] for one in finding.culprits if one.state == COMPUTING)])
         abort = max(patience.abort, slow) if patience.abort else 0.0
         ends = bool(abort) and finding.waited >= abort
-        if finding.key != self.told or ends:
+        if finding.key != self.reported or ends:
             self._say(finding, ranks, abort, ends, now)
-        self.told, self.since = finding.key, now - finding.seconds
+        self.reported, self.since = finding.key, now - finding.seconds
         self.again = now + patience.warn
         if ends:
             silent = [one.rank for one in ranks if one.state in (SILENT, UNWATCHED)]
@@ -307,7 +307,7 @@ class Monitor:
         # Told before anything is written: it may be the folder that does not answer.
         self.tell(lines)
         where = self.keep([self._table(one) for one in ranks])
-        if where and (self.told is None or ends):
+        if where and (self.reported is None or ends):
             self.tell([where])
 
     def _table(self, one: Rank) -> dict[str, Any]:
@@ -318,8 +318,8 @@ class Monitor:
         return {**table, **fields, "seconds": round(one.seconds, 3), "warn": self.patience.warn, "written": time.time()}
 
     def _goes_on(self, now: float) -> None:
-        if self.told is not None:
-            self.told = None
+        if self.reported is not None:
+            self.reported = None
             self.tell([f"training goes on, after a stall of about {now - self.since:.0f} s"])
 
     def _go_on_ending(self, now: float) -> None:

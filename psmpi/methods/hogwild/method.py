@@ -197,7 +197,7 @@ class Hogwild(Method):
             )
         return need
 
-    def told(self) -> Iterable[str]:
+    def run_notes(self) -> Iterable[str]:
         kind = {
             "raw": "plain stores to memory that all ranks share",
             "atomic": "atomic additions to memory that all ranks share",

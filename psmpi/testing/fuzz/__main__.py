@@ -27,7 +27,7 @@ FAILURES = ("traceback", "crash", "slow", "memory")
 
 
 @dataclass
-class Found:
+class Tally:
     """Outcomes of the files of one kind: counts, longest time in seconds, largest growth in bytes, and failures."""
 
     counts: Counter[str] = field(default_factory=Counter)
@@ -46,7 +46,7 @@ class Found:
         if outcome in FAILURES:
             self.failures.append({"outcome": outcome, "number": number, "text": text})
 
-    def join(self, other: Found) -> None:
+    def join(self, other: Tally) -> None:
         self.counts += other.counts
         self.seconds, self.grown = max(self.seconds, other.seconds), max(self.grown, other.grown)
         self.failures += other.failures
@@ -89,12 +89,12 @@ def fuzz(
     chosen = kinds or tuple(KINDS)
     # Alternate between kinds, so that each has its share of the time.
     parts = [(kind, at) for at in range(first, first + count, BATCH) for kind in chosen]
-    tallies = {kind: Found() for kind in chosen}
+    tallies = {kind: Tally() for kind in chosen}
     end = time.monotonic() + seconds if seconds else None
 
-    def work(part: tuple[str, int]) -> tuple[str, Found]:
+    def work(part: tuple[str, int]) -> tuple[str, Tally]:
         kind, at = part
-        here = Found()
+        here = Tally()
         if end is None or time.monotonic() < end:
             _batch(kind, seed, at, min(BATCH, first + count - at), keep, here, end)
         return kind, here
@@ -105,7 +105,7 @@ def fuzz(
     return _report(tallies, seed, json)
 
 
-def _batch(kind: str, seed: int, first: int, count: int, keep: str, tally: Found, end: float | None) -> None:
+def _batch(kind: str, seed: int, first: int, count: int, keep: str, tally: Tally, end: float | None) -> None:
     """Try files in a worker process. If it dies at a file, count the outcome and continue in a new process."""
     at, stop = first, first + count
     while at < stop:
@@ -126,7 +126,7 @@ def _batch(kind: str, seed: int, first: int, count: int, keep: str, tally: Found
             raise UserError(f"the worker for files of kind {kind} ended without an error at file {at}")
 
 
-def _listen(process: subprocess.Popen[str], tally: Found, at: int, end: float | None) -> tuple[int, str, int]:
+def _listen(process: subprocess.Popen[str], tally: Tally, at: int, end: float | None) -> tuple[int, str, int]:
     """Read a worker's lines into `tally`; return the number of its current file, the stage and the file's size."""
     assert process.stdout is not None
     stage, size = "", 0
@@ -146,8 +146,8 @@ def _listen(process: subprocess.Popen[str], tally: Found, at: int, end: float | 
     return at, stage, size
 
 
-def _report(tallies: dict[str, Found], seed: int, as_json: bool) -> int:
-    whole = Found()
+def _report(tallies: dict[str, Tally], seed: int, as_json: bool) -> int:
+    whole = Tally()
     for one in tallies.values():
         whole.join(one)
     outcomes = ("sound", "refused", "lost", *FAILURES)
