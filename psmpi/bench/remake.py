@@ -78,8 +78,8 @@ class Made:
     def numbers(self, figure: Figure) -> tuple[float, ...]:
         """The numbers of a figure in its unit; UserError where the command has not left one of them."""
         factor, offset = UNITS[figure.unit]
-        # As the documents round them: a hundredth of a percent, else four places.
-        places = 2 if figure.unit in ("%", "% wrong") else 4
+        # As the documents round them: a hundredth of a percent, else five places.
+        places = 2 if figure.unit in ("%", "% wrong") else 5
         return tuple(round(factor * self._number(figure.id, key) + offset, places) for key in figure.read)
 
     def _number(self, name: str, key: str) -> float:
