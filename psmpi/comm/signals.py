@@ -27,9 +27,9 @@ class StopSignals:
     nothing is noted. A signal that the process was started to ignore, as SIGHUP under nohup, stays ignored. A helper
     thread ends the process if the main thread cannot: GRACE seconds after a later signal, with status 128 + its number.
 
-    also: name of one more signal, without SIG; message: text for the first signal, on standard error, or on `shown`, the
-    path of a terminal whose launcher no longer passes output on; one: seconds in place of ONE; ends: whether there is
-    the helper thread.
+    also: name of one more signal, without SIG; message: text for the first signal, on standard error or on `shown`,
+    the path of a terminal whose launcher no longer passes output on; one: seconds in place of ONE; ends: whether
+    there is the helper thread.
     """
 
     def __init__(
