@@ -22,9 +22,9 @@ Kind = type[Any]
 K = TypeVar("K", bound=type[Any])
 
 DEFAULT = "psl"
-# What messages name to those whose network cannot be partitioned: a method that takes all networks on any ranks.
+# The method that messages suggest for a network that cannot be partitioned: it takes all networks on any ranks.
 WHOLE = "data_parallel"
-# Whether classes of other packages and of the program are left out: a file of a stranger is looked at without them.
+# Whether classes of other packages and of the program are left out, as in the look at a stranger's file.
 _own_alone: ContextVar[bool] = ContextVar("own_alone", default=False)
 
 
@@ -103,7 +103,7 @@ class Registry(Mapping[str, K]):
 
     @property
     def elsewhere(self) -> str:
-        """What a message says of names that other packages and programs may have."""
+        """The end of messages about unknown names: other packages and programs may register more."""
         kinds = self.group.removeprefix("psmpi.")
         return f"for {kinds} of other packages install these, or start the program that registers them"
 

@@ -14,7 +14,7 @@ from psmpi.files.whole import written
 
 FILE = Path(__file__).with_name("figures.toml")
 KINDS = ("score", "count", "time")
-# What a number read from metrics.jsonl is multiplied by, and what is then added.
+# Factor and offset from a number of metrics.jsonl to each unit.
 UNITS = {"%": (100.0, 0.0), "% wrong": (-100.0, 100.0), "": (1.0, 0.0)}
 
 

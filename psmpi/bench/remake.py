@@ -66,7 +66,7 @@ def _there(dataset: str, data_dir: str) -> bool:
 
 @dataclass(frozen=True)
 class Made:
-    """What a command has left.
+    """The results of a command.
 
     rows: of metrics.jsonl of its last training. table: the JSON of a measurement. seconds: of the processor.
     """

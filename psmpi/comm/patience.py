@@ -110,7 +110,7 @@ class Patient:
         return (place,) if place >= 0 else ()
 
     def _rooted(self, request: Request, root: int, out: bool, nbytes: int, tree: bool) -> PatientRequest:
-        """Of a collective from (`out`) or to a root; tree: whether some ranks hand on what they get from others."""
+        """The request of a collective from (`out`) or to a root; tree: whether some ranks pass messages on."""
         handing = tree and self.size > 3
         peers = self.others if handing or self.rank == root else self._on_host(root)
         gives = (self.rank == root) == out
@@ -118,7 +118,7 @@ class Patient:
         return PatientRequest(request, self.bells, peers if gives else (), after, self.naps)
 
     def _among(self, request: Request, nbytes: int) -> PatientRequest:
-        """Of a collective among all."""
+        """The request of a collective among all ranks."""
         after = self.others if self.size > 2 or nbytes > AT_ONCE else ()
         return PatientRequest(request, self.bells, self.others, after, self.naps)
 

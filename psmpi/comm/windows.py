@@ -295,9 +295,9 @@ class MpiLock:
 
 
 def find_fault(windows: Windows, world: Communicator) -> str:
-    """What is wrong with sharded windows and counters here, found on some elements; "" where nothing is.
+    """Test sharded windows and counters on some elements. Returns the fault, "" without one.
 
-    All ranks call it, and hear the same.
+    All ranks call it, and get the same answer.
     """
     size, wrong = world.size, ""
     try:

@@ -16,18 +16,18 @@ from psmpi.data.text import is_text
 from psmpi.optim import ALL_OPTIMIZERS, Hyper, find_optimizer, unused_settings
 from psmpi.registry import all_methods, find_method, method_names
 
-# Where things are, and what is said anew at each start.
+# Settings of places and of a single start, which a resumed run does not take over.
 ANEW = (
     "allow_external", "data_dir", "max_steps", "new_data", "out", "resume", "stall_abort", "stall_warn", "track",
     "track_dir", *(one.name for one in fields(Terminal)),
 )  # fmt: skip
-# What is of a GPU, and of the rate of an optimizer.
+# Settings of GPUs, and settings that belong to the learning rate of an optimizer.
 OF_DEVICE = ("compute", "convolution", "gpu_aware", "nccl")
 OF_RATE = ("lr", "min_lr", "clip", *(one.name for one in fields(Hyper)))
 
 
 def given_names(argv: Sequence[str], file: bool = True) -> set[str]:
-    """The names of all settings that a command line gives, and with `file` the TOML file that it names."""
+    """Names of all settings on a command line; file: those in its --config file, too."""
     options = {word[2:].partition("=")[0].replace("-", "_") for word in argv if word.startswith("--")}
     tables = tables_in(given(argv, "--config")) if file else {}
     keys = {key for table in tables.values() if isinstance(table, dict) for key in table}
@@ -35,7 +35,7 @@ def given_names(argv: Sequence[str], file: bool = True) -> set[str]:
 
 
 def with_names(config: Config, argv: Sequence[str]) -> Config:
-    """`config` with the method, loss and optimizer that a command line names: its own may not be installed here."""
+    """`config` with the method, loss and optimizer of a command line, since its own may not be installed here."""
     parallel, objective, o = config.parallel, config.objective, config.optimization
     return replace(
         config,
@@ -46,9 +46,9 @@ def with_names(config: Config, argv: Sequence[str]) -> Config:
 
 
 def with_usual(argv: Sequence[str], start: Config) -> list[str]:
-    """The command line behind the method's usual options, alone where a network is named; start: what a file says.
+    """Put the method's usual options before the command line, unless a network is named.
 
-    Usual options that the command line or the file gives are left out.
+    start: the configuration of the --config file. Usual options that the command line or the file gives are left out.
     """
     said, method = given_names(argv), given(argv, "--method") or start.parallel.method
     if method not in method_names() or {"model", "layers", "resume"} & said:
@@ -72,7 +72,7 @@ def without_unused(config: Config, base: Config, said: Collection[str]) -> Confi
     if method not in all_methods():
         return config
     kind, o, before = find_method(method), config.optimization, base.optimization
-    # Settings of other methods that are said stay, and are refused.
+    # Given settings of other methods stay, and are refused later.
     settings = [
         of if one in config.kinds else _by_default(of, one(), vars(of).keys() - set(said))
         for one, of in config.settings.items()
@@ -110,7 +110,7 @@ def without_unused(config: Config, base: Config, said: Collection[str]) -> Confi
 
 
 def without_anew(config: Config) -> Config:
-    """`config` as a run keeps it, without what each start says anew beside the number of steps."""
+    """`config` without the settings of a single start (ANEW), but with the number of steps."""
     names = {"new_data", "out", "resume", "stall_abort", "stall_warn", "track", "track_dir"}
     data = _by_default(config.data, Data(), {"allow_external"})
     return replace(config, data=data, run=_by_default(config.run, Run(), names), terminal=Terminal())
@@ -121,16 +121,13 @@ def _by_default(section: Any, plain: Any, names: Collection[str]) -> Any:
 
 
 def changes(before: Config, now: Config) -> list[tuple[str, Any, Any]]:
-    """The settings that differ, but for what each start says anew: name, value before, value now."""
+    """(name, value before, value now) of each setting that differs, without those in ANEW."""
     old, new = used_settings(before), used_settings(now)
     return [(name, old[name], value) for name, value in new.items() if name in old and value != old[name]]
 
 
 def used_settings(config: Config) -> dict[str, Any]:
-    """All settings that are used, by name, with the numbers that stand for what is not given, but for ANEW.
-
-    Without those of an optimizer that is not installed here.
-    """
+    """All settings in use by name, without those in ANEW, and without those of an optimizer that is not installed."""
     sections = [*config.sections.values(), *config.chosen.values()]
     found = {name: value for one in sections for name, value in asdict(one).items() if name not in ANEW}
     if config.optimization.optimizer in ALL_OPTIMIZERS:

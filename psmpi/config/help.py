@@ -21,7 +21,7 @@ from psmpi.output import HELP_WIDTH, Stream, styled
 SHORT, LONG = ("-h", "--help"), "--help-all"
 # Column in which texts begin, the most columns of a line, and the characters that a last line has at least.
 COLUMN, WIDEST, ORPHAN = 24, 100, 12
-# What stands for a space at which no line is broken, and the characters of the longest default that has it.
+# The stand-in of a space at which no line is broken; length of the longest default that uses it.
 HARD, LONGEST = "\0", 32
 COLOURS = {"title": "\x1b[1m", "option": "\x1b[36m"}
 RESET = "\x1b[0m"

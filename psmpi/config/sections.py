@@ -96,7 +96,7 @@ class Data:
 
     @property
     def source(self) -> tuple[str, str, int, int, str, bool, bool, float]:
-        """What opens the data set, see `psmpi.data.open_dataset`."""
+        """The arguments of `psmpi.data.open_dataset`."""
         where = (self.dataset, self.data_dir, self.split_seed, self.context)
         return *where, self.label, self.allow_external, self.layout == "nhwc", self.validation
 
@@ -199,7 +199,7 @@ class NetworkSettings:
 
     @property
     def shape(self) -> dict[str, Any]:
-        """What says the layers of the network called `model`."""
+        """The keyword arguments that determine the layers of the network called `model`."""
         names = ("widths", "layers", "blocks", "batch_norm", "scale", "vocabulary", "heads", "domains", "halo", *DEEP)
         return {name: getattr(self, name) for name in names}
 

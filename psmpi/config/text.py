@@ -22,12 +22,12 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-# Tables of earlier versions' files; what they hold beside the sections' settings is now in tables of the methods.
+# Tables of files of earlier versions, whose settings are now in tables of the methods.
 FORMER = ("parallel", "replicated", "alignment", "subnets", "synthetic")
-# What checkpoints mean that were written before there was a setting, where that is not its default.
+# Values of settings that older checkpoints lack, where the former behaviour was not today's default.
 UNSAID = Config(data=Data(split_seed=-1))
 
-# Byte-order marks of other encodings than UTF-8; that of UTF-32 begins as that of UTF-16.
+# Byte-order marks of other encodings than UTF-8; the mark of UTF-32 begins like that of UTF-16.
 WIDE = {
     "UTF-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),
     "UTF-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE),
@@ -35,7 +35,7 @@ WIDE = {
 
 
 def parse_toml(text: str) -> dict[str, Any]:
-    """The tables of a TOML text, the names of files in it as Python has them; ValueError where it is none."""
+    """Parse a TOML text; names of files in it become Python's. ValueError for malformed text."""
     try:
         tables: dict[str, Any] = _each_text(tomllib.loads(text), _with_bytes)
     except RecursionError:
@@ -44,7 +44,7 @@ def parse_toml(text: str) -> dict[str, Any]:
 
 
 def _each_text(value: Any, change: Callable[[str], str]) -> Any:
-    """A value of a TOML text, with all strings in it changed."""
+    """Apply a function to all strings in a value of a TOML text."""
     if isinstance(value, dict):
         return {key: _each_text(one, change) for key, one in value.items()}
     if isinstance(value, list | tuple):
@@ -53,23 +53,23 @@ def _each_text(value: Any, change: Callable[[str], str]) -> Any:
 
 
 def _without_bytes(text: str) -> str:
-    """A name of a file in characters that TOML can hold: a byte that is not UTF-8 is NUL and its two hex digits.
+    """Encode the name of a file for TOML: a byte that is not UTF-8 becomes NUL and two hex digits.
 
-    No name has a NUL. Bytes that the locale did not let Python decode, and that are UTF-8, are characters again.
+    No name has a NUL. Bytes of UTF-8 that the locale did not let Python decode become characters.
     """
     plain = text.encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape")
     return re.sub("[\udc80-\udcff]", lambda byte: f"\0{ord(byte[0]) - 0xDC00:02x}", plain)
 
 
 def _with_bytes(text: str) -> str:
-    """The reverse: bytes that are not UTF-8 as Python has them in names of files."""
+    """Decode `_without_bytes`: bytes that are not UTF-8 become Python's surrogates."""
     return re.sub("\0([89a-f][0-9a-f])", lambda byte: chr(0xDC00 + int(byte[1], 16)), text)
 
 
 def given(argv: Sequence[str], name: str) -> str:
-    """The value of an option on a command line, such as "--config", before the rest is read; "" where it is not there.
+    """The value of an option such as "--config" on a command line that is not parsed yet; "" without one.
 
-    The last one counts where there are several.
+    The last of several values counts.
     """
     found = ""
     for at, word in enumerate(argv):
@@ -81,9 +81,9 @@ def given(argv: Sequence[str], name: str) -> str:
 
 
 def defaults(argv: Sequence[str], base: Config | None = None) -> Config:
-    """The configuration that a command line changes: `base`, the defaults if not given, with what --config says.
+    """The configuration before the options of a command line: `base` with the settings of the --config file.
 
-    UserError where that file is wrong.
+    base: the defaults if None. UserError for a wrong file.
     """
     path, base = given(argv, "--config"), base or Config()
     return read_file(path, base) if path else base
@@ -92,8 +92,8 @@ def defaults(argv: Sequence[str], base: Config | None = None) -> Config:
 def from_table(table: Mapping[str, Any], base: Config, where: str, foreign: bool = False) -> Config:
     """`base` with the settings of a TOML table; UserError names an unknown table or setting, or one of a wrong type.
 
-    foreign: tables and names that are not known are of a method, loss or optimizer that is not installed here. Tables
-    are passed over, and names taken as they are.
+    foreign: the table may be of a method, loss or optimizer that is not installed here: unknown tables are skipped, and
+    unknown names of methods, losses and optimizers are kept.
     """
     sections, kinds = base.sections, kinds_of_settings()
     settings = {name: base.of(kind) for name, kind in kinds.items()}
@@ -121,7 +121,7 @@ def _has(section: Any, key: str) -> bool:
 
 
 def _checked(value: Any, section: Any, key: str, where: str, foreign: bool) -> Any:
-    """A value for a setting of a section, of the setting's type; foreign: a name that is not known here may be one."""
+    """Convert a value to the type of a setting of a section. foreign: see `from_table`."""
     hint, like = hints_of(section)[key], getattr(section, key)
     names = one_of(hint)
     if names is not None and isinstance(value, str) and value not in names.names and not foreign:
@@ -144,12 +144,12 @@ def _checked(value: Any, section: Any, key: str, where: str, foreign: bool) -> A
 
 
 def read_file(path: str, base: Config | None = None) -> Config:
-    """`base`, the defaults if not given, with the settings of a TOML file; UserError where it cannot be read."""
+    """`base` (the defaults if None) with the settings of a TOML file. UserError for a file that cannot be read."""
     return from_table(tables_in(path), base or Config(), path)
 
 
 def tables_in(path: str, option: str = "--config") -> dict[str, Any]:
-    """The tables of a TOML file, none where no path is given; UserError where it cannot be read."""
+    """The tables of a TOML file; {} for the path "". UserError for a file that cannot be read."""
     if not path:
         return {}
     try:
@@ -161,7 +161,7 @@ def tables_in(path: str, option: str = "--config") -> dict[str, Any]:
 
 
 def _decoded(data: bytes, place: str) -> str:
-    """The text of a TOML file, which is UTF-8 and may begin with a byte-order mark; UserError for another encoding."""
+    """Decode a TOML file: UTF-8, with or without a byte-order mark. UserError for another encoding."""
     wide = next((name for name, marks in WIDE.items() if data.startswith(marks)), "")
     if not wide and b"\0" in data:
         wide = "UTF-32" if b"\0\0" in data else "UTF-16"
@@ -179,7 +179,7 @@ def _decoded(data: bytes, place: str) -> str:
 
 def to_toml(config: Config) -> str:
     """The resolved configuration as TOML text, which read_file and from_toml read back."""
-    # TOML has no None: what is not given is left out.
+    # TOML has no None: settings without a value are left out.
     tables = {
         name: {key: value for key, value in asdict(one).items() if value is not None}
         for name, one in (config.sections | config.chosen).items()
@@ -190,8 +190,8 @@ def to_toml(config: Config) -> str:
 def from_toml(text: str, where: str, foreign: bool = False) -> Config:
     """The reverse of to_toml; `where` names the text in errors.
 
-    foreign: the text is that of a checkpoint, whose settings may be those of a method that is not installed here, and
-    may lack those that came later. What reads other files is not for it to say.
+    foreign: the text is of a checkpoint. Its settings may be of a method that is not installed here, and newer settings
+    may be missing; settings that name other files have no effect.
     """
     found = from_table(parse_toml(text), UNSAID if foreign else Config(), where, foreign)
     return replace(found, data=replace(found.data, allow_external=False)) if foreign else found

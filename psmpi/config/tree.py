@@ -23,8 +23,8 @@ from psmpi.registry import METHODS, all_methods, find_method, method_names
 class Settings(Protocol):
     """A frozen dataclass of a method's settings, of some that several methods share, or of a loss or an optimizer.
 
-    Its docstring is the title, that of a field its help. table: the name of the TOML table; results: whether other
-    values give other weights by more than rounding, so that a resumed run tells of them.
+    Its docstring is the title of the help, the docstring of a field its help text. table: name of the TOML table;
+    results: whether other values change weights by more than rounding, so that a resumed run reports them.
     """
 
     table: ClassVar[str]
@@ -38,7 +38,7 @@ SECTIONS = ("data", "model", "objective", "parallel", "optimization", "run", "te
 
 @dataclass(frozen=True)
 class Config:
-    """The whole configuration; `settings` has those of methods, by class, where they are not all as by default."""
+    """The whole configuration. settings: of methods, losses and optimizers, by class, unless all are defaults."""
 
     data: Data = field(default_factory=Data)
     model: NetworkSettings = field(default_factory=NetworkSettings)
@@ -50,16 +50,16 @@ class Config:
     settings: Mapping[type, Any] = field(default_factory=dict)
 
     def of(self, kind: type[S]) -> S:
-        """The settings of one class."""
+        """The settings of class `kind`."""
         found: S = self.settings.get(kind) or kind()
         return found
 
     def changed(self, kind: type[Any], **values: Any) -> Config:
-        """A copy with other values of some settings of a method."""
+        """A copy with other values of some settings of class `kind`."""
         return self.having([replace(self.of(kind), **values)])
 
     def having(self, several: Iterable[Any]) -> Config:
-        """A copy with these settings of methods in place of those of the same class."""
+        """A copy with `several` settings in place of those of the same classes."""
         made = {**self.settings, **{type(one): one for one in several}}
         return replace(self, settings={kind: one for kind, one in made.items() if one != kind()})
 
@@ -71,7 +71,7 @@ class Config:
 
     @property
     def kinds(self) -> tuple[type[Any], ...]:
-        """The classes of the settings of the method, the loss and the optimizer, without what is not installed here."""
+        """The classes of settings of the method, the loss and the optimizer, as far as these are installed."""
         method = METHODS.get(self.parallel.method)
         others = (LOSSES.get(self.objective.loss), ALL_OPTIMIZERS.get(self.optimization.optimizer))
         options = [one.options for one in others if one is not None and one.options is not None]
@@ -84,7 +84,7 @@ class Config:
 
 
 def users_of_settings() -> dict[type[Any], tuple[str, list[str]]]:
-    """The options (--method, --loss, --optimizer) and names of those that have settings, by the classes of these."""
+    """For each class of settings the option (--method, --loss or --optimizer) and the names that use it."""
     found: dict[type[Any], tuple[str, list[str]]] = {}
     for word, names in (("--loss", LOSSES), ("--optimizer", ALL_OPTIMIZERS)):
         for name, one in names.items():
@@ -97,10 +97,7 @@ def users_of_settings() -> dict[type[Any], tuple[str, list[str]]]:
 
 
 def kinds_of_settings() -> dict[str, type[Any]]:
-    """The classes of all settings beside the sections, by the names of their tables. UserError where two have one name.
-
-    They are those of losses and optimizers that have settings of their own, and those of methods.
-    """
+    """The classes of settings of methods, losses and optimizers, by table. UserError if two share a table."""
     found: dict[str, type[Any]] = {}
     for kind, (word, names) in users_of_settings().items():
         if found.setdefault(kind.table, kind) is not kind or kind.table in SECTIONS:
@@ -109,9 +106,9 @@ def kinds_of_settings() -> dict[str, type[Any]]:
 
 
 def check(config: Config, said: Collection[str] = ()) -> None:
-    """UserError for a value that no run can have, whatever its data and ranks, and for a setting that nothing uses.
+    """UserError for a value that is invalid with any data and ranks, and for a setting that nothing uses.
 
-    said: names of settings that the words of a command line give, which are meant to be used even as by default.
+    said: names of settings on the command line, which must be used even if they have their default values.
     """
     method = config.parallel.method
     find_method(method)
@@ -212,12 +209,12 @@ def check(config: Config, said: Collection[str] = ()) -> None:
 
 
 def _word(name: str, said: Collection[str]) -> str:
-    """The option that gives a setting, or the one that says no to it where that is among `said`."""
+    """The option of a setting: --no-NAME if that one is among `said`, else --NAME."""
     return option(f"no_{name}" if f"no_{name}" in said else name)
 
 
 def _check_used(config: Config, said: Collection[str]) -> None:
-    """UserError for a setting of an optimizer, schedule or loss that the chosen ones do not use, nor the method."""
+    """UserError for a setting that neither the chosen optimizer, schedule and loss nor the method use."""
     o, method = config.optimization, find_method(config.parallel.method)
     used = method.uses(config)
     for one in unused_settings(o.optimizer, o.schedule, vars(o), said):
@@ -254,18 +251,18 @@ def _check_used(config: Config, said: Collection[str]) -> None:
 
 def command_line(default: Config) -> Any:
     """A tree of dataclasses from which tyro makes the parser, with defaults; see `from_command_line`."""
-    # Before a parser complains in its own words.
+    # Before the parser, whose messages are less clear.
     find_method(default.parallel.method)
     LOSSES.find(default.objective.loss)
     find_optimizer(default.optimization.optimizer)
     sections: dict[str, Any] = {name: _with_choices(section) for name, section in default.sections.items()}
-    # The names to choose from, broken ones too: `check` says what is wrong with these.
+    # All names, also of methods that cannot be imported: `check` reports these.
     choice = Literal[tuple(method_names())]  # type: ignore[valid-type]
     kind = make_dataclass(
         "Parallel", [("method", choice)], bases=(Parallel,), frozen=True, namespace={"__doc__": Parallel.__doc__}
     )
     sections["parallel"] = kind(**vars(default.parallel))
-    # Tables of the file alone, of whatever they are: no option shows them.
+    # Layers have no option: they come from tables of a file.
     layers, sections["model"] = default.model.layers, replace(default.model, layers=())
     last = {name: sections.pop(name) for name in ("optimization", "run", "terminal")}
     for table, settings in kinds_of_settings().items():
@@ -282,7 +279,7 @@ def command_line(default: Config) -> Any:
 
 
 def _check_names(sections: Mapping[str, Any]) -> None:
-    """UserError where two tables have a setting of one name, which is one option."""
+    """UserError if two tables have a setting of the same name, since a name is one option."""
     owners: dict[str, str] = {}
     for table, section in sections.items():
         for one in fields(section):
@@ -293,7 +290,7 @@ def _check_names(sections: Mapping[str, Any]) -> None:
 
 
 def _with_choices(section: Any) -> Any:
-    """A section as an object of a class whose settings that name a registry have its present names as choices."""
+    """A copy of a section whose settings that name a registry have the present names as choices."""
     hints, chosen = hints_of(section), []
     for one in fields(section):
         found = one_of(hints[one.name])
@@ -311,8 +308,8 @@ FILE = "TOML file of settings. Options on the command line override it."
 
 
 def from_command_line(tree: Any) -> Config:
-    """The configuration that a tree of `command_line` says."""
-    # Classes with choices have the settings of the plain ones.
+    """The configuration in a tree of `command_line`."""
+    # Back from classes with choices to the plain ones.
     sections = {name: type(plain)(**vars(getattr(tree, name))) for name, plain in Config().sections.items()}
     sections["model"] = replace(sections["model"], layers=tree.layers)
     return Config(**sections).having(getattr(tree, table) for table in kinds_of_settings())

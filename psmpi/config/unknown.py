@@ -1,4 +1,4 @@
-"""What may have been meant by a name that is not known."""
+"""Suggestions for unknown names."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from psmpi.errors import nearest
 
 
 def tables_of(config: Config) -> dict[str, Any]:
-    """All tables of a configuration by their names, those of methods that were not chosen too."""
+    """All tables of a configuration by name, also those of methods that are not chosen."""
     return {**config.sections, **{name: config.of(kind) for name, kind in kinds_of_settings().items()}}
 
 
 def unknown_setting(key: str, table: str, tables: Mapping[str, Any], where: str) -> str:
-    """The message for a setting `key` that the table [table] has not; tables: dataclasses by the names of tables.
+    """The message for a setting `key` that is not in [table]: the table that has it, or the nearest name.
 
-    A setting of another table is told apart from one that no table has.
+    tables: dataclasses by name.
     """
     owners = {field.name: name for name, one in tables.items() for field in fields(one)}
     said = f"{where}: unknown setting {key!r} in [{table}]"
@@ -33,7 +33,7 @@ def unknown_setting(key: str, table: str, tables: Mapping[str, Any], where: str)
 
 
 def unknown_table(name: str, given: Any, tables: Mapping[str, Any], where: str) -> str:
-    """The message for a name outside of all tables, a setting's or a table's that is not known."""
+    """The message for a setting outside of all tables, or an unknown table."""
     owners = {field.name: table for table, one in tables.items() for field in fields(one)}
     if not isinstance(given, Mapping) or name in owners:
         if name == "layers":
@@ -49,7 +49,7 @@ def unknown_table(name: str, given: Any, tables: Mapping[str, Any], where: str) 
 
 
 def unknown_options(words: Sequence[str], tables: Mapping[str, Any]) -> list[str]:
-    """Messages for options of a command line that no table has a setting for, where one may have been meant."""
+    """Messages for unknown options of a command line that have a similar known one."""
     known = {option(field.name) for one in tables.values() for field in fields(one)} | {"--config", "--help"}
     found = []
     for word in (word.partition("=")[0] for word in words if word.startswith("--")):

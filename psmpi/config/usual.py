@@ -1,6 +1,6 @@
-"""Numbers that stand for epochs, minibatch and learning rate that are not given: by samples, network and optimizer.
+"""Default epochs, minibatch size and learning rate by number of samples, network and optimizer.
 
-Found by trying on the embedded digits, MNIST and CIFAR-10; the README has what they reach.
+They were tried on the embedded digits, MNIST and CIFAR-10; docs/results.md has the accuracies.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ from typing import NamedTuple
 from psmpi.config.tree import Config
 from psmpi.optim import find_optimizer
 
-# From so many training samples on a data set is large; the samples of a minibatch of small and large ones.
+# Number of training samples from which a data set is large; minibatch sizes of small and large ones.
 LARGE, SMALL_BATCH, LARGE_BATCH = 10_000, 32, 100
-# Epochs at least and at most, and the steps that a training comes to between them.
+# Least and largest number of epochs, and the number of steps of a training between these.
 LEAST_EPOCHS, MOST_EPOCHS, STEPS = 10, 200, 2700
 
 
 class Rates(NamedTuple):
     """Learning rates of an optimizer.
 
-    On small data sets and on large ones for networks of logistic sigmoids, whose gradients are small, and for others.
+    For networks of logistic sigmoids, whose gradients are small, on small and on large data sets; and for others.
     """
 
     small: float
@@ -27,7 +27,7 @@ class Rates(NamedTuple):
     other: float
 
 
-# Those of other optimizers are their `rates`.
+# Other optimizers have an attribute `rates`.
 RATES = {
     "sgd": Rates(1.0, 1.0, 0.1),
     "momentum": Rates(0.1, 0.1, 0.1),
@@ -41,7 +41,7 @@ RATES = {
 
 
 class Numbers(NamedTuple):
-    """How long a training is, in which minibatches, and how fast it learns."""
+    """Epochs, minibatch size and learning rate of a training."""
 
     epochs: int
     batch_size: int
@@ -49,9 +49,9 @@ class Numbers(NamedTuple):
 
 
 def usual_numbers(samples: int, config: Config) -> Numbers:
-    """The usual numbers for so many training samples, and the network and optimizer of a configuration.
+    """Default numbers for so many training samples, and the network and optimizer of a configuration.
 
-    With a batch_size that is given the epochs are those of its steps.
+    A given batch_size determines the epochs.
     """
     large = samples >= LARGE
     batch = config.data.batch_size or min(samples, LARGE_BATCH if large else SMALL_BATCH)
@@ -62,7 +62,7 @@ def usual_numbers(samples: int, config: Config) -> Numbers:
 
 
 def _saturates(config: Config) -> bool:
-    """Whether the network is one of logistic sigmoids, without normalization before them."""
+    """Whether the network has logistic sigmoids without normalization before them."""
     model = config.model
     if model.batch_norm:
         return False

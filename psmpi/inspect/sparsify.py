@@ -135,7 +135,7 @@ def _patterns(opened: Opened, layers: Sequence[Layer], sparsity: float, scope: s
     for group in groups:
         every = np.concatenate([matrix.reshape(-1) for matrix in group])
         keep = np.zeros(every.size, bool)
-        # Of equal weights the first ones stay.
+        # Among equal weights the first ones are kept.
         keep[np.argsort(-every, kind="stable")[: _kept(sparsity, every.size)]] = True
         edges = np.cumsum([matrix.size for matrix in group])[:-1]
         masks += [part.reshape(matrix.shape) for part, matrix in zip(np.split(keep, edges), group, strict=True)]

@@ -53,7 +53,7 @@ class Objective:
         self.first = 0
         # The model of the layers before this model's, and the slice of the minibatch that it computes.
         self.trunk: tuple[Model, slice] | None = None
-        # Of the last minibatch: loss, largest exponent, number of terms beyond the limit, largest derivative.
+        # Results of the last minibatch: loss, largest exponent, number of terms beyond the limit, largest derivative.
         self.report = self.ops.mirror(self.ops.zeros(4, np.dtype(np.float64)))
         self.report.host.fill(0)
         self.grad = self._derivatives(0)

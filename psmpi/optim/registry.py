@@ -31,7 +31,7 @@ from psmpi.optim.rules.sgd import SGD
 from psmpi.optim.trust_region import LSR1, LBFGSTrustRegion
 from psmpi.registry import Registry
 
-# Those that step a shard by themselves.
+# Optimizers that step a shard without other ranks' gradients of elements.
 OWN: dict[str, type[Optimizer]] = {
     "sgd": SGD,
     "momentum": Momentum,
@@ -45,7 +45,7 @@ OWN: dict[str, type[Optimizer]] = {
     "lbfgs-tr": LBFGSTrustRegion,
     "lsr1-tr": LSR1,
 }
-# Those that need the elements of the loss one by one.
+# Optimizers that need the gradient of each element of the loss.
 PARTITIONED: dict[str, type[Optimizer]] = {"plbfgs": PLBFGS, "plsr1": PLSR1, "plse": PLSE}
 OPTIMIZERS: Registry[type[Optimizer]] = Registry(
     "optimizer", "--optimizer {!r}", "psmpi.optim.base:Optimizer", OWN, taken=PARTITIONED
@@ -69,7 +69,7 @@ SUMMARIES = {
     "plsr1": "partitioned L-SR1 of each element, for --partition pairs",
     "plse": "L-BFGS of each element, L-SR1 where curvature is not positive",
 }
-# Those that count their steps, with a count for each weight.
+# Versions of optimizers that count steps for each weight.
 COUNTED: dict[str, type[Optimizer]] = {"adam": CountedAdam, "adamw": CountedAdamW}
 
 

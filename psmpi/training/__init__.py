@@ -1,1 +1,1 @@
-"""What all training methods share: context, state, base classes, workers, tests and the loop."""
+"""Parts that training methods share: context, state, base classes, workers, tests and the loop."""

@@ -132,7 +132,7 @@ class Candidate:
         return high
 
     def _advice(self, config: Config, rooms: Sequence[Room], worst: Room, size: int) -> str:
-        """What to do: place the weights otherwise, start another number of ranks, or both."""
+        """The advice: another placement of weights, another number of ranks, or both."""
         own, each, said = config.of(Masters), len(worst.ranks), []
         others = [place for place in PLACEMENTS if Masters in self.kind.settings and place(size) != own]
         here = next(
@@ -192,7 +192,7 @@ def _total(need: Need) -> int:
 
 
 def _uses(need: Need) -> str:
-    """What most of a rank's need is for, without what is less than a hundredth of it."""
+    """The largest purposes of a rank's need, each more than a hundredth of it, as text."""
     largest = sorted(need, key=lambda what: -need[what])[:NAMED]
     return ", ".join(f"{what} {_size(need[what])}" for what in largest if 100 * need[what] > _total(need))
 

@@ -1,4 +1,4 @@
-"""Checks of configurations that several methods make, without MPI and arrays of weights."""
+"""Checks of configurations that several methods share; they need no MPI and no arrays of weights."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from psmpi.optim import is_first_order
 from psmpi.optim.curvature import RULES
 from psmpi.registry import WHOLE, all_methods
 
-# Samples that are too few for statistics.
+# Fewer samples than this are too few for statistics.
 FEW = 8
 
 
 def check_sequences(kind: Any, network: Network, dataset: Dataset) -> None:
-    """UserError where the method `kind` does not train on sequences, or not on targets at each of their steps."""
+    """UserError if the method `kind` does not train on sequences, or not on targets at each step."""
     takes, steps = kind.sequences, dataset.train.by_step
     if network.sequences and (not takes or (steps and takes != "steps")):
         what = "a target at each step" if takes else "samples that are sequences"
@@ -33,7 +33,7 @@ def check_sequences(kind: Any, network: Network, dataset: Dataset) -> None:
 
 
 def check_padding(network: Network, dataset: Dataset, chunked: bool = False) -> None:
-    """UserError where the padding of shorter sequences would be taken for steps; chunked: as in `find_padding`."""
+    """UserError if a layer would take the padding of shorter sequences for steps; chunked: see `find_padding`."""
     padded = find_padding(network, chunked)
     if padded is not None and any(is_ragged(split) for split in (dataset.train, dataset.test)):
         end = "" if chunked else 'a layer {type = "last"} in its place, or '
@@ -45,7 +45,7 @@ def check_padding(network: Network, dataset: Dataset, chunked: bool = False) -> 
 
 
 def check_recurrent(network: Network, dataset: Dataset, config: Config) -> None:
-    """UserError where there are no recurrent layers, or where layers need all steps of a sequence at once."""
+    """UserError without recurrent layers, and for layers that need all steps of a sequence at once."""
     method = config.parallel.method
     if not network.sequences:
         raise UserError(
@@ -102,7 +102,7 @@ def check_margin(network: Network, dataset: Dataset, config: Config) -> None:
 
 
 def check_slices(network: Network, batch: int, slices: int, of: str, fewer: str = "ranks") -> None:
-    """UserError for minibatches that do not give each of so many ranks, or whatever they are `of`, samples enough."""
+    """UserError if a minibatch has too few samples for `slices` slices. of, fewer: the words of the message."""
     least = 2 if network.normalized else 1
     if batch < least * slices:
         lacks = "with a single sample, which batch normalization makes 0" if batch >= slices else "without a sample"
@@ -113,7 +113,7 @@ def check_slices(network: Network, batch: int, slices: int, of: str, fewer: str 
 
 
 def check_first_order(config: Config, why: str) -> None:
-    """UserError for an optimizer that is more than one of first order, which cannot be used because it ... (why)."""
+    """UserError for an optimizer that is not of first order; why: the reason, after its name in the message."""
     if not is_first_order(config.optimization.optimizer):
         raise UserError(
             f"--optimizer {config.optimization.optimizer} {why}: with --method {config.parallel.method} use a "
@@ -122,14 +122,14 @@ def check_first_order(config: Config, why: str) -> None:
 
 
 def check_not_partitioned(config: Config) -> None:
-    """UserError for an optimizer whose curvature is that of elements."""
+    """UserError for a partitioned quasi-Newton optimizer."""
     if config.optimization.optimizer in RULES:
         others = " and ".join(name for name, method in all_methods().items() if method.partitioned)
         raise UserError(f"--optimizer {config.optimization.optimizer} is of --method {others}: choose another one")
 
 
 def check_layers(network: Network, config: Config, parts: int = 2) -> None:
-    """UserError where a network's layers cannot be dealt to ranks, or cut into `parts`."""
+    """UserError if the layers of a network cannot be dealt to ranks, or cut into `parts`."""
     method = config.parallel.method
     if network.residual and parts > 1:
         raise UserError(
@@ -145,7 +145,7 @@ def check_layers(network: Network, config: Config, parts: int = 2) -> None:
 
 
 def notes(size: int, network: Network, dataset: Dataset, batch: int) -> Iterator[str]:
-    """What users should know of a network on their data: inputs left unused, and statistics of too few samples."""
+    """Notes on a network and its data: unused inputs, and statistics of too few samples."""
     yield from network.notes
     if not network.normalized:
         return
@@ -172,7 +172,7 @@ def notes(size: int, network: Network, dataset: Dataset, batch: int) -> Iterator
 
 
 def slices_are_normalized(of: str) -> str:
-    """The warning that statistics are those of each rank's own slice, and so depend on the number of ranks `of` ..."""
+    """The warning that batch normalization depends on the number of ranks; of: the end of the message."""
     return (
         "batch normalization takes the statistics of each rank's own slice of a minibatch: the result depends on the "
         f"number of ranks{of}"
@@ -180,7 +180,7 @@ def slices_are_normalized(of: str) -> str:
 
 
 def check_data(data: Data, private: bool) -> None:
-    """UserError for settings of the data that are none, or that `private` data sets, one a rank, cannot have."""
+    """UserError for invalid settings of the data, and for settings that `private` data sets do not take."""
     if not 0 <= data.validation < 1:
         raise UserError(f"--validation {data.validation:g}: expected a share of the training samples, as 0.1, or 0")
     if data.data_memory:

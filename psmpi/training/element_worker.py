@@ -245,7 +245,7 @@ class ElementWorker:
             values: np.ndarray = targets[self.classes]
             return values
         if targets.ndim == 2:
-            # Of each step, -1 where none counts; all ranks have all classes.
+            # Labels of steps, -1 for steps that do not count; all ranks have all classes.
             return targets
         own: np.ndarray = targets - self.classes[0] if self.pairs is None else self.numbers[targets]
         return own

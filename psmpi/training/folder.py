@@ -156,7 +156,7 @@ class RunFolder:
             file = -1
         if file >= 0:
             with os.fdopen(file, "ab") as stream:
-                # What an earlier row could not have is written now.
+                # The file has all earlier rows; otherwise all rows are written anew.
                 if os.fstat(file).st_size == len(self.rows.encode()) - len(line.encode()):
                     stream.write(line.encode())
                     return

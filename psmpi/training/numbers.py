@@ -95,7 +95,7 @@ class Numbers:
             objective.finite = True
         self.step, self.epoch, self.samples = step, epoch, samples
 
-    # What methods call.
+    # Calls of methods.
 
     def sound(
         self,
@@ -162,7 +162,7 @@ class Numbers:
             why = "no later step mends weights" if hopeless else f"the {MOST} steps before were skipped too"
             raise NotFiniteError(f"{finding.text}, and {why}: {finding.advice}")
 
-    # What the loop calls.
+    # Calls of the loop.
 
     @contextmanager
     def naming(self) -> Iterator[None]:

@@ -88,7 +88,7 @@ def calibration_split(
 
 
 def calibration_notes(count: int, samples: int) -> list[str]:
-    """What to tell of `--calibrate` with `count`, where the training split has so many `samples`.
+    """Notes on `--calibrate` with `count` samples of a training split of `samples`.
 
     The mean of n samples has the standard error σ / √n, whatever their distribution, if σ is their standard deviation;
     channels of convolutions, with their many positions, have a smaller one.

@@ -50,7 +50,7 @@ class Exchange(Transfer):
         self.ops, self.bridge, self.dtype = ops or NumpyOps(), bridge or Bridge(), np.dtype(dtype)
         self.part, self.shard = roles.parts[world.rank], roles.shards[world.rank]
         groups: dict[tuple[int, ...], Group] = {}
-        # Of all ranks, for their messages, and those that this rank takes part in.
+        # The transfers of all ranks, which state messages, and those that this rank takes part in.
         self.transfers: list[Transfer] = []
         self.placed: list[Placed] = []
         self.sums: list[tuple[Group, slice]] = []
@@ -79,7 +79,7 @@ class Exchange(Transfer):
             if move.kind == "sum" and src is not None:
                 self.sums.append((group, src))
         self.inside = self.shard.inside(self.part)
-        # What this rank both owns and computes with, where the vectors are apart: copied, never sent.
+        # Weights that this rank both owns and computes with, if its vectors share no memory: they are copied, not sent.
         common = (self.part & self.shard).intervals if self.inside is None else ()
         self.copies = [(self.shard.local(a, b), self.part.local(a, b)) for a, b in common]
         # A sum starts from this rank's own share, which is nothing where its part does not have the run.

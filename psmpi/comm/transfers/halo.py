@@ -50,7 +50,7 @@ class Halo(Overlapping):
                     self.coming.append(Rows(source, at, self.ops))
         # Whether this rank uses all that it has.
         self.all = len(places) == len(own)
-        # What stays on this rank.
+        # Copies of rows that stay on this rank.
         self.kept, self.back = self.ops.row_copies(places, here), self.ops.row_copies(here, places)
 
     def begin(self, src: Any, dst: Any, number: int = 0) -> Handle:
@@ -80,7 +80,7 @@ class Halo(Overlapping):
         room, at = self._room(b), 0
         requests, come = [], []
         for rows in self.out:
-            # What comes is added: it has a place of its own.
+            # Received gradients have a buffer of their own, since they are added.
             values = room[at : at + rows.count * b].reshape(rows.count, b)
             at += values.size
             requests.append(group.irecv(values, rows.rank, tag))

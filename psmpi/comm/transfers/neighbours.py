@@ -47,7 +47,7 @@ class Neighbours(Overlapping):
         if any(a == b for a, b in every):
             raise ValueError("an edge goes from a place to another: what a place has itself is not sent")
         own = self.owners
-        # Of all ranks: which place goes to which rank.
+        # (place, rank) of each message, for all ranks.
         self.links = sorted({(a, own[b]) for a, b in every if own[a] != own[b]})
         self.sources = [a for a, rank in self.links if rank == self.group.rank]
         self.targets = [(a, rank) for a, rank in self.links if own[a] == self.group.rank]

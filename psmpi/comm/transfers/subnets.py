@@ -1,4 +1,4 @@
-"""From the ranks that hold a network to those that train subnetworks of it: rows and columns drawn each round."""
+"""The transfer between holders of a network and workers that train subnetworks: rows and columns drawn each round."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from psmpi.layout import Layout, Ownership, Runs, Shares
 
 
 class Subnets(Transfer):
-    """src, a holder's shard of a network with `layout`, to dst, the flat vector of a worker's subnetwork.
+    """A transfer of src, a holder's shard of a network with `layout`, to dst, the flat vector of a worker's subnetwork.
 
     holders, workers: numbers of ranks in the group. layouts: of each worker's subnetwork, the same in every round.
-    deal: what each worker has in a round, by its number; nothing of it is sent. Vectors are in host memory, dst None on
-    ranks that do not train. From a single holder the message is dst itself.
+    deal: function from the number of a round to each worker's rows and columns, which are not sent. Vectors are in host
+    memory; dst is None on ranks that do not train. With a single holder the message is dst itself.
     """
 
     def __init__(

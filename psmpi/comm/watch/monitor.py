@@ -37,7 +37,7 @@ SIZES = (LONGEST, 8000, 1200)
 UNPACKED = 1 << 22
 # Seconds that ranks get to show their stacks.
 SHOWN = 3.0
-# What a line of the file of flights has from the monitor.
+# Entries of a line of the file of flights that come from the monitor.
 TABLE = ("rank", "host", "state", "seconds", "count", "step", "doing", "process")
 # Flights that are asked for at a time.
 ASKED = 4
@@ -154,7 +154,7 @@ class Monitor:
     def hear(self, message: Message, now: float) -> None:
         """Process a message of a rank."""
         seen, rank = self.seen[message.sender], message.sender
-        # What was not heard of is no measure of how long it computes.
+        # After a silence the time of computing is not known.
         even = now - seen.at < self.patience.quiet
         seen.at, seen.heard = now, True
         if message.kind == BYE:

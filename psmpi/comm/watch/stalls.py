@@ -22,7 +22,7 @@ from psmpi.comm.watch.flight import (
     spans,
 )
 
-# What a rank is doing. SILENT: nothing is heard of it; GONE: it has ended the training; UNWATCHED: never heard of.
+# States of a rank. SILENT: no heartbeat arrives; GONE: it has ended the training; UNWATCHED: none ever arrived.
 SILENT, COMPUTING, WAITING, BUSY, GONE, UNWATCHED = "silent", "computing", "waiting", "busy", "gone", "unwatched"
 STATES = (SILENT, COMPUTING, WAITING, BUSY, GONE, UNWATCHED)
 # Ranks of a group; ranks, or calls, that are told one by one.
@@ -73,7 +73,7 @@ class Rank:
     seconds: float = 0.0
     count: int = 0
     step: int = 0
-    # What it did last, where its operations are not known; what is seen of its process.
+    # Its last action, if its operations are not known; the visible condition of its process.
     doing: str = ""
     process: str = ""
     calls: Mapping[str, int] = field(default_factory=dict)
@@ -207,7 +207,7 @@ def diagnose(ranks: Sequence[Rank], warn: float, longest: Mapping[int, float] | 
     silent = [one for one in ranks if one.state in (SILENT, BUSY) and one.seconds >= warn]
     # Ranks wait long already for one that has just become silent.
     culprits = {one.rank: one for one in (*ends, *silent) if stands(one) or one.state == SILENT}
-    # Those that nothing is known of, where nobody else is to blame.
+    # Without other culprits: ranks of which nothing is known.
     culprits = culprits or {one.rank: one for one in ends if one.state in (GONE, UNWATCHED)}
     if culprits:
         named = [culprits[rank] for rank in sorted(culprits)]
@@ -238,7 +238,7 @@ def waits_for(one: Rank, ranks: Sequence[Rank]) -> list[int]:
         for rank in last.ranks
         if rank != one.rank
         and rank < len(ranks)
-        # What a silent rank has begun may not be the last that is known of it.
+        # A silent rank may have begun calls after its last heartbeat.
         and (ranks[rank].state == SILENT or ranks[rank].calls.get(last.group, 0) < last.number)
     ]
 

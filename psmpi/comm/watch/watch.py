@@ -288,7 +288,7 @@ class Watch:
             except OSError as error:
                 failed.append(f"the last operations of the ranks cannot be written: {error}")
 
-        # It may be this folder that does not answer.
+        # In a thread, since this folder may be the one that does not answer.
         writing = threading.Thread(target=write, daemon=True)
         writing.start()
         writing.join(WRITE)
