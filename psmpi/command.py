@@ -95,10 +95,10 @@ def with_training_options(work: Callable[..., int], default: Config, words: Sequ
     by_default = tree()
 
     def command(config: Any = by_default, **more: Any) -> int:
-        found = from_command_line(config)
-        check(found, given_names(words, file=False))
+        parsed_config = from_command_line(config)
+        check(parsed_config, given_names(words, file=False))
         with layers_in(given(words, "--config")):
-            return work(usual(found), **more)
+            return work(usual(parsed_config), **more)
 
     command.__name__, command.__doc__ = work.__name__, work.__doc__
     # For the help.
@@ -149,10 +149,10 @@ def chosen(
     for command in commands:
         app.command(name=command.__name__.rstrip("_"))(_with_options(command))
     with wide_help():
-        found: Callable[[], int] = app.cli(
+        call: Callable[[], int] = app.cli(
             prog=program(name), description=description, args=words, config=(OmitArgPrefixes,)
         )
-    return found
+    return call
 
 
 def _show(page: Page) -> NoReturn:

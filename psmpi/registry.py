@@ -79,8 +79,8 @@ class Registry(Mapping[str, K]):
     @property
     def installed(self) -> dict[str, EntryPoint]:
         """The entry points of other packages by name, without those that have a name of psmpi's."""
-        found = {} if _own_alone.get() else _entries(self.group)
-        return {name: one for name, one in found.items() if name not in self.own and name not in self.taken}
+        entries = {} if _own_alone.get() else _entries(self.group)
+        return {name: one for name, one in entries.items() if name not in self.own and name not in self.taken}
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -96,7 +96,7 @@ def _chosen(known: Sequence[Figure], only: Sequence[str], page: str, slow: bool,
     if page and page not in pages:
         raise UserError(f"--page {page}: choose one of {', '.join(pages)}")
     exact = {word for word in only if any(figure.id == word for figure in known)}
-    found = []
+    selected = []
     for figure in known:
         if page and figure.page != page:
             continue
@@ -105,8 +105,8 @@ def _chosen(known: Sequence[Figure], only: Sequence[str], page: str, slow: bool,
         else:
             named = figure.remade and (figure.kind == "time") == times and (figure.quick or slow or times)
         if named:
-            found.append(figure)
-    return found
+            selected.append(figure)
+    return selected
 
 
 def _made(known: Recorded, chosen: Sequence[Figure], data_dir: str, limit: int, screen: Screen) -> Iterator[Result]:

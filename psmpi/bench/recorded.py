@@ -81,12 +81,12 @@ class Recorded:
     tolerances: dict[str, Tolerance]
     machines: dict[str, str]
 
-    def held(self, figure: Figure, found: Sequence[float]) -> bool:
+    def held(self, figure: Figure, values: Sequence[float]) -> bool:
         """Whether numbers that a command has made are those recorded, within the tolerance."""
         tolerance = self.tolerances[figure.tolerance]
-        return len(found) == len(figure.value) and all(
+        return len(values) == len(figure.value) and all(
             abs(new - old) <= tolerance.within + tolerance.share * abs(old) + 1e-9
-            for new, old in zip(found, figure.value, strict=True)
+            for new, old in zip(values, figure.value, strict=True)
         )
 
     def changed(self, changes: Iterable[Figure], machine: str) -> Recorded:
@@ -111,16 +111,16 @@ def load(file: Path) -> Recorded:
         raise UserError(f"--file {file}: {error.strerror}; give the path of a file of figures") from None
     except ValueError as error:
         raise UserError(f"--file {file}: not valid TOML: {error}") from None
-    found = Recorded(
+    figures = Recorded(
         tuple(_made(Figure, one, f"{file}, figure {k + 1}") for k, one in enumerate(tables.get("figure", []))),
         {key: _made(Tolerance, one, f"{file}, tolerance {key}") for key, one in tables.get("tolerances", {}).items()},
         tables.get("machines", {}),
     )
     ids: set[str] = set()
-    for one in found.figures:
-        _check(one, found, f"{file}, figure {one.id}", ids)
+    for one in figures.figures:
+        _check(one, figures, f"{file}, figure {one.id}", ids)
         ids.add(one.id)
-    return found
+    return figures
 
 
 def _made(kind: Any, table: Any, where: str) -> Any:

@@ -84,16 +84,16 @@ class Made:
 
     def _number(self, name: str, key: str) -> float:
         path, _, epoch = key.partition("@")
-        found: Any = self.table
+        number: Any = self.table
         if self.rows:
             chosen = [row for row in self.rows if row["epoch"] == int(epoch)] if epoch else self.rows[-1:]
-            found = chosen[0] if chosen else {}
+            number = chosen[0] if chosen else {}
         for part in path.split("."):
             try:
-                found = found[int(part)] if isinstance(found, list) else found[part]
+                number = number[int(part)] if isinstance(number, list) else number[part]
             except (KeyError, IndexError, TypeError, ValueError):
                 raise UserError(f"figure {name}: its command leaves no {key}; correct `read` or the command") from None
-        return float(found)
+        return float(number)
 
 
 def make(command: str, data_dir: str, limit: int) -> Made:
@@ -113,19 +113,19 @@ def make(command: str, data_dir: str, limit: int) -> Made:
 
 def _typed(words: Sequence[str]) -> list[str]:
     """The words with this Python, the mpirun beside it, and files of the checkout by their paths."""
-    found: list[str] = []
+    command: list[str] = []
     for word in words:
         if word == "psmpi":
-            found += [sys.executable, "-m", "psmpi"]
+            command += [sys.executable, "-m", "psmpi"]
         elif word == "python":
-            found.append(sys.executable)
+            command.append(sys.executable)
         elif word == "mpirun":
-            found.append(launcher())
+            command.append(launcher())
         elif word.startswith(("tests/", "examples/")):
-            found.append(str(ROOT / word))
+            command.append(str(ROOT / word))
         else:
-            found.append(word)
-    return found
+            command.append(word)
+    return command
 
 
 def _rows(run: Path) -> list[dict[str, Any]]:
@@ -143,8 +143,8 @@ def _table(folder: Path, text: str) -> Any:
 
 def _used() -> float:
     """Processor seconds of all processes that this one has started and that have ended."""
-    found = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return found.ru_utime + found.ru_stime
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def machine() -> str:

@@ -129,8 +129,8 @@ def changes(before: Config, now: Config) -> list[tuple[str, Any, Any]]:
 def used_settings(config: Config) -> dict[str, Any]:
     """All settings in use by name, without those in ANEW, and without those of an optimizer that is not installed."""
     sections = [*config.sections.values(), *config.chosen.values()]
-    found = {name: value for one in sections for name, value in asdict(one).items() if name not in ANEW}
+    used = {name: value for one in sections for name, value in asdict(one).items() if name not in ANEW}
     if config.optimization.optimizer in ALL_OPTIMIZERS:
-        found |= find_optimizer(config.optimization.optimizer).chosen(config.optimization)
-    found["dataset"] = Path(found["dataset"]).name
-    return {name: value for name, value in found.items() if value is not None}
+        used |= find_optimizer(config.optimization.optimizer).chosen(config.optimization)
+    used["dataset"] = Path(used["dataset"]).name
+    return {name: value for name, value in used.items() if value is not None}

@@ -85,15 +85,15 @@ def sentences(text: str) -> list[str]:
 
 def settings_options(kind: type[Any], section: Any = None) -> dict[str, Option]:
     """The options of a dataclass of settings by name; section: an instance, whose values are then the defaults."""
-    hints, found = hints_of(kind), {}
+    hints, options = hints_of(kind), {}
     for one in fields(kind):
         if Suppress in getattr(hints[one.name], "__metadata__", ()):
             continue
         default = one.default if section is None else getattr(section, one.name)
         if default is MISSING and one.default_factory is not MISSING:
             default = one.default_factory()
-        found[one.name] = _option_of(one.name, hints[one.name], default, field_text(kind, one))
-    return found
+        options[one.name] = _option_of(one.name, hints[one.name], default, field_text(kind, one))
+    return options
 
 
 def owner_of(kind: type[Any], name: str) -> type[Any]:
@@ -105,13 +105,13 @@ def argument_options(function: Callable[..., Any]) -> list[Option]:
     """The options and positional arguments of a function, without those of a training."""
     hints, parameters = get_type_hints(function, include_extras=True), inspect.signature(function).parameters
     texts = argument_texts(inspect.getdoc(function) or "")
-    found = []
+    options = []
     for name, one in parameters.items():
         if name != "config" or not hasattr(function, "training"):
             default = REQUIRED if one.default is one.empty else one.default
             positional = one.kind is one.POSITIONAL_ONLY
-            found.append(_option_of(name, hints[name], default, texts.get(name, ""), positional))
-    return found
+            options.append(_option_of(name, hints[name], default, texts.get(name, ""), positional))
+    return options
 
 
 def _option_of(name: str, hint: Any, default: Any, text: str, positional: bool = False) -> Option:
@@ -162,10 +162,10 @@ def split_text(text: str) -> tuple[str, dict[str, str]]:
     choices: dict[str, str] = {}
     last = ""
     for line in lines.splitlines():
-        found = re.match(r"(\S+): +(\S.*)", line)
-        if found:
-            last = found[1]
-            choices[last] = found[2]
+        match = re.match(r"(\S+): +(\S.*)", line)
+        if match:
+            last = match[1]
+            choices[last] = match[2]
         elif last and line.strip():
             choices[last] += f" {line.strip()}"
     return " ".join(about.split()), choices
@@ -173,16 +173,16 @@ def split_text(text: str) -> tuple[str, dict[str, str]]:
 
 def argument_texts(doc: str) -> dict[str, str]:
     """The texts below `Args:` in a docstring, by argument."""
-    found: dict[str, str] = {}
+    texts: dict[str, str] = {}
     last = ""
     for line in doc.partition("\nArgs:\n")[2].splitlines():
         start = re.match(r" {4}(\w+): (.*)", line)
         if start:
             last = start[1]
-            found[last] = start[2]
+            texts[last] = start[2]
         elif last:
-            found[last] += f"\n{line}"
-    return found
+            texts[last] += f"\n{line}"
+    return texts
 
 
 def field_text(kind: type[Any], one: Field[Any]) -> str:

@@ -122,5 +122,5 @@ def _default(one: Option) -> str:
 
 def _code(text: str) -> str:
     """A text with options and tables of TOML in code, and no character that begins a tag or ends a cell."""
-    text = re.sub(r"(?<![\w-])--[a-z][a-z0-9-]*|\[\[[\w.]+\]\]", lambda found: f"`{found[0]}`", text)
+    text = re.sub(r"(?<![\w-])--[a-z][a-z0-9-]*|\[\[[\w.]+\]\]", lambda match: f"`{match[0]}`", text)
     return text.replace("<", "&lt;").replace("|", "\\|")

@@ -71,13 +71,13 @@ def given(argv: Sequence[str], name: str) -> str:
 
     The last of several values counts.
     """
-    found = ""
+    value = ""
     for at, word in enumerate(argv):
         if word == name and at + 1 < len(argv):
-            found = argv[at + 1]
+            value = argv[at + 1]
         elif word.startswith(f"{name}="):
-            found = word.partition("=")[2]
-    return found
+            value = word.partition("=")[2]
+    return value
 
 
 def defaults(argv: Sequence[str], base: Config | None = None) -> Config:
@@ -193,5 +193,5 @@ def from_toml(text: str, where: str, foreign: bool = False) -> Config:
     foreign: the text is of a checkpoint. Its settings may be of a method that is not installed here, and newer settings
     may be missing; settings that name other files have no effect.
     """
-    found = from_table(parse_toml(text), UNSAID if foreign else Config(), where, foreign)
-    return replace(found, data=replace(found.data, allow_external=False)) if foreign else found
+    parsed = from_table(parse_toml(text), UNSAID if foreign else Config(), where, foreign)
+    return replace(parsed, data=replace(parsed.data, allow_external=False)) if foreign else parsed

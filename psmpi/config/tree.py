@@ -51,8 +51,8 @@ class Config:
 
     def of(self, kind: type[S]) -> S:
         """The settings of class `kind`."""
-        found: S = self.settings.get(kind) or kind()
-        return found
+        settings: S = self.settings.get(kind) or kind()
+        return settings
 
     def changed(self, kind: type[Any], **values: Any) -> Config:
         """A copy with other values of some settings of class `kind`."""
@@ -66,8 +66,8 @@ class Config:
     @property
     def sections(self) -> dict[str, Any]:
         """The sections of every run by the names of their tables."""
-        found = {one.name: getattr(self, one.name) for one in fields(self)}
-        return {name: section for name, section in found.items() if is_dataclass(section)}
+        members = {one.name: getattr(self, one.name) for one in fields(self)}
+        return {name: section for name, section in members.items() if is_dataclass(section)}
 
     @property
     def kinds(self) -> tuple[type[Any], ...]:
@@ -85,24 +85,24 @@ class Config:
 
 def users_of_settings() -> dict[type[Any], tuple[str, list[str]]]:
     """For each class of settings the option (--method, --loss or --optimizer) and the names that use it."""
-    found: dict[type[Any], tuple[str, list[str]]] = {}
+    users: dict[type[Any], tuple[str, list[str]]] = {}
     for word, names in (("--loss", LOSSES), ("--optimizer", ALL_OPTIMIZERS)):
         for name, one in names.items():
             if one.options is not None:
-                found.setdefault(one.options, (word, []))[1].append(name)
+                users.setdefault(one.options, (word, []))[1].append(name)
     for name, method in all_methods().items():
         for kind in method.settings:
-            found.setdefault(kind, ("--method", []))[1].append(name)
-    return found
+            users.setdefault(kind, ("--method", []))[1].append(name)
+    return users
 
 
 def kinds_of_settings() -> dict[str, type[Any]]:
     """The classes of settings of methods, losses and optimizers, by table. UserError if two share a table."""
-    found: dict[str, type[Any]] = {}
+    tables: dict[str, type[Any]] = {}
     for kind, (word, names) in users_of_settings().items():
-        if found.setdefault(kind.table, kind) is not kind or kind.table in SECTIONS:
+        if tables.setdefault(kind.table, kind) is not kind or kind.table in SECTIONS:
             raise UserError(f"{word} {names[0]} has a table [{kind.table}], which is there already: it needs another")
-    return found
+    return tables
 
 
 def check(config: Config, said: Collection[str] = ()) -> None:
@@ -293,10 +293,10 @@ def _with_choices(section: Any) -> Any:
     """A copy of a section whose settings that name a registry have the present names as choices."""
     hints, chosen = hints_of(section), []
     for one in fields(section):
-        found = one_of(hints[one.name])
-        if found is not None:
-            choice: Any = Literal[found.names]
-            chosen.append((one.name, Annotated[choice, found]))
+        registry = one_of(hints[one.name])
+        if registry is not None:
+            choice: Any = Literal[registry.names]
+            chosen.append((one.name, Annotated[choice, registry]))
     if not chosen:
         return section
     kind = type(section)

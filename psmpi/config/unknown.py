@@ -51,10 +51,10 @@ def unknown_table(name: str, given: Any, tables: Mapping[str, Any], where: str) 
 def unknown_options(words: Sequence[str], tables: Mapping[str, Any]) -> list[str]:
     """Messages for unknown options of a command line that have a similar known one."""
     known = {option(field.name) for one in tables.values() for field in fields(one)} | {"--config", "--help"}
-    found = []
+    messages = []
     for word in (word.partition("=")[0] for word in words if word.startswith("--")):
         positive = f"--{word.removeprefix('--no-')}"
         meant = nearest(word.removeprefix("--"), (name.removeprefix("--") for name in known))
         if meant and not {word, positive, word.replace("_", "-")} & known:
-            found.append(f"{word} is no option; did you mean --{meant}?")
-    return found
+            messages.append(f"{word} is no option; did you mean --{meant}?")
+    return messages

@@ -68,8 +68,8 @@ def make_model(network: Network, layout: Layout, w: np.ndarray, classes: Any = N
     return Model(network, layout, restrict(w, part), g, NumpyOps(), classes, fold=fold)
 
 
-def _close(found: np.ndarray, expected: np.ndarray, tolerance: float, what: str) -> None:
-    far = np.linalg.norm(found - expected) / max(1e-300, float(np.linalg.norm(expected)))
+def _close(value: np.ndarray, expected: np.ndarray, tolerance: float, what: str) -> None:
+    far = np.linalg.norm(value - expected) / max(1e-300, float(np.linalg.norm(expected)))
     assert far <= tolerance, f"{what}: they differ by {far:.1e} of their length, {tolerance:.0e} is allowed"
 
 
@@ -82,8 +82,8 @@ def _moved(values: np.ndarray, value: Callable[[], float], g: np.ndarray, tolera
             values[i] += step
             sums.append(value())
         values[i] += STEP
-        found = (sums[0] - sums[1]) / (2 * STEP)
-        assert abs(found - g[i]) <= tolerance * most, f"{what}: element {i} is {g[i]:.9g}, by differences {found:.9g}"
+        moved = (sums[0] - sums[1]) / (2 * STEP)
+        assert abs(moved - g[i]) <= tolerance * most, f"{what}: element {i} is {g[i]:.9g}, by differences {moved:.9g}"
 
 
 def gradients_match_differences(network: Network, fold: bool = True) -> None:

@@ -38,8 +38,8 @@ def check_loss(name: str, classes: int = 6, batch: int = 12, **settings: Any) ->
                 elements_add_up(loss, scores, targets)
 
 
-def _close(found: Any, expected: Any, what: str, tolerance: float = 1e-10) -> None:
-    far, size = np.linalg.norm(np.subtract(found, expected)), float(np.linalg.norm(expected))
+def _close(value: Any, expected: Any, what: str, tolerance: float = 1e-10) -> None:
+    far, size = np.linalg.norm(np.subtract(value, expected)), float(np.linalg.norm(expected))
     assert far <= tolerance * max(1.0, size), f"{what}: it differs by {far / max(1.0, size):.1e}"
 
 
@@ -53,20 +53,20 @@ def derivatives_match_differences(loss: Loss, scores: np.ndarray, targets: np.nd
             moved = scores.copy()
             moved[at] += step
             values.append(loss(moved, targets, 0.5))
-        found = (values[0] - values[1]) / (2 * STEP)
-        assert abs(found - grad[at]) <= tolerance * max(1, np.abs(grad).max()), (
-            f"the derivative by score {at[0]} of sample {at[1]} is {grad[at]:.9g}, by differences {found:.9g}"
+        difference = (values[0] - values[1]) / (2 * STEP)
+        assert abs(difference - grad[at]) <= tolerance * max(1, np.abs(grad).max()), (
+            f"the derivative by score {at[0]} of sample {at[1]} is {grad[at]:.9g}, by differences {difference:.9g}"
         )
 
 
 def _samples_add_up(loss: Loss, scores: np.ndarray, targets: np.ndarray) -> None:
     whole, apart = np.empty(scores.shape), np.empty(scores.shape)
-    value, found = loss(scores, targets, 0.5, whole), 0.0
+    value, total = loss(scores, targets, 0.5, whole), 0.0
     for at in (slice(0, 1), slice(1, None)):
         grad = np.empty(scores[:, at].shape)
-        found += loss(np.ascontiguousarray(scores[:, at]), targets[..., at], 0.5, grad)
+        total += loss(np.ascontiguousarray(scores[:, at]), targets[..., at], 0.5, grad)
         apart[:, at] = grad
-    _close(found, value, "the losses of two minibatches, and of both together")
+    _close(total, value, "the losses of two minibatches, and of both together")
     _close(apart, whole, "the derivatives of two minibatches, and of both together")
 
 

@@ -86,8 +86,8 @@ def reduced(values: Sequence[NDArray[Any]], op: Any = None, root: int = 0) -> ND
     if op not in (None, MPI.SUM, MPI.MAX):
         raise NotImplementedError("the reduction must be MPI.SUM or MPI.MAX")
     combine: np.ufunc = np.maximum if op == MPI.MAX else np.add
-    found = [*values[root:], *values[:root]]
-    while len(found) > 1:
-        pairs = [combine(a, b) for a, b in zip(found[::2], found[1::2], strict=False)]
-        found = pairs + found[2 * len(pairs) :]
-    return found[0]
+    remaining = [*values[root:], *values[:root]]
+    while len(remaining) > 1:
+        pairs = [combine(a, b) for a, b in zip(remaining[::2], remaining[1::2], strict=False)]
+        remaining = pairs + remaining[2 * len(pairs) :]
+    return remaining[0]

@@ -51,10 +51,10 @@ def steps_that_are_not_sound_leave_no_trace(case: Case) -> None:
     # it is checked on the fewest ranks only.
     for ranks in case.ranks[:1] if case.method.exactness.ranks == "statistical" else (case.ranks[0], case.ranks[-1]):
         with poisoned(lambda rank, step: step == 2) as hit:
-            found = run_ranks(ranks, work, timeout=60)
+            poisoned_steps = run_ranks(ranks, work, timeout=60)
         assert hit, "the method never calls Model.backward, through which the check makes a gradient NaN"
         expected = run_ranks(ranks, partial(work, steps=(0, 2)), timeout=60)
-        for rank, (one, other) in enumerate(zip(found, expected, strict=True)):
+        for rank, (one, other) in enumerate(zip(poisoned_steps, expected, strict=True)):
             for name, value in one.items():
                 same = np.array_equal(value, other[name], equal_nan=True)
                 assert same, f"{name} on rank {rank} of {ranks} was changed by a step that --on-nan skip leaves out"
@@ -69,8 +69,8 @@ def runs_go_back(case: Case) -> None:
     first, every = case.ranks[0], ("--max-steps", str(STEPS), "--checkpoint-every", "4", "--checkpoint-keep", "0")
     for ranks, bad in ((first, 2), (case.ranks[-1], 6)):
         with poisoned(lambda rank, step, bad=bad: step == bad) as hit:  # type: ignore[misc]
-            found = case.run(ranks, *every, "--on-nan", "rollback")
-        assert hit and rows(found)[-1]["events"]["rollbacks"] == 1, "the run did not roll back exactly once"
+            poisoned_steps = case.run(ranks, *every, "--on-nan", "rollback")
+        assert hit and rows(poisoned_steps)[-1]["events"]["rollbacks"] == 1, "the run did not roll back exactly once"
         if bad < 4:
             expected = case.run(ranks, *every, *half)
         else:
@@ -78,8 +78,8 @@ def runs_go_back(case: Case) -> None:
             case.run(ranks, *every, *half, "--resume", "auto", out=expected)
         exactness = case.method.exactness
         if exactness.resume == "statistical" and ranks != first:
-            compare("statistical", exactness.tolerance, found, expected, f"{ranks} ranks, back from {bad}")
+            compare("statistical", exactness.tolerance, poisoned_steps, expected, f"{ranks} ranks, back from {bad}")
             continue
-        one, other = tensors(newest(found)), tensors(newest(expected))
+        one, other = tensors(newest(poisoned_steps)), tensors(newest(expected))
         for name, tensor in one.items():
             assert np.array_equal(tensor, other[name], equal_nan=True), f"{ranks} ranks, back from {bad}: {name}"

@@ -35,14 +35,14 @@ def run_ranks(
     """
     hub = Hub(size, patience)
     shared = Shared(hub, range(size))
-    found: dict[int, Result] = {}
+    results: dict[int, Result] = {}
     errors: dict[int, BaseException] = {}
 
     def rank(number: int) -> None:
         try:
             # NumPy's error state belongs to a thread: turn off its warnings about overflow and NaN on each rank.
             with np.errstate(all="ignore"):
-                found[number] = work(Comm(shared, number))
+                results[number] = work(Comm(shared, number))
         except StoppedError:
             pass
         except BaseException as error:
@@ -67,7 +67,7 @@ def run_ranks(
         raise errors[min(errors)]
     if hub.error is not None:
         raise hub.error
-    return [found[number] for number in range(size)]
+    return [results[number] for number in range(size)]
 
 
 def _join(threads: Sequence[threading.Thread], hub: Hub, timeout: float | None) -> None:

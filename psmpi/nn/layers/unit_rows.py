@@ -33,12 +33,12 @@ class UnitRows:
 
     def views(self, vector: np.ndarray) -> list[np.ndarray]:
         """Views (..., units of the run, *row) of each run in a vector (..., part's weights)."""
-        found = []
+        views = []
         for units, at in self.runs:
             shape = (*vector.shape[:-1], units.stop - units.start, *self.row)
             size = int(np.prod(shape[vector.ndim - 1 :]))
-            found.append(vector[..., at : at + size].reshape(shape))
-        return found
+            views.append(vector[..., at : at + size].reshape(shape))
+        return views
 
     def write_sums(self, products: np.ndarray, into: Any) -> None:
         """Write the gradient of a parameter (units,) from what each number adds to it, products (units, ..., b).
