@@ -1,7 +1,8 @@
 """The pages: their links, the options that they name, and their commands.
 
-A block of bash after the line `<!-- run -->` is run in an empty folder, and so are, before it, the files of the page:
-blocks after a line `<!-- file: NAME -->`. The commands of all other blocks are parsed as psmpi parses them.
+A block of bash after the line `<!-- run -->` is run in an empty folder, with the files of the page before it, blocks
+after a line `<!-- file: NAME -->`. Trainings end after STEPS steps. The commands of all other blocks are parsed as psmpi
+parses them.
 """
 
 import os
@@ -30,6 +31,8 @@ NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 # The tutorial has a test of its own.
 RUN = [name for name in NAMES if "<!-- run -->" in (ROOT / name).read_text()]
 BLOCK = re.compile(r"^(?:<!-- (run|file: \S+) -->\n)?```(\w*)\n(.*?)^```$", re.M | re.S)
+# Steps of a training in a block that is run: a page's trainings are longer than a test should be.
+STEPS = 40
 # Options of other programs that the pages name.
 OTHERS = {
     "--dry-run", "--requeue", "--array", "--ntasks", "--nodes", "--ntasks-per-node", "--mem", "--cpus-per-task",
@@ -58,6 +61,11 @@ def commands(text):
                 words = []
             else:
                 words.append(word)
+
+
+def shortened(block):
+    """A block of bash whose trainings end after STEPS steps, unless they say how many they make."""
+    return re.sub(r"((?:\bpsmpi[ .]|\.py )train)\b(?![^\n]*--help)", rf"\1 --max-steps {STEPS}", block)
 
 
 def of_psmpi(words):
@@ -165,7 +173,7 @@ def test_commands_are_parsed(name, monkeypatch, tmp_path, capsys):
 
 @pytest.mark.parametrize("name", RUN)
 def test_commands_run(name, tmp_path):
-    """Within a minute each; a page's commands follow one another in one folder."""
+    """A page's commands follow one another in one folder."""
     environ = {
         **os.environ,
         "PYTHONPATH": str(ROOT),
@@ -178,7 +186,7 @@ def test_commands_run(name, tmp_path):
             (tmp_path / mark[len("file: ") :]).write_text(block)
         elif mark == "run":
             done = subprocess.run(
-                ["bash", "-euo", "pipefail", "-c", block],
+                ["bash", "-euo", "pipefail", "-c", shortened(block)],
                 cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=280, stdin=subprocess.DEVNULL,
             )  # fmt: skip
             assert done.returncode == 0, (block, done.stdout[-3000:] + done.stderr[-3000:])

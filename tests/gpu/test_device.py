@@ -1041,7 +1041,7 @@ def test_without_a_device_the_error_says_what_to_do(stand_in, monkeypatch):
     said = fails(monkeypatch, stand_in, "driver")
     assert "no NVIDIA driver" in said and "--backend compiled" in said
     said = fails(monkeypatch, stand_in, "old driver")
-    assert "speaks CUDA 12.4" in said and "built for CUDA 13:" in said and "cupy-cuda12x" in said
+    assert "supports CUDA 12.4" in said and "built for CUDA 13:" in said and "cupy-cuda12x" in said
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     said = fails(monkeypatch, stand_in, "device")
     assert "cudaErrorNoDevice" in said and "CUDA_VISIBLE_DEVICES is ''" in said
