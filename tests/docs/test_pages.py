@@ -1,8 +1,7 @@
 """The pages: their links, the options that they name, and their commands.
 
-A block of bash after the line `<!-- run -->` is run in an empty folder, with the files of the page before it, blocks
-after a line `<!-- file: NAME -->`. Trainings end after STEPS steps. The commands of all other blocks are parsed as psmpi
-parses them.
+A block of bash after the line `<!-- run -->` is run in an empty folder, with the files of the page before it: blocks
+after a line `<!-- file: NAME -->`. Trainings end after STEPS steps. Commands of other blocks are parsed as psmpi does.
 """
 
 import os
@@ -32,7 +31,7 @@ NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 RUN = [name for name in NAMES if "<!-- run -->" in (ROOT / name).read_text()]
 BLOCK = re.compile(r"^(?:<!-- (run|file: \S+) -->\n)?```(\w*)\n(.*?)^```$", re.M | re.S)
 # Steps of a training in a block that is run: a page's trainings are longer than a test should be.
-STEPS = 40
+STEPS = 50
 # Options of other programs that the pages name.
 OTHERS = {
     "--dry-run", "--requeue", "--array", "--ntasks", "--nodes", "--ntasks-per-node", "--mem", "--cpus-per-task",
