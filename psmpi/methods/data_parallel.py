@@ -84,9 +84,7 @@ class DataParallel(Replica):
     def __init__(self, context: Context):
         super().__init__(context)
         o, model = context.settings(Settings), self.worker.model
-        self.keep("weights", self.w)
-        for name, vector in self.optimizer.vectors.items():
-            self.keep(name, vector)
+        self.keep_state()
         self.compressor: Compressor | None = None
         self.means: dict[str, np.ndarray] = {}
         if o.compression != "none":

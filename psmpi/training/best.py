@@ -12,6 +12,7 @@ from typing import Any
 from psmpi.config import Config
 from psmpi.data import Dataset
 from psmpi.errors import UserError, counted
+from psmpi.metrics import SCORES
 from psmpi.nn.metric import TOP
 
 # Scores of which larger values are better.
@@ -48,7 +49,9 @@ class Best:
             yield f"no better {what} for {counted(self.patience, 'epoch')}: the run ends (--patience)"
         if at >= 0 and (self.patience or self.keep):
             kept = f", kept as {path}" if self.keep else ""
-            yield f"best {what} {float(rows[at][self.name]):.5g}, after epoch {rows[at]['epoch']}{kept}"
+            value = float(rows[at][self.name])
+            score = SCORES[self.name](value) if self.name in SCORES else f"{what} {value:.5g}"
+            yield f"best {score}, after epoch {rows[at]['epoch']}{kept}"
 
 
 def check_monitor(config: Config, dataset: Dataset) -> Iterator[str]:

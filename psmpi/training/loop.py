@@ -73,6 +73,11 @@ class Loop:
         """saves: whether checkpoints are written."""
         self.control, self.method, self.config, self.out, self.console = control, method, config, out, console
         self.dataset, self.folder, self.trackers = dataset, folder, trackers or Trackers()
+        if "weights" not in method.state.entries:
+            raise UserError(
+                f"--method {method.name} declares no vector weights to its state, so that no checkpoint could be read: "
+                "its constructor is to call self.state.vector, or self.keep_state of a Replica"
+            )
         self.batches, self.total, self.schedule = plan_steps(dataset, config)
         run = config.run
         make = checkpoint.Writer if saves else checkpoint.Unsaved

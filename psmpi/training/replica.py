@@ -47,7 +47,8 @@ class Sums:
 class Replica(Method):
     """One rank of such a method: w and g (all parameters,), a worker for its slice of each minibatch.
 
-    Each rank writes and reads an equal share of vectors that are the same on all ranks, see `keep`. beside: how many
+    Each rank writes and reads an equal share of vectors that are the same on all ranks, see `keep`. A subclass calls
+    `keep_state`, or declares a vector "weights" itself. beside: how many
     other numbers are summed over ranks together with the gradient; they follow it in `summed`.
     """
 
@@ -106,6 +107,12 @@ class Replica(Method):
         self.account.hold("weights", vector)
         share = vector[self.share]
         self.state.vector(name, share, own=own, after=partial(self.whole.forward, share, vector))
+
+    def keep_state(self) -> None:
+        """Declare the weights and the optimizer's vectors, which are the same on all ranks, to the state."""
+        self.keep("weights", self.w)
+        for name, vector in self.optimizer.vectors.items():
+            self.keep(name, vector)
 
     @property
     def own_sums(self) -> bool:

@@ -520,7 +520,7 @@ LIMITS = [
             "--model",
             "psnet",
         ),
-        "is none of the layers that --method spann cuts",
+        "is a layer that --method spann does not cut",
     ),
     (
         11,

@@ -86,9 +86,7 @@ class TruncatedBackPropagation(Replica):
         self.edges = windows(context.network, s)
         # `summed` also holds the gradient of the predicting network, and the sum of squares of returned gradients.
         super().__init__(context, predictor.layout().size + 1 if predictor is not None else 0)
-        self.keep("weights", self.w)
-        for name, vector in self.optimizer.vectors.items():
-            self.keep(name, vector)
+        self.keep_state()
         self.model, self.objective = self.worker.model, self.worker.objective
         self.parts = [part for part in self.model.walk() if isinstance(part, RecurrentPart)]
         self.future: Future | None = None

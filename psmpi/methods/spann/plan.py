@@ -158,8 +158,8 @@ def _check_single(layer: Layer, owners: np.ndarray | None, label: str, of_scores
     """Raise UserError for a layer that couples units, or whose weights belong to no single rank."""
     if not (isinstance(layer, LayerNorm) or type(layer).sources is Layer.sources) or layer.inner:
         raise UserError(
-            f"{label} is none of the layers that --method spann cuts (slab, sparse, dense, activations, normalizations "
-            f"of single units, layer_norm): use --model slabs, or --method {WHOLE}"
+            f"{label} is a layer that --method spann does not cut; it cuts slab, sparse and dense layers, activations, "
+            f"normalizations of single units and layer_norm: use --model slabs, or --method {WHOLE}"
         )
     if layer.parameters() and (owners is None or len(layer.in_shape) > 1):
         order = "put it after a layer of slabs on a line, a sparse or a dense one"

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from psmpi.backend import NumpyOps
+from psmpi.errors import UserError
 from psmpi.layout import Layout, Parameter, Runs
 from psmpi.nn.layers.table import Table
 from psmpi.nn.layers.uses import Uses
@@ -344,5 +345,10 @@ class Part:
         return []
 
     def export(self, graph: Any, value: str) -> str:
-        """Add the layer without absorbed layers to an ONNX graph (psmpi.inspect.export); return its output's name."""
-        raise NotImplementedError
+        """Add the layer without absorbed layers to an ONNX graph (psmpi.inspect.export); return its output's name.
+
+        UserError if the layer has no export.
+        """
+        raise UserError(
+            f"layer {self.layer.name} has no ONNX export: write Part.export of it, or export .safetensors or .npz"
+        )
