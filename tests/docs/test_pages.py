@@ -9,7 +9,9 @@ import re
 import shlex
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from functools import cache
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -28,7 +30,12 @@ PAGES = sorted(
 )
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 # The tutorial has a test of its own.
-RUN = [name for name in NAMES if "<!-- run -->" in (ROOT / name).read_text()]
+# Other tests train by every method: the commands of their pages are among the sweeps.
+RUN = [
+    pytest.param(name, marks=[pytest.mark.slow] if name.startswith("docs/methods/") else [])
+    for name in NAMES
+    if "<!-- run -->" in (ROOT / name).read_text()
+]
 BLOCK = re.compile(r"^(?:<!-- (run|file: \S+) -->\n)?```(\w*)\n(.*?)^```$", re.M | re.S)
 # Steps of a training in a block that is run: a page's trainings are longer than a test should be.
 STEPS = 50
@@ -79,13 +86,17 @@ def of_psmpi(words):
     return None
 
 
+def help_of(*words):
+    """The text that a command prints."""
+    with redirect_stdout(StringIO()) as text:
+        assert command.main([*words]) == 0
+    return text.getvalue()
+
+
 @cache
 def options_of(*words):
     """The options that the whole help of a command shows."""
-    text = subprocess.run(
-        [sys.executable, "-m", "psmpi", *words, "--help-all"], capture_output=True, text=True, cwd=ROOT, check=True
-    ).stdout
-    return set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", text))
+    return set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", help_of(*words, "--help-all")))
 
 
 @cache
@@ -93,10 +104,7 @@ def all_options():
     """The options of all commands of psmpi."""
     parsers = [(name,) for name in command.COMMANDS if name not in ("inspect", "bench")]
     for group in ("inspect", "bench"):
-        text = subprocess.run(
-            [sys.executable, "-m", "psmpi", group, "--help"], capture_output=True, text=True, cwd=ROOT, check=True
-        ).stdout
-        parsers += [(group, name) for name in re.findall(r"^ {2,6}([a-z]+)\b", text, re.M)]
+        parsers += [(group, name) for name in re.findall(r"^ {2,6}([a-z]+)\b", help_of(group, "--help"), re.M)]
     return set().union(*(options_of(*words) for words in parsers))
 
 
