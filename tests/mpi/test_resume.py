@@ -395,7 +395,7 @@ def test_a_waiting_start_does_not_go_on_with_other_settings(train, tmp_path, mon
     out = train(1, *FEW, "--epochs", "1", out=tmp_path / "run").out
     monkeypatch.setattr("psmpi.training.resume.own_settings", lambda *_: None)
     before = held(out)
-    assert "while this one waited for it: start this one again" in start(tmp_path, "--resume", "auto", ok=False)
+    assert "while this one waited: start this one again" in start(tmp_path, "--resume", "auto", ok=False)
     assert held(out) == before
 
 

@@ -66,7 +66,7 @@ def test_what_is_no_choice_of_two_classes_has_a_score_each():
         make_network("linear", (7,), 2, batch_norm=True)
     for shape, units in (((7,), 2), ((1, 4, 4), 1)):
         tables = [{"type": "dense", "units": units}] if len(shape) == 1 else []
-        with pytest.raises(UserError, match="binary makes scores of two classes from one number, and its input has"):
+        with pytest.raises(UserError, match="binary makes scores of two classes from one number, but its input has"):
             build("custom", shape, [*tables, {"type": "binary"}], 2)
 
 
