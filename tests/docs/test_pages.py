@@ -30,9 +30,10 @@ PAGES = sorted(
 )
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 # The tutorial has a test of its own.
-# Other tests train by every method: the commands of their pages are among the sweeps.
+# Other tests train by every method and option: most pages' commands are run by the sweeps alone.
+ALWAYS = ("docs/configuration.md", "docs/data.md", "docs/own_")
 RUN = [
-    pytest.param(name, marks=[pytest.mark.slow] if name.startswith("docs/methods/") else [])
+    pytest.param(name, marks=[] if name.startswith(ALWAYS) else [pytest.mark.slow])
     for name in NAMES
     if "<!-- run -->" in (ROOT / name).read_text()
 ]
