@@ -1,4 +1,4 @@
-"""The divisors of --psl-weights remembered: the value of psl of each training sample at its last visit."""
+"""The divisors of --psl-weights remembered: the loss of each training sample at its last visit."""
 
 from __future__ import annotations
 
