@@ -25,6 +25,7 @@ class Settings:
 
 @OPTIMIZERS.register("adagrad")
 class Adagrad(FirstOrder):
+    summary = "gradient over the root of the sum of its squares"
     names = ("v",)
     settings = ("eps", "weight_decay")
     options = Settings

@@ -345,7 +345,7 @@ class Run:
     stall_abort: float = 1800.0
     """Seconds without progress of the ranks before the job ends and prints the Python stacks of all ranks. 0: never."""
     patience: Annotated[int, Least(0)] = 0
-    """Epochs without progress until the end. Progress is a better value of --monitor. 0: the run never ends early."""
+    """Epochs without progress until the end; 0: never. Progress is a better value of --monitor."""
     monitor: Literal["loss", "accuracy", "top5", "rmse", "train_loss"] = "loss"
     """Measure of --patience and --keep-best, on the validation samples, or on the test samples where there are none.
 

@@ -43,6 +43,7 @@ class LBFGS(Optimizer):
     UserError for history < 1, max_evals < 2 or a negative weight_decay; ValueError for a step without closure.
     """
 
+    summary = "L-BFGS with a line search"
     needs_closure = True
     settings = ("history", "max_evals", "weight_decay")
 

@@ -43,14 +43,18 @@ class Partitioned(Optimizer):
 class PLBFGS(Partitioned):
     """Partitioned quasi-Newton with L-BFGS for each element."""
 
+    summary = "partitioned L-BFGS of each element, for --partition pairs"
     settings = (*COMMON, "curvature", "damping")
 
 
 class PLSR1(Partitioned):
     """Partitioned quasi-Newton with L-SR1 for each element."""
 
+    summary = "partitioned L-SR1 of each element, for --partition pairs"
+
 
 class PLSE(Partitioned):
     """Partitioned quasi-Newton with L-BFGS for each element, or L-SR1 if the element's curvature is not positive."""
 
+    summary = "L-BFGS of each element, L-SR1 where curvature is not positive"
     settings = (*COMMON, "curvature")

@@ -52,23 +52,6 @@ OPTIMIZERS: Registry[type[Optimizer]] = Registry(
 )
 # All of them.
 ALL_OPTIMIZERS: Mapping[str, type[Optimizer]] = ChainMap(PARTITIONED, OPTIMIZERS)  # type: ignore[arg-type]
-# One line on each, for the help.
-SUMMARIES = {
-    "sgd": "stochastic gradient descent",
-    "momentum": "gradient descent with momentum (Polyak 1964)",
-    "nesterov": "gradient descent with Nesterov's momentum",
-    "adam": "moments of the gradient (Kingma and Ba 2015)",
-    "adamw": "Adam, decoupled weight decay (Loshchilov and Hutter 2019)",
-    "rmsprop": "gradient over its root mean square (Tieleman and Hinton 2012)",
-    "lion": "sign of a momentum (Chen et al. 2023)",
-    "muon": "orthogonalized momentum of matrices, AdamW for other weights",
-    "lbfgs": "L-BFGS with a line search",
-    "lbfgs-tr": "L-BFGS in a trust region",
-    "lsr1-tr": "L-SR1 in a trust region",
-    "plbfgs": "partitioned L-BFGS of each element, for --partition pairs",
-    "plsr1": "partitioned L-SR1 of each element, for --partition pairs",
-    "plse": "L-BFGS of each element, L-SR1 where curvature is not positive",
-}
 # Versions of optimizers that count steps for each weight.
 COUNTED: dict[str, type[Optimizer]] = {"adam": CountedAdam, "adamw": CountedAdamW}
 
@@ -79,8 +62,8 @@ def optimizer_names() -> tuple[str, ...]:
 
 
 def optimizer_summaries() -> dict[str, str]:
-    """One line on each optimizer, by name: its `summary`, or that of SUMMARIES."""
-    return {name: SUMMARIES.get(name) or kind.summary for name, kind in ALL_OPTIMIZERS.items()}
+    """The line on each optimizer in the help, by name."""
+    return {name: kind.summary for name, kind in ALL_OPTIMIZERS.items()}
 
 
 def find_optimizer(name: str) -> type[Optimizer]:

@@ -194,8 +194,11 @@ class TrustRegionQuasiNewton(Optimizer):
 class LSR1(TrustRegionQuasiNewton):
     """L-SR1 in a trust region (Nocedal and Wright, Numerical Optimization, 2nd ed., eq. 6.24 and algorithm 6.2)."""
 
+    summary = "L-SR1 in a trust region"
     indefinite = True
 
 
 class LBFGSTrustRegion(TrustRegionQuasiNewton):
     """L-BFGS in a trust region (Nocedal and Wright, Numerical Optimization, 2nd ed., procedure 7.6 for the matrix)."""
+
+    summary = "L-BFGS in a trust region"

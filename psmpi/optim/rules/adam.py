@@ -17,6 +17,7 @@ class Adam(FirstOrder):
     Algorithm 1).
     """
 
+    summary = "moments of the gradient (Kingma and Ba 2015)"
     names: ClassVar[tuple[str, ...]] = ("m", "v")
     settings: ClassVar[tuple[str, ...]] = ("beta1", "beta2", "eps", "weight_decay")
     operation = "adam"

@@ -9,4 +9,5 @@ from psmpi.optim.rules.adam import Adam
 class AdamW(Adam):
     """Adam with decoupled weight decay: w *= 1 - lr weight_decay (Loshchilov and Hutter 2019, Algorithm 2)."""
 
+    summary = "Adam, decoupled weight decay (Loshchilov and Hutter 2019)"
     decay = Decoupled

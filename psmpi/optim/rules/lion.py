@@ -18,6 +18,7 @@ class Lion(FirstOrder):
     moves by lr in a step, so a suitable lr is 3 to 10 times smaller than for Adam.
     """
 
+    summary = "sign of a momentum (Chen et al. 2023)"
     names = ("m",)
     settings = ("beta1", "beta2", "weight_decay")
     usual: ClassVar[Mapping[str, float]] = {"beta2": 0.99}

@@ -15,6 +15,7 @@ class Momentum(FirstOrder):
     Source: Polyak 1964, in PyTorch's form (no dampening, lr outside v).
     """
 
+    summary = "gradient descent with momentum (Polyak 1964)"
     names = ("v",)
     settings = ("momentum", "weight_decay")
     operation = "momentum"

@@ -31,6 +31,7 @@ class Muon(AdamW):
     inside the shard.
     """
 
+    summary = "orthogonalized momentum of matrices, AdamW for other weights"
     settings = ("momentum", "beta1", "beta2", "eps", "weight_decay")
     usual: ClassVar[Mapping[str, float]] = {"momentum": 0.95}
     needs_matrices = True

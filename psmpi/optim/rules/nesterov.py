@@ -10,6 +10,7 @@ from psmpi.optim.rules.momentum import Momentum
 class Nesterov(Momentum):
     """Nesterov momentum: v = momentum v + g; w -= lr (g + momentum v) (Nesterov 1983, in PyTorch's form)."""
 
+    summary = "gradient descent with Nesterov's momentum"
     nesterov = True
 
     def update(

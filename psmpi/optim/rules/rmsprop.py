@@ -13,6 +13,7 @@ class RMSprop(FirstOrder):
     Source: Tieleman and Hinton 2012, in PyTorch's form.
     """
 
+    summary = "gradient over its root mean square (Tieleman and Hinton 2012)"
     names = ("v",)
     settings = ("alpha", "eps", "weight_decay")
     operation = "rmsprop"

@@ -10,6 +10,7 @@ from psmpi.optim.first_order import FirstOrder
 class SGD(FirstOrder):
     """Stochastic gradient descent: w -= lr g."""
 
+    summary = "stochastic gradient descent"
     settings = ("weight_decay",)
     operation = "sgd"
 
