@@ -1,6 +1,7 @@
 """Layers, losses, optimizers and methods outside the package: the examples, and packages that are installed."""
 
 import importlib
+import re
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ from psmpi.testing import train
 from psmpi.testing.conformance import rows, tensors
 
 EXAMPLES = ROOT / "examples"
+PAGE = ROOT / "docs" / "own_method.md"
 OPTIONS = {
     "own_layer": ("--config", EXAMPLES / "own_layer.toml", "--colocate"),
     "own_loss": ("--loss", "squared_hinge", "--gap", "2", "--partition", "pairs", "--colocate"),
@@ -56,6 +58,30 @@ def test_a_network_with_a_layer_of_a_program_is_exported(tmp_path):
     assert status == 0, said
     status, said = told(program, "inspect", "export", run, "--out", tmp_path / "n.onnx")
     assert status == 0 and "onnxruntime's scores differ" in said, said
+
+
+def test_a_layer_without_an_export_is_named(tmp_path):
+    pytest.importorskip("onnxruntime", reason="psmpi[export]")
+    program, run = tmp_path / "mine.py", tmp_path / "run"
+    program.write_text((EXAMPLES / "own_layer.py").read_text().replace("def export(", "def other("))
+    status, said = told(program, "train", *OPTIONS["own_layer"], "--max-steps", "2", "--out", run)
+    assert status == 0, said
+    status, said = told(program, "inspect", "export", run, "--out", tmp_path / "n.onnx")
+    assert status == 1 and "layer prelu1 has no ONNX export: write Part.export" in said and "Traceback" not in said, (
+        said
+    )
+
+
+def test_a_method_that_saves_no_weights_is_refused_at_its_start(tmp_path):
+    (page,) = re.findall(r"<!-- file: summed.py -->\n```python\n(.*?)^```$", PAGE.read_text(), re.M | re.S)
+    words = ("train", "--method", "summed", "--max-steps", "5", "--threads", "1", "--out", tmp_path / "run")
+    for text, status, says in (
+        (page.replace("        self.keep_state()\n", ""), 1, "--method summed declares no vector weights"),
+        (page, 0, "best"),
+    ):
+        (tmp_path / "summed.py").write_text(text)
+        ended, said = told(tmp_path / "summed.py", *words, ranks=2)
+        assert ended == status and says in said and "Traceback" not in said, said
 
 
 def test_methods_that_cut_a_network_cut_a_layer_of_one_s_own_too(tmp_path, monkeypatch):
