@@ -131,8 +131,13 @@ def test_a_run_ends_after_epochs_without_a_better_one(losses, number, due):
 
 
 def test_what_is_better_follows_from_its_kind():
-    for monitor, number in (("loss", 1), ("accuracy", 1), ("train_loss", 0)):
+    for monitor, number, score in (
+        ("loss", 1, "test loss 2"),
+        ("accuracy", 1, "test accuracy 50.00 %"),
+        ("train_loss", 0, "train loss -3"),
+    ):
         best, rows = best_of(3.0, 2.0, 2.5, monitor=monitor, keep_best=True)
+        assert list(best.describe(rows, "best.h5")) == [f"best {score}, after epoch {number + 1}, kept as best.h5"]
         assert best.number(rows) == number and best.is_last(rows[: number + 1]) and not best.is_last(rows[: number + 2])
     assert not best_of(2.0)[0].is_last(best_of(2.0)[1]) and not best.is_last([])
     best, rows = best_of(3.0, 2.0, 2.5, patience=0)
@@ -170,7 +175,7 @@ def test_the_best_checkpoint_stays_and_a_run_that_was_stopped_ends_as_one_that_w
     at = int(np.argmin(losses))
     assert len(losses) == at + 4 < 40, losses
     assert "no better validation loss for 3 epochs: the run ends (--patience)" in whole.stdout
-    assert f"after epoch {at + 1}, kept as {whole.out}/best.h5" in whole.stdout
+    assert f"best validation loss {losses[at]:.5g}, after epoch {at + 1}, kept as {whole.out}/best.h5" in whole.stdout
     best = checkpoint.read_contents(whole.out / "best.h5")
     assert best.progress.epoch == at + 1 and len(list((whole.out / "checkpoints").glob("*.h5"))) == 1
     assert predicted(whole.out / "best.h5", "validation")["accuracy"] == whole.rows[at]["validation_accuracy"]

@@ -112,6 +112,17 @@ def test_a_broken_package_ends_only_those_who_ask_for_its_class(noun, broken):
         one.find("none")
 
 
+@pytest.mark.parametrize("noun", REGISTRIES)
+def test_a_look_at_a_stranger_s_file_knows_psmpi_s_classes_alone(noun, broken, own):
+    one, _, taken = REGISTRIES[noun]
+    with own_alone():
+        assert set(one.names) == set(one.own) and taken in one
+        assert not {"gone", "none", "tried", "stepped"} & {*one.names, *one}
+        with pytest.raises(UserError, match="unknown"):
+            one.find("gone")
+    assert "gone" in one
+
+
 def test_settings_of_a_loss_and_an_optimizer_are_those_of_the_command_line_and_of_files(own):
     table = {
         "objective": {"loss": "tried"}, "optimization": {"optimizer": "stepped"},
