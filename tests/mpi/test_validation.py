@@ -136,7 +136,7 @@ def test_what_is_better_follows_from_its_kind():
         ("accuracy", 1, "test accuracy 50.00 %"),
         ("train_loss", 0, "train loss -3"),
     ):
-        best, rows = best_of(3.0, 2.0, 2.5, monitor=monitor, keep_best=True)
+        best, rows = best_of(3.0, 2.0, 2.5, monitor=monitor, keep_best=True, patience=9)
         assert list(best.describe(rows, "best.h5")) == [f"best {score}, after epoch {number + 1}, kept as best.h5"]
         assert best.number(rows) == number and best.is_last(rows[: number + 1]) and not best.is_last(rows[: number + 2])
     assert not best_of(2.0)[0].is_last(best_of(2.0)[1]) and not best.is_last([])
