@@ -35,7 +35,7 @@ COMMANDS = {
 }
 
 
-# The program that has called `main`, where that is not psmpi.
+# The program that has called `main`; "" for psmpi itself.
 _script = ""
 
 

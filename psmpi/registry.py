@@ -1,8 +1,8 @@
 """Classes by name: training methods, layers, losses and optimizers of psmpi, of other packages and of a program.
 
 Another package offers a class by an entry point of the registry's group, such as `psmpi.layers`. A program registers a
-class by the decorator `Registry.register` and then calls `psmpi.command.main`. Names of psmpi stay psmpi's. No class of
-another package is imported because a file names it: the file names an entry point of an installed package, or nothing.
+class by the decorator `Registry.register` and then calls `psmpi.command.main`. Nobody can replace a class of psmpi. A
+file can name classes of installed packages and of the program only; it cannot make psmpi import anything else.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from psmpi.errors import UserError
 
-# Classes that this module does not know: those of its registries.
+# The classes in the registries, which this module does not import.
 Kind = type[Any]
 K = TypeVar("K", bound=type[Any])
 
@@ -31,11 +31,12 @@ _own_alone: ContextVar[bool] = ContextVar("own_alone", default=False)
 class Registry(Mapping[str, K]):
     """Classes by name: psmpi's own first, then those of entry points, then those that the program has registered.
 
-    noun: the kind of the classes ("loss"), which names the group of entry points too; asked: how a user asks for one,
-    with {} for its name; base: "module:class" of the base class; own: psmpi's classes, or "module:class" of each;
-    named: whether a class has its name as its attribute `name`; taken: names of psmpi that are not in `own`.
+    noun: the kind of the classes ("loss"), also in the name of the group of entry points; asked: the words of a user
+    who asks for a class, with {} for its name; base: "module:class" of the base class; own: psmpi's classes, or
+    "module:class" of each; named: whether classes have their name as attribute `name`; taken: names of psmpi that are
+    not in `own`.
 
-    Iteration leaves out classes of other packages that cannot be imported; `names` has their names too.
+    Iteration leaves out classes of other packages that cannot be imported; `names` has all names.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class Registry(Mapping[str, K]):
         self.registered: dict[str, K] = {}
 
     def register(self, name: str) -> Callable[[K], K]:
-        """Decorator that adds a class under `name`.
+        """Make a decorator that adds a class under `name`.
 
         ValueError for a name that psmpi, an installed package or another class has, or a class of another base.
         """
@@ -98,7 +99,7 @@ class Registry(Mapping[str, K]):
         return self[name]
 
     def choices(self, known: Collection[str] = ()) -> str:
-        """Names for a message about an unknown one, and what makes others known."""
+        """The names for a message about an unknown one, with the way to make others known."""
         return f"{', '.join(known or self.names)}; {self.elsewhere}"
 
     @property
@@ -128,7 +129,7 @@ class Registry(Mapping[str, K]):
 
     def __iter__(self) -> Iterator[str]:
         for name in self.names:
-            # The message about a broken package is for those who ask for its class.
+            # A broken package is reported when its class is asked for.
             with suppress(UserError):
                 self[name]
                 yield name
@@ -151,7 +152,7 @@ class Registry(Mapping[str, K]):
 
 @contextmanager
 def own_alone() -> Iterator[None]:
-    """Leave out classes of other packages and of the program, and import none, inside the context."""
+    """A block in which registries have psmpi's classes only, and import no others."""
     token = _own_alone.set(True)
     try:
         yield
@@ -171,7 +172,7 @@ def _all_entries() -> Any:
 
 
 def _loaded(kind: Any) -> Any:
-    """A class, or the one that the text "module:class" names."""
+    """The class `kind`, imported if it is a text "module:class"."""
     if not isinstance(kind, str):
         return kind
     module, _, attribute = kind.partition(":")
@@ -204,7 +205,7 @@ BUILTIN = METHODS.own
 
 
 def register(method: K) -> K:
-    """Add a method under its `name`, as a decorator of its class; ValueError as that of `Registry.register`."""
+    """Add a method under its `name`, as a decorator of its class. ValueError: see `Registry.register`."""
     METHODS.register(method.name)(method)
     return method
 
@@ -215,12 +216,12 @@ def method_names() -> tuple[str, ...]:
 
 
 def find_method(name: str) -> Kind:
-    """The class of the method called `name`; UserError where there is none, or where it cannot be imported."""
+    """The class of the method called `name`. UserError if it is unknown or cannot be imported."""
     return METHODS.find(name)
 
 
 def all_methods() -> dict[str, Kind]:
-    """All training methods by name, imported; without those of other packages that cannot be."""
+    """All training methods by name, without those of other packages that cannot be imported."""
     return dict(METHODS.items())
 
 

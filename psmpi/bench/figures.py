@@ -59,7 +59,7 @@ def figures(
     for one in _made(known, chosen, data_dir, limit, screen):
         results.append(one)
         if record and not one.failed:
-            # At once: a command that is stopped keeps what it has made.
+            # After each figure, so that an interrupted command keeps its results.
             known = known.changed([one.as_recorded()], remake.machine())
             recorded.save(path, known)
     _show(screen, known, results)
@@ -68,7 +68,7 @@ def figures(
 
 @dataclass(frozen=True)
 class Result:
-    """A figure that was made again: its new values, processor seconds, whether it held, and why its command failed."""
+    """A remade figure: new values, processor seconds, whether it held, and the error of a failed command."""
 
     figure: Figure
     values: tuple[float, ...]
@@ -87,7 +87,7 @@ class Result:
 
 
 def _chosen(known: Sequence[Figure], only: Sequence[str], page: str, slow: bool, times: bool) -> list[Figure]:
-    """The figures that the options name; UserError where they name none."""
+    """The figures that the options select. UserError if there are none."""
     for word in only:
         if not any(figure.id.startswith(word) for figure in known):
             near = nearest(word, [figure.id for figure in known])
@@ -149,7 +149,7 @@ def _table(results: Sequence[Result]) -> Table:
 
 
 def _show(screen: Screen, known: Recorded, results: Sequence[Result]) -> None:
-    """Print the table, why commands failed, and whether figures that moved were recorded on another machine."""
+    """Print the table, errors of commands, and a note if moved figures were recorded on another machine."""
     screen.print(_table(results))
     for one in results:
         if one.failed:

@@ -75,14 +75,14 @@ class Figure:
 
 @dataclass(frozen=True)
 class Recorded:
-    """All that the file holds. machines: descriptions by name."""
+    """The contents of the file. machines: descriptions by name."""
 
     figures: tuple[Figure, ...]
     tolerances: dict[str, Tolerance]
     machines: dict[str, str]
 
     def held(self, figure: Figure, values: Sequence[float]) -> bool:
-        """Whether numbers that a command has made are those recorded, within the tolerance."""
+        """Whether new values equal the recorded ones within the tolerance."""
         tolerance = self.tolerances[figure.tolerance]
         return len(values) == len(figure.value) and all(
             abs(new - old) <= tolerance.within + tolerance.share * abs(old) + 1e-9
@@ -90,7 +90,7 @@ class Recorded:
         )
 
     def changed(self, changes: Iterable[Figure], machine: str) -> Recorded:
-        """The same with other versions of some figures, all of them made on the machine of this description."""
+        """A copy with new versions of some figures, all made on the machine with this description."""
         machines = dict(self.machines)
         name = next((key for key, text in machines.items() if text == machine), f"m{len(machines) + 1}")
         machines[name] = machine
@@ -104,7 +104,7 @@ def numbers(values: Iterable[float]) -> str:
 
 
 def load(file: Path) -> Recorded:
-    """The figures of a TOML file; UserError where it is not one of figures."""
+    """Read the figures of a TOML file. UserError for a file of another form."""
     try:
         tables = parse_toml(file.read_text(encoding="utf-8"))
     except OSError as error:
@@ -124,7 +124,7 @@ def load(file: Path) -> Recorded:
 
 
 def _made(kind: Any, table: Any, where: str) -> Any:
-    """A dataclass from a table; UserError for keys that it lacks or does not know."""
+    """Make a dataclass from a table. UserError for missing and unknown keys."""
     if not isinstance(table, dict):
         raise UserError(f"{where}: expected a table of settings")
     known = {field.name for field in fields(kind)}
@@ -155,7 +155,7 @@ def _check(figure: Figure, recorded: Recorded, where: str, ids: Collection[str])
 
 
 def save(file: Path, recorded: Recorded) -> None:
-    """Write the file anew: whole or not at all; a comment that opens it stays."""
+    """Write the file whole or not at all, with its first comment."""
     old = file.read_text(encoding="utf-8") if file.exists() else ""
     lines = [line for line in old.partition("\n\n")[0].splitlines() if line.startswith("#")]
     lines += ["", "[machines]", *(f"{key} = {_toml(text)}" for key, text in recorded.machines.items())]
@@ -168,7 +168,7 @@ def save(file: Path, recorded: Recorded) -> None:
 
 
 def _table(one: Any) -> list[str]:
-    """Lines of TOML for a dataclass; what is as its default is left out."""
+    """Lines of TOML for a dataclass, without values that equal their default."""
     return [
         f"{field.name} = {_toml(getattr(one, field.name))}"
         for field in fields(one)

@@ -1,4 +1,4 @@
-"""Commands of recorded figures, run again: what they need, how they run, and the numbers that they leave."""
+"""Running the commands of recorded figures: their requirements, their process, and their results."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DATASETS = ("mnist", "cifar10")
 
 
 def programs(command: str) -> list[list[str]]:
-    """The words of each of the commands that `&&` joins."""
+    """The words of each command of a text in which `&&` joins commands."""
     parts: list[list[str]] = [[]]
     for word in shlex.split(command):
         if word == "&&":
@@ -37,7 +37,7 @@ def programs(command: str) -> list[list[str]]:
 
 
 def missing(figure: Figure, data_dir: str) -> str:
-    """Why the figure cannot be made here, "" where it can."""
+    """The reason why the figure cannot be made here; "" if it can."""
     if not figure.remade:
         return "a person reads it"
     if "{data}" in figure.command and not data_dir:
@@ -76,7 +76,7 @@ class Made:
     seconds: float
 
     def numbers(self, figure: Figure) -> tuple[float, ...]:
-        """The numbers of a figure in its unit; UserError where the command has not left one of them."""
+        """The numbers of a figure in its unit. UserError if the results lack one of them."""
         factor, offset = UNITS[figure.unit]
         # As the documents round them: a hundredth of a percent, else five places.
         places = 2 if figure.unit in ("%", "% wrong") else 5
@@ -97,7 +97,7 @@ class Made:
 
 
 def make(command: str, data_dir: str, limit: int) -> Made:
-    """Run the command in a temporary folder; UserError where it fails, or takes more than `limit` seconds."""
+    """Run the command in a temporary folder. UserError if it fails or takes more than `limit` seconds."""
     used = _used()
     with tempfile.TemporaryDirectory() as name:
         folder, out, text = Path(name), "", ""
@@ -134,7 +134,7 @@ def _rows(run: Path) -> list[dict[str, Any]]:
 
 
 def _table(folder: Path, text: str) -> Any:
-    """The JSON that a measurement has written into its only file of that kind, or has printed in its last line."""
+    """The JSON of a measurement: its only .json file, or the last line of its output."""
     for path in folder.glob("*.json"):
         return json.loads(path.read_text())
     last = text.strip().rpartition("\n")[2]
@@ -142,7 +142,7 @@ def _table(folder: Path, text: str) -> Any:
 
 
 def _used() -> float:
-    """Processor seconds of all processes that this one has started and that have ended."""
+    """Processor seconds of the finished child processes of this process."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 

@@ -93,7 +93,7 @@ def lines_of(page: Page, width: int, colours: Mapping[str, str] = PLAIN) -> Iter
 
 
 def option_lines(one: Option, width: int, long: bool, colours: Mapping[str, str] = PLAIN) -> Iterator[str]:
-    """The lines of an option: the words to type, its text with the default, and a line or more for each choice."""
+    """The lines of an option: its words, its text with the default, and each choice."""
     described = {name: text for name, text in one.choices.items() if text} if long or one.name in DESCRIBED else {}
     text = one.text if long else one.summary
     if one.only and not described:
@@ -113,7 +113,7 @@ def option_lines(one: Option, width: int, long: bool, colours: Mapping[str, str]
 
 
 def _beside(indent: str, head: str, text: str, width: int, colours: Mapping[str, str]) -> Iterator[str]:
-    """A text in the right column, with its head in the left one, or above it where the head is too long."""
+    """A text in the right column, with its head in the left column, or above if the head is too long."""
     lines, room = _wrapped(text, width, before=COLUMN * " "), COLUMN - len(indent) - len(head)
     head = f"{indent}{_coloured(head, 'option', colours)}"
     if room < 2 or not lines:
@@ -128,7 +128,7 @@ def _coloured(text: str, kind: str, colours: Mapping[str, str]) -> str:
 
 
 def _wrapped(text: str, width: int, before: str = "", after: str | None = None) -> list[str]:
-    """The lines of a paragraph; somewhat narrower ones where the last would be a short word alone."""
+    """The lines of a paragraph, somewhat narrower if the last line would be a single short word."""
 
     def within(columns: int) -> list[str]:
         return wrap(

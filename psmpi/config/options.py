@@ -54,7 +54,7 @@ class Option:
 
     @property
     def words(self) -> str:
-        """The option as it is typed, such as `--lr X`."""
+        """The words of the option, such as `--lr X`."""
         if self.positional:
             return self.value
         if self.default is True:
@@ -63,7 +63,7 @@ class Option:
 
     @property
     def default_text(self) -> str:
-        """The default as it is typed; "" where the default is empty, None or False."""
+        """The default as on a command line; "" if it is empty, None or False."""
         if self.default is REQUIRED or self.default is None or self.default is False:
             return ""
         if self.default is True:
@@ -73,7 +73,7 @@ class Option:
 
     @property
     def summary(self) -> str:
-        """The first sentence of the text, and the one on the value that stands for one not given."""
+        """The first sentence of the text, and the sentence that begins with "If not given"."""
         first, *others = sentences(self.text)
         return " ".join([first, *(one for one in others if one.startswith("If not given"))])
 

@@ -52,11 +52,11 @@ TASKS = (
     Task("Run", ("out", "resume", "patience", "keep_best", "checkpoint_every", "track"), of=(Run,)),
     Task("Screen", ("quiet", "verbose"), of=(Terminal,)),
 )
-# Settings of methods that the short help has where no method is named.
+# Settings of methods in the short help if no method is given.
 OF_METHODS = ("partition", "replicas", "placement", "masters", "colocate")
-# Title of the task whose group the groups of methods follow.
+# The groups of methods follow the group of this task.
 BEFORE_METHODS = "Ranks"
-# Settings whose choices have a line each in the short help too.
+# Settings whose choices have a line each in the short help.
 DESCRIBED = ("model", "loss", "method")
 
 

@@ -50,7 +50,7 @@ PARTITIONED: dict[str, type[Optimizer]] = {"plbfgs": PLBFGS, "plsr1": PLSR1, "pl
 OPTIMIZERS: Registry[type[Optimizer]] = Registry(
     "optimizer", "--optimizer {!r}", "psmpi.optim.base:Optimizer", OWN, taken=PARTITIONED
 )
-# All of them.
+# All optimizers by name.
 ALL_OPTIMIZERS: Mapping[str, type[Optimizer]] = ChainMap(PARTITIONED, OPTIMIZERS)  # type: ignore[arg-type]
 # Versions of optimizers that count steps for each weight.
 COUNTED: dict[str, type[Optimizer]] = {"adam": CountedAdam, "adamw": CountedAdamW}
@@ -86,15 +86,14 @@ def make_optimizer(
     matrices: Sequence[Matrix] | None = None,
     own: Any = None,
 ) -> Optimizer:
-    """The optimizer called `name` for a shard of n elements of `dtype` (float32 or float64), stepped by `ops`.
+    """Make the optimizer called `name` for a shard of n elements of `dtype` (float32 or float64), stepped by `ops`.
 
-    counted: its state is of each weight alone, of one that counts steps too, so that weights may come and go with it.
-    matrices: the whole matrices of the shard, for optimizers that set `needs_matrices`; None where they are not known.
-    own: an object of the optimizer's `options`, by default one of their defaults.
+    hyper: settings, of which the optimizer takes those that it uses. counted: count steps for each weight, so that
+    weights may be exchanged together with their state. matrices: the whole matrices of the shard, for optimizers with
+    `needs_matrices`; None if unknown. own: an object of the optimizer's `options`, the defaults if None.
 
-    It takes from `hyper` the settings its formula has. UserError for an unknown name or dtype, for any setting out of
-    its range, used by this optimizer or not: a value that no optimizer accepts is a slip in any case; and for an
-    optimizer that needs matrices where they are not known, or where weights come and go.
+    UserError for an unknown name or dtype; for a setting out of its range, used or not; and for an optimizer that needs
+    matrices if they are unknown or weights are exchanged.
     """
     kind = find_optimizer(name)
     check_settings(**asdict(hyper))

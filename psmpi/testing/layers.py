@@ -1,6 +1,6 @@
-"""Checks of layers, over networks that have them: gradients, parts of some classes, memory (docs/own_layer.md).
+"""Checks of layers in small networks: gradients, parts of some classes, memory (docs/own_layer.md).
 
-Each raises AssertionError with what differs.
+Each check raises an AssertionError that names the difference.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from psmpi.nn.model import Model
 from psmpi.nn.network import Network, TableReader, build
 from psmpi.training.need import pass_numbers
 
-# Step of central differences, and the elements of a vector that are moved at most.
+# Step of central differences; largest number of elements of a vector that are tried.
 STEP, MOVED = 1e-6, 60
 
 
 def check_layer(table: Mapping[str, Any], in_shape: tuple[int, ...], classes: int = 4) -> None:
     """AssertionError unless a layer agrees with its definition: gradients, parts of some classes, memory.
 
-    table: of the layer, as a configuration file has it; in_shape: of a sample. The layer is tried in networks of
-    `classes` scores: on the samples, and behind a dense layer of as many units where samples are flat.
+    table: the layer's table of a configuration file; in_shape: of a sample. The layer is checked in networks of
+    `classes` scores: as the first layer and, for flat samples, behind a dense layer of as many units.
     """
     _, shape = TableReader("checked").read([table], in_shape)
     end = {1: (), 2: ({"type": "last"},), 3: ({"type": "flatten"},)}[len(shape)]
@@ -62,7 +62,7 @@ def random_problem(
 
 
 def make_model(network: Network, layout: Layout, w: np.ndarray, classes: Any = None, fold: bool = True) -> Model:
-    """A model of `classes` over its own copy of its part of w, its gradient not yet filled."""
+    """A model of `classes` on a copy of its part of w, with a gradient that is not filled."""
     part = layout.part(range(network.classes) if classes is None else classes)
     g = np.full(part.size, np.nan, w.dtype)
     return Model(network, layout, restrict(w, part), g, NumpyOps(), classes, fold=fold)
@@ -134,7 +134,7 @@ def _add(total: np.ndarray, model: Model) -> None:
 
 
 def gradients_are_added_or_left_out(network: Network) -> None:
-    """Gradients are added where that is wanted, and not touched where those of the weights are not wanted."""
+    """Gradients are added on request, and those of the weights stay unchanged if they are not wanted."""
     layout, w, x, d = random_problem(network, batch=6)
     model = make_model(network, layout, w)
     model.backward(model.forward(x), d.copy())

@@ -1,4 +1,4 @@
-"""Checks of losses: derivatives, pairs of classes, and classes that are cut over ranks. docs/own_loss.md uses them."""
+"""Checks of losses: derivatives, pairs of classes, and classes divided among ranks. docs/own_loss.md uses them."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ F64 = np.dtype(np.float64)
 def check_loss(name: str, classes: int = 6, batch: int = 12, **settings: Any) -> None:
     """AssertionError unless the loss called `name` agrees with its definition, for each task that it can learn.
 
-    Derivatives are central differences, samples add up, ranks that have some of the classes each have the loss of all
-    together, and of a pairwise loss the elements have. settings: keywords of `make_loss`.
+    Derivatives equal central differences; losses of samples add up; the shares of ranks with some classes each add up
+    to the loss, and so do the elements of a pairwise loss. settings: keywords of `make_loss`.
     """
     for task in LOSSES.find(name).tasks:
         rng = np.random.default_rng(0)

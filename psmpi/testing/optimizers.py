@@ -17,7 +17,7 @@ Function = Callable[[np.ndarray], tuple[float, np.ndarray]]
 
 
 def check_optimizer(name: str, *, own: Any = None, lr: float = 1e-3, hyper: Hyper | None = None) -> None:
-    """AssertionError unless the optimizer called `name` steps shards as the whole vector, and goes on after a resume.
+    """AssertionError unless the optimizer called `name` steps shards like the whole vector, and resumes exactly.
 
     A step of a first-order optimizer may allocate no vector. own: an object of its `options`; hyper: other settings.
     """
@@ -48,7 +48,7 @@ def valley(w: np.ndarray) -> tuple[float, np.ndarray]:
 def in_shards(
     make: Callable[[int], Optimizer], w: np.ndarray, function: Function, steps: int, lr: float, cuts: Sequence[int]
 ) -> np.ndarray:
-    """The weights after so many steps of shards of w in threads that share their sums."""
+    """The weights after some steps of shards of w, in threads that share global sums."""
     slices = [slice(a, b) for a, b in pairwise([0, *cuts, w.size])]
     w, g, values = w.copy(), np.zeros_like(w), [0.0]
     barrier, errors = threading.Barrier(len(slices), timeout=60), []

@@ -1,7 +1,6 @@
-"""Layers, one kind a file, and the registry of their types, by which a configuration asks for them.
+"""Layers, one kind a file, and the registry of their types in configurations.
 
-A new kind is a file and a line in `LAYERS`, or a class of another package or program (docs/own_layer.md): everything
-else asks the layer.
+A new kind is a file and a line in `LAYERS`, or a class of another package or program (docs/own_layer.md).
 """
 
 from psmpi.nn.layers.activation import ACTIVATIONS, Activation

@@ -1,4 +1,4 @@
-"""The rows of one parameter in local vectors, for layers whose units have weights of their own."""
+"""The rows of one parameter in local vectors, for layers with weights of each unit."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ from psmpi.nn.layers.base import SampleSums, Site, Stage
 
 
 class UnitRows:
-    """The rows of a parameter (units, ...) that the units of a subnetwork have, in its local vectors.
+    """The rows of a parameter (units, ...) in the local vectors of a subnetwork.
 
-    The layer is `exact`, for a unit that no score uses has no row there.
-
-    runs: (units, start) in the order of the units: a slice of the subnetwork's output units whose rows lie side by
-    side, and where the first of them begins. name: of the parameter, behind the name of the layer.
+    The layer must be `exact`, since a unit that no score uses has no row. name: of the parameter, after the layer's
+    name. runs: (units, start) in the order of units: a slice of output units with adjacent rows, and the start of the
+    first row.
     """
 
     def __init__(self, stage: Stage, site: Site, name: str = "weight"):
@@ -41,10 +40,7 @@ class UnitRows:
         return views
 
     def write_sums(self, products: np.ndarray, into: Any) -> None:
-        """Write the gradient of a parameter (units,) from what each number adds to it, products (units, ..., b).
-
-        into: as in `Part.backward`.
-        """
+        """Write the gradient of a parameter (units,): sums of `products` (units, ..., b). into: see `Part.backward`."""
         if into is None:
             return
         flat = products.reshape(len(products), -1, products.shape[-1]).sum(axis=1)

@@ -46,13 +46,13 @@ def make_loss(
     weights: str = "none",
     own: Any = None,
 ) -> Loss:
-    """The loss called `name`; exp_clip: auto, off or the exponent from which psl goes on as its tangent.
+    """Make the loss called `name`.
 
-    outputs: scores of a sample, of all ranks together; weights: see `PSL`; own: an object of the loss's `options`, by
-    default one of their defaults.
+    exp_clip: auto, off, or the exponent from which psl continues as its tangent; outputs: number of scores of a sample,
+    on all ranks together; weights: see `PSL`; own: an object of the loss's `options`, the defaults if None.
 
-    UserError where the name is unknown, the loss cannot learn the task (see `Loss`), kappa is not positive or exp_clip
-    is none of these.
+    UserError for an unknown name, a task that the loss cannot learn (see `Loss`), a kappa that is not positive, and
+    another exp_clip.
     """
     kind = LOSSES.find(name)
     if task not in kind.tasks:
