@@ -58,7 +58,7 @@ def _there(dataset: str, data_dir: str) -> bool:
     from psmpi.data import open_dataset
 
     try:
-        open_dataset(dataset, data_dir)
+        open_dataset(dataset, data_dir, 0)
     except UserError:
         return False
     return True

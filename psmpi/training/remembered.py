@@ -1,4 +1,4 @@
-"""The divisors of --psl-weights remembered: the loss of each training sample at its last visit."""
+"""Divisors of the derivatives of training samples: one plus each sample's loss at its last visit."""
 
 from __future__ import annotations
 
