@@ -3,6 +3,7 @@
 import inspect
 import sys
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,9 @@ from helpers.processes import launch
 
 import psmpi
 from psmpi import command, train
+from psmpi.config import Config, command_line, defaults, from_command_line
 from psmpi.launcher import LAUNCHER_RANKS
+from psmpi.methods.local_sgd import Settings as LocalSettings
 
 SCRIPT, PACKAGE, MODULE = "/opt/venv/bin/psmpi", "/opt/psmpi/__main__.py", "/opt/psmpi/train.py"
 
@@ -102,3 +105,35 @@ def test_an_unknown_command_under_mpirun_is_told_once():
 def test_train_runs_by_the_command(tmp_path):
     status, out, err = launch(2, "-m", "psmpi", "train", "--max-steps", "3", "--out", tmp_path / "run")
     assert status == 0 and "model psnet" in out and (tmp_path / "run" / "config.toml").exists(), err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["--epochs=3", "--batch_size", "7", "--colocate", "--no-batch-norm", "--widths", "3", "4"],
+        ["--method", "local_sgd", "--local-steps", "5", "--loss", "nll", "--optimizer", "momentum", "--lr", "1e-3"],
+        ["--no-cuda-graphs", "--clip", "0", "--out", "-", "--epochs", "None", "--method", "dfa"],
+    ],
+    ids=" ".join,
+)
+def test_a_parser_of_the_named_options_reads_what_the_parser_of_all_reads(words):
+    start = defaults([])
+    start = replace(start, model=replace(start.model, layers=({"type": "flatten"},))).changed(
+        LocalSettings, outer_lr=0.5
+    )
+    every = from_command_line(command.parsed(command_line(start), words, "train"))
+    assert command.training_options(start, words) == every
+    assert (every != start) == bool(words)
+
+
+@pytest.mark.parametrize(
+    "words", [["--epochs", "many"], ["--loss", "nil"], ["--epoch", "3"], ["--layers", "1"]], ids=str
+)
+def test_a_wrong_option_has_the_message_of_the_parser_of_all(words, capsys):
+    with pytest.raises(SystemExit):
+        command.parsed(command_line(Config()), words, "train")
+    expected = capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        command.training_options(Config(), words)
+    assert expected and capsys.readouterr().err.startswith(expected)
