@@ -1,4 +1,4 @@
-"""Samples of which only some are kept in memory."""
+"""Samples that are read from their file within a bound of memory."""
 
 import tracemalloc
 
@@ -44,10 +44,10 @@ def test_minibatches_are_the_same_to_the_bit(tmp_path, end, x, memory):
             kept, read = (Resident(one, rows, np.float32, features=features) for one in (split, bounded))
             for ids in (rows, rows[[5, 2, 2, 0, 5]], rows[:0]):
                 shape = (64 if features is None else 3, len(ids))
-                one, other = np.full(shape, np.nan, np.float32), np.full(shape, np.nan, np.float32)
-                kept.fetch(ids, one)
-                read.fetch(ids, other)
-                assert one.tobytes() == other.tobytes()
+                kept_x, read_x = np.full(shape, np.nan, np.float32), np.full(shape, np.nan, np.float32)
+                kept.fetch(ids, kept_x)
+                read.fetch(ids, read_x)
+                assert kept_x.tobytes() == read_x.tobytes()
             assert memory > 10**6 or read.nbytes <= memory + rows.nbytes + read._samples.scratch.nbytes
             with pytest.raises(ValueError, match="not resident"):
                 read.fetch([0], np.empty((shape[0], 1), np.float32))
@@ -109,7 +109,7 @@ def test_samples_that_are_not_read_by_rows_are_refused(tmp_path):
 def test_trainings_are_the_same_to_the_bit(tmp_path, train, end, options):
     ranks, *words = options
     words = ("--dataset", save(tmp_path, end), "--epochs", "2", "--batch-size", "20", *words)
-    one, other = train(ranks, *words), train(ranks, *words, "--data-memory", "1k")
-    first, second = tensors(one.checkpoint), tensors(other.checkpoint)
+    unbounded, bounded = train(ranks, *words), train(ranks, *words, "--data-memory", "1k")
+    first, second = tensors(unbounded.checkpoint), tensors(bounded.checkpoint)
     assert first.keys() == second.keys() and all(np.array_equal(first[key], second[key]) for key in first)
-    assert one.rows[-1]["test_loss"] == other.rows[-1]["test_loss"]
+    assert unbounded.rows[-1]["test_loss"] == bounded.rows[-1]["test_loss"]
