@@ -1,4 +1,4 @@
-"""Files of strangers lead to no read of other files, and to no crash, time or memory beyond what their size explains."""
+"""Files of strangers lead to no read of other files, and to no crash, time or memory beyond their size."""
 
 from __future__ import annotations
 
