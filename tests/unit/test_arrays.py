@@ -1,4 +1,4 @@
-"""Training and prediction on arrays equal those on files, errors name Python arguments, and nothing else changes."""
+"""Training and prediction on arrays equal those on files, errors name Python arguments, and the process is unchanged."""
 
 import json
 import os
@@ -331,9 +331,9 @@ def test_a_start_cut_short_has_its_row():
 
 
 def test_the_process_is_as_it_was():
-    before = dict(os.environ), list(warnings.filters), [signal.getsignal(one) for one in signal.valid_signals()]
+    before = dict(os.environ), list(warnings.filters), [signal.getsignal(number) for number in signal.valid_signals()]
     psmpi.fit(X, TRUE, **SMALL)
-    after = dict(os.environ), list(warnings.filters), [signal.getsignal(one) for one in signal.valid_signals()]
+    after = dict(os.environ), list(warnings.filters), [signal.getsignal(number) for number in signal.valid_signals()]
     assert before == after
 
 

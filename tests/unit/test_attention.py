@@ -124,7 +124,7 @@ def test_columns_are_normalized_by_their_moments(ops, n, m, dtype):
 
 @pytest.mark.parametrize("shape", [(7,), (7, 4)])
 def test_a_layer_normalization_may_be_cut_by_units(shape):
-    """Ranks that share the units add up two sums a pass, and each unit equals that of the full layer."""
+    """Ranks with some units each add up two sums a pass, and each unit equals that of the full layer."""
     (layer,) = LAYERS["layer_norm"].read(None, "layer_norm1", shape)
     full_network, cuts, together = Network("net", shape, (layer,)), [slice(0, 2), slice(2, 7)], Together(2)
     layout, w, x, _ = random_problem(full_network, batch=5)
@@ -179,8 +179,8 @@ def test_vectors_of_steps_are_for_as_many_steps_as_they_know():
     assert shorter.layout() == network.layout() and shorter.in_shape == (3, 3)
     layout, w, x, _ = random_problem(network)
     model, short_model = make_model(network, layout, w), make_model(shorter, layout, w)
-    few = np.ascontiguousarray(x.reshape(3, 5, 3)[:, :3])
-    np.testing.assert_array_equal(short_model.forward(few).scores, model.forward(x).scores[:, :3])
+    first_steps = np.ascontiguousarray(x.reshape(3, 5, 3)[:, :3])
+    np.testing.assert_array_equal(short_model.forward(first_steps).scores, model.forward(x).scores[:, :3])
     with pytest.raises(UserError, match="positions for 6 steps, but the sequences have 7: train it with longest = 7"):
         network.with_steps(7)
 

@@ -109,11 +109,11 @@ def test_samples_and_methods_that_have_no_images_are_refused():
 def test_ranks_and_a_resume_make_no_difference(train, tmp_path, method):
     options = ("--augment", "flip", "crop:2", "--epochs", "2", "--batch-size", "100", "--dtype", "float64")
     options += ("--method", method, "--seed", "1")
-    one, three = train(1, *options), train(3, *options)
-    assert distance(one.tensors(), three.tensors()) <= 1e-10
+    one_rank, three_ranks = train(1, *options), train(3, *options)
+    assert distance(one_rank.tensors(), three_ranks.tensors()) <= 1e-10
     plain = train(1, *options[3:])
-    assert distance(one.tensors(), plain.tensors()) > 1e-3
+    assert distance(one_rank.tensors(), plain.tensors()) > 1e-3
     out = tmp_path / "stopped"
     train(2, *options, "--max-steps", "20", out=out)
     resumed = train(2, "--resume", "auto", out=out)
-    assert distance(one.tensors(), resumed.tensors()) <= 1e-10
+    assert distance(one_rank.tensors(), resumed.tensors()) <= 1e-10

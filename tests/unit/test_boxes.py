@@ -162,8 +162,8 @@ def planned(roles):
     """Compute the plan element by element."""
     size = max(runs.stops.max(initial=0) for runs in [*roles.parts, *roles.shards])
     masks = [np.zeros((roles.size, size), bool) for _ in range(2)]
-    for table, of in zip(masks, (roles.shards, roles.parts), strict=True):
-        for rank, runs in enumerate(of):
+    for table, ownership in zip(masks, (roles.shards, roles.parts), strict=True):
+        for rank, runs in enumerate(ownership):
             table[rank, indices(runs)] = True
     owned, needed = masks
     keys = [(*np.flatnonzero(owned[:, i]), -1, *np.flatnonzero(needed[:, i])) for i in range(size)]

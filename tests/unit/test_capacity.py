@@ -127,10 +127,10 @@ def test_every_method_is_refused_where_a_byte_is_lacking_and_not_where_none_is(m
     kind.check(ranks, network, dataset, config)
     needed = total(*setup, ranks)
     assert min(needed) > 4 * 200 * 201
-    for each in {1, ranks}:
-        host_bytes = max(sum(needed[k : k + each]) for k in range(0, ranks, each))
-        assert not refusal(ranks, *setup, host_bytes, each)
-        assert "of memory left, and this training needs" in refusal(ranks, *setup, host_bytes - 1, each)
+    for per_host in {1, ranks}:
+        host_bytes = max(sum(needed[k : k + per_host]) for k in range(0, ranks, per_host))
+        assert not refusal(ranks, *setup, host_bytes, per_host)
+        assert "of memory left, and this training needs" in refusal(ranks, *setup, host_bytes - 1, per_host)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -158,10 +158,10 @@ def test_with_many_classes_what_is_needed_is_most_of_what_is_held(method, ranks)
 def test_rows_that_are_stepped_as_they_are_made_need_no_gradient():
     """A head with --clip 0 steps the rows that its rank owns without a gradient; the loss psl needs a gradient."""
     kind, network, dataset, config = problem(placement="owner", colocate=True)
-    least = replace(config, optimization=replace(config.optimization, clip=0.0))
-    needs, fewer = (kind.needed(2, network, dataset, one) for one in (config, least))
+    unclipped = replace(config, optimization=replace(config.optimization, clip=0.0))
+    needs, fewer = (kind.needed(2, network, dataset, configuration) for configuration in (config, unclipped))
     assert [a["gradients"] - b["gradients"] for a, b in zip(needs, fewer, strict=True)] == [HEAD // 2] * 2
-    psl = replace(least, objective=replace(config.objective, loss="psl"))
+    psl = replace(unclipped, objective=replace(config.objective, loss="psl"))
     assert kind.needed(2, network, dataset, psl) == needs
 
 

@@ -79,7 +79,7 @@ def test_all_fonts_have_all_characters():
             assert len(outline.points) == len(outline.codes) > 3 and np.abs(outline.points).max() < 1
             earlier = (face[j].points for j in range(k))
             assert all(
-                outline.points.shape != other.shape or not np.allclose(outline.points, other) for other in earlier
+                outline.points.shape != points.shape or not np.allclose(outline.points, points) for points in earlier
             )
 
 

@@ -81,14 +81,14 @@ def check(stripes, x, dy, bias, kernels, stride, level):
     for s in stripes:
         for j in range(s.count):
             source, out = s.source + j * s.source_step, s.out + j * s.n
-            seen, units = slice(source, source + s.n_in), slice(out, out + s.n)
+            channels, units = slice(source, source + s.n_in), slice(out, out + s.n)
             shape = ((s.n_in, *shapes[0][1:]), (s.n, *shapes[1][1:]))
             single = Im2col([Stripes(1, s.n, s.n_in, 0, 0, 0)], *shape, k, stride, dtype, ops=OPS)
             single.reserve(batch)
             into = np.empty((s.n_in, *x.shape[1:]), dtype)
-            single.forward(x[seen], kernels[units], bias[units], y[units])
-            single.backward(x[seen], dy[units], kernels[units], dkernels[units], into)
-            dx[seen] += into
+            single.forward(x[channels], kernels[units], bias[units], y[units])
+            single.backward(x[channels], dy[units], kernels[units], dkernels[units], into)
+            dx[channels] += into
     reference = Im2col(stripes, *shapes, k, stride, dtype, ops=OPS)
     reference.reserve(batch)
     # Buffers may start with any values.

@@ -68,9 +68,9 @@ def test_minibatches_are_those_of_dense_samples(make, stored, dtype):
         out = np.full((F, len(ids)), np.nan, dtype)
         resident.fetch(ids, out)
         np.testing.assert_array_equal(out, dense[ids].T.astype(dtype))
-    kept = resident.compressed
-    np.testing.assert_array_equal(kept.dense(), dense[rows].astype(dtype))
-    assert kept.dtype == dtype and resident.nbytes == kept.nbytes + rows.nbytes
+    samples = resident.compressed
+    np.testing.assert_array_equal(samples.dense(), dense[rows].astype(dtype))
+    assert samples.dtype == dtype and resident.nbytes == samples.nbytes + rows.nbytes
     np.testing.assert_array_equal(resident.rows([39, 3, 3]).dense(), dense[[39, 3, 3]].astype(dtype))
     with pytest.raises(ValueError, match="1 ids are not resident"):
         resident.rows([2])

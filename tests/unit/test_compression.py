@@ -76,8 +76,8 @@ def test_powersgd_projects_the_mean_on_what_its_columns_span():
     mean = sum(gradient(layout, rank, 0, 3) for rank in range(3))
     compressor = results[0][1]
     assert len(compressor.matrices) == 3 and len(compressor.whole) == 10 + 8 + 4
-    for at, shape, p, _ in compressor._factors():
-        m, projected = (np.concatenate([v[run] for run in at]).reshape(shape) for v in (mean, results[0][0]))
+    for runs, shape, p, _ in compressor._factors():
+        m, projected = (np.concatenate([v[run] for run in runs]).reshape(shape) for v in (mean, results[0][0]))
         assert abs(projected - p @ p.T @ m).max() <= 1e-12
         assert abs(p.T @ p - np.eye(2)).max() <= 1e-12
     assert abs(results[0][0][compressor.whole] - mean[compressor.whole]).max() <= 1e-15
@@ -94,9 +94,9 @@ def test_powersgd_comes_to_the_best_approximation_of_a_fixed_matrix():
         return g, compressor
 
     ((g, compressor),) = together(1, work)
-    for at, shape in compressor.matrices:
+    for runs, shape in compressor.matrices:
         matrix, approximation = (
-            np.concatenate([v[run] for run in at]).reshape(shape) for v in (gradient(layout, 0, 0, 1), g)
+            np.concatenate([v[run] for run in runs]).reshape(shape) for v in (gradient(layout, 0, 0, 1), g)
         )
         best = np.sqrt((np.linalg.svd(matrix)[1][2:] ** 2).sum())
         assert np.linalg.norm(matrix - approximation) == pytest.approx(best, abs=1e-10)
@@ -118,8 +118,8 @@ def test_top_k_and_signs_contract_as_their_papers_say():
     assert topk.k == round(0.1 * layout.size)
     assert (topk.left**2).sum() <= (1 - topk.k / layout.size) * (v**2).sum()
     assert sorted(abs(topk.sent[topk.sent != 0])) == sorted(abs(v))[-topk.k :]
-    for at in tensors(layout):
-        values, residual = (np.concatenate([a[run] for run in at]) for a in (v, sign.left))
+    for runs in tensors(layout):
+        values, residual = (np.concatenate([a[run] for run in runs]) for a in (v, sign.left))
         share = 1 - abs(values).sum() ** 2 / (len(values) * (values**2).sum())
         assert (residual**2).sum() == pytest.approx(share * (values**2).sum(), rel=1e-12)
 
@@ -153,10 +153,10 @@ def test_dgc_that_sends_all_is_momentum():
         masked = DGC(group, layout, F64, density=1.0, momentum=0.9)
         sums = []
         for step in range(20):
-            both = [gradient(layout, group.rank, step, 2) for _ in range(2)]
-            unmasked.reduce(both[0])
-            masked.reduce(both[1])
-            sums.append(both)
+            gradients = [gradient(layout, group.rank, step, 2) for _ in range(2)]
+            unmasked.reduce(gradients[0])
+            masked.reduce(gradients[1])
+            sums.append(gradients)
         return sums
 
     steps, _ = together(2, work)

@@ -72,7 +72,10 @@ def test_bytes_of_collectives_are_those_of_their_algorithms(size, nbytes):
     """The bytes on a power of two of ranks are those of Thakur, Rabenseifner and Gropp (2005), table of costs."""
 
     def sent(name, root=0):
-        return [sum(p.nbytes for one in steps for p in one if p.out) for steps in all_rounds(name, size, root, nbytes)]
+        return [
+            sum(p.nbytes for messages in steps for p in messages if p.out)
+            for steps in all_rounds(name, size, root, nbytes)
+        ]
 
     ring = 2 * nbytes * (size - 1) // size
     # A ring needs an element of 8 bytes for each rank.
@@ -142,8 +145,8 @@ def test_what_is_begun_goes_on_beside_computing():
 
 def test_steps_follow_each_other():
     """The first step is left out: a rank may go on while other ranks finish that step."""
-    one = call("Allreduce", 2, seconds=1.0, nbytes=[8], number=1)
-    several = Program([one, one, one], [1, 2, 3], [0.5, 0.5, 0.5])
+    allreduce = call("Allreduce", 2, seconds=1.0, nbytes=[8], number=1)
+    several = Program([allreduce, allreduce, allreduce], [1, 2, 3], [0.5, 0.5, 0.5])
     assert step([several, several], SLOW) == pytest.approx(1 + 1 + 0.5)
 
 
@@ -170,7 +173,7 @@ def test_programs_of_alike_steps_have_the_medians_of_their_seconds():
     ones = [call("Bcast", 2, seconds=s, nbytes=[8], number=k) for k, s in enumerate((1.0, 9.0, 2.0))]
     several = Program(ones, [1, 2, 3], [0.1, 0.3, 0.2])
     typical = several.typical()
-    assert [one.seconds for one in typical.calls] == [2.0] * 3 and typical.rest == [0.2] * 3
+    assert [operation.seconds for operation in typical.calls] == [2.0] * 3 and typical.rest == [0.2] * 3
     assert Program.of(json.loads(json.dumps(several.table()))) == several
     unlike = Program([*ones[:2], call("Reduce", 2, nbytes=[8])], [1, 2, 3], [0.1, 0.3, 0.2])
     assert unlike.typical() is unlike
@@ -263,21 +266,23 @@ def test_a_rehearsal_is_what_ranks_do_together(options, ranks):
             if number == WARM:
                 first, sent = len(flight.all), method.counter.sent
             method.step(Batch(batches.ids(0, number)), config.optimization.lr)
-        calls = Counter((one.name, one.members, one.nbytes) for one in flight.operations(first))
+        calls = Counter((operation.name, operation.members, operation.nbytes) for operation in flight.operations(first))
         return calls, (method.counter.sent - sent) / steps, method.memory(), method.place()
 
     actual = run_ranks(ranks, work)
     for rehearsal, (calls, sent, memory, place) in zip(rehearsals, actual, strict=True):
         rank = rehearsal.rank
-        rehearsed = Counter((one.name, one.ranks) for one in rehearsal.program.calls if one.name != "Wait")
+        rehearsed = Counter(
+            (operation.name, operation.ranks) for operation in rehearsal.program.calls if operation.name != "Wait"
+        )
         traced = Counter()
         for (name, group, _), count in calls.items():
             if not name.startswith("Wait"):
                 traced[name, group] += count
         expanded = Counter()
         for (name, group), count in traced.items():
-            for one in ("Isend", "Irecv") if name == "Sendrecv" else (name,):
-                expanded[one, group] += count
+            for call_name in ("Isend", "Irecv") if name == "Sendrecv" else (name,):
+                expanded[call_name, group] += count
         assert rehearsed == expanded, (rank, rehearsed, expanded)
         assert (rehearsal.sent, rehearsal.memory, rehearsal.place) == (sent, memory, place)
 
@@ -326,9 +331,9 @@ def test_a_plan_says_what_would_be_faster(capsys):
         "--method psl --colocate --placement owner: a step would take 0." in out and "messages and waiting take" in out
     )
     given, *alternatives = planned(capsys, *options)["plans"]
-    fastest = min(alternatives, key=lambda one: one["ms_per_step"])
-    assert max(one["bytes_sent"] for one in fastest["ranks"]) == min(
-        max(one["bytes_sent"] for one in other["ranks"]) for other in (given, *alternatives)
+    fastest = min(alternatives, key=lambda row: row["ms_per_step"])
+    assert max(row["bytes_sent"] for row in fastest["ranks"]) == min(
+        max(row["bytes_sent"] for row in other["ranks"]) for other in (given, *alternatives)
     )
 
 
@@ -407,7 +412,7 @@ def test_simgrid_says_the_same_of_a_training(tmp_path, options, bandwidth):
 
 def evened(program, seconds):
     """The program with `seconds` of computing a step, all of them before the step's first call."""
-    calls, starts = [one._replace(seconds=0.0) for one in program.calls], [0, *program.ends[:-1]]
+    calls, starts = [operation._replace(seconds=0.0) for operation in program.calls], [0, *program.ends[:-1]]
     for start in starts:
         calls[start] = calls[start]._replace(seconds=seconds)
     return Program(calls, program.ends, [0.0] * len(program.rest))

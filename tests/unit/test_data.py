@@ -507,7 +507,7 @@ def test_cifar_pickles_in_either_order_are_read(tmp_path: Path, order: Any) -> N
 @pytest.mark.filterwarnings("ignore:.*restricted unpickler")
 @pytest.mark.parametrize("new", [b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x01", b"NNNM\xff\xffJ\xff\xff\xff\xffK\0"])
 def test_flags_and_sizes_that_a_pickle_gives_uint8_are_passed_over(tmp_path: Path, new: bytes) -> None:
-    """NumPy would use them, and then clear objects that do not exist, or read beyond its memory."""
+    """NumPy would use these flags and sizes, and clear objects that do not exist, or read beyond its memory."""
     batches = make_cifar_pickles(tmp_path)
     content, old = (tmp_path / CIFAR_NAMES[5]).read_bytes(), b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\0"
     assert content.count(old) == 1

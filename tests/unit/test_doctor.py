@@ -72,10 +72,10 @@ def test_ranks_are_measured_in_pairs(tmp_path):
     status, out, err = launch(4, "-m", "psmpi", "doctor", "--json", cwd=tmp_path)
     assert status == 0, out + err
     report = json.loads(out)
-    assert report["status"] == 0 and [one["rank"] for one in report["ranks"]] == [0, 1, 2, 3]
-    assert {(one["a"], one["b"]) for one in report["pairs"]} == {(a, b) for a in range(4) for b in range(a + 1, 4)}
-    for one in report["pairs"]:
-        assert one["same_host"] and 0 < one["latency_us"] < 1e6 and one["gigabytes_per_second"] > 0
+    assert report["status"] == 0 and [row["rank"] for row in report["ranks"]] == [0, 1, 2, 3]
+    assert {(row["a"], row["b"]) for row in report["pairs"]} == {(a, b) for a in range(4) for b in range(a + 1, 4)}
+    for row in report["pairs"]:
+        assert row["same_host"] and 0 < row["latency_us"] < 1e6 and row["gigabytes_per_second"] > 0
     assert "started 4 processes" in texts_of(report, "launcher")
 
 
@@ -225,8 +225,8 @@ def test_messages_are_timed_one_way():
 @pytest.mark.parametrize(("latency", "bandwidth"), [(1e-3, 1e8), (1e-2, 1e7), (0.1, 1e6)])
 def test_a_slow_network_ends_the_messages_early(latency, bandwidth):
     pace, spent, _ = simulated(latency, bandwidth, seconds=0.3)
-    least = 3 * 2 * (2 * latency + (1 << 16) / bandwidth + 8 / bandwidth)
-    assert pace.nbytes < SIZES[-1] and spent < max(0.6, 2 * least)
+    least_seconds = 3 * 2 * (2 * latency + (1 << 16) / bandwidth + 8 / bandwidth)
+    assert pace.nbytes < SIZES[-1] and spent < max(0.6, 2 * least_seconds)
     assert pace.latency_us == pytest.approx(1e6 * latency, rel=0.2)
 
 
@@ -252,8 +252,8 @@ def simulated(latency, bandwidth, seconds):
 def test_few_ranks_are_measured_in_all_pairs_and_many_beside_each_other():
     assert ranks.pairs_of(1) == [] and ranks.pairs_of(3) == [(0, 1), (0, 2), (1, 2)] and len(ranks.pairs_of(8)) == 28
     assert ranks.pairs_of(9) == [(k, k + 1) for k in range(8)]
-    many = ranks.pairs_of(5000)
-    assert len(set(many)) == ranks.PAIRS and all(b == a + 1 for a, b in many) and many[-1][0] > 4900
+    pairs = ranks.pairs_of(5000)
+    assert len(set(pairs)) == ranks.PAIRS and all(b == a + 1 for a, b in pairs) and pairs[-1][0] > 4900
 
 
 @pytest.mark.parametrize("size", [2, 3, 9])

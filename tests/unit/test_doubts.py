@@ -117,7 +117,7 @@ def test_values_that_are_all_the_same_are_told(tmp_path: Path) -> None:
 def test_whole_numbers_are_values_to_who_asks_for_the_squared_error(
     train: Callable[..., Any], tmp_path: Path, y: Any
 ) -> None:
-    """Without --loss squared they are refused, and the error says how to save classes."""
+    """Without --loss squared whole numbers are refused, and the error says how to save classes."""
     assert file_doubts(tmp_path / "own.npz", x=X, y=y) == []
     options = (
         "--dataset",

@@ -125,14 +125,14 @@ def test_every_element_is_alone(rule):
     rng, count, n = np.random.default_rng(4), 5, 12
     a = quadratics(count, n, rng, np.array([True, False, True, False, True]))
     together = ElementOperators(count, n, F64, rule, OPS, memory=3)
-    apart = [ElementOperators(1, n, F64, rule, OPS, memory=3) for _ in range(count)]
+    single_operators = [ElementOperators(1, n, F64, rule, OPS, memory=3) for _ in range(count)]
     for _ in range(20):
-        s, seen = rng.standard_normal((count, n)), rng.random(count) < 0.6
+        s, pushed = rng.standard_normal((count, n)), rng.random(count) < 0.6
         y = np.einsum("eij,ej->ei", a, s)
-        outcome = together.push(s, y, seen)
+        outcome = together.push(s, y, pushed)
         for e in range(count):
-            assert apart[e].push(s[e : e + 1], y[e : e + 1], seen[e : e + 1])[0] == outcome[e]
-    expected = np.concatenate([matrices(op) for op in apart])
+            assert single_operators[e].push(s[e : e + 1], y[e : e + 1], pushed[e : e + 1])[0] == outcome[e]
+    expected = np.concatenate([matrices(op) for op in single_operators])
     assert np.linalg.norm(matrices(together) - expected) <= 1e-12 * np.linalg.norm(expected)
 
 
@@ -184,12 +184,12 @@ def test_plse_changes_its_operator_with_the_curvature():
     rng, n = np.random.default_rng(8), 10
     op = ElementOperators(1, n, F64, "plse", OPS)
     s = rng.standard_normal((3, 1, n))
-    seen = np.ones(1, bool)
-    op.push(s[0], 2 * s[0], seen)
+    pushed = np.ones(1, bool)
+    op.push(s[0], 2 * s[0], pushed)
     assert not op.indefinite[0]
-    op.push(s[1], -s[1], seen)
+    op.push(s[1], -s[1], pushed)
     assert op.indefinite[0] and (op.stamps >= 0).sum() == 1
-    op.push(s[2], 3 * s[2], seen)
+    op.push(s[2], 3 * s[2], pushed)
     assert not op.indefinite[0] and (op.stamps >= 0).sum() == 1
     assert abs(matrices(op)[0] - dense([(s[2, 0], 3 * s[2, 0])], op.sigma[0], False)).max() <= 1e-14
 
@@ -198,14 +198,14 @@ def test_an_older_pair_that_no_longer_fits_is_dropped():
     """With the scale 2 of the second pair, s_1^T (y_1 - 2 s_1) = 0."""
     e = np.eye(6)[:, None]
     op = ElementOperators(1, 6, F64, "plsr1", OPS)
-    seen = np.ones(1, bool)
-    assert op.push(e[0], 2 * e[0] + e[2], seen)[0] == Outcome.UPDATED and op.sigma[0] == 2.5
-    assert op.push(e[1], e[1] + e[3], seen)[0] == Outcome.UPDATED and op.sigma[0] == 2
+    pushed = np.ones(1, bool)
+    assert op.push(e[0], 2 * e[0] + e[2], pushed)[0] == Outcome.UPDATED and op.sigma[0] == 2.5
+    assert op.push(e[1], e[1] + e[3], pushed)[0] == Outcome.UPDATED and op.sigma[0] == 2
     assert (op.stamps >= 0).sum() == 1
     assert abs(matrices(op)[0] - dense([(e[1, 0], (e[1] + e[3])[0])], 2.0, True)).max() <= 1e-14
     # The newest pair must fit; y = c s does not fit the scale c that it brings.
     before = matrices(op)
-    assert op.push(e[4], 3 * e[4], seen)[0] == Outcome.REJECTED and np.array_equal(matrices(op), before)
+    assert op.push(e[4], 3 * e[4], pushed)[0] == Outcome.REJECTED and np.array_equal(matrices(op), before)
 
 
 def test_the_relative_test_does_not_depend_on_scale():

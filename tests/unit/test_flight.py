@@ -64,7 +64,7 @@ def test_collectives_have_one_name_and_number_on_all_their_ranks():
         return from_table(to_table(world.flight, world.rank, "here"))
 
     ranks = run_ranks(3, work)
-    assert all(one.state == "computing" and one.operations[-1].ended for one in ranks)
+    assert all(record.state == "computing" and record.operations[-1].ended for record in ranks)
     by_number = {}
     for record in ranks:
         for operation in record.operations:
@@ -75,9 +75,9 @@ def test_collectives_have_one_name_and_number_on_all_their_ranks():
     assert len({group for group, _ in by_number}) == 3
     for same_call in by_number.values():
         assert len(set(same_call)) == 1 and len(same_call) == len(same_call[0][2])
-    assert [at.peer for at in ranks[1].operations if at.kind in ("Recv", "Irecv")] == [0, 0, 0]
+    assert [operation.peer for operation in ranks[1].operations if operation.kind in ("Recv", "Irecv")] == [0, 0, 0]
     # The peer is a rank of the job, not a number in the group.
-    assert [at.peer for at in ranks[0].operations if at.name == "Sendrecv"] == [2]
+    assert [operation.peer for operation in ranks[0].operations if operation.name == "Sendrecv"] == [2]
 
 
 def test_every_call_of_the_protocol_is_recorded():
@@ -130,8 +130,10 @@ def test_seconds_between_ranks_are_those_of_all_operations_and_of_no_task():
                 time.sleep(0.01)
             request = comm.Iallreduce(np.ones(1), np.empty(1))
             request.Wait()
-            ended = [one[ENDED] - one[flight.BEGUN] for one in recorder.records() if one[flight.GROUP] >= 0]
-            assert recorder.spent() == pytest.approx(sum(ended), rel=1e-9) and len(ended) == 3 * (k + 1)
+            durations = [
+                record[ENDED] - record[flight.BEGUN] for record in recorder.records() if record[flight.GROUP] >= 0
+            ]
+            assert recorder.spent() == pytest.approx(sum(durations), rel=1e-9) and len(durations) == 3 * (k + 1)
         before = recorder.spent()
         with recorder.task("another"):
             assert recorder.spent() == before

@@ -73,8 +73,8 @@ def test_one_pixel_of_any_sample_makes_another_data_set(tmp_path, save):
         x = X.copy()
         x[sample, sample % 4, sample // 4 % 4] ^= 1
         (difference,) = differences(before, identity(x))
-        kind, at, count = ("training", sample, 150) if sample < 150 else ("test", sample - 150, 50)
-        first = max(k * count // 64 for k in range(64) if k * count // 64 <= at)
+        kind, position, count = ("training", sample, 150) if sample < 150 else ("test", sample - 150, 50)
+        first = max(k * count // 64 for k in range(64) if k * count // 64 <= position)
         assert difference.startswith(f"other values in the {kind} samples {first}"), (sample, difference)
 
 

@@ -85,12 +85,12 @@ def test_passes_that_are_open_at_once_keep_apart(name):
     network = make(name)
     layout, w, x, d = random_problem(network, batch=9)
     slices, expected = [slice(0, 2), slice(2, 6), slice(4, 9)], []
-    for at in slices:
+    for columns in slices:
         model = make_model(network, layout, w)
-        model.backward(model.forward(np.ascontiguousarray(x[:, at])), d[..., at].copy())
+        model.backward(model.forward(np.ascontiguousarray(x[:, columns])), d[..., columns].copy())
         expected.append(model.g)
     model = make_model(network, layout, w)
-    tapes = [model.forward(np.ascontiguousarray(x[:, at]), model.open(9)) for at in slices]
+    tapes = [model.forward(np.ascontiguousarray(x[:, columns]), model.open(9)) for columns in slices]
     for k in (1, 0, 2):
         model.backward(tapes[k], d[..., slices[k]].copy())
         assert np.array_equal(model.g, expected[k])

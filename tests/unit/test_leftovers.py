@@ -49,12 +49,18 @@ def dead():
 def test_segments_of_the_dead_go_and_others_stay(places):
     memory, folder = places
     left = ["mpich_shm_1007cfc0_0", "mpich_shm_121d_0", f"sm_segment.{HERE}.{USER}.35fa0000.0", "ucx_shm_posix_3f2a"]
-    kept = ["mpich_shm_zz_0", "mpich_shm_12_0.txt", "sem.mpich_shm_1_0", f"sm_segment.elsewhere.{USER}.35fa0000.0", "a"]
-    segments(memory, *left, *kept, "mpich_shm_aa_0")
+    staying = [
+        "mpich_shm_zz_0",
+        "mpich_shm_12_0.txt",
+        "sem.mpich_shm_1_0",
+        f"sm_segment.elsewhere.{USER}.35fa0000.0",
+        "a",
+    ]
+    segments(memory, *left, *staying, "mpich_shm_aa_0")
     (memory / "mpich_shm_bb_0").symlink_to(memory / "a")
     with open(memory / "mpich_shm_aa_0", "r+b") as file, mmap.mmap(file.fileno(), 4096):
         assert remove_leftovers(memory, folder) == (4, 4 * 4096)
-        assert sorted(os.listdir(memory)) == sorted([*kept, "mpich_shm_aa_0", "mpich_shm_bb_0"])
+        assert sorted(os.listdir(memory)) == sorted([*staying, "mpich_shm_aa_0", "mpich_shm_bb_0"])
     assert remove_leftovers(memory, folder) == (1, 4096)
 
 

@@ -113,7 +113,8 @@ def test_samples_add_up_whatever_the_dtype_and_the_buffers_before(name, dtype):
     assert value == pytest.approx(make_loss(name, F64, kappa=2.0)(scores.astype(F64), labels, 0.5), rel=1e-14)
     parts = [np.empty((10, 1)), np.empty((10, 15))]
     part_values = [
-        loss(scores[:, at], labels[at], 0.5, part) for at, part in zip((slice(0, 1), slice(1, 16)), parts, strict=True)
+        loss(scores[:, samples], labels[samples], 0.5, part)
+        for samples, part in zip((slice(0, 1), slice(1, 16)), parts, strict=True)
     ]
     assert sum(part_values) == pytest.approx(value, rel=1e-14)
     np.testing.assert_allclose(np.concatenate(parts, axis=1), grad, rtol=1e-14)

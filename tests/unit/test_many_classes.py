@@ -96,12 +96,12 @@ def test_layouts_are_those_that_units_one_by_one_have(network, data):
     names = [p.name for p in layout.parameters]
     named = data.draw(st.sets(st.sampled_from(names)))
     pieces = [
-        (at, (last - first) * layout.parameters[k].unit_size)
+        (offset, (last - first) * layout.parameters[k].unit_size)
         for *_, parts in blocks
-        for k, first, last, at in parts
+        for k, first, last, offset in parts
         if names[k] in named
     ]
-    assert layout.runs_of_parameters(named) == Runs.union((at, at + size) for at, size in pieces)
+    assert layout.runs_of_parameters(named) == Runs.union((offset, offset + size) for offset, size in pieces)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -153,10 +153,10 @@ def test_subnetworks_compute_with_the_same_segments(network, data):
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(1, 3), st.booleans()), max_size=12), st.data())
 def test_users_are_the_same_runs_however_they_were_put_together(units, data):
     """Runs of single classes and of pairs of classes join alike in any grouping."""
-    runs, at = [], 0
+    runs, start = [], 0
     for c, count, single in units:
-        runs.append((at, at + count, Each(c, c + 1) if single else Classes(((c, c + 2),))))
-        at += count
+        runs.append((start, start + count, Each(c, c + 1) if single else Classes(((c, c + 2),))))
+        start += count
     cuts = sorted(data.draw(st.sets(st.integers(0, len(runs)))))
     parts = [joined(runs[a:b]) for a, b in zip([0, *cuts], [*cuts, len(runs)], strict=True)]
     at_once = joined(runs)
@@ -256,9 +256,9 @@ def as_version_1(path):
             step = (b["stop"] - b["start"]) // count
             for k in range(count):
                 start, pieces = b["start"] + k * step, []
-                for p, first, last, at in b["pieces"]:
+                for p, first, last, offset in b["pieces"]:
                     units = (last - first) // count
-                    pieces.append([p, first + k * units, first + (k + 1) * units, at + k * step])
+                    pieces.append([p, first + k * units, first + (k + 1) * units, offset + k * step])
                 own = [classes[k]] if count > 1 else classes
                 blocks.append({"classes": own, "start": start, "stop": start + step, "pieces": pieces})
         layout["blocks"] = blocks

@@ -44,7 +44,7 @@ def test_the_largest_scores_are_those_of_a_sort_whoever_finds_them(cuts, dtype):
     scores[[5, 30], 0], scores[:, 1], scores[7, 2] = np.nan, -np.inf, np.inf
     expected = [sorted(range(40), key=lambda k: (-np.nan_to_num(column[k], nan=np.inf), k))[:5] for column in scores.T]
     parts = [largest(part, 5) for part in np.split(scores, cuts)]
-    numbers = [first + at for first, (_, at) in zip([0, *cuts], parts, strict=True)]
+    numbers = [first + positions for first, (_, positions) in zip([0, *cuts], parts, strict=True)]
     values, classes = largest(np.concatenate([part_values for part_values, _ in parts]), 5, np.concatenate(numbers))
     assert classes.T.tolist() == expected and values.dtype == dtype
     assert np.array_equal(values, np.take_along_axis(scores, np.array(expected).T, axis=0), equal_nan=True)
@@ -59,7 +59,9 @@ def test_five_classes_have_no_top_5():
 def test_sums_over_samples_add_up_whoever_makes_them():
     scores, labels = problem(10)
     metric = Metric(make_loss("logistic", F32), 10)
-    shares = [metric.sums(scores[:, at], labels[at]) for at in (slice(0, 70), slice(70, 71), slice(71, 200))]
+    shares = [
+        metric.sums(scores[:, samples], labels[samples]) for samples in (slice(0, 70), slice(70, 71), slice(71, 200))
+    ]
     assert np.array_equal(sum(shares, metric.zeros())[1:], metric.sums(scores, labels)[1:])
     assert metric.scores(sum(shares))["loss"] == pytest.approx(metric.scores(metric.sums(scores, labels))["loss"])
 

@@ -96,19 +96,19 @@ def test_shards_of_whole_matrices_step_as_the_whole_vector(dtype, ops):
     optimizer = make_optimizer("muon", n, dtype, Hyper(weight_decay=0.1), ops, matrices=matrices)
     for g in gradients:
         optimizer.step(full_w, g.copy(), 0.1, no_sum)
-    for at in shards:
-        inside = [m for m in matrices if at.start <= m.start < at.stop]
-        local = [Matrix(m.start - at.start, m.rows, m.columns) for m in inside]
+    for span in shards:
+        inside = [m for m in matrices if span.start <= m.start < span.stop]
+        local = [Matrix(m.start - span.start, m.rows, m.columns) for m in inside]
         shard_optimizer = make_optimizer(
-            "muon", at.stop - at.start, dtype, Hyper(weight_decay=0.1), ops, matrices=local
+            "muon", span.stop - span.start, dtype, Hyper(weight_decay=0.1), ops, matrices=local
         )
 
         def fail(values):
             raise AssertionError("a matrix is stepped by its owner alone")
 
         for g in gradients:
-            shard_optimizer.step(sharded_w[at], g[at].copy(), 0.1, fail)
-    # A fused pass rounds the last elements of a run otherwise.
+            shard_optimizer.step(sharded_w[span], g[span].copy(), 0.1, fail)
+    # A fused pass rounds the last elements of a run differently.
     np.testing.assert_allclose(sharded_w, full_w, rtol=0, atol=1e-6 if dtype == np.float32 else 1e-14)
     for matrix in matrices:
         assert np.array_equal(sharded_w[matrix.place], full_w[matrix.place])
@@ -141,8 +141,8 @@ def test_a_step_of_matrices_allocates_no_matrix():
     tracemalloc.stop()
     assert peak < 200_000
     # Two vectors, two matrices and two squares of the largest size, and the chunks of the rest.
-    held = sum(array.nbytes for array in optimizer.arrays)
-    assert held == 4 * (2 * n + 2 * 150_000 + 2 * 300**2) + optimizer.scratch.nbytes
+    state_bytes = sum(array.nbytes for array in optimizer.arrays)
+    assert state_bytes == 4 * (2 * n + 2 * 150_000 + 2 * 300**2) + optimizer.scratch.nbytes
 
 
 @pytest.mark.parametrize("matrices", [[Matrix(0, 3, 4), Matrix(11, 2, 2)], [Matrix(15, 2, 3)], [Matrix(-1, 2, 3)]])

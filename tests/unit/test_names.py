@@ -52,7 +52,7 @@ def test_labels_are_numbered_in_their_order(tmp_path: Path, end: str, y: Any, na
     assert split.names == names and split.labels.dtype == np.int64
     if names:
         assert [names[k] for k in split.labels] == [
-            one.decode() if isinstance(one, bytes) else str(one) for one in y.tolist()
+            label.decode() if isinstance(label, bytes) else str(label) for label in y.tolist()
         ]
         assert distinct <= set(names)
     else:

@@ -49,13 +49,13 @@ def brute(layers, owners):
 def test_the_volume_is_that_of_sets(mode, parts):
     layers = network()
     owners = cut(layers, parts, mode)
-    assert [one.dtype for one in owners] == [np.int32] * 4 and [len(one) for one in owners] == [40, 30, 50, 20]
+    assert [own.dtype for own in owners] == [np.int32] * 4 and [len(own) for own in owners] == [40, 30, 50, 20]
     volume = measure(layers, owners, parts)
     km1, edges, sends, receives = brute(layers, owners)
     assert (volume.km1, volume.edge_cut) == (km1, edges)
     assert volume.sends.tolist() == [sends.get(part, 0) for part in range(parts)]
     assert volume.receives.tolist() == [receives.get(part, 0) for part in range(parts)]
-    assert volume.work.sum() == sum(one.size + one.rows for one in layers)
+    assert volume.work.sum() == sum(layer.size + layer.rows for layer in layers)
     assert (volume.km1 == 0) == (parts == 1)
 
 

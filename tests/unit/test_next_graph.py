@@ -79,12 +79,12 @@ def test_a_file_has_links_of_its_own(tmp_path):
 def test_every_sample_is_of_one_agent():
     dataset = open_dataset("digits", "")
     labels = dataset.train.labels
-    for how in ("iid", "sorted", "skewed:2"):
-        dealt = deal_samples(dataset, 8, how, 0)
+    for dealing in ("iid", "sorted", "skewed:2"):
+        dealt = deal_samples(dataset, 8, dealing, 0)
         assert np.array_equal(np.sort(np.concatenate(dealt)), np.arange(dataset.train.n))
         kinds = [len(np.unique(labels[ids])) for ids in dealt]
         # A piece of a sixteenth of the samples, sorted by class, has two classes at most.
-        assert min(kinds) == 10 if how == "iid" else max(kinds) <= {"sorted": 3, "skewed:2": 4}[how]
+        assert min(kinds) == 10 if dealing == "iid" else max(kinds) <= {"sorted": 3, "skewed:2": 4}[dealing]
 
 
 def test_minima_of_convex_models():

@@ -85,9 +85,9 @@ def solved(jacobian, name, terms, blocks, cores=1, tau=0.5, scale=0.1):
 
     correction = y - slope(value, np.zeros(w.size))
     gradient = np.zeros(w.size)
-    for at in inner.blocks:
-        block_slope = slope(lambda d, at=at: value(d, at), x - w)
-        gradient[at] = block_slope[at] + correction[at]
+    for block in inner.blocks:
+        block_slope = slope(lambda d, at=block: value(d, at), x - w)
+        gradient[block] = block_slope[block] + correction[block]
     return w, x, gradient
 
 

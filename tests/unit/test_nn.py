@@ -466,12 +466,12 @@ def test_blocks_that_do_not_fit_are_named(table, says):
 
 def test_evaluations_take_the_same_minibatches_on_any_number_of_ranks():
     plain, normalized = (make_network("mlp", (1, 8, 8), 10, batch_norm=on) for on in (False, True))
-    assert [at.stop - at.start for at in plain.evaluation_batches(250)] == [100, 100, 50]
+    assert [batch.stop - batch.start for batch in plain.evaluation_batches(250)] == [100, 100, 50]
     for n, count in ((1, 1), (999, 1), (1500, 2), (10_000, 10), (10_001, 10)):
         batches = normalized.evaluation_batches(n)
-        sizes = [at.stop - at.start for at in batches]
+        sizes = [batch.stop - batch.start for batch in batches]
         assert len(sizes) == count and sum(sizes) == n and max(sizes) - min(sizes) <= 1
-        assert [at.start for at in batches[1:]] == [at.stop for at in batches[:-1]]
+        assert [batch.start for batch in batches[1:]] == [batch.stop for batch in batches[:-1]]
 
 
 def test_radix_networks_are_mixed_radix_systems_behind_a_random_layer():

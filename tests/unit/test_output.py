@@ -101,7 +101,7 @@ TRAIN = [sys.executable, "-m", "psmpi.train", "--epochs", "2", "--batch-size", "
 
 @pytest.mark.parametrize("sink", [unread, full, None])
 def test_training_outlives_its_standard_output(sink, tmp_path):
-    """Standard output is a pipe without a reader, a full disk, or closed, and with it standard error."""
+    """Standard output is a pipe without a reader, a full disk, or closed together with standard error."""
     command = TRAIN if sink else ["sh", "-c", '"$@" >&- 2>&- <&-', "sh", *TRAIN]
     with sink() if sink else open(os.devnull) as file:
         process = subprocess.run(

@@ -100,9 +100,9 @@ def test_the_chained_rosenbrock_function_has_the_minimiser_that_scipy_finds(rule
     runs = [(k, k + 2) for k in range(n - 1)]
     # A region of the smallest radius lets a gradient be that radius times the largest curvature, here about 1,000:
     # steps along it are rejected where the model is wrong, and a rejected step mends no model.
-    least = 1e-8 if search else 1e3 * SMALLEST
+    tolerance = 1e-8 if search else 1e3 * SMALLEST
     x, taken = partitioned(
-        rosenbrock, runs, start, rule, 2000, search=search, done=lambda g: np.linalg.norm(g) <= least
+        rosenbrock, runs, start, rule, 2000, search=search, done=lambda g: np.linalg.norm(g) <= tolerance
     )
     expected = minimize(rosen, start, jac=rosen_der, method="L-BFGS-B", options={"maxiter": 5000, "gtol": 1e-10})
     assert taken < 2000 and rosen(x) <= rosen(expected.x) + 1e-10

@@ -171,9 +171,9 @@ def test_restrict_and_accumulate_are_adjoint(which, seed):
 @given(intervals, intervals)
 def test_a_vector_inside_another_is_the_same_slice(first, second):
     a, b = Runs.union(first), Runs.union(second)
-    at, w = a.inside(b), np.arange(60)
-    if at is not None:
-        assert restrict(w, b)[at].tolist() == restrict(w, a).tolist()
+    place, w = a.inside(b), np.arange(60)
+    if place is not None:
+        assert restrict(w, b)[place].tolist() == restrict(w, a).tolist()
 
 
 @given(st.integers(2, 12), st.integers(1, 60), st.integers(0, 6))

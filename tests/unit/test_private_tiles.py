@@ -221,7 +221,7 @@ def test_tests_count_as_with_all_classes_at_once(name, backend, tile):
         return
     # A BLAS may give classes with the same weights other bits, by their places in a product: ties may fall either way.
     own_scores = all_scores[labels, np.arange(40)]
-    above, near_or_above = (np.count_nonzero(all_scores > own_scores + by, axis=0) for by in (1e-4, -1e-4))
+    above, near_or_above = (np.count_nonzero(all_scores > own_scores + shift, axis=0) for shift in (1e-4, -1e-4))
     for count, top in zip(tiled_sums[1:], (1, 5), strict=False):
         assert np.count_nonzero(near_or_above - 1 < top) <= count <= np.count_nonzero(above < top)
     assert tiled_sums[3] == 40

@@ -20,13 +20,13 @@ def by_parts(scores, labels, cuts, scale=0.5, divisors=None, **settings):
     """Value and derivatives of psl on ranks with cuts[k] classes each, which exchange sums."""
     spans = [slice(a, b) for a, b in pairwise(np.cumsum([0, *cuts]).tolist())]
     losses = [make_loss("psl", F64, **settings) for _ in cuts]
-    label = sum(loss.summarize(scores[at], labels - at.start) for loss, at in zip(losses, spans, strict=True))
+    label = sum(loss.summarize(scores[span], labels - span.start) for loss, span in zip(losses, spans, strict=True))
     value, grad, rests = 0.0, np.full(scores.shape, np.nan), np.zeros((len(cuts), len(labels)))
-    for loss, at, rest in zip(losses, spans, rests, strict=True):
+    for loss, span, rest in zip(losses, spans, rests, strict=True):
         loss.divisors = divisors
-        value += loss.terms(scores[at], labels - at.start, scale, label, grad[at], rest)
-    for loss, at in zip(losses, spans, strict=True):
-        value += loss.close(grad[at], labels - at.start, rests.sum(axis=0), scale)
+        value += loss.terms(scores[span], labels - span.start, scale, label, grad[span], rest)
+    for loss, span in zip(losses, spans, strict=True):
+        value += loss.close(grad[span], labels - span.start, rests.sum(axis=0), scale)
     return value, grad
 
 
@@ -78,12 +78,12 @@ def test_derivatives_of_remembered_psl_match_central_differences_of_its_value():
     scores, labels = problem(batch=5)
     r, h = np.array([1.0, 1.5, 4.0, 30.0, 2000.0]), 1e-6
     _, grad, *_ = weighed(scores, labels, r)
-    for at in np.ndindex(scores.shape):
+    for index in np.ndindex(scores.shape):
         moved = scores.copy()
-        moved[at] += h
+        moved[index] += h
         above = weighed(moved, labels, r)[0]
-        moved[at] -= 2 * h
-        assert abs((above - weighed(moved, labels, r)[0]) / (2 * h) - grad[at]) <= 1e-8
+        moved[index] -= 2 * h
+        assert abs((above - weighed(moved, labels, r)[0]) / (2 * h) - grad[index]) <= 1e-8
 
 
 @pytest.mark.parametrize("cuts", [(5, 5), (3, 0, 2, 5), (1,) * 10], ids=str)
@@ -127,7 +127,10 @@ def test_a_device_leaves_weighed_samples_to_its_host():
             return print
 
     assert make_loss("psl", F32).fused(Device()) is not None
-    assert [make_loss("psl", F32, weights=one).fused(Device()) for one in ("remembered", "current")] == [None, None]
+    assert [make_loss("psl", F32, weights=weights).fused(Device()) for weights in ("remembered", "current")] == [
+        None,
+        None,
+    ]
 
 
 def test_weighed_samples_are_hopeless_where_many_terms_are_beyond_what_float64_holds():

@@ -126,7 +126,7 @@ def same(actual, expected):
 
 
 def ragged(steps, batch):
-    """Lengths of samples, each one from 0 to all where there are enough of them."""
+    """Lengths of samples; with enough samples every length from 0 to `steps` occurs."""
     return ((np.arange(batch) + 2) % (steps + 1)).astype(np.int32)
 
 
@@ -141,14 +141,14 @@ def test_gradients_match_central_differences(steps, chunk, lengths, kind):
     for name in ("x", "w", "b", "u", "bias", "before"):
         gradient = gradients[name]
         for _ in range(8):
-            at = tuple(int(rng.integers(n)) for n in gradient.shape)
+            index = tuple(int(rng.integers(n)) for n in gradient.shape)
             values = []
             for size in (1e-5, -1e-5):
                 moved = p.copy()
-                getattr(moved, name)[at] += size
+                getattr(moved, name)[index] += size
                 values.append(value(kind, moved, own_lengths, chunk))
             difference = (values[0] - values[1]) / 2e-5
-            assert abs(difference - gradient[at]) <= 1e-7 * max(1, abs(gradient).max()), (name, at)
+            assert abs(difference - gradient[index]) <= 1e-7 * max(1, abs(gradient).max()), (name, index)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -103,9 +103,9 @@ def test_a_name_is_taken_once(monkeypatch):
     assert register(Mine) is Mine and find_method("mine") is Mine
     # The same class again, as where a program is imported twice.
     register(Mine)
-    other = type("Theirs", (Method,), {"name": "mine"})
+    other_class = type("Theirs", (Method,), {"name": "mine"})
     with pytest.raises(ValueError, match="called mine is there already"):
-        register(other)
+        register(other_class)
     with pytest.raises(ValueError, match="called psl is there already"):
         register(type("Mine", (Method,), {"name": "psl"}))
 

@@ -133,9 +133,9 @@ def test_the_end_says_where_things_are_and_what_to_type_next():
 
 def test_a_stopped_run_says_by_what_and_how_to_go_on():
     progress = Progress(step=77, epoch=1, rows=tuple(rows("test_accuracy", [0.5])))
-    for signal, by in (("SIGINT", " by SIGINT"), ("", "")):
+    for signal, reason in (("SIGINT", " by SIGINT"), ("", "")):
         assert stopped(config(), progress, signal, words) == [
-            f"stopped{by} after step 77, and saved in runs/a b",
+            f"stopped{reason} after step 77, and saved in runs/a b",
             "best and last test accuracy 50.00 % (epoch 1)",
             "go on:   train True --resume auto --out 'runs/a b'",
         ]

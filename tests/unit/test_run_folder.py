@@ -90,7 +90,7 @@ def test_unnamed_folders_of_one_second_are_apart(tmp_path, messages, monkeypatch
         thread.start()
     for thread in threads:
         thread.join()
-    assert {str(one.path) for one in folders} == {
+    assert {str(folder.path) for folder in folders} == {
         "runs/now-digits-mlp",
         *(f"runs/now-digits-mlp-{k}" for k in range(2, 9)),
     }

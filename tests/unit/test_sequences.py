@@ -129,12 +129,12 @@ def test_bad_sequences_are_refused(tmp_path, arrays, parts):
 
 def test_what_lies_behind_the_ends_is_not_looked_at(tmp_path):
     """Padding of NaN, or of numbers that are no tokens, changes nothing."""
-    wild, padding = X.copy(), np.arange(T) >= LENGTHS[:, None]
-    wild[padding] = np.nan
-    splits = [open_split(save(tmp_path, x=x, y=Y, lengths=LENGTHS), None, "all") for x in (wild, X)]
+    nan_padded, padding = X.copy(), np.arange(T) >= LENGTHS[:, None]
+    nan_padded[padding] = np.nan
+    splits = [open_split(save(tmp_path, x=x, y=Y, lengths=LENGTHS), None, "all") for x in (nan_padded, X)]
     buffers = [np.empty((T * F, N), np.float32) for _ in splits]
     Resident(splits[1], np.arange(N), np.float32).fetch(np.arange(N), buffers[1])
-    np.savez(tmp_path / "wild.npz", x=wild, y=Y, lengths=LENGTHS)
+    np.savez(tmp_path / "wild.npz", x=nan_padded, y=Y, lengths=LENGTHS)
     wild_split = open_split(str(tmp_path / "wild.npz"), None, "all")
     Resident(wild_split, np.arange(N), np.float32).fetch(np.arange(N), buffers[0])
     np.testing.assert_array_equal(buffers[0], buffers[1])
@@ -172,8 +172,8 @@ def test_images_are_sequences_of_rows_or_pixels(tmp_path):
     np.testing.assert_array_equal(step, colours[2, :, 1].reshape(-1))
     for _, piece in train.pieces(np.array([2])):
         np.testing.assert_array_equal(piece.reshape(18, 4)[:, 1], step)
-    for name, said in (("digits:columns", "digits:rows or digits:pixels"), (f"{path}:rows:rows", "are no images")):
-        with pytest.raises(UserError, match=said):
+    for name, message in (("digits:columns", "digits:rows or digits:pixels"), (f"{path}:rows:rows", "are no images")):
+        with pytest.raises(UserError, match=message):
             open_dataset(name, None)
 
 
@@ -322,8 +322,8 @@ def test_networks_of_sequences_say_what_does_not_fit():
         (lambda: build("custom", (3, 5), [{"type": "embedding", "vocabulary": 3, "units": 2}, LAST, dense(3)], 3),
          "needs tokens"),
     ]  # fmt: skip
-    for make_it, said in bad:
-        with pytest.raises(UserError, match=said.replace("{", r"\{").replace("}", r"\}")):
+    for make_it, message in bad:
+        with pytest.raises(UserError, match=message.replace("{", r"\{").replace("}", r"\}")):
             make_it()
 
 

@@ -173,10 +173,10 @@ def test_what_others_have_where_the_gradient_is_0_stays():
 
     thread = threading.Thread(target=adds)
     thread.start()
-    odd = np.zeros(4096)
-    odd[1::2] = 1
+    odd_ones = np.zeros(4096)
+    odd_ones[1::2] = 1
     for _ in range(2000):
-        CompiledOps().add_shared(w, odd, 1.0, False)
+        CompiledOps().add_shared(w, odd_ones, 1.0, False)
     stop.set()
     thread.join()
     assert (w[1::2] == 2000).all()

@@ -71,7 +71,7 @@ def test_any_number_of_threads_gives_the_same_bits_and_wrong_arrays_are_refused(
         results.append(arrays)
         with pytest.raises(ValueError, match="cannot be multiplied"):
             product.forward(w, x[1:], arrays[0])
-    assert all(np.array_equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+    assert all(np.array_equal(a, b) for repeated in results[1:] for a, b in zip(results[0], repeated, strict=True))
 
 
 def test_a_radix_layer_is_the_sum_of_powers_of_a_cyclic_permutation():

@@ -42,7 +42,7 @@ def rank(number, state, *operations, seconds=100.0, **fields):
 def named(*ranks, warn=60.0, **options):
     """The ranks that are waited for, or None."""
     finding = diagnose(ranks, warn, **options)
-    return None if finding is None else [one.rank for one in finding.culprits]
+    return None if finding is None else [culprit_rank.rank for culprit_rank in finding.culprits]
 
 
 @pytest.mark.parametrize("state", [SILENT, COMPUTING, BUSY])
@@ -54,7 +54,7 @@ def test_whoever_is_not_in_the_call_is_waited_for(state, culprit):
         for k in range(3)
     ]
     finding = diagnose(ranks, 60.0)
-    assert [one.rank for one in finding.culprits] == [culprit] and finding.seconds == 100.0
+    assert [culprit_rank.rank for culprit_rank in finding.culprits] == [culprit] and finding.seconds == 100.0
     text = "\n".join(describe(finding, 1e9))
     assert f"rank {culprit} on host" in text.splitlines()[0]
     waiting = [k for k in range(3) if k != culprit]
@@ -155,8 +155,8 @@ def test_no_states_of_three_ranks_are_beyond_it():
     for combination in itertools.product(states, repeat=3):
         ranks = [state(k) for k, state in enumerate(combination)]
         finding = diagnose(ranks, 60.0)
-        assert all(one.state != WAITING for one in (finding.culprits if finding else ()))
-        assert not any(one.state == SILENT for one in ranks) or finding.culprits
+        assert all(candidate.state != WAITING for candidate in (finding.culprits if finding else ()))
+        assert not any(candidate.state == SILENT for candidate in ranks) or finding.culprits
         assert finding is None or describe(finding, 1e9)
 
 

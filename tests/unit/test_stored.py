@@ -139,7 +139,7 @@ def test_virtual_sources_are_looked_for_where_hdf5_does(tmp_path: Path, monkeypa
         with write(tmp_path / folder / "own.h5", "x") as file:
             virtual(file, "x", names, 20)
     rows = np.arange(20)
-    # By an absolute name and, when that is gone, by the last part of it beside the file.
+    # Sources are found by an absolute name or, if that file is missing, by its last part beside the virtual file.
     assert np.array_equal(opened(str(tmp_path / "far" / "own.h5"), None).train.read(rows), X)
     (tmp_path / "far").rename(tmp_path / "moved")
     assert np.array_equal(opened(str(tmp_path / "moved" / "own.h5"), None).train.read(rows), X)
@@ -301,9 +301,9 @@ def test_virtual_arrays_behind_a_link_are_beside_their_own_sources(tmp_path: Pat
 
 
 def test_virtual_arrays_in_a_circle_are_refused(tmp_path: Path) -> None:
-    for name, other in (("own.h5", "other.h5"), ("other.h5", "own.h5")):
+    for name, source in (("own.h5", "other.h5"), ("other.h5", "own.h5")):
         with write(tmp_path / name, "x") as file:
-            virtual(file, "x", {other: 20}, 20, "x")
+            virtual(file, "x", {source: 20}, 20, "x")
     with pytest.raises(UserError, match=r"(own|other)\.h5: x is virtual, of virtual arrays without end"):
         opened(str(tmp_path / "own.h5"), None)
 
@@ -341,7 +341,7 @@ def test_links_to_other_files_are_followed_or_named(tmp_path: Path) -> None:
 
 
 def test_a_filter_that_is_not_installed_is_named(tmp_path: Path) -> None:
-    """The filter is optional, so that HDF5 makes the array, and its one chunk says that it was used."""
+    """The filter is optional, so that HDF5 makes the array, and the mask of the chunk says that the filter was used."""
     if h5py.h5z.filter_avail(32013):
         pytest.skip("this HDF5 has the filter zfp")
     path = tmp_path / "own.h5"
@@ -374,9 +374,9 @@ def test_a_file_that_is_being_written_is_told_so(tmp_path: Path) -> None:
 def test_a_wrong_checksum_of_a_chunk_is_damage(tmp_path: Path) -> None:
     with write(tmp_path / "own.h5", "x") as file:
         file.create_dataset("x", data=X, chunks=X.shape, fletcher32=True)
-        at = file["x"].id.get_chunk_info(0).byte_offset
+        offset = file["x"].id.get_chunk_info(0).byte_offset
     content = bytearray((tmp_path / "own.h5").read_bytes())
-    content[at + 5] ^= 4
+    content[offset + 5] ^= 4
     (tmp_path / "own.h5").write_bytes(content)
     data = opened(str(tmp_path / "own.h5"), None)
     with pytest.raises(UserError, match=r"own\.h5: the file is damaged .*filter returned failure"):

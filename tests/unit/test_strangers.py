@@ -77,8 +77,8 @@ def good(tmp_path: Path) -> Path:
 
 
 def external_link(file: h5py.File, private: Path) -> None:
-    with h5py.File(private, "a") as other:
-        other.create_dataset("right", data=file["weights/dense1.bias"][...] + 42, chunks=True)
+    with h5py.File(private, "a") as private_file:
+        private_file.create_dataset("right", data=file["weights/dense1.bias"][...] + 42, chunks=True)
     del file["weights/dense1.bias"]
     file["weights/dense1.bias"] = h5py.ExternalLink(str(private), "/right")
 
@@ -582,7 +582,7 @@ ROWS = {
 
 @pytest.mark.parametrize("kind", ROWS)
 def test_rows_of_runs_are_rows_of_numbers(tmp_path: Path, kind: str) -> None:
-    content, said = ROWS[kind]
+    content, message = ROWS[kind]
     path = tmp_path / "metrics.jsonl"
     if content is None:
         os.mkfifo(path)
@@ -590,7 +590,7 @@ def test_rows_of_runs_are_rows_of_numbers(tmp_path: Path, kind: str) -> None:
         path.write_bytes(content)
         if not content:
             os.truncate(path, 1 << 30)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         plot((str(tmp_path),), out=tmp_path / "a.png")
     with pytest.raises(DamagedError, match=r"holds no operations"):
         read_flights(path)

@@ -157,15 +157,15 @@ def test_a_packed_text_that_repeats_itself_is_not_unpacked_to_its_end(tmp_path, 
 
 
 def test_the_operations_on_all_bytes_agree_with_those_line_by_line():
-    """On texts with one or two bytes changed both give the same samples, or both refuse."""
+    """On texts with one or two bytes changed both readers give the same samples, or both refuse."""
     rng, refused = np.random.default_rng(0), 0
-    odd = [*b"0123456789+-.eE:# \t\n,nx\x7f", 200]
+    replacements = [*b"0123456789+-.eE:# \t\n,nx\x7f", 200]
     for trial in range(4000):
         text = bytearray(random_text(4, 6, seed=trial % 50, share=0.5)[0].encode())
         if trial % 3:
             text = text.replace(b"0.", b"4e-1")
         for _ in range(1 + trial % 2):
-            text[rng.integers(len(text) - 1)] = odd[rng.integers(len(odd))]
+            text[rng.integers(len(text) - 1)] = replacements[rng.integers(len(replacements))]
         plain = svmtext.COMMENT.sub(b"", bytes(text))
         fast_rows = svmtext.fast(plain)
         try:
@@ -261,10 +261,12 @@ def test_predicted_texts_are_numbered_as_those_that_were_trained_on(tmp_path):
         open_split(write(tmp_path, "1 1:3\n2 2:1\n", "new.svm"), None, "all", numbering=trained)
     with pytest.raises(UserError, match="found the index 0, and what the network was trained on has features numbered"):
         open_split(write(tmp_path, "1 0:3\n", "new.svm"), None, "all", numbering=trained)
-    many = Numbering(0, (1,), 9)
-    assert open_split(write(tmp_path, "3 1:3\n", "new.svm"), None, "all", numbering=many).labels.tolist() == [2]
+    class_numbers = Numbering(0, (1,), 9)
+    assert open_split(write(tmp_path, "3 1:3\n", "new.svm"), None, "all", numbering=class_numbers).labels.tolist() == [
+        2
+    ]
     with pytest.raises(UserError, match="sample 0 has the label -2; what the network was trained on has labels from 1"):
-        open_split(write(tmp_path, "-2 1:3\n", "new.svm"), None, "all", numbering=many)
+        open_split(write(tmp_path, "-2 1:3\n", "new.svm"), None, "all", numbering=class_numbers)
     table = identify(open_dataset(str(tmp_path / "own.svm"), None)).table()
     assert Identity.of(table).numbering == trained and table["numbering"] == {"first": 1, "labels": [-1, 1]}
     zero = Identity.of({**table, "numbering": {"first": 0, "labels": [-1, 1]}})
@@ -286,8 +288,8 @@ def test_a_text_is_trained_on_predicted_and_gone_on_with(tmp_path):
     for name, rows, zeros in (("few.svm", np.flatnonzero(labels > 0)[:9], False), ("none.svm", np.arange(7), True)):
         lines = [f"0 {line.split(' ', 1)[1]}" if zeros else line for line in text.splitlines()]
         write(tmp_path, "\n".join(" ".join(lines[k].split()[:3]) for k in rows), name)
-        few = open_split(str(tmp_path / name), None, "all", numbering=Numbering(1, (-1, 1), 30))
-        np.savez(tmp_path / "few.npz", x=few.compressed.dense(), y=np.maximum(labels[rows], 0))
+        text_samples = open_split(str(tmp_path / name), None, "all", numbering=Numbering(1, (-1, 1), 30))
+        np.savez(tmp_path / "few.npz", x=text_samples.compressed.dense(), y=np.maximum(labels[rows], 0))
         scores = []
         for data in (name, "few.npz"):
             status, stdout, err = run(

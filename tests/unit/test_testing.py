@@ -31,7 +31,7 @@ def test_a_rank_that_raises_ends_the_others():
 
 
 def test_ranks_compute_without_warnings_of_numbers():
-    """As in training; other warnings are errors in tests."""
+    """Overflow does not warn on ranks, as in training; elsewhere in tests warnings are errors."""
     products = run_ranks(2, lambda world: np.float32([3e38]) * np.float32(world.rank + 10))
     assert np.isinf(products).all()
 
@@ -127,12 +127,12 @@ def test_messages_of_one_tag_come_in_the_order_of_their_receives():
 def test_groups_have_collectives_of_their_own():
     def work(world):
         group = Group(world, [2, 0], Counter())
-        other = Group(world, [1, 0], Counter())
+        other_group = Group(world, [1, 0], Counter())
         value = np.full(1, 10.0 + world.rank)
         if group.rank >= 0:
             group.bcast(value)
-        if other.rank >= 0:
-            other.bcast(value)
+        if other_group.rank >= 0:
+            other_group.bcast(value)
         return value[0]
 
     assert run_ranks(3, work) == [11, 11, 12]

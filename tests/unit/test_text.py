@@ -38,9 +38,9 @@ def test_windows_follow_each_other_and_targets_are_the_next_characters(tmp_path,
         assert split.tokens and split.by_step and split.lengths is None
         assert split.n == (len(part) - 1) // context
         for k in (0, 1, split.n - 1):
-            at = k * context
-            assert words(dataset, split.read([k])) == part[at : at + context]
-            assert words(dataset, split.targets[k]) == part[at + 1 : at + 1 + context]
+            start = k * context
+            assert words(dataset, split.read([k])) == part[start : start + context]
+            assert words(dataset, split.targets[k]) == part[start + 1 : start + 1 + context]
     resident = Resident(dataset.train, np.arange(dataset.train.n), np.float32)
     batch = resident.batch(np.array([3, 1]), np.empty(2 * context, np.float32))
     assert (
@@ -142,8 +142,8 @@ def test_a_text_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch):
 
     path = save(tmp_path, SONG)
     real = text._code_points
-    for other in (SONG + "the", SONG[:-1], SONG.replace("T", "?")):
-        calls = iter((SONG, other))
+    for changed in (SONG + "the", SONG[:-1], SONG.replace("T", "?")):
+        calls = iter((SONG, changed))
 
         def points(source, calls=calls):
             yield from real(type(source)(save(tmp_path, next(calls))))
@@ -160,16 +160,16 @@ def test_malformed_files_are_refused_or_read_whole(tmp_path):
     for k in range(60):
         data = bytearray(base)
         for _ in range(int(rng.integers(1, 4))):
-            at = int(rng.integers(len(data)))
+            position = int(rng.integers(len(data)))
             kind = rng.integers(4)
             if kind == 0:
-                data[at] ^= 1 << int(rng.integers(8))
+                data[position] ^= 1 << int(rng.integers(8))
             elif kind == 1:
-                del data[at : at + int(rng.integers(1, 400))]
+                del data[position : position + int(rng.integers(1, 400))]
             elif kind == 2:
-                data[at:at] = rng.bytes(int(rng.integers(1, 5)))
+                data[position:position] = rng.bytes(int(rng.integers(1, 5)))
             else:
-                data = data[: at + 1]
+                data = data[: position + 1]
         path = save(tmp_path, bytes(data), f"{k}.txt")
         try:
             text = bytes(data).decode()
@@ -193,8 +193,8 @@ def test_the_identity_is_of_the_characters_too(tmp_path):
     """The identity differs for other letters in the same places, for one changed letter, and for another window."""
     identity = identify(open_dataset(save(tmp_path, SONG), None))
     assert identify(open_dataset(save(tmp_path, SONG, "other.txt"), None)) == identity
-    for other in (SONG.replace("😀", "😁"), SONG[:500] + "a" + SONG[501:], SONG[:-500] + "a" + SONG[-499:]):
-        assert differences(identity, identify(open_dataset(save(tmp_path, other, "other.txt"), None)))
+    for changed in (SONG.replace("😀", "😁"), SONG[:500] + "a" + SONG[501:], SONG[:-500] + "a" + SONG[-499:]):
+        assert differences(identity, identify(open_dataset(save(tmp_path, changed, "other.txt"), None)))
     assert differences(identity, identify(open_dataset(save(tmp_path, SONG), None, context=32)))
 
 

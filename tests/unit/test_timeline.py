@@ -124,8 +124,8 @@ def test_operations_of_ranks_meet_each_other():
     tracks = run_ranks(3, work)
     meetings = _meetings(tracks)
     for track in tracks:
-        waits = [one for one in track.operations if one.name.startswith("Wait")]
-        assert [track.operations[one.since].name for one in waits] == ["Isend", "Irecv", "Iallreduce"]
+        waits = [operation for operation in track.operations if operation.name.startswith("Wait")]
+        assert [track.operations[operation.since].name for operation in waits] == ["Isend", "Irecv", "Iallreduce"]
         for place, operation in enumerate(track.operations):
             known = meetings.ready(track, place) > 0
             needs = operation.name in ("Wait(Isend)", "Wait(Irecv)", "Wait(Iallreduce)", "Allreduce", "Create_group")

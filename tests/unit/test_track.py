@@ -70,11 +70,11 @@ def _real_events(path):
     from tensorboardX.proto.event_pb2 import Event, SessionLog
     from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
 
-    data, at = path.read_bytes(), 0
-    while at < len(data):
-        (size,) = struct.unpack_from("<Q", data, at)
-        event = Event.FromString(data[at + 12 : at + 12 + size])
-        at += 16 + size
+    data, offset = path.read_bytes(), 0
+    while offset < len(data):
+        (size,) = struct.unpack_from("<Q", data, offset)
+        event = Event.FromString(data[offset + 12 : offset + 12 + size])
+        offset += 16 + size
         scalars, settings = {}, None
         for item in event.summary.value:
             if item.tag == "_hparams_/session_start_info":
@@ -120,7 +120,7 @@ def history(folder, key):
 def assert_same(folder, rows):
     """Both trackers have these rows, each step once."""
     for name, tag in (("train_loss", "train/loss"), ("test_accuracy", "test/accuracy"), ("epoch", "run/epoch")):
-        expected = [(one["step"], one[name]) for one in rows]
+        expected = [(entry["step"], entry[name]) for entry in rows]
         assert curve(folder, tag) == [(step, pytest.approx(value, rel=1e-6)) for step, value in expected]
         assert history(folder, name) == expected
 
@@ -170,7 +170,7 @@ def test_steps_that_are_trained_again_are_there_once(tracked, tmp_path):
     for path in newest[-1:]:
         path.unlink()
     repeated = tracked(1, "--resume", "auto", "--max-steps", "0")
-    assert [one["step"] for one in repeated.rows] == [one["step"] for one in straight.rows]
+    assert [entry["step"] for entry in repeated.rows] == [entry["step"] for entry in straight.rows]
     assert_same(repeated.out, repeated.rows)
 
 
@@ -209,11 +209,11 @@ def test_going_back_to_a_checkpoint_goes_back_in_the_records(tmp_path):
     again = [row(20, train_loss=7.0), row(30, train_loss=8.0)]
     with Trackers(("tensorboard", "mlflow"), Run(tmp_path, {"lr": 1.0}, str(tmp_path / "store"))) as trackers:
         trackers.start([])
-        for one in rows:
-            trackers.row(one)
+        for entry in rows:
+            trackers.row(entry)
         trackers.start(rows[:1])
-        for one in again:
-            trackers.row(one)
+        for entry in again:
+            trackers.row(entry)
         trackers.close("done")
     assert curve(tmp_path, "train/loss") == [(10, pytest.approx(0.1)), (20, 7.0), (30, 8.0)]
     # MLflow deletes nothing: the later value of a step holds.
@@ -226,13 +226,15 @@ def test_a_rollback_makes_rows_again_in_the_records(tracked):
     with poisoned(lambda rank, step: step == 7) as hit:
         training = tracked(2, *rollback)
     assert (
-        hit and [one["step"] for one in training.rows] == [3, 6, 9, 12] and training.rows[1]["events"]["rollbacks"] == 1
+        hit
+        and [entry["step"] for entry in training.rows] == [3, 6, 9, 12]
+        and training.rows[1]["events"]["rollbacks"] == 1
     )
     assert curve(training.out, "train/loss") == [
-        (one["step"], pytest.approx(one["train_loss"])) for one in training.rows
+        (entry["step"], pytest.approx(entry["train_loss"])) for entry in training.rows
     ]
     assert curve(training.out, "events/rollbacks") == [(3, 0), (6, 1), (9, 1), (12, 1)]
-    assert dict(history(training.out, "train_loss")) == {one["step"]: one["train_loss"] for one in training.rows}
+    assert dict(history(training.out, "train_loss")) == {entry["step"]: entry["train_loss"] for entry in training.rows}
 
 
 def test_only_the_first_rank_writes(tracked, monkeypatch):
@@ -332,7 +334,7 @@ def test_refusals_name_the_extra(monkeypatch, tmp_path):
     for name, (_, _, package, extra) in TRACKERS.items():
         with pytest.raises(UserError, match=rf"--track {name} needs {package}: pip install 'psmpi\[{extra}\]'"):
             check_trackers((name,), "")
-        assert any(one.startswith(package) for one in extras[extra])
+        assert any(requirement.startswith(package) for requirement in extras[extra])
     status, out, err = run_program(2, "-m", "psmpi.train", "--track", "mlflow", "--out", tmp_path / "run")
     assert status == 1 and (out + err).count("pip install 'psmpi[mlflow]'") == 1 and not (tmp_path / "run").exists()
 
@@ -372,8 +374,8 @@ def test_numbers_of_a_row_are_told_by_name():
 
 def test_diagnostics_of_methods_are_numbers_with_names_that_mlflow_takes(tmp_path, monkeypatch, train):
     """Any method may add to a row."""
-    odd = {"a b": 1.0, "loss, in %": 2.0, "nan": float("nan")}
-    monkeypatch.setattr(DataParallel, "diagnostics", lambda self: odd)
+    named_values = {"a b": 1.0, "loss, in %": 2.0, "nan": float("nan")}
+    monkeypatch.setattr(DataParallel, "diagnostics", lambda self: named_values)
     training = train(
         1, "--method", "data_parallel", *SHORT, "--max-steps", "3", "--track", "tensorboard", "mlflow", "--track-dir",
         tmp_path / "store",
@@ -388,6 +390,6 @@ def test_mlflow_itself_finds_the_run(tracked, tmp_path):
 
     assert "site-packages" in mlflow.__file__
     mlflow_client = mlflow.MlflowClient(tracking_uri=(tmp_path / "store").as_uri())
-    (experiment,) = [one for one in mlflow_client.search_experiments() if one.name == "psmpi"]
+    (experiment,) = [candidate for candidate in mlflow_client.search_experiments() if candidate.name == "psmpi"]
     (mlflow_run,) = mlflow_client.search_runs([experiment.experiment_id])
     assert mlflow_run.data.metrics["test_accuracy"] == training.rows[-1]["test_accuracy"]

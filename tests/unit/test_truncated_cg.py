@@ -99,7 +99,7 @@ def test_shards_take_the_same_iterations(parts, radius):
     full_p, x = np.empty(n), np.empty(n)
 
     def shard(k):
-        at = slice(edges[k], edges[k + 1])
+        span = slice(edges[k], edges[k + 1])
 
         def allsum(values):
             sums[k] = values.copy()
@@ -109,13 +109,13 @@ def test_shards_take_the_same_iterations(parts, radius):
             return values
 
         def product(p, q):
-            full_p[at] = p
+            full_p[span] = p
             meet.wait(60)
-            q[:] = b[at] @ full_p
+            q[:] = b[span] @ full_p
             meet.wait(60)
 
-        work = np.empty((3, len(g[at])))
-        return truncated_cg(g[at], x[at], product, lambda a: None, allsum, work, rtol=1e-4, itmax=80, radius=radius)
+        work = np.empty((3, len(g[span])))
+        return truncated_cg(g[span], x[span], product, lambda a: None, allsum, work, rtol=1e-4, itmax=80, radius=radius)
 
     with ThreadPoolExecutor(parts) as pool:
         results = list(pool.map(shard, range(parts)))

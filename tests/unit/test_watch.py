@@ -52,7 +52,7 @@ class Job:
         self.now, self.notes, self.left, self.shown = 1000.0, [], [], []
         self.size, self.patience, self.folder = size, patience, folder
         sockets = [Datagrams(local=True) for _ in range(size)]
-        addresses = {rank: [a for one in sockets[rank].addresses for a in reach(one)] for rank in monitors}
+        addresses = {rank: [a for address in sockets[rank].addresses for a in reach(address)] for rank in monitors}
         ranks = [Process(f"host{rank}", "net", "pids", rank, "") for rank in range(size)]
         self.flights = [Flight() for _ in range(size)]
         self.watches = [
@@ -65,8 +65,8 @@ class Job:
             )
             for rank in range(size)
         ]  # fmt: skip
-        for one in self.watches:
-            one.folder = folder
+        for watch in self.watches:
+            watch.folder = folder
         self.groups = [SimpleNamespace(key=f"world 1 ranks 0-{size - 1}", ranks=tuple(range(size)), calls=0)
                        for _ in range(size)]  # fmt: skip
         for flight, group in zip(self.flights, self.groups, strict=True):
@@ -90,19 +90,19 @@ class Job:
             if progress:
                 self.step()
             # Twice: messages and their answers.
-            for one in [*self.watches, *self.watches]:
-                if one.rank not in stopped:
-                    one.turn()
-                    if one.courier is not None:
-                        one.courier.turn()
+            for watch in [*self.watches, *self.watches]:
+                if watch.rank not in stopped:
+                    watch.turn()
+                    if watch.courier is not None:
+                        watch.courier.turn()
 
     def close(self):
-        for one in self.watches:
-            one.datagrams.close()
-            if one.courier is not None:
-                one.courier.close()
-            os.close(one.wake)
-            os.close(one.waker)
+        for watch in self.watches:
+            watch.datagrams.close()
+            if watch.courier is not None:
+                watch.courier.close()
+            os.close(watch.wake)
+            os.close(watch.waker)
 
 
 @pytest.fixture
@@ -268,28 +268,28 @@ def test_only_monitors_are_obeyed(job):
 
 
 def test_strangers_are_not_heard(job):
-    """Datagrams that are malformed, of another job, to another rank, or altered."""
+    """Datagrams that are malformed, altered, of another job or to another rank are ignored."""
     job = job()
     job.run(2, progress=True)
     [address] = job.watches[0].datagrams.addresses
     beat = heartbeat(job.flights[1])
     good, rng = pack(Message(BEAT, 1, 0, beat), TOKEN), random.Random(0)
-    before = [vars(one).copy() for one in job.watches[0].monitor.seen]
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other:
+    before = [vars(monitored).copy() for monitored in job.watches[0].monitor.seen]
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
         for data in (
             b"", b"psw1", os.urandom(500), bytes(LONGEST), good[:-1], good + b"x",
             pack(Message(BEAT, 1, 0, beat), b"another token"),
             *(good[:k] + bytes([good[k] ^ 1]) + good[k + 1 :] for k in range(len(good))),
             *(bytes(rng.randrange(256) for _ in range(rng.randrange(80))) for _ in range(200)),
         ):  # fmt: skip
-            other.sendto(data, address)
+            sender.sendto(data, address)
             # One by one: the kernel keeps few.
             job.watches[0].turn()
         for message in (
             Message(BEAT, 7, 0, beat), Message(BEAT, 1, 2, beat), Message(BEAT, 0, 0, beat), Message(77, 1, 0, beat),
             Message(BEAT, 1, 0, b"short"), Message(FLIGHT, 1, 0, b"no zlib"), Message(END, 2, 0, b"[0]"),
         ):  # fmt: skip
-            other.sendto(pack(message, TOKEN), address)
+            sender.sendto(pack(message, TOKEN), address)
             job.watches[0].turn()
     for state, old_state in zip(job.watches[0].monitor.seen, before, strict=True):
         assert vars(state) | {"at": 0} == old_state | {"at": 0}
@@ -307,12 +307,12 @@ def test_where_no_datagram_arrives_files_do(job, tmp_path):
         nobody.bind(("127.0.0.1", 0))
         job = job(reach=lambda address: [nobody.getsockname()])
         job.run(6, progress=True)
-        assert all(not one.routes and one.courier is not None for one in job.watches)
+        assert all(not watch.routes and watch.courier is not None for watch in job.watches)
         for rank in (0, 1):
             job.call(rank)
         job.run(20)
         assert "rank 2 on host2 computes" in job.notes[0][1]
-        assert [len(one.operations) for one in read_flights(tmp_path / FLIGHTS)[0]] == [13, 13, 12]
+        assert [len(rank.operations) for rank in read_flights(tmp_path / FLIGHTS)[0]] == [13, 13, 12]
         job.run(30)
         assert sorted(job.shown) == [0, 1, 2] and (2, 1) in job.left
     job.watches[0].courier.close()
@@ -334,7 +334,7 @@ def test_the_first_address_that_answers_is_taken(job):
         job = job(reach=lambda address: [nobody.getsockname(), ("127.0.0.1", 0), address])
         job.run(2)
     assert job.watches[2].routes == {rank: job.watches[rank].datagrams.addresses[0] for rank in (0, 1)}
-    assert all(one.courier is None for one in job.watches)
+    assert all(watch.courier is None for watch in job.watches)
 
 
 def test_a_folder_that_does_not_answer_holds_up_nobody(job, tmp_path, monkeypatch):
@@ -364,10 +364,10 @@ def test_a_flight_fits_a_datagram():
     for k in range(2000):
         flight.begin([random.Random(k).randbytes(20).hex(), NO_GROUP, 0, -1, k, k, time.monotonic(), 0.0])
     table = to_table(flight, 1, "host")
-    for limit, least in ((LONGEST, 500), (8000, 50), (1200, 3), (300, 0)):
+    for limit, fewest in ((LONGEST, 500), (8000, 50), (1200, 3), (300, 0)):
         data = pack_flight(table, limit)
         unpacked = unpack_flight(data)
-        assert len(data) <= limit and least <= len(unpacked["operations"]) <= 2000
+        assert len(data) <= limit and fewest <= len(unpacked["operations"]) <= 2000
         assert unpacked["operations"] == table["operations"][2000 - len(unpacked["operations"]) :]
     for data in (b"", b"x", pack_flight({**table, "rank": "one"}, 10**6)):
         with pytest.raises(ValueError):
@@ -475,14 +475,14 @@ def test_a_process_is_known_by_its_number_and_start():
     if not own.start:
         pytest.skip("no /proc here")
     assert own.lives and own.start == start_of(os.getpid())
-    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
-        other_process = own._replace(pid=other.pid, start=start_of(other.pid))
-        assert f"though its process {other.pid} is there" in own.condition(other_process)
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+        other_process = own._replace(pid=child.pid, start=start_of(child.pid))
+        assert f"though its process {child.pid} is there" in own.condition(other_process)
         assert own.condition(other_process._replace(processes="of another host")) == ""
-        os.kill(other.pid, signal.SIGSTOP)
-        os.waitpid(other.pid, os.WUNTRACED)
-        assert f"stopped by a signal (kill -CONT {other.pid}" in own.condition(other_process)
-        os.kill(other.pid, signal.SIGCONT)
+        os.kill(child.pid, signal.SIGSTOP)
+        os.waitpid(child.pid, os.WUNTRACED)
+        assert f"stopped by a signal (kill -CONT {child.pid}" in own.condition(other_process)
+        os.kill(child.pid, signal.SIGCONT)
     assert own.condition(other_process) == "its process has ended"
     assert not own._replace(start="1").lives and not own._replace(pid=2**22 + 1).lives
 
@@ -490,13 +490,13 @@ def test_a_process_is_known_by_its_number_and_start():
 def test_stopped_children_go_on():
     if not Process.own().start:
         pytest.skip("no /proc here")
-    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
-        os.kill(other.pid, signal.SIGSTOP)
-        os.waitpid(other.pid, os.WUNTRACED)
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+        os.kill(child.pid, signal.SIGSTOP)
+        os.waitpid(child.pid, os.WUNTRACED)
         wake_children()
-        other.stdin.write(b"go on\n")
-        other.stdin.close()
-        assert other.wait(30) == 0
+        child.stdin.write(b"go on\n")
+        child.stdin.close()
+        assert child.wait(30) == 0
 
 
 def test_own_addresses_begin_with_the_loopback():
@@ -546,7 +546,7 @@ def test_the_time_that_a_rank_was_stopped_is_none_that_it_computed(job):
 
 def test_heartbeats_of_many_ranks_are_spread_over_the_interval(job):
     job = job(size=20)
-    starts = [one.next - one.begun for one in job.watches]
+    starts = [watch.next - watch.begun for watch in job.watches]
     assert starts == sorted(starts) and starts[0] == 0 and 0.9 < starts[-1] < 1.0
 
 
