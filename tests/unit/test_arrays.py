@@ -1,4 +1,4 @@
-"""Training and prediction on arrays equal those on files, errors name Python arguments, and the process is unchanged."""
+"""Training and prediction on arrays equal those on files, errors name Python arguments, the process is unchanged."""
 
 import json
 import os

@@ -113,7 +113,7 @@ def test_names_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("psmpi.data.names.MOST", 2)
     with pytest.raises(UserError, match="3 different labels, of which there can be 2: are they classes"):
         open_dataset(save(tmp_path / "own.npz", x=X, y=ANIMALS), None)
-    # Integers with more distinct values than MOST stay numbers, as do those with gaps and more than MANY.
+    # Integers with more than MOST distinct values stay numbers, as do those with gaps and MANY or more values.
     split = open_split(save(tmp_path / "own.npz", x=X, y=np.arange(12) % 3 * 2), None, "all")
     assert split.names == () and split.labels.max() == 4
     monkeypatch.setattr("psmpi.data.names.MOST", 20)
