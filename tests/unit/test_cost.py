@@ -60,7 +60,7 @@ def test_what_one_rank_sends_the_other_receives(name, nbytes):
         for root in {0, size - 1} if name in ("Bcast", "Reduce", *RUNS[:2]) else {0}:
             sent, received = defaultdict(list), defaultdict(list)
             for rank, steps in enumerate(all_rounds(name, size, root, nbytes)):
-                for part in (part for one in steps for part in one):
+                for part in (part for messages in steps for part in messages):
                     pair = (rank, part.peer) if part.out else (part.peer, rank)
                     (sent if part.out else received)[pair].append((part.nbytes, part.pieces))
             assert sent == received, (size, root)
@@ -333,7 +333,7 @@ def test_a_plan_says_what_would_be_faster(capsys):
     given, *alternatives = planned(capsys, *options)["plans"]
     fastest = min(alternatives, key=lambda row: row["ms_per_step"])
     assert max(row["bytes_sent"] for row in fastest["ranks"]) == min(
-        max(row["bytes_sent"] for row in other["ranks"]) for other in (given, *alternatives)
+        max(row["bytes_sent"] for row in candidate["ranks"]) for candidate in (given, *alternatives)
     )
 
 

@@ -260,9 +260,9 @@ def test_few_ranks_are_measured_in_all_pairs_and_many_beside_each_other():
 def test_every_rank_has_what_was_measured(size):
     hosts = [0] * (size - 1) + [size - 1]
     measured = run_ranks(size, lambda world: ranks.measure(Control(world), hosts, [""]))
-    assert [(one.a, one.b) for one in measured[0]] == ranks.pairs_of(size)
-    assert all(one == measured[0] for one in measured)
-    assert all(one.same_host == (one.b < size - 1) and one.nbytes >= SIZES[1] for one in measured[0])
+    assert [(pair.a, pair.b) for pair in measured[0]] == ranks.pairs_of(size)
+    assert all(pairs == measured[0] for pairs in measured)
+    assert all(pair.same_host == (pair.b < size - 1) and pair.nbytes >= SIZES[1] for pair in measured[0])
 
 
 def test_pairs_are_left_out_when_the_time_is_up(monkeypatch):

@@ -99,7 +99,7 @@ def test_an_option_of_every_method_is_in_the_short_help_of_that_method(shown):
         for settings in kind.settings:
             for setting in fields(settings):
                 assert len(lines_with(out, setting.name)) == 1, (method, setting.name)
-    ist_options = {one.name for kind in all_methods()["ist"].settings for one in fields(kind)}
+    ist_options = {setting.name for kind in all_methods()["ist"].settings for setting in fields(kind)}
     out = shown("train --method ist")
     assert not any(lines_with(out, name) for name in set(OF_METHODS) - ist_options)
 
@@ -119,7 +119,7 @@ def test_every_choice_has_a_line(table):
             assert setting.choices and all(setting.choices.values()), name
     if table in kinds_of_settings():
         return
-    for name in set(DESCRIBED) & {one.name for one in fields(section)}:
+    for name in set(DESCRIBED) & {setting.name for setting in fields(section)}:
         # The short help too has each choice on one line of 80 columns.
         assert all(len(text) <= 56 for text in settings_options(type(section))[name].choices.values())
 

@@ -385,13 +385,15 @@ def test_watches_of_a_world_of_ranks_begin_and_end(capfd):
             while len(watch.routes) < 1 and time.monotonic() < end:
                 time.sleep(0.01)
             control.wait_for_all()
-            heard = [one.heard for one in watch.monitor.seen] if watch.monitor else []
+            heard = [state.heard for state in watch.monitor.seen] if watch.monitor else []
             return watch.patience, list(watch.monitors), len(watch.token), watch.thread.daemon, heard
 
     results = run_ranks(3, work)
-    assert {one[:4] for one in results if not isinstance(one[1], list)} == set()
-    assert all(one[0] == Patience(60.0, 1800.0, 1.0, 15.0) and one[1] == [0, 1] and one[2] == 32 for one in results)
-    assert not {one.name for one in set(threading.enumerate()) - before if one.name.startswith("watch")}
+    assert {result[:4] for result in results if not isinstance(result[1], list)} == set()
+    assert all(
+        result[0] == Patience(60.0, 1800.0, 1.0, 15.0) and result[1] == [0, 1] and result[2] == 32 for result in results
+    )
+    assert not {thread.name for thread in set(threading.enumerate()) - before if thread.name.startswith("watch")}
     assert capfd.readouterr() == ("", "")
 
 
@@ -416,7 +418,7 @@ def test_watches_that_do_not_begin_leave_no_socket(monkeypatch, capfd):
 
     with pytest.raises(ValueError, match="this rank ends the job"):
         run_ranks(2, leave)
-    assert [one.socket for one in sockets] == [None]
+    assert [datagrams.socket for datagrams in sockets] == [None]
 
     original_init = Watch.__init__
 
@@ -433,7 +435,7 @@ def test_watches_that_do_not_begin_leave_no_socket(monkeypatch, capfd):
 
     monkeypatch.setattr(Watch, "__init__", without_thread)
     assert run_ranks(2, go_on) == [None, None]
-    assert [one.socket for one in sockets] == [None, None, None]
+    assert [datagrams.socket for datagrams in sockets] == [None, None, None]
     assert "is not watched: can't start new thread" in capfd.readouterr().err
 
 
@@ -541,7 +543,7 @@ def test_the_time_that_a_rank_was_stopped_is_none_that_it_computed(job):
     for flight in job.flights:
         flight.last()[-1] = time.monotonic()
     job.run(5, progress=True)
-    assert all(one.longest < 12 for one in job.watches[0].monitor.seen)
+    assert all(state.longest < 12 for state in job.watches[0].monitor.seen)
 
 
 def test_heartbeats_of_many_ranks_are_spread_over_the_interval(job):
