@@ -1,4 +1,4 @@
-"""The command `psmpi`: its words, its help under several names, its exit status, and how little it imports."""
+"""The command `psmpi`: its subcommands, its help under several names, its exit status, and its few imports."""
 
 import inspect
 import sys
@@ -28,8 +28,8 @@ def no_launcher(monkeypatch):
 def test_help_has_one_line_a_command(capsys):
     assert command.main(["--help"]) == 0
     out = capsys.readouterr().out
-    for name, (_, does) in command.COMMANDS.items():
-        assert sum(line.split()[:1] == [name] and line.endswith(does) for line in out.splitlines()) == 1
+    for name, (_, description) in command.COMMANDS.items():
+        assert sum(line.split()[:1] == [name] and line.endswith(description) for line in out.splitlines()) == 1
 
 
 def test_version_is_that_of_the_package(capsys):
@@ -61,10 +61,10 @@ def test_only_the_launchers_first_rank_prints(variable, words, monkeypatch, caps
 
 @pytest.mark.parametrize("status", [0, 1, 3])
 def test_a_command_gets_its_words_and_gives_its_status(status, monkeypatch):
-    seen = []
-    fake = SimpleNamespace(main=lambda words: seen.append(words) or status)
+    calls = []
+    fake = SimpleNamespace(main=lambda words: calls.append(words) or status)
     monkeypatch.setattr(command, "import_module", lambda name: fake)
-    assert command.main(["train", "--lr", "1"]) == status and seen == [["--lr", "1"]]
+    assert command.main(["train", "--lr", "1"]) == status and calls == [["--lr", "1"]]
 
 
 @pytest.mark.parametrize("name", command.COMMANDS)
@@ -90,8 +90,8 @@ def test_a_command_is_known_before_anything_large_is_imported():
 
 
 def test_options_are_parsed_without_a_look_into_the_source(monkeypatch):
-    def read(of):
-        raise AssertionError(f"reads the source of {of}")
+    def read(target):
+        raise AssertionError(f"reads the source of {target}")
 
     monkeypatch.setattr(inspect, "getsource", read)
     assert train.parse(["--lr", "0.5"]).optimization.lr == 0.5
