@@ -402,7 +402,7 @@ def test_the_state_of_the_optimizer_travels_with_the_weights(train):
     assert np.array_equal(travels.tensors()["optimizer/v/dense2.weight"], plain.tensors()["optimizer/v/dense2.weight"])
     assert not np.array_equal(fresh.tensors()["weights/dense2.weight"], plain.tensors()["weights/dense2.weight"])
     by_placement = [train(4, *options, "--optimizer-state", "travel", *more)
-            for more in (("--colocate",), ("--placement", "owner"))]  # fmt: skip
+                    for more in (("--colocate",), ("--placement", "owner"))]  # fmt: skip
     for name, tensor in by_placement[0].tensors().items():
         assert np.array_equal(tensor, by_placement[1].tensors()[name]), name
     # After the first round most of the middle matrix is untrained and has no momentum.

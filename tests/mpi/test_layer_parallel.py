@@ -464,7 +464,7 @@ VARIANTS = {
 
 
 CONFORM = (other_ranks_give_the_same, resumed_runs_end_the_same, other_ranks_go_on, counters_equal_messages)
-# test_warm_starts_go_on_on_other_ranks_to_the_bit has the other checks of warm starts.
+# test_warm_starts_go_on_on_other_ranks_to_the_bit is the quick check of resumed warm starts.
 QUICK = {*(("rows", check) for check in CONFORM), *(("warm", check) for check in (CONFORM[0], CONFORM[3]))}
 
 
