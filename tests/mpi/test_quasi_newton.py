@@ -254,7 +254,7 @@ def test_the_secant_equations_hold_after_a_step(rule):
 
 @pytest.mark.parametrize("lr", [1e-3, 2.5e-4])
 def test_a_first_scaled_step_is_that_of_adam_with_the_multiplicities(lr):
-    """The matrices of elements are the identity, so B is diagonal: multiplicities plus sigma, which rises as lr falls."""
+    """Element matrices are the identity, so B is diagonal: multiplicities plus sigma, which rises as lr drops."""
     network = make_network("psnet", (1, 8, 8), 10)
     options = {"cg_tolerance": 1e-13, "line_search": "backtracking", "sigma": 1000.0}
     method = make_method(network, digits(), optimizer="plse", scaling="moments", **options)
