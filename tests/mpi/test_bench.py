@@ -127,10 +127,10 @@ def test_a_measured_head_makes_the_steps_of_pytorch(name, scale):
     """Compare psmpi's and PyTorch's weights after one step with cross-entropy."""
     pytest.importorskip("torch")
     shape = (50, 8, 20, scale)
-    (ours, weights), (theirs, layer) = own_step(name, *shape, 1), pytorch_step(*shape)
+    (own, weights), (torch_step, layer) = own_step(name, *shape, 1), pytorch_step(*shape)
     before = weights.copy()
-    ours()
-    theirs()
+    own()
+    torch_step()
     assert abs(weights - before).max() == pytest.approx(1e-3, rel=0.01)
     # Adam's first steps follow the sign of the gradient, and rounding decides the sign of gradients near 0.
     assert (abs(weights - layer.weight.detach().numpy()) <= 1e-5).mean() > 0.99

@@ -496,11 +496,11 @@ def test_a_writing_process_killed_at_any_moment_leaves_whole_files(alone, tmp_pa
         troubles = writer.troubles()
         assert troubles == [] or "SIGKILL" in troubles[0]
         # A process killed after renaming the file and before answering has written the file.
-        last, done = (step, True) if int(files[-1].stem[5:]) == step else (last, False)
-        assert int(files[-1].stem[5:]) == last and (done or troubles)
-        survived += done
+        last, saved = (step, True) if int(files[-1].stem[5:]) == step else (last, False)
+        assert int(files[-1].stem[5:]) == last and (saved or troubles)
+        survived += saved
         # Adapt to the speed of the machine, so that about half of the saves finish before the kill.
-        reach *= 0.9 if done else 1.1
+        reach *= 0.9 if saved else 1.1
         # Let a new writing process start with an undisturbed save.
         writer.write(vectors, {}, checkpoint.Progress(step=step + 1))
         writer.finish()

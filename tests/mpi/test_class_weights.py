@@ -172,9 +172,9 @@ def test_names_of_classes_have_weights_in_their_order(tmp_path, several, train):
 @pytest.mark.parametrize(("method", "goes_on"), [("data_parallel", "balanced"), ("dfa", "")])
 def test_a_run_goes_on_with_its_weights_where_the_method_has_them(method, goes_on):
     base = replace(Config(), objective=replace(Config().objective, class_weights="balanced"))
-    other = replace(base, parallel=replace(base.parallel, method=method))
-    assert without_unused(other, base, ()).objective.class_weights == goes_on
-    assert without_unused(other, base, {"class_weights"}).objective.class_weights == "balanced"
+    with_method = replace(base, parallel=replace(base.parallel, method=method))
+    assert without_unused(with_method, base, ()).objective.class_weights == goes_on
+    assert without_unused(with_method, base, {"class_weights"}).objective.class_weights == "balanced"
 
 
 def refused(*words):

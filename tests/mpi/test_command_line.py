@@ -51,7 +51,8 @@ def test_only_comm_speaks_to_mpi():
 
 
 def test_modules_import_from_floors_below_only():
-    """`floors` lists the layers of the package; a module imports only from lower ones and from its own room."""
+    """`floors` lists the layers of the package from the lowest up; a module imports from lower layers and its own
+    folder only."""
     floors = [("errors", "metrics", "launcher"), ("output", "files"), ("registry",), ("backend",), ("layout",),
               ("nn", "optim", "data", "track"), ("config",), ("comm",), ("checkpoint",), ("training",), ("methods",),
               ("cost",), ("command",), ("train", "plan", "bench", "inspect", "predict", "plot", "doctor"),

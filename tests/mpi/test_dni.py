@@ -67,8 +67,8 @@ class Problem:
         data = np.load(folder / "own.npz")
         self.x, self.y, self.steps = data["x"].T, data["y"], steps
         batches = Minibatches(SAMPLES, BATCH, self.config.run.seed, True)
-        each = batches.steps_per_epoch
-        self.ids = [batches.ids(*divmod(k, each)) for k in range(steps)]
+        steps_per_epoch = batches.steps_per_epoch
+        self.ids = [batches.ids(*divmod(k, steps_per_epoch)) for k in range(steps)]
 
     def train(self, ranks, steps=None, slow=None):
         """Train `steps` steps; return the parameters of the network and of the auxiliary networks by name."""
@@ -409,13 +409,13 @@ def test_synthesizers_are_given_the_targets(tmp_path, shape):
             x = block.networks["gradient"].x(3)
             return h, x[: block.units].copy(), x[block.units :].reshape(units, -1, 3).copy()
 
-        ((h, outputs, given),) = run_ranks(1, work)
+        ((h, outputs, target_inputs),) = run_ranks(1, work)
         ids = [5, 17, 2]
         expected = np.eye(units)[targets[ids]].T if loss == "nll" else targets[ids].T
         assert np.array_equal(outputs, h)
-        assert np.array_equal(given, np.broadcast_to(expected[:, None], given.shape))
+        assert np.array_equal(target_inputs, np.broadcast_to(expected[:, None], target_inputs.shape))
         # The first convolution leaves 4 x 4 pixels.
-        assert given.shape[1] == (16 if len(shape) == 3 else 1)
+        assert target_inputs.shape[1] == (16 if len(shape) == 3 else 1)
 
 
 def test_errors_of_predicted_gradients_are_told_and_fall(tmp_path):

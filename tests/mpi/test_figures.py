@@ -46,8 +46,8 @@ def test_every_command_has_options_that_exist():
                 words = words[3:]
             if words[0] == "psmpi":
                 known = options_of(words[1:])
-                given = {name.removeprefix("no_") for name in given_names(words[1:], file=False)}
-                assert given - known == set(), figure.id
+                used = {name.removeprefix("no_") for name in given_names(words[1:], file=False)}
+                assert used - known == set(), figure.id
             else:
                 assert words[0] in ("python", "chrt", "/usr/bin/python3"), figure.id
 

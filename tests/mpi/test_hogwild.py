@@ -289,13 +289,13 @@ def test_tickets_train_every_minibatch_once(tmp_path):
 
     def work(world):
         method = Hogwild(Context(world, network, dataset, config, make_backend("auto")))
-        taken, update = [], method.updates.run
-        method.updates.run = lambda ids, lr: (taken.append(int(ids[0])), update(ids, lr))[1]
+        trained, update = [], method.updates.run
+        method.updates.run = lambda ids, lr: (trained.append(int(ids[0])), update(ids, lr))[1]
         for step in range(steps):
             method.step(Batch(batches.ids(*divmod(step, batches.steps_per_epoch))), rate(step))
-        return taken
+        return trained
 
-    first_ids = sorted(first for taken in run_ranks(4, work, timeout=60) for first in taken)
+    first_ids = sorted(first for trained in run_ranks(4, work, timeout=60) for first in trained)
     steps_per_epoch = batches.steps_per_epoch
     assert first_ids == sorted(
         int(batches.ids(*divmod(step, steps_per_epoch))[0]) for step in range(2 * steps_per_epoch)
@@ -371,11 +371,13 @@ def test_other_updates_pass_the_suite(kind, check, tmp_path):
 
 def test_resumed_on_one_rank_it_goes_on_to_the_bit(train, tmp_path):
     options = ("--method", "hogwild", *MLP, *PLAIN, "--optimizer", "adam", "--lr", "0.01", "--epochs", "2")
-    whole = train(1, *options, "--max-steps", "40")
-    part = train(1, *options, "--max-steps", "17", out=tmp_path / "part")
+    full_run = train(1, *options, "--max-steps", "40")
+    cut_run = train(1, *options, "--max-steps", "17", out=tmp_path / "part")
     train(1, *options, "--max-steps", "40", "--resume", "auto", out=tmp_path / "part")
-    first, second = whole.tensors(), tensors(max((part.out / "checkpoints").glob("step-*.h5")))
-    assert first.keys() == second.keys() and all(np.array_equal(first[k], second[k]) for k in first)
+    full_tensors, resumed_tensors = full_run.tensors(), tensors(max((cut_run.out / "checkpoints").glob("step-*.h5")))
+    assert full_tensors.keys() == resumed_tensors.keys() and all(
+        np.array_equal(full_tensors[k], resumed_tensors[k]) for k in full_tensors
+    )
 
 
 PAIRS = ("--dataset", "digits", "--model", "psnet", "--loss", "logistic", "--elements", *PLAIN, "--clip", "0")

@@ -121,7 +121,7 @@ def test_list_and_verify_tell_whole_from_damaged(trained, tmp_path):
     folder.mkdir(parents=True)
     for path in files(trained):
         (folder / path.name).write_bytes(path.read_bytes())
-    whole, cut, changed = files(tmp_path / "run")
+    good, cut, changed = files(tmp_path / "run")
     cut.write_bytes(cut.read_bytes()[:-1])
     data = bytearray(changed.read_bytes())
     with h5py.File(changed) as file:
@@ -133,14 +133,14 @@ def test_list_and_verify_tell_whole_from_damaged(trained, tmp_path):
     assert [row["step"] for row in rows] == [15, 30, 45]
     assert [row["epoch"] for row in rows] == [1, None, None]
     assert [row["state"] for row in rows] == ["whole", "damaged", "damaged"]
-    assert [row["bytes"] for row in rows] == [path.stat().st_size for path in (whole, cut, changed)]
+    assert [row["bytes"] for row in rows] == [path.stat().st_size for path in (good, cut, changed)]
     assert done("list", tmp_path / "run").count("damaged") == 2
 
-    assert inspect("verify", whole)[0] == 0
+    assert inspect("verify", good)[0] == 0
     status, out, _ = inspect("verify", tmp_path / "run")
-    assert status == 1 and f"{whole}: whole" in out and "cut short" in out
+    assert status == 1 and f"{good}: whole" in out and "cut short" in out
     assert "SHA-256" in out and "weights/dense1.weight" in out.splitlines()[-1]
-    status, out, _ = inspect("verify", whole, changed, "--json")
+    status, out, _ = inspect("verify", good, changed, "--json")
     assert status == 1 and [row["state"] for row in json.loads(out)] == ["whole", "damaged"]
     assert inspect("verify", tmp_path / "none.h5")[0] == 1
     assert "at least one" in refused("verify")

@@ -587,8 +587,8 @@ def test_settings_of_this_method_are_refused_by_others():
         Dealer(grouped, 2, 0)
     # Layer normalization needs all units of its layer, so the layer is not dealt.
     layers = [{"type": "dense", "units": 8}, {"type": "layer_norm"}, {"type": "dense", "units": 6}]
-    together = build("together", (8,), [*layers, {"type": "gelu"}, {"type": "dense", "units": 4}], 4)
-    assert Dealer(together, 2, 0).layers == {2: 4}
+    normalized = build("together", (8,), [*layers, {"type": "gelu"}, {"type": "dense", "units": 4}], 4)
+    assert Dealer(normalized, 2, 0).layers == {2: 4}
 
 
 # Accuracy.

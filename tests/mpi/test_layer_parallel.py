@@ -204,7 +204,7 @@ def test_one_level_is_the_serial_loop_to_the_bit(folder, ranks):
     ],
 )
 def test_gradients_are_those_of_finite_differences(folder, monkeypatch, data, options, ranks):
-    """With both penalties; central differences along random directions."""
+    """Both penalties are on; central differences go along random directions."""
     monkeypatch.chdir(folder)
     problem = Problem(folder, *options, "--gamma-tik", "0.01", "--gamma-ddt", "0.001", data=data)
     rng = np.random.default_rng(1)
@@ -548,7 +548,7 @@ def test_nested_iteration_trains_every_so_manieth_layer_and_copies_its_weights(f
         history = []
         for k in range(9):
             method.step(Batch(problem.batches.ids(*divmod(k, 3))), 0.01)
-            parts = [method.layers.w[at].copy() for at in method.layers.slices]
+            parts = [method.layers.w[part].copy() for part in method.layers.slices]
             history.append((int(method.scalars["t"]), np.array(parts)))
         return history, method.diagnostics() if method.test() else None
 

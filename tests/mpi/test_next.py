@@ -102,7 +102,7 @@ def simulate(problem, rule, steps, lr, graph="ring", **more):
     w = problem.start()
     g = problem.gradients(w)
     y, before, mixed_before, g_before = g.copy(), None, None, None
-    correction, start, known, near = (np.zeros_like(w) for _ in range(4))
+    correction, start, known, known_mixed = (np.zeros_like(w) for _ in range(4))
     start += w
     for step in range(steps):
         g = problem.gradients(w)
@@ -135,8 +135,8 @@ def simulate(problem, rule, steps, lr, graph="ring", **more):
             for row, change in zip(sent, w - known, strict=True):
                 largest = np.argsort(-np.abs(change))[: more["count"]]
                 row[largest] = change[largest]
-            known, near = known + sent, near + c @ sent
-            w = w + more["rate"] * (near - known)
+            known, known_mixed = known + sent, known_mixed + c @ sent
+            w = w + more["rate"] * (known_mixed - known)
         elif rule == "extra":
             is_first = before is None
             after = c @ w - lr * g if is_first else w + c @ w - (before + mixed_before) / 2 - lr * (g - g_before)

@@ -75,9 +75,9 @@ def test_predictions_and_exports_of_a_residual_network(train, tmp_path):
     status, out, err = run(1, *export, tmp_path / "w.npz")
     assert status == 0 and "without the statistics" in err
     assert not [name for name in np.load(tmp_path / "w.npz") if name.endswith((".mean", ".variance"))]
-    for count, says in (("2", "about 71 % of a standard deviation off"), ("10000", "all of them are taken")):
+    for count, note in (("2", "about 71 % of a standard deviation off"), ("10000", "all of them are taken")):
         status, _, err = run(1, *export, tmp_path / "w.npz", "--calibrate", count)
-        assert status == 0 and says in " ".join(err.split()) and f"--calibrate {count}: " in err
+        assert status == 0 and note in " ".join(err.split()) and f"--calibrate {count}: " in err
     status, _, err = run(1, *export, tmp_path / "w.npz", "--calibrate", "1000")
     assert status == 0 and not err
     w, norm = dict(np.load(tmp_path / "w.npz")), "batch_norm"
@@ -107,10 +107,10 @@ def test_few_samples_are_predicted_by_the_statistics_of_the_training(train, tmp_
             assert status == 0 and "note" not in err, err
             accuracy[name, ranks] = json.loads(out)["accuracy"]
     # Only one rank prints the note.
-    for count, says in (("20000", "has 1,438 samples, and all of them"), ("100", "up to about 10 % of a standard")):
+    for count, note in (("20000", "has 1,438 samples, and all of them"), ("100", "up to about 10 % of a standard")):
         for ranks in (1, 3):
             status, _, err = run(ranks, "-m", "psmpi.predict", *options, "--calibrate", count)
-            assert status == 0 and err.count(f"--calibrate {count}: ") == " ".join(err.split()).count(says) == 1, err
+            assert status == 0 and err.count(f"--calibrate {count}: ") == " ".join(err.split()).count(note) == 1, err
     assert accuracy["threes", 1] == accuracy["threes", 3] > 0.85 and accuracy["one", 1] == accuracy["one", 3]
     status, out, err = run(1, "-m", "psmpi.predict", *options)
     assert status == 1 and "a single sample is not enough" in " ".join(err.split())

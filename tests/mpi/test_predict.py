@@ -225,10 +225,10 @@ def test_the_first_predictions_are_printed_where_there_are_no_labels(trained, tm
     for more in ((), ("--out", tmp_path / "q.npz")):
         table = cells(predict(3, *options, *more), "first predictions", 5)
         assert len(table) == 10
-        for k, (sample, first, score, second, other) in enumerate(table):
+        for k, (sample, first, first_score, second, second_score) in enumerate(table):
             order = np.argsort(-scores[k])[:2]
             assert [int(sample), int(first), int(second)] == [k, *order]
-            assert [float(score), float(other)] == pytest.approx(scores[k, order], rel=2e-3)
+            assert [float(first_score), float(second_score)] == pytest.approx(scores[k, order], rel=2e-3)
 
 
 @pytest.fixture(scope="module")

@@ -264,10 +264,10 @@ def test_a_first_scaled_step_is_that_of_adam_with_the_multiplicities(lr):
     multiplicity = np.empty_like(w)
     newton.elements.accumulate(np.ones((90, newton.elements.size)), multiplicity)
     assert sorted(set(multiplicity.tolist())) == [18, 90]
-    step = -g / (np.abs(g) + 1e-8) / (multiplicity + 1000 * 1e-3 / lr)
-    taken = method.w - w
-    length = (taken @ step) / (step @ step)
-    assert 0 < length <= 1 + 1e-9 and np.linalg.norm(taken - length * step) <= 1e-10 * np.linalg.norm(taken)
+    full_step = -g / (np.abs(g) + 1e-8) / (multiplicity + 1000 * 1e-3 / lr)
+    moved = method.w - w
+    length = (moved @ full_step) / (full_step @ full_step)
+    assert 0 < length <= 1 + 1e-9 and np.linalg.norm(moved - length * full_step) <= 1e-10 * np.linalg.norm(moved)
 
 
 @pytest.mark.parametrize("scaling", ["none", "moments"])
@@ -390,9 +390,9 @@ def test_curvature_goes_on_on_another_number_of_ranks(train):
     results = [
         train(ranks, *options, "--max-steps", "11", "--resume", first.checkpoint).tensors() for ranks in (1, 3, 6)
     ]
-    for other in results[1:]:
-        assert (other["elements/classes"] == results[0]["elements/classes"]).all()
-        assert distance(results[0], other) <= 1e-9
+    for tensors in results[1:]:
+        assert (tensors["elements/classes"] == results[0]["elements/classes"]).all()
+        assert distance(results[0], tensors) <= 1e-9
 
 
 def test_the_tools_tell_of_elements(train):

@@ -1,4 +1,4 @@
-"""Trainings under mpirun leave the same files, bit for bit, as trainings on ranks that are threads.
+"""Trainings under mpirun leave the same tensors and metrics, bit for bit, as trainings on ranks that are threads.
 
 MPICH adds arrays of less than some kilobytes in the order of psmpi.testing; another MPI may round otherwise.
 """
@@ -145,7 +145,7 @@ def compare(ranks, runs, folder):
         agree(*(Trained(folder / how / name, "") for how in ("threads", "processes")))
     if "MPICH" in library():
         # mpirun of Open MPI gives the first rank a terminal.
-        assert shown(stdout) == shown("".join(ended.stdout for ended in threads))
+        assert shown(stdout) == shown("".join(result.stdout for result in threads))
 
 
 @pytest.mark.parametrize("ranks", sorted({ranks for ranks, _ in RUNS.values()}))

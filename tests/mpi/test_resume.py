@@ -211,14 +211,16 @@ def test_a_fresh_start_does_not_take_a_folder_with_a_run(train, tmp_path, monkey
 
 
 def test_paths_of_data_hold_in_other_folders(tmp_path):
-    work, other = tmp_path / "work", tmp_path / "other"
+    work, other_folder = tmp_path / "work", tmp_path / "other"
     (work / "sets").mkdir(parents=True)
-    other.mkdir()
+    other_folder.mkdir()
     save(work / "sets" / "d.npz")
     start(work, "--dataset", "d.npz", "--data-dir", "sets", *MLP, "--epochs", "1")
-    status, _, err = run(1, "-m", "psmpi.train", "--resume", "auto", "--out", "../work/run", "--epochs", "2", cwd=other)
+    status, _, err = run(
+        1, "-m", "psmpi.train", "--resume", "auto", "--out", "../work/run", "--epochs", "2", cwd=other_folder
+    )
     assert status == 0, err
-    status, out, err = run(1, "-m", "psmpi.predict", "../work/run", "--json", cwd=other)
+    status, out, err = run(1, "-m", "psmpi.predict", "../work/run", "--json", cwd=other_folder)
     assert status == 0 and json.loads(out)["samples"] == 60, err
 
 
@@ -302,7 +304,7 @@ def test_predictions_are_of_the_data_of_the_training(tmp_path):
     save(tmp_path / "d.npz", *CHANGES["relabel"]())
     status, _, err = run(1, "-m", "psmpi.predict", tmp_path / "run", cwd=tmp_path)
     assert status == 1 and "is not what checkpoint" in err and "other labels of the training samples" in err
-    # With --dataset the file is meant as it is.
+    # --dataset names the file with its present contents.
     status, _, err = run(1, "-m", "psmpi.predict", tmp_path / "run", "--dataset", "d.npz", cwd=tmp_path)
     assert status == 0 and "warning" not in err
     save(tmp_path / "large.npz", X * 255)

@@ -66,7 +66,7 @@ def test_a_stopped_run_is_saved_and_ends_as_if_it_had_not_been(train, undisturbe
 
 @pytest.mark.parametrize("ranks", [1, 2, 5])
 def test_all_ranks_find_a_yes_at_the_same_call(ranks):
-    """Any rank says yes, and ranks have different speeds."""
+    """Each rank in turn says yes, and ranks have different speeds."""
     for speaker in range(ranks):
 
         def work(world, speaker=speaker):
@@ -90,17 +90,17 @@ def test_an_answer_to_the_second_question_can_be_taken_back():
     stays."""
 
     def work(world):
-        poll, heard = Poll(Control(world), seconds=0.01), []
+        poll, calls_with_yes = Poll(Control(world), seconds=0.01), []
         for call in range(1500):
             time.sleep(0.0001)
             first, second = poll(call == 900 and world.rank == 0, call in (40, 500) and world.rank == 2)
             if second:
-                heard.append(call)
+                calls_with_yes.append(call)
                 poll.forget()
             if first:
                 poll.close()
-                return [*heard, call]
-        raise AssertionError(f"heard at {heard}")
+                return [*calls_with_yes, call]
+        raise AssertionError(f"heard at {calls_with_yes}")
 
     by_rank = run_ranks(3, work, timeout=60)
     assert by_rank[0] == by_rank[1] == by_rank[2] and len(by_rank[0]) == 3
@@ -110,13 +110,13 @@ def test_an_answer_to_the_second_question_can_be_taken_back():
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_ranks_hear_the_sums_of_what_all_gave_at_one_call(ranks):
     def work(world):
-        poll, heard = Poll(Control(world), seconds=0.001, numbers=2), []
+        poll, sums_by_call = Poll(Control(world), seconds=0.001, numbers=2), []
         for call in range(300):
             poll.given[:] = call, world.rank + 1
             poll(False)
-            heard.append(poll.heard.copy())
+            sums_by_call.append(poll.heard.copy())
         poll.close()
-        return np.array(heard)
+        return np.array(sums_by_call)
 
     by_rank = run_ranks(ranks, work)
     total = ranks * (ranks + 1) / 2

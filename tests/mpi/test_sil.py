@@ -204,14 +204,14 @@ def test_a_single_part_is_conventional_training_bit_for_bit(optimizer):
 def test_stored_inputs_are_those_of_their_samples(shuffle):
     trainer = method(network(40, 30, 20), parts=2, optimizer="adam", shuffle=shuffle)
     left, right = trainer.parts.values()
-    batches, learnt = Minibatches(N, 50, 0, shuffle), []
+    batches, learn_calls = Minibatches(N, 50, 0, shuffle), []
     learn = right.learn
-    right.learn = lambda x, labels, *rest: learnt.append((x.copy(), labels.copy())) or learn(x, labels, *rest)
+    right.learn = lambda x, labels, *rest: learn_calls.append((x.copy(), labels.copy())) or learn(x, labels, *rest)
     for step in range(3 * PER_EPOCH):
         ids = batches.ids(*divmod(step, PER_EPOCH))
         trainer.step(Batch(ids), 1e-3)
-        if learnt:
-            x, labels = learnt.pop()
+        if learn_calls:
+            x, labels = learn_calls.pop()
             assert np.array_equal(x, right.stored[ids].T) and np.array_equal(labels, trainer.dataset.train.labels[ids])
     # The left part has not moved since it computed the stored inputs.
     sample = np.random.default_rng(0).choice(N, 100, replace=False)

@@ -293,8 +293,8 @@ def test_ranks_may_have_layers_of_their_own(points, tmp_path, monkeypatch, ranks
 
 @pytest.mark.parametrize("last", [(), ('type = "layer_norm"', 'type = "tanh"')])
 def test_each_rank_has_a_unit_before_sums_over_all(points, tmp_path, monkeypatch, last):
-    """Whatever the partitioner says, each rank has a unit of the layer whose outputs are summed to scores or
-    statistics."""
+    """Each rank has a unit of the layer whose outputs are summed to scores or statistics, whatever the partitioner
+    returns."""
     monkeypatch.setattr(settings, "partition", lambda layers, parts, mode: partition(layers, parts, "contiguous"))
     sparse = 'type = "sparse", units = 12, pattern = "random", fan_in = 6'
     options = (*described(tmp_path / "net.toml", *[sparse, TANH] * 4, *last, SCORES), *SGD, *points(5))

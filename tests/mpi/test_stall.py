@@ -156,8 +156,8 @@ def test_a_stopped_rank_is_named_and_the_job_ends(tmp_path):
     assert named == [rank] and status == 1 and all_gone, (rank, wait, err)
     assert re.search(rf"rank {rank} on \S+ is silent since [0-9:]+, stopped by a signal \(kill -CONT \d+", err), err
     # All ranks print their stacks; the stopped rank is woken for it.
-    for other in range(3):
-        assert f"psmpi, rank {other} of 3 on " in err
+    for printing_rank in range(3):
+        assert f"psmpi, rank {printing_rank} of 3 on " in err
     assert "in run_epoch" in err or "in run" in err
     ranks, _, _ = read_flights(tmp_path / "run" / "flight.jsonl")
     assert [record.state == "silent" for record in ranks] == [k == rank for k in range(3)]
@@ -264,6 +264,6 @@ def test_twenty_stopped_ranks_are_named(tmp_path):
         print(json.dumps([method, rank, round(wait, 2), named, status, all_gone]))
         if not all(outcomes[-1]):
             print(err)
-    named, ended, all_ended = (sum(column) for column in zip(*outcomes, strict=True))
-    print(f"named {named}, status 1 {ended}, all gone {all_ended}, of {len(outcomes)}")
-    assert named >= 19 and ended >= 19 and all_ended == 20
+    named, status_1, all_ended = (sum(column) for column in zip(*outcomes, strict=True))
+    print(f"named {named}, status 1 {status_1}, all gone {all_ended}, of {len(outcomes)}")
+    assert named >= 19 and status_1 >= 19 and all_ended == 20

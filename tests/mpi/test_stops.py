@@ -71,7 +71,7 @@ def undisturbed(tmp_path_factory):
     """undisturbed(method): the tensors of a run that nothing stopped, made once."""
     tensors = {}
 
-    def of(method):
+    def call(method):
         if method not in tensors:
             out = tmp_path_factory.mktemp("whole") / "run"
             status, stdout, err = launch(RANKS, "-m", "psmpi.train", "--out", out, *OPTIONS, *METHODS[method])
@@ -79,7 +79,7 @@ def undisturbed(tmp_path_factory):
             tensors[method] = Trained(out, stdout).tensors()
         return tensors[method]
 
-    return of
+    return call
 
 
 def begin(out, method, rng):

@@ -98,15 +98,17 @@ def test_ctrl_c_on_a_terminal_saves_and_says_how_to_go_on(tmp_path, ranks):
     environ = {k: v for k, v in mpi_environment().items() if k != "PYTHONUNBUFFERED"}
     keys = [(rb"epoch +9/2000", CTRL_C, 0.0)]
     status, raw = on_terminal(words, tmp_path, keys=keys, **{**environ, "TERM": "xterm"})
-    shown = lines(raw)
-    assert status == 85 and b"\x1b[2K" in raw, shown
-    assert any(re.search(r"epoch \d+/2000 .*━.* left" + r"  comm \d+ %" * (ranks > 1), line) for line in shown)
-    assert sum("the run stops after the next step, and is saved; another signal ends it" in line for line in shown) == 1
-    assert re.fullmatch(r"stopped by SIGINT after step \d+, and saved in run", shown[-3])
-    assert re.fullmatch(rf"{SCORES}|best and last .*", shown[-2])
-    assert shown[-1].startswith("go on:   ") and b"\x1b[?25" not in raw
-    step = int(re.search(r"step (\d+)", shown[-3])[1])
-    printed_command = shlex.split(shown[-1].removeprefix("go on:   "))
+    printed = lines(raw)
+    assert status == 85 and b"\x1b[2K" in raw, printed
+    assert any(re.search(r"epoch \d+/2000 .*━.* left" + r"  comm \d+ %" * (ranks > 1), line) for line in printed)
+    assert (
+        sum("the run stops after the next step, and is saved; another signal ends it" in line for line in printed) == 1
+    )
+    assert re.fullmatch(r"stopped by SIGINT after step \d+, and saved in run", printed[-3])
+    assert re.fullmatch(rf"{SCORES}|best and last .*", printed[-2])
+    assert printed[-1].startswith("go on:   ") and b"\x1b[?25" not in raw
+    step = int(re.search(r"step (\d+)", printed[-3])[1])
+    printed_command = shlex.split(printed[-1].removeprefix("go on:   "))
     assert printed_command[: 3 * (ranks > 1)] == (["mpirun", "-n", str(ranks)] if ranks > 1 else [])
     printed_command[printed_command.index("python")] = sys.executable
     command = under_mpirun(ranks, printed_command[printed_command.index(sys.executable) :])

@@ -94,7 +94,7 @@ def test_a_run_goes_on_with_its_own_text_alone(learnt, tmp_path):
 
 
 def test_other_texts_are_predicted_in_the_characters_that_were_learnt(learnt, tmp_path):
-    """A text of fewer characters is read with the training's numbers of characters."""
+    """A text of fewer characters is encoded with the training's numbers of characters."""
     trained, _ = learnt
     (tmp_path / "few.txt").write_text("box with five jugs\n" * 100)
     options = (trained.out, "--dataset", tmp_path / "few.txt", "--split", "all", "--json", "--out", tmp_path / "p.npz")
