@@ -33,7 +33,7 @@ def save(path, x=X, y=Y):
     np.savez(path, x=x, y=y)
 
 
-def held(folder):
+def snapshot(folder):
     """Return the bytes and times of all files in a folder."""
     return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
 
@@ -65,9 +65,9 @@ def test_a_config_toml_that_is_none_is_named(train, tmp_path, text):
     train(1, *FEW, "--epochs", "1", out=tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     (tmp_path / "run" / "config.toml").write_bytes(text)
-    before = held(tmp_path / "run")
+    before = snapshot(tmp_path / "run")
     assert "config.toml" in start(tmp_path, "--resume", "auto", "--epochs", "2", ok=False)
-    assert held(tmp_path / "run") == before
+    assert snapshot(tmp_path / "run") == before
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_afresh_with_its_own_settings(train, tmp_path):
@@ -146,11 +146,11 @@ def test_other_data_than_before_are_refused_and_nothing_is_changed(tmp_path, cha
     save(tmp_path / "d.npz")
     start(tmp_path, "--dataset", "d.npz", *MLP, "--epochs", "1")
     save(tmp_path / "d.npz", *CHANGES[change]())
-    before = held(tmp_path / "run")
+    before = snapshot(tmp_path / "run")
     message = start(tmp_path, "--resume", "auto", "--epochs", "2", ok=False)
     other_targets = "has learnt labels, and the targets of --dataset"
     assert ("d.npz is not the data set that checkpoint" if change != "values" else other_targets) in message
-    assert held(tmp_path / "run") == before
+    assert snapshot(tmp_path / "run") == before
 
 
 @pytest.mark.parametrize("change", ["append", "rescale", "reorder", "pixel"])
@@ -187,9 +187,9 @@ def test_new_data_are_not_taken_up_inside_an_epoch_nor_without_a_checkpoint(tmp_
 def test_a_resume_that_is_refused_changes_nothing(train, tmp_path, options):
     train(1, *MLP, "--epochs", "1", out=tmp_path / "run")
     (tmp_path / "run" / "checkpoints" / ".step-000000099.h5.part").write_bytes(b"half")
-    before = held(tmp_path / "run")
+    before = snapshot(tmp_path / "run")
     start(tmp_path, "--resume", "auto", "--epochs", "2", *options, ok=False)
-    assert held(tmp_path / "run") == before
+    assert snapshot(tmp_path / "run") == before
 
 
 def test_a_start_that_is_refused_leaves_no_folder(tmp_path):
@@ -204,10 +204,10 @@ def test_a_fresh_start_does_not_take_a_folder_with_a_run(train, tmp_path, monkey
     assert "holds a run already" in start(tmp_path, *MLP, ok=False)
     listings = iter([[], []])
     monkeypatch.setattr("psmpi.checkpoint.available", lambda _: next(listings))
-    before = held(out)
+    before = snapshot(out)
     message = start(tmp_path, *MLP, ok=False)
     assert "holds a run already: add --resume auto" in message and "damaged" not in message
-    assert held(out) == before
+    assert snapshot(out) == before
 
 
 def test_paths_of_data_hold_in_other_folders(tmp_path):
@@ -353,9 +353,9 @@ def test_a_setting_that_is_given_and_not_used_is_refused_though_the_run_had_the_
 def test_a_run_does_not_go_on_in_the_directory_of_another(train, tmp_path):
     """Older checkpoints in the directory would be mistaken for those of this run."""
     long, short = train(1, *MLP, "--epochs", "3"), train(1, *MLP, "--epochs", "1", "--seed", "5", out=tmp_path / "run")
-    before = held(short.out)
+    before = snapshot(short.out)
     message = start(tmp_path, "--resume", long.checkpoint, "--epochs", "4", ok=False)
-    assert "holds a run already, and" in message and "is not of it" in message and held(short.out) == before
+    assert "holds a run already, and" in message and "is not of it" in message and snapshot(short.out) == before
 
 
 def test_texts_of_a_user_s_own_are_put_aside(tmp_path):
@@ -378,11 +378,11 @@ def test_a_start_with_nothing_left_to_do_changes_no_later_one(train, tmp_path):
 
 def test_the_checkpoints_folder_is_no_run_directory(train, tmp_path):
     out = train(1, *MLP, "--epochs", "1", out=tmp_path / "run").out
-    before = held(out)
+    before = snapshot(out)
     for options in ((), ("--resume", "auto", "--epochs", "2")):
         message = start(tmp_path, *MLP, *options, ok=False, out="run/checkpoints")
         assert "is the folder of a run's checkpoints" in message or "holds a run already" in message
-    assert held(out) == before
+    assert snapshot(out) == before
 
 
 def test_a_run_s_configuration_starts_a_run_of_its_own(train, tmp_path):
@@ -396,9 +396,9 @@ def test_a_waiting_start_does_not_go_on_with_other_settings(train, tmp_path, mon
     """The start read its settings before the run that it waited for wrote any."""
     out = train(1, *FEW, "--epochs", "1", out=tmp_path / "run").out
     monkeypatch.setattr("psmpi.training.resume.own_settings", lambda *_: None)
-    before = held(out)
+    before = snapshot(out)
     assert "while this one waited: start this one again" in start(tmp_path, "--resume", "auto", ok=False)
-    assert held(out) == before
+    assert snapshot(out) == before
 
 
 def test_a_file_that_has_moved_is_found_by_its_folder(tmp_path):
@@ -474,7 +474,7 @@ def test_a_file_of_another_optimizer_does_not_give_its_rate(train, tmp_path):
 
 def test_a_start_with_nothing_left_to_do_writes_nothing(train, tmp_path):
     out = train(1, *MLP, "--epochs", "2", out=tmp_path / "run").out
-    before = held(out)
+    before = snapshot(out)
     assert "nothing left to do" in start(tmp_path, "--resume", "auto", "--epochs", "1", "--lr", "5")
-    assert held(out) == before
+    assert snapshot(out) == before
     assert "nothing left to do" in start(tmp_path, "--resume", out, out="other") and not (tmp_path / "other").exists()

@@ -78,7 +78,7 @@ def flat(result, layout):
     return vector
 
 
-def differ(trainer, result):
+def relative_distance(trainer, result):
     """Return the relative distance of the weights of a run from those of a method on one process."""
     own_w = trainer.state.vectors["weights"]
     return np.linalg.norm(flat(result, trainer.layout) - own_w) / np.linalg.norm(own_w)
@@ -297,7 +297,7 @@ def test_other_ways_to_hand_over(train, ranks, way, floats, macs):
     net = network(40, 30, 20)
     one_rank = trained(net, 6 * PER_EPOCH, epochs=6, parts=2, hand_over=way)
     many_ranks = train(ranks, *SMALL, "--epochs", "6", "--parts", "2", "--hand-over", way)
-    assert differ(one_rank, many_ranks) <= 1e-10
+    assert relative_distance(one_rank, many_ranks) <= 1e-10
     expected = N * macs(*(count(net, *stage) for stage in split_layers(net, 2)))
     assert many_ranks.rows[-1]["macs"] == one_rank.diagnostics()["macs"] == expected
     assert many_ranks.rows[-1]["handed_bytes"] == 8 * N * floats and one_rank.chain.handed_bytes == 0
@@ -311,7 +311,7 @@ def test_many_ranks_train_as_one_does(train):
     one_rank = trained(network(40, 30, 20), 21 * PER_EPOCH, epochs=21, parts=2, recovery_epochs=7)
     two_ranks, four_ranks = (train(ranks, *options) for ranks in (2, 4))
     assert 7 * PER_EPOCH >= 200
-    assert differ(one_rank, two_ranks) <= 1e-12 and differ(one_rank, four_ranks) <= 1e-9
+    assert relative_distance(one_rank, two_ranks) <= 1e-12 and relative_distance(one_rank, four_ranks) <= 1e-9
     score, diagnostics = one_rank.test(), one_rank.diagnostics()
     assert score["accuracy"] > 0.9 and diagnostics["phase"] == "recovery"
     for result, tolerance in ((two_ranks, 1e-9), (four_ranks, 1e-6)):
@@ -332,7 +332,7 @@ def test_three_parts_of_a_network_of_separable_layers(train, way):
                "--loss", "nll", "--dtype", "float64", "--lr", "0.01", "--batch-size", "50")  # fmt: skip
     one_rank = trained(make_network("psnet", (1, 8, 8), 10), 4 * PER_EPOCH, parts=3, recovery_epochs=1, hand_over=way)
     many_ranks = train(3, *options)
-    assert differ(one_rank, many_ranks) <= 1e-12
+    assert relative_distance(one_rank, many_ranks) <= 1e-12
     one_rank.test()
     assert many_ranks.rows[-1]["nearest_accuracy"] == pytest.approx(one_rank.diagnostics()["nearest_accuracy"])
 
@@ -347,7 +347,7 @@ def test_clipped_gradients_are_those_of_one_rank(train, way):
         for clip in (0.05, 0.0)
     )  # fmt: skip
     four_ranks = train(4, *options)
-    assert differ(one_rank, four_ranks) <= 1e-12 and differ(unclipped, four_ranks) > 1e-3
+    assert relative_distance(one_rank, four_ranks) <= 1e-12 and relative_distance(unclipped, four_ranks) > 1e-3
 
 
 # Phases and restarts.
@@ -464,7 +464,7 @@ def test_a_run_goes_on_on_other_ranks_and_from_another_method(train, tmp_path):
     first_steps = 2 * PER_EPOCH + 9
     train(2, *options, "--max-steps", first_steps, out=out)
     result = train(1, *options, "--resume", "auto", out=out)
-    assert differ(trained(network(40, 30, 20), 4 * PER_EPOCH, parts=2), result) <= 1e-10
+    assert relative_distance(trained(network(40, 30, 20), 4 * PER_EPOCH, parts=2), result) <= 1e-10
     # The phase is that of the run's steps, whatever method made the first ones.
     plain = ["data_parallel" if word == "sil" else word for word in SMALL]
     out = tmp_path / "other"

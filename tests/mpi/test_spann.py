@@ -156,7 +156,7 @@ def dense(weights, x, labels, widths, domains):
     return z, gradient_by_name, dh, loss
 
 
-def far(ranks, domains, options):
+def deviation(ranks, domains, options):
     """Return the largest relative distance of scores, gradients and loss from those of dense matrices with a mask."""
     _, x, labels, weights, own_gradients, scores, input_gradient, loss = gradients(ranks, options)
     widths = [domains * N] * 4
@@ -176,7 +176,7 @@ def far(ranks, domains, options):
 def test_gradients_are_those_of_dense_matrices_with_a_mask(points, ranks, domains, scores):
     if scores == "distributed" and ranks > 3:
         pytest.skip("there are three classes")
-    assert far(ranks, domains, slabs(domains, *points(domains), "--scores", scores)) <= 1e-12
+    assert deviation(ranks, domains, slabs(domains, *points(domains), "--scores", scores)) <= 1e-12
 
 
 def test_one_that_does_not_add_what_comes_back_is_far_from_them(points, monkeypatch):
@@ -186,7 +186,7 @@ def test_one_that_does_not_add_what_comes_back_is_far_from_them(points, monkeypa
         self.spread.copy(values, array)
 
     monkeypatch.setattr(Rows, "add", overwrite)
-    assert far(4, 4, slabs(4, *points(4))) > 1e-3
+    assert deviation(4, 4, slabs(4, *points(4))) > 1e-3
 
 
 def test_gradients_match_central_differences_on_both_sides_of_a_boundary(points):

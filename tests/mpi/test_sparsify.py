@@ -12,7 +12,7 @@ from psmpi.inspect.opened import Opened
 OPTIONS = ("--method", "data_parallel", "--dataset", "digits", "--loss", "nll", "--threads", "1")
 
 
-def done(module, *options, ranks=1):
+def output_of(module, *options, ranks=1):
     status, out, err = run(ranks, "-m", module, *options)
     assert status == 0, err
     return out + err
@@ -27,7 +27,7 @@ def refused(*options):
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory):
     out = tmp_path_factory.mktemp("dense") / "run"
-    done("psmpi.train", *OPTIONS, "--model", "mlp", "--widths", "40", "30", "--epochs", "2", "--out", out)
+    output_of("psmpi.train", *OPTIONS, "--model", "mlp", "--widths", "40", "30", "--epochs", "2", "--out", out)
     return Trained(out, "")
 
 
@@ -54,7 +54,7 @@ def scores(weights, x):
 @pytest.mark.parametrize("scope", ["global", "layer"])
 def test_a_pruned_network_is_the_dense_one_with_a_mask(scope, dense, tmp_path):
     out = tmp_path / "pruned.h5"
-    done("psmpi.inspect", "sparsify", dense.out, "--sparsity", "0.9", "--scope", scope, "--out", out)
+    output_of("psmpi.inspect", "sparsify", dense.out, "--sparsity", "0.9", "--scope", scope, "--out", out)
     opened, x = Opened(out), np.random.default_rng(0).random((64, 20))
     shapes = {name: tensor.shape for name, tensor in opened.tensors.items()}
     total = sum(shapes[f"sparse{k}.weight"][0] for k in (1, 2))
@@ -68,16 +68,16 @@ def test_a_pruned_network_is_the_dense_one_with_a_mask(scope, dense, tmp_path):
 
 def test_a_pruned_network_trains_on_predicts_and_exports(dense, tmp_path):
     pruned, out = tmp_path / "pruned.h5", tmp_path / "run"
-    done("psmpi.inspect", "sparsify", dense.out, "--sparsity", "0.8", "-o", pruned)
-    before = json.loads(done("psmpi.predict", pruned, "--json"))
-    done("psmpi.train", "--resume", pruned, "--epochs", "6", "--out", out, ranks=2)
+    output_of("psmpi.inspect", "sparsify", dense.out, "--sparsity", "0.8", "-o", pruned)
+    before = json.loads(output_of("psmpi.predict", pruned, "--json"))
+    output_of("psmpi.train", "--resume", pruned, "--epochs", "6", "--out", out, ranks=2)
     after = Trained(out, "")
     assert after.rows[-1]["epoch"] == 6 and after.rows[-1]["test_accuracy"] > before["accuracy"]
     assert after.tensors()["weights/sparse1.weight"].shape == Opened(pruned).tensors["sparse1.weight"].shape
-    listing = " ".join(done("psmpi.inspect", "show", pruned).split())
+    listing = " ".join(output_of("psmpi.inspect", "show", pruned).split())
     assert "sparsity: 0.8 (global)" in listing and "sha256" in listing and len(listing) < 6000
     pytest.importorskip("onnxruntime")
-    assert "differ" in done("psmpi.inspect", "export", out, "--out", tmp_path / "net.onnx")
+    assert "differ" in output_of("psmpi.inspect", "export", out, "--out", tmp_path / "net.onnx")
 
 
 def test_what_cannot_be_pruned_is_refused(dense, train, tmp_path):
@@ -91,10 +91,10 @@ def test_what_cannot_be_pruned_is_refused(dense, train, tmp_path):
     for scope in ("global", "layer"):
         message = refused(dense.out, "--sparsity", "0.99999999", "--layers", "dense1", "--scope", scope, *out)
         assert f"--sparsity 0.99999999 would leave {least}" in message and "--scope" not in message
-    done("psmpi.inspect", "sparsify", dense.out, "--sparsity", "0.5", "--layers", "dense3", *out)
+    output_of("psmpi.inspect", "sparsify", dense.out, "--sparsity", "0.5", "--layers", "dense3", *out)
     assert Opened(out[1]).tensors["sparse1.weight"].shape == (150,)
     assert "is there already" in refused(dense.out, "--sparsity", "0.5", *out)
     psnet_run = train(1, "--dataset", "digits", "--epochs", "1")
-    done("psmpi.inspect", "cut", psnet_run.out, "--classes", "3", "--out", tmp_path / "part.h5")
+    output_of("psmpi.inspect", "cut", psnet_run.out, "--classes", "3", "--out", tmp_path / "part.h5")
     assert "is a part of a network" in refused(tmp_path / "part.h5", "--sparsity", "0.5", "--out", tmp_path / "b.h5")
     assert "has no dense layer to prune" in refused(psnet_run.out, "--sparsity", "0.5", "--out", tmp_path / "b.h5")

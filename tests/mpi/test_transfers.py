@@ -51,7 +51,7 @@ def trials():
     return call
 
 
-def wrong(report, *claims):
+def failures(report, *claims):
     return [what for claim, what in report["wrong"] if claim in claims]
 
 
@@ -60,18 +60,18 @@ def test_forward_selects_and_backward_is_its_adjoint(trials, kind, ranks):
     """Compare with indices of one vector of all ranks, and check <F x, y> = <x, F* y>."""
     report = trials(kind, ranks)
     assert set(report["tried"]) == ALL
-    assert wrong(report, "forward", "backward", "adjoint") == []
+    assert failures(report, "forward", "backward", "adjoint") == []
 
 
 @pytest.mark.parametrize(("kind", "ranks"), WORLDS)
 def test_what_is_counted_is_what_messages_say(trials, kind, ranks):
     report = trials(kind, ranks)
-    assert wrong(report, "bytes", "messages") == [] and (report["bytes"] > 0) == (ranks > 1)
+    assert failures(report, "bytes", "messages") == [] and (report["bytes"] > 0) == (ranks > 1)
 
 
 @pytest.mark.parametrize(("kind", "ranks"), WORLDS)
 def test_several_minibatches_are_in_flight_at_once(trials, kind, ranks):
-    assert wrong(trials(kind, ranks), "in flight") == []
+    assert failures(trials(kind, ranks), "in flight") == []
 
 
 def test_every_transfer_is_tried():
