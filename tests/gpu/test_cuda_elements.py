@@ -1,4 +1,4 @@
-"""The CUDA kernels of elements, on the CPU, and the operations made of them on a stand-in for CuPy."""
+"""CUDA kernels of elements, on the CPU, and the operations that launch them, on a stand-in for CuPy."""
 
 from itertools import combinations
 
@@ -29,7 +29,7 @@ def device(dtype):
 @real_types
 @pytest.mark.parametrize("add", [0, 1])
 def test_runs_are_copied_or_added_in_their_order(add, dtype, device):
-    """Two pieces of out, of one source and of three."""
+    """Two runs of `out`, the first with one source and the second with three."""
     rng = np.random.default_rng(0)
     values, out = draw(rng, dtype, 700), draw(rng, dtype, 640)
     table = np.array([[3, 300, 0, 1, 0], [303, 13, 0, 1, 300], [400, 240, 1, 4, 0]])
@@ -108,7 +108,7 @@ def test_samples_are_weighted(many, count, n, batch, dtype, device):
     OPS.scale_samples(y, weights, expected)
     device("scale_samples", (2,), (64,), many, count * n, batch, device.of(y), device.of(weights), out)
     assert np.array_equal(out, expected)
-    # The sums lie apart, between other weights.
+    # The sums go to strided places between other numbers.
     storage = draw(rng, dtype, many * 100)
     steps = (100, 41, 3)
     sums, device_sums = storage.copy(), device.of(storage)
@@ -159,7 +159,7 @@ def test_samples_have_the_gradients_of_the_reference(name, batch, dtype, device)
 
 @real_types
 def test_transfers_are_those_of_the_reference(cupy, dtype):  # noqa: F811
-    """Runs that overlap in their target, and some longer than a block moves."""
+    """Runs that overlap in their target, and runs of more elements than one block copies."""
     rng, ops = np.random.default_rng(0), gpu.CupyOps()
     for table in (
         [[0, 10, 3000], [17, 0, 30], [5, 2990, 40], [40, 10, 3000], [9, 500, 0]],
@@ -210,7 +210,7 @@ def test_products_of_elements_are_those_of_the_reference(cupy, rows, dtype):  # 
 @pytest.mark.parametrize("damping", [False, True])
 @pytest.mark.parametrize("rule", RULES)
 def test_operators_on_a_device_are_those_of_the_host(cupy, rule, damping, dtype):  # noqa: F811
-    """Pairs of both signs, so that rules change their kind and hopeless elements begin anew."""
+    """Pairs with s^T y of both signs have all outcomes: skipped, updated, rejected and reset."""
     if damping and rule != "plbfgs":
         return
     backends = [NumpyOps(), gpu.CupyOps()] + ([CompiledOps()] if compiled.level() else [])
@@ -235,7 +235,7 @@ def test_operators_on_a_device_are_those_of_the_host(cupy, rule, damping, dtype)
     assert outcomes == {0, 1, 2, 3} if not damping else {0, 1} <= outcomes
 
 
-# Some without biases.
+# Convolutions with and without biases.
 CUT = [
     *({"type": "conv", "channels": 6, "kernel": 4}, {"type": "mean_pool"}, {"type": "sigmoid"}),
     *({"type": "conv", "channels": 16, "kernel": 4, "bias": False}, {"type": "max_pool"}, {"type": "relu"}),
@@ -256,7 +256,7 @@ CUT = [
     ],
 )
 def test_element_gradients_on_a_device_are_those_of_the_host(cupy, name, loss, merged, compute, dtype):  # noqa: F811
-    """Elements of one size and of several, all classes and some, samples behind the labelled ones."""
+    """Elements of equal and of different sizes, all classes and some, more samples than labels."""
     network = build("cut", (1, 28, 28), CUT, 10) if name == "cut" else make_network("psnet", (1, 8, 8), 5)
     classes, pairs = (2, 3, 7), [(2, 7), (3, 7)]
     if name == "psnet":
@@ -267,7 +267,7 @@ def test_element_gradients_on_a_device_are_those_of_the_host(cupy, name, loss, m
     results_by_backend = []
     for ops in (NumpyOps(), gpu.CupyOps(compute=compute, convolution="measured")):
         arrays, results = [put(ops, a) for a in (w, x)], []
-        # Derivatives that go into a backward pass as they are, and such that have to be scaled down.
+        # With kappa 60, derivatives are so large that the backward pass scales them down.
         for kappa in (2.0, 60.0):
             objective = make_loss(loss, dtype, kappa=kappa)
             elements = ElementSet(network, layout, classes, pairs, dtype, ops, objective, merged=merged)
@@ -280,14 +280,14 @@ def test_element_gradients_on_a_device_are_those_of_the_host(cupy, name, loss, m
         results.append(np.array([elements.gradients(*arrays, labels[:0], 1.0, out), abs(ops.host(out)).max()]))
         assert elements.nbytes > size * w.itemsize
         results_by_backend.append(results)
-    # The stand-in computes products of float32 as they are; a GPU with 10 bits of each number.
+    # With tf32 the stand-in multiplies float32 numbers, and a GPU rounds them to 10 bits first.
     tolerance = 100 * TOLERANCE[dtype] if compute == "float32" or cupy.__version__ == "fake" else 0.1
     for actual, expected in zip(results_by_backend[1], results_by_backend[0], strict=True):
         assert np.isfinite(expected).all() and relative_error(actual, expected) <= tolerance
 
 
 def test_gradients_of_elements_are_recorded(stand_in):
-    """Played back, they are of the weights, samples and labels of the day, in whichever array they are wanted."""
+    """A recorded call reads the current weights, samples and labels, and writes to the given array."""
     network, rng = make_network("psnet", (1, 8, 8), 10), np.random.default_rng(0)
     layout, classes = network.layout(), (1, 4, 5, 8)
     pairs, size = list(combinations(classes, 2)), layout.part(classes).size
@@ -313,5 +313,6 @@ def test_gradients_of_elements_are_recorded(stand_in):
         assert relative_error(np.array(values[1]), np.array(values[0])) <= 1e-12
         for expected, device_vector in zip(*outputs, strict=True):
             assert relative_error(backends[1].host(device_vector), expected) <= 1e-11, step
-    # Two gradients and a value a step: done once, where the first one makes room once more, recorded, played back.
+    # Three calls a step. A call launches a graph once it has been made without an allocation: the first step launches no
+    # graph, and the second step two, since the very first call allocates memory.
     assert backends[1].stream.launches - before == 4 * 3 - 1

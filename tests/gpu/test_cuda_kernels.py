@@ -1,7 +1,7 @@
-"""The CUDA kernels: nvcc takes them, and on the CPU they compute what the NumPy reference does.
+"""The CUDA kernels: nvcc compiles them without warnings, and on the CPU they have the results of the NumPy reference.
 
-Every launch is made twice, blocks and threads in both orders, on arrays with guard zones: results must agree bit for
-bit, inputs stay as they are, and nothing be written beyond an array. Outputs are NaN before.
+`Guarded` makes every launch twice, with blocks and threads in both orders, on arrays between guard zones. Both results
+must have the same bits, inputs must not change, and nothing may be written beyond an array. Outputs hold NaN before.
 """
 
 import os
@@ -27,22 +27,22 @@ F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
 REALS = {F32: "float", F64: "double"}
 TOLERANCE = {F32: 1e-5, F64: 1e-10}
 KINDS = ("identity", "sigmoid", "tanh", "relu")
-# The largest component of a gradient that was scaled up again.
+# The largest component of a gradient after it is scaled up again.
 LIMIT = {F32: 2.0**50, F64: 2.0**400}
 GUARD = 64
 OPS = NumpyOps()
-# The losses that have a kernel, in the order of its numbers.
+# Losses with a kernel, in the order of the kernel's numbers of losses.
 FUSED = [name for name in LOSSES if hasattr(CupyOps, f"{name}_loss")]
 
 needs_compiler = pytest.mark.skipif(cuda_host.compiler() is None, reason="no g++ to run the CUDA kernels on the CPU")
 real_types = pytest.mark.parametrize("dtype", [F32, F64], ids=str)
 
 
-# The kernels as CUDA.
+# The kernels compiled by nvcc.
 
 
 def find_nvcc():
-    """nvcc on the path, of CUDA_HOME, or of a pip package beside this Python."""
+    """The path of nvcc: on PATH, in CUDA_HOME, or in a pip package of this Python; else None."""
     places = [shutil.which("nvcc")]
     if "CUDA_HOME" in os.environ:
         places.append(os.path.join(os.environ["CUDA_HOME"], "bin", "nvcc"))
@@ -52,7 +52,7 @@ def find_nvcc():
 
 @pytest.mark.parametrize("dtype", [F32, pytest.param(F64, marks=pytest.mark.slow)], ids=str)
 def test_nvcc_takes_the_kernels_without_a_warning(dtype, tmp_path):
-    """All files as one, as CuPy is given them."""
+    """All files are one source, as CuPy compiles them."""
     nvcc = find_nvcc()
     if nvcc is None:
         pytest.skip("no nvcc on the path, in CUDA_HOME or in this Python environment")
@@ -67,7 +67,7 @@ def test_nvcc_takes_the_kernels_without_a_warning(dtype, tmp_path):
         capture_output=True, text=True,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    # A register that does not fit is written to memory in every pass of a loop.
+    # A message, for instance of registers that spill to memory, is a failure as well.
     assert not result.stderr, result.stderr
 
 
@@ -75,18 +75,18 @@ def test_nvcc_takes_the_kernels_without_a_warning(dtype, tmp_path):
 
 
 class Guarded:
-    """Arrays between guard zones, on which kernels are launched."""
+    """Arrays between guard zones, and launches of kernels on them."""
 
     def __init__(self, dtype):
         self.dtype, self.kernels = dtype, cuda_host.load(REALS[dtype])
         self.arrays = {}
 
     def array(self, shape, dtype=None, fill=np.nan):
-        """A new array; `fill` is a number, or what it holds."""
+        """A new array. fill: a number, or an array of the values."""
         dtype = np.dtype(dtype or self.dtype)
         size = int(np.prod(shape))
         padded = np.full(size + 2 * GUARD, 77, dtype)
-        # The first element on a multiple of 16 bytes, as the allocators of CUDA have it.
+        # The address of the first element is a multiple of 16 bytes, as in an allocation of CUDA.
         skip = -(padded.ctypes.data + GUARD * dtype.itemsize) % 16 // dtype.itemsize
         start = GUARD + skip
         inner = padded[start : start + size].reshape(shape)
@@ -204,7 +204,7 @@ def test_windows_are_those_of_the_reference(channels, size, kernel, stride, firs
 def test_convolutions_are_those_of_the_reference(name, batch, dtype, device):
     s, channels, (height, width), k, stride = SHAPES[name]
     rows, columns = (height - k) // stride + 1, (width - k) // stride + 1
-    # One unit more than the stripes have, which must stay as it is.
+    # One unit more than the stripes have, to which no kernel may write.
     own_count, units = s.count * s.n, s.out + s.count * s.n + 1
     rng = np.random.default_rng(0)
     x, dy = draw(rng, dtype, channels, height, width, batch), draw(rng, dtype, units, rows, columns, batch)
@@ -268,7 +268,7 @@ def test_biases_and_activations_are_those_of_the_reference(count, n, m, kind, dt
     y[0, 0, 0] = np.nan
     if y.size > 1:
         y[0, -1, -1] = -1000
-    # The biases lie apart, between other weights.
+    # The biases are at strided places between other weights.
     weights = draw(rng, dtype, count * 40)
     step, row_step = 37, 4
     bias = weights[np.arange(count)[:, None] * step + np.arange(n) * row_step]
@@ -321,7 +321,7 @@ def test_normalization_is_that_of_the_reference(n, m, kind, dtype, device):
     out = device.of(dy)
     arguments = (device_normal, device_rows[0], gamma, device.of(expected), out, kind)
     device("normalize_back", (n,), (256,), m, *arguments, *device_rows[1:])
-    # Differences of sums; a row of one value has no variance, and the factor is 316.
+    # Gradients are differences of sums. A row of one value has variance 0 and the factor 1e-5 ** -0.5 = 316.
     near(out, d, 300 * TOLERANCE[dtype])
     near(device_rows[1], dgamma, 30 * TOLERANCE[dtype])
     near(device_rows[2], dbeta, 30 * TOLERANCE[dtype])
@@ -346,7 +346,7 @@ def test_normalization_of_columns_is_that_of_the_reference(n, m, dtype, device):
     OPS.layer_norm_back(normal, scale, gamma, dy, dgamma, dbeta)
     device("layer_norm_sums", (n,), (256,), m, device_normal, device_dx, *sums)
     device("layer_norm_back", grid, (32, 8), n, m, device_normal, factors, gamma, device_dx)
-    # A column of one value has no variance, and the factor is 316.
+    # A column of one value has variance 0 and the factor 1e-5 ** -0.5 = 316.
     for actual, expected in ((sums[0], dgamma), (sums[1], dbeta), (device_dx, dy)):
         near(actual, expected, 300 * TOLERANCE[dtype])
 
@@ -422,7 +422,7 @@ def test_rows_of_unit_length_are_those_of_the_reference(m, dtype, device):
 @needs_compiler
 @pytest.mark.parametrize("dtype", [F32], ids=str)
 def test_long_rows_lose_no_digits(dtype, device):
-    """Of numbers of one size, of which a sum one by one is off by the same each time."""
+    """Rows of numbers of one size: a sum one by one would round in the same direction at each step."""
     m = 400_000
     x = np.where(np.random.default_rng(0).random((1, m)) < 0.5, F32.type(0.7), F32.type(-0.7)) + F32.type(8)
     exact_x = x.astype(np.float64)
@@ -452,7 +452,7 @@ def test_long_rows_lose_no_digits(dtype, device):
 def test_pooling_is_that_of_the_reference(shape, size, batch, dtype, device):
     channels, height, width = shape
     rng = np.random.default_rng(0)
-    # Few different numbers: many ties.
+    # Few different numbers, so that many are equal.
     x = rng.integers(-3, 3, (channels, height, width, batch)).astype(dtype)
     x[0, 0, 0, 0] = np.nan
     x[-1, :size, :size, -1] = -np.inf
@@ -491,7 +491,7 @@ def test_pooling_is_that_of_the_reference(shape, size, batch, dtype, device):
 def test_folded_kernels_are_those_of_the_reference(k, pool, dtype, device):
     count, rows, n_in, folded_size = 3, 5, 2, k + pool - 1
     rng = np.random.default_rng(0)
-    # Each row of weights is followed by a bias, and each stripe by something else.
+    # A bias follows each row of weights, and three other numbers follow each stripe.
     row_step = n_in * k * k + 1
     step = rows * row_step + 3
     flat = device.of(draw(rng, dtype, count * step))
@@ -515,7 +515,7 @@ def test_folded_kernels_are_those_of_the_reference(k, pool, dtype, device):
 
 
 def one_sample(loss, scores, labels, pairs):
-    """The loss of each sample alone."""
+    """The loss of each sample by itself."""
     return np.array([loss(scores[:, [b]].copy(), labels[[b]], 1.0, pairs=pairs) for b in range(len(labels))])
 
 
@@ -554,11 +554,11 @@ def test_losses_are_those_of_the_reference(name, paired, size, batch, dtype, dev
     if dtype == F32 or size < 1e30:
         near(samples[0], one_sample(loss, scores, labels, pairs), tolerance)
     else:
-        # Terms of psl are limited here, by the size of the minibatch: see the sum below.
+        # Terms of psl are limited by the size of the minibatch. The comparison of the sum is below.
         assert np.isfinite(samples[0]).all()
     near(samples[1], worst, tolerance)
     assert np.array_equal(samples[2], clipped)
-    # Without derivatives the same.
+    # Without derivatives the kernel has the same results.
     repeated = device.array((3, batch), F64)
     device("losses", (2,), (64,), kind, *settings, table, None, None, None, repeated)
     assert np.array_equal(repeated, samples)
@@ -589,7 +589,7 @@ def test_losses_are_those_of_the_reference(name, paired, size, batch, dtype, dev
 @pytest.mark.parametrize("size", [1.0, 60.0])
 @pytest.mark.parametrize("name", FUSED)
 def test_losses_of_some_classes_are_those_of_the_reference(name, size, cuts, dtype, device):
-    """Summaries, what they are merged to, terms, and what closes them, rank by rank."""
+    """Summaries, their merge, terms and the close, for each rank's classes."""
     classes, batch, scale, kind = sum(cuts), 33, 0.125, FUSED.index(name)
     rng, limit = np.random.default_rng(0), largest_exponent(dtype)
     scores, labels = draw(rng, dtype, classes, batch) * dtype.type(size), rng.integers(0, classes, batch)
@@ -724,7 +724,7 @@ def test_a_score_that_is_no_number_shows(name, bad, dtype, device):
 @real_types
 @pytest.mark.parametrize("name", FUSED)
 def test_losses_are_as_the_reference_has_them_where_it_has_them(name, dtype, device):
-    # Infinite scores of other classes, below the label's: PSL and its kin have values there.
+    # A score of -inf of another class: psl and similar losses are finite.
     scores = np.zeros((4, 2), dtype)
     scores[3, 1] = -np.inf
     labels, kind = np.array([1, 0]), FUSED.index(name)
@@ -796,7 +796,7 @@ def test_derivatives_without_a_finite_peak_are_cast_as_they_are(dtype, device):
 def test_steps_are_those_of_the_optimizers(name, counted, decay, dtype, device):
     n, lr = 1003, 0.05
     rng = np.random.default_rng(0)
-    # Moments that move far in a few steps.
+    # Small betas, so that moments change much in a few steps.
     hyper = Hyper(momentum=0.9, beta1=0.5, beta2=0.8, weight_decay=decay)
     optimizer = make_optimizer(name, n, dtype, hyper, counted=counted)
     if counted:
@@ -857,10 +857,10 @@ def test_scaling_and_multiplying(size, dtype, device):
 )
 def test_sums_of_multiples_have_the_bits_of_the_reference(factors, inside, size, dtype, device):
     rng = np.random.default_rng(0)
-    # What overflows in float32, and numbers below the normal ones.
+    # Sums that overflow in float32, and subnormal numbers.
     scale = 10.0 ** rng.integers(-40, 38, (len(factors), size + 4))
     arrays = [device.of(a) for a in (rng.standard_normal(scale.shape) * scale).astype(dtype)]
-    # They begin anywhere.
+    # Terms start at different alignments.
     terms = [(float(factor), a[k:][:size]) for k, (factor, a) in enumerate(zip(factors, arrays, strict=True))]
     out = arrays[0] if inside else device.array(size + 4)
     at, expected = slice(0, size) if inside else slice(3, size + 3), out.copy()
@@ -882,7 +882,7 @@ def test_products_and_sums_of_multiples_are_rounded_one_by_one(dtype, tmp_path):
     source = cuda_host.SOURCES / "vector.cu"
     subprocess.run([nvcc, "-std=c++17", "-ptx", f"-DREAL={REALS[dtype]}", "-o", str(ptx), str(source)], check=True)
     kernels = {part.split("(")[0].strip(): part for part in ptx.read_text().split(".visible .entry")[1:]}
-    # Without .rn the assembler may join them.
+    # Without .rn the assembler may fuse a product and a sum.
     assert "mul.rn.f" in kernels["combine"] and "add.rn.f" in kernels["combine"]
     assert "fma" not in kernels["combine"] and "fma" in kernels["dots"]
 
@@ -946,7 +946,7 @@ def test_minibatches_are_made_of_compressed_rows(batch, features, share, dtype, 
     assert np.array_equal(out, dense[at].T)
 
 
-# What runs them.
+# The launcher itself.
 
 
 @needs_compiler
@@ -976,7 +976,7 @@ def test_arguments_that_a_gpu_would_misread_are_refused():
             launch(8, at, 2.0, **shape)
     with pytest.raises(KeyError):
         launch(name="unknown")
-    # The integer stays as it is, whatever its size.
+    # Integers of 64 bits are passed on unchecked, larger ones are refused.
     launch(-1, at, 2.0)
     with pytest.raises(ValueError, match="64-bit"):
         launch(2**63, at, 2.0)
@@ -1037,7 +1037,7 @@ def test_barriers_shared_memory_and_ended_threads(tmp_path, monkeypatch):
         out = np.full((4, 3, 200), -1)
         kernels.launch("turn", (4,), (200,), (200, Address(out.ctypes.data)))
         expected = (np.arange(200) + 1) % 200 + np.arange(3)[:, None]
-        # What thread 5 would have written was never set.
+        # Thread 5 ends early: its element of `out`, and the shared element that thread 4 reads, are never set.
         expected[:, 4] = -1
         expected[:, 5] = -1
         assert np.array_equal(out, np.broadcast_to(expected, out.shape))

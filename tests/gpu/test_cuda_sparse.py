@@ -1,4 +1,4 @@
-"""The CUDA kernels of sparse layers, on the CPU, and the product made of them on a stand-in for CuPy."""
+"""CUDA kernels of sparse layers, on the CPU, and the product that launches them, on a stand-in for CuPy."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The CUDA kernels of a head that is computed tile by tile, on the CPU, against NumPy."""
+"""CUDA kernels of a head that is computed tile by tile, on the CPU, against NumPy."""
 
 from itertools import pairwise
 
@@ -10,10 +10,10 @@ from test_cuda_kernels import F64, TOLERANCE, Guarded, draw, near, real_types
 pytestmark = pytest.mark.skipif(cuda_host.compiler() is None, reason="no g++ to run the CUDA kernels on the CPU")
 
 CLASSES, INPUTS, BATCH = 11, 5, 33
-# Ends of tiles, and the exponents by which derivatives of their scores, and of all in the end, are scaled down.
+# Edges of tiles, and their size. Derivatives are scaled down by 2 to these exponents: in each tile, and in the end.
 TILES, TILE = (0, 4, 8, 11), 4
 EXPONENTS, LAST = (0, 30, 55), 60
-# Labels of this rank's classes, several of one, and of others' before and behind.
+# Labels among this rank's classes, with repetitions, and among classes of other ranks, before and after these.
 LABELS = np.random.default_rng(3).integers(-3, CLASSES + 3, BATCH)
 OWN = (LABELS >= 0) & (LABELS < CLASSES)
 
@@ -29,12 +29,15 @@ def report(exponent):
 
 
 def rows(device, rng, dtype, apart):
-    """Rows of weights and biases, one behind the other or `apart`, as views; and the arguments of a kernel."""
+    """Views of weights and biases, and the arguments of a kernel for them.
+
+    apart: they are two arrays, else each bias follows its row of weights in one array.
+    """
     if apart:
         weights, biases = device.of(draw(rng, dtype, CLASSES, INPUTS)), device.of(draw(rng, dtype, CLASSES))
         return weights, biases, (weights, INPUTS, biases, 1)
     table = device.of(draw(rng, dtype, CLASSES, INPUTS + 1))
-    # Kernels are given where an array begins.
+    # A kernel takes the address of the first element.
     vector = table.reshape(-1)
     return table[:, :-1], table[:, -1], (vector, INPUTS + 1, vector[INPUTS:], INPUTS + 1)
 
@@ -62,7 +65,7 @@ def test_labels_have_the_scores_of_their_rows(apart, dtype, device):
 def test_normalizers_of_tiles_are_those_of_all_classes(cuts, bad, dtype, device):
     rng = np.random.default_rng(0)
     scores = 50 * draw(rng, dtype, CLASSES, BATCH)
-    # Largest scores that grow, and that shrink, from tile to tile.
+    # The largest score of a tile grows from tile to tile in sample 0, and falls in sample 1.
     scores[:, 0], scores[:, 1] = np.arange(CLASSES), -np.arange(CLASSES)
     if bad is not None:
         scores[6, 2] = bad
@@ -98,7 +101,7 @@ def test_what_tiles_find_is_added_up(rests, dtype, device):
     sums, largest = values.sum(axis=0), values.max(axis=0)
     assert reports[-1] == pytest.approx([sums[0], largest[1], sums[2], largest[3]], rel=1e-14)
     assert np.isnan(total).all() if not rests else np.allclose(total, terms.sum(axis=0), rtol=1e-13)
-    # NaN is not lost, whichever tile has it.
+    # NaN in either report remains.
     for first, then in ((np.nan, 1.0), (1.0, np.nan)):
         current, later = device.of(np.full(4, first)), device.of(np.full(4, then))
         device("next_tile", (1,), (16,), 0, BATCH, labels, current, None, later, None, tile_labels)
@@ -127,7 +130,7 @@ def test_the_report_of_a_head_has_the_largest_derivative_and_what_is_no_number(d
     assert np.array_equal(out, last)
     device("head_report", (1,), (256,), CLASSES, BATCH, labels, None, device.of(last), out)
     assert np.array_equal(out, last)
-    # Whoever's label it is of.
+    # An infinite term makes the loss NaN, whether the label is of this rank or of another.
     for sample in np.flatnonzero(OWN)[0], np.flatnonzero(~OWN)[0]:
         rest[sample] = np.inf
         device("head_report", (1,), (256,), CLASSES, BATCH, labels, device.of(rest), device.of(last), out)
@@ -139,7 +142,7 @@ def test_the_report_of_a_head_has_the_largest_derivative_and_what_is_no_number(d
 @both_layouts
 @pytest.mark.parametrize("bias", [True, False])
 def test_rows_of_tiles_are_scaled_alike_and_completed(bias, apart, dtype, device):
-    """Against the gradient of all scores, scaled once."""
+    """The rows have the gradient of all scores, scaled once."""
     rng = np.random.default_rng(0)
     weights, biases, (table, row, bias_rows, step) = rows(device, rng, dtype, apart)
     arguments = (table, row, bias_rows if bias else None, step if bias else 0)

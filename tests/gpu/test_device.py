@@ -1,6 +1,6 @@
 """The GPU backend on a stand-in for CuPy, over host memory (see fake/cupy): operations, models, optimizers, exchange.
 
-Kernels by themselves are in test_cuda_kernels.py, trainings in test_device_mpi.py.
+Tests of single kernels are in test_cuda_kernels.py, of trainings in test_device_mpi.py.
 """
 
 import inspect
@@ -39,7 +39,7 @@ from psmpi.training.evaluator import Evaluator
 
 F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
 TOLERANCE = {F32: 2e-5, F64: 1e-11}
-# What the device does as the reference does: it is made of other operations.
+# Methods that the GPU backend inherits: they call other operations.
 SHARED = {
     NumpyOps: {"attention", "attention_back", "beside", "fused", "scratch", "add_shared", "sparse_steps",
                "sparse_blocks", "factor_steps", "count_rows", "deal_components"},
@@ -51,7 +51,7 @@ needs_compiler = pytest.mark.skipif(cuda_host.compiler() is None, reason="no g++
 
 @pytest.fixture(params=["stand-in", pytest.param("gpu", marks=pytest.mark.gpu)])
 def cupy(request):
-    """The stand-in, and the real CuPy where it has a GPU."""
+    """The stand-in for CuPy, and CuPy itself on a machine with a GPU."""
     if request.param == "stand-in":
         return request.getfixturevalue("stand_in")
     if not gpu.available():
@@ -213,7 +213,7 @@ def test_models_are_those_of_the_reference(cupy, name, dtype):
         for ops in (NumpyOps(), device_ops):
             g = put(ops, np.full(part.size, np.nan, dtype))
             model = Model(network, layout, put(ops, local), g, ops, classes)
-            # A larger minibatch before: what it left must not show.
+            # A larger minibatch first; the next one must not use its values.
             model.forward(put(ops, np.ones((x.shape[0], 7), dtype)))
             tape = model.forward(put(ops, x))
             scores = ops.host(tape.scores).copy()
@@ -243,14 +243,14 @@ def test_convolutions_may_be_products_with_windows(cupy, name, chunk, monkeypatc
         scores = ops.host(tape.scores).copy()
         model.backward(tape, put(ops, d))
         results.append((scores, ops.host(g)))
-    # The stand-in computes products of float32 as they are; a GPU with 10 bits of each number.
+    # With tf32 the stand-in multiplies float32 numbers, and a GPU rounds them to 10 bits first.
     tolerance = 2e-5 if not gpu.available() or "fake" in str(cupy.__version__) else 1e-2
     for actual, expected in zip(results[1], results[0], strict=True):
         assert relative_error(actual, expected) <= tolerance
 
 
 def both_ways(name, dtype, device_ops, classes=None):
-    """What the reference and `there` find for a network: scores and gradients."""
+    """Scores and gradient of a network by the reference, then by `device_ops`, after a minibatch of another size."""
     network = make(name)
     layout, w, x, d = random_problem(network, batch=5, dtype=dtype)
     classes = [*range(network.classes)] if classes is None else classes
@@ -279,14 +279,14 @@ def test_convolutions_may_be_those_of_cudnn(cupy, name, dtype):
     for classes in (None, [1], [0, 3]):
         scores, g, device_scores, device_g = both_ways(name, dtype, ops, classes)
         assert relative_error(device_scores, scores) <= tolerance and relative_error(device_g, g) <= tolerance
-    # Both sizes of minibatch; a GPU's cuDNN may not have all.
+    # cuDNN was tried for both sizes of minibatches.
     assert {batch for _, batch, _ in ops.cudnn.chosen} == {5, 7}
-    # The first layer's input needs no gradient, and only one minibatch went back.
+    # The minibatch of 7 samples had no backward pass.
     assert {work for _, batch, work in ops.cudnn.chosen if batch == 7} == {"output"}
     assert not fake or all(ops.cudnn.chosen.values())
 
 
-# What cuDNN calls what it is asked for.
+# psmpi's names of cuDNN's operations.
 WORK = {"fprop": "output", "wgrad": "gradient of kernels", "dgrad": "gradient of input"}
 
 
@@ -294,7 +294,7 @@ def test_groups_of_channels_are_known():
     for stripes, expected in (
         ([Stripes(1, 6, 4, 0, 0, 0)], 1),
         ([Stripes(2, 3, 2, 0, 2, 0)], 2),
-        # The same channels twice, overlapping ones, some that none sees, units that are not there, two kinds.
+        # Channels seen twice, overlapping channels, unseen channels, a missing unit, stripes of two sizes.
         ([Stripes(2, 3, 4, 0, 0, 0)], 0),
         ([Stripes(2, 3, 3, 0, 1, 0)], 0),
         ([Stripes(1, 6, 3, 1, 0, 0)], 0),
@@ -324,7 +324,7 @@ def test_a_cudnn_that_fails_is_not_used(stand_in, monkeypatch, fault, says, conv
     ops = CupyOps(convolution=convolution)
     scores, g, device_scores, device_g = both_ways("mean pooling", F32, ops)
     assert relative_error(device_scores, scores) <= TOLERANCE[F32] and relative_error(device_g, g) <= TOLERANCE[F32]
-    # Two minibatches forward, one back through two layers.
+    # Outputs of two layers for two minibatches; for one of them the gradients of two kernels and of one input.
     assert len(ops.choices) == 2 * 2 + 2 + 1
     faulty_work = WORK.get(fault.partition(" ")[0])
     for line, (key, chosen) in zip(ops.choices, ops.cudnn.chosen.items(), strict=True):
@@ -379,13 +379,13 @@ def test_the_fastest_is_taken_for_each_work(stand_in, costs, taken, work):
     ops = CupyOps(convolution="measured")
     scores, g, device_scores, device_g = both_ways("separable convolution", F32, ops)
     assert relative_error(device_scores, scores) <= TOLERANCE[F32] and relative_error(device_g, g) <= TOLERANCE[F32]
-    # One minibatch forward only.
+    # All kinds of work were measured.
     assert {key[-1] for key in ops.cudnn.chosen} == OWN_KERNELS.keys()
     for line, key in zip(ops.choices, ops.cudnn.chosen, strict=True):
         assert f": {taken if key[-1] == work else 'psmpi'} (psmpi " in line and line.count(" ms") == 3, line
     shapes = [line.partition(", minibatch")[0] for line in ops.choices]
     assert shapes[0] == "convolution 4x8x8 -> 8x3x3, kernel 4, stride 2, 4 groups, tanh, float32"
-    # Once for each shape.
+    # Each shape is measured once.
     before = len(ops.choices)
     both_ways("separable convolution", F32, ops)
     assert len(ops.choices) == before
@@ -408,7 +408,7 @@ def test_gradients_of_channels_are_sums_over_the_stripes_that_see_them(cupy, str
     rng = np.random.default_rng(0)
     shapes = ((4, 5, 5, 3), (6, 3, 3, 3), (6, stripes[0].n_in, 3, 3), (6,))
     x, dy, kernels, bias = (rng.normal(size=shape).astype(F32) for shape in shapes)
-    # One stripe after the other on the host: nothing overlaps.
+    # The host computes each stripe by itself, so that no channels overlap.
     expected = np.zeros_like(x)
     for s in stripes:
         for k in range(s.count):
@@ -452,7 +452,7 @@ def test_psmpi_s_gradient_has_the_kernels_of_cudnn_s_output_when_that_is_played_
             mirror.host[...] = rng.normal(size=mirror.host.shape)
             mirror.push()
         recorded()
-        # Its own arguments changed: it is not played back.
+        # The backward pass is not recorded.
         plan.backward(x, dy, kernels, None, dx)
         expected = np.zeros((1, 4, 4, 3), F32)
         reference = NumpyOps().convolution([Stripes(1, 2, 1, 0, 0, 0)], (1, 4, 4), (2, 2, 2), 3, 1, F32)
@@ -566,7 +566,7 @@ def test_the_loss_and_its_gradient_are_those_of_the_reference(cupy, name, dtype)
         if abs(g).max() < GRADIENT_LIMIT[dtype]:
             assert relative_error(device_g, g) <= 100 * TOLERANCE[dtype]
         else:
-            # Scaled up by so much, rounding reaches the limit too.
+            # A gradient beyond the limit is cut to it.
             assert name == "psl" and abs(device_g).max() == GRADIENT_LIMIT[dtype]
 
 
@@ -621,7 +621,7 @@ def test_the_distance_from_targets_and_its_gradient_are_those_of_the_reference(c
 
 
 class Slow(LOSSES["logistic"]):
-    """A loss that no device has in one pass."""
+    """A loss without a kernel."""
 
     name = "slow"
 
@@ -643,7 +643,7 @@ def test_a_loss_without_a_kernel_of_its_own_goes_through_host_memory_outside_of_
             objective.derive(tape, tape.scores, given[1], 1 / b)
 
         recorded, before = objective.record(work), ops.stream.launches
-        # A step is recorded the second time.
+        # The second call records.
         for _ in range(3):
             model.g.fill(0)
             recorded(9)
@@ -715,17 +715,17 @@ def test_recorded_work_is_played_back(stand_in):
     for k in range(1, 6):
         assert recorded(2).shape == (2,)
         assert np.array_equal(ops.host(a), np.full(4, 2.0 * k))
-    # Done once, recorded once, then played back.
+    # The first call does the work, the second one records it, and the others launch the graph.
     assert calls == [2, 2] and ops.stream.launches - before == 4
     recorded(3)
     assert calls == [2, 2, 3] and np.array_equal(ops.host(a), np.full(4, 13.0))
-    # What is done beside it has memory of its own, for sums too.
+    # A separate set of operations has its own memory, also for sums.
     separate, allocations = ops.separate(), ops.allocations
     assert separate.squared_norm(put(separate, np.full(9, 2.0))) == 36
     assert ops.allocations == allocations and separate.buffers and not ops.buffers
     recorded(2)
     assert calls == [2, 2, 3] and np.array_equal(ops.host(a), np.full(4, 15.0))
-    # Memory may have moved: what was recorded is done anew.
+    # Memory may have moved after an allocation, which discards recordings.
     ops.empty(1, F32)
     recorded(2)
     assert calls == [2, 2, 3, 2] and np.array_equal(ops.host(a), np.full(4, 17.0))
@@ -754,14 +754,14 @@ def test_recorded_work_is_that_of_its_arrays_memory_and_shape(stand_in):
 
     recorded = ops.record(add)
     for k in range(1, 5):
-        # Views are made anew each time.
+        # Each call gets new views.
         recorded(a[:1], None, 1.0)
         recorded(a[1:2], None, 1.0)
         recorded(a[:1].reshape(1, 1), b[:1], 100.0)
         recorded(a[:1], None, 1000.0)
         assert ops.host(a).tolist() == [1101.0 * k, k, 0, 0] and ops.host(b).tolist() == [100.0 * k, 0, 0, 0]
         assert len(works) == min(2, k) * 4
-    # The same memory in other steps is another array.
+    # The same memory with other strides is another array.
     square = a.reshape(2, 2)
     for turned in (False, True) * 3:
         recorded(ops.view(a, 0, (2, 2), (1, 2)) if turned else square, None, 0.0)
@@ -811,7 +811,7 @@ def test_optimizers_step_as_on_the_host(cupy, name, counted, dtype):
     for ops in (NumpyOps(), CupyOps()):
         w, g = put(ops, start), put(ops, np.zeros(n, dtype))
         optimizer = make_optimizer(name, n, dtype, hyper, ops, counted, (Matrix(5, 40, 20), Matrix(900, 12, 30)))
-        # All of them are where the weights are.
+        # All vectors of the optimizer are in the same kind of memory as the weights.
         sized = [a for a in (*vars(optimizer).values(), *optimizer.vectors.values()) if getattr(a, "shape", ()) == (n,)]
         assert len(sized) >= len(optimizer.vectors) and all(type(a) is type(w) for a in sized)
 
@@ -858,7 +858,7 @@ def test_sums_of_multiples_have_the_same_bits_on_all_backends(cupy, n, dtype):
             results = []
             for ops in (NumpyOps(), CompiledOps(), CupyOps()):
                 backend_arrays = [put(ops, a) for a in arrays]
-                # They begin anywhere.
+                # Arrays start at different alignments.
                 pieces = [a[k:][:n] for k, a in enumerate(backend_arrays)]
                 out = pieces[0] if inside else put(ops, np.full(n + 1, np.nan, dtype))[1:]
                 ops.combine(out, *zip(factors[:count], pieces, strict=False))
@@ -882,7 +882,7 @@ def test_scalar_products_are_those_of_the_reference(cupy, n, dtype):
         assert first.dtype == F64 and first == pytest.approx(expected, rel=1e-12, abs=1e-12)
         before, kept = ops.allocations, first.copy()
         assert np.array_equal(ops.dots(pairs), kept) and ops.allocations == before
-        # What was returned is the caller's.
+        # Later calls do not change a returned array.
         ops.dots([(device_vectors[19], device_vectors[19])])
         assert np.array_equal(first, kept)
     for a, b in zip(host_vectors, device_vectors, strict=True):
@@ -990,7 +990,7 @@ def test_a_staged_array_waits_for_its_copies(cupy):
     ops = CupyOps()
     bridge = Staged(ops)
     vector = put(ops, np.arange(10.0))
-    # Begun early, changed by nobody: what is sent is what was there.
+    # Copies that begin early have the values of the vector.
     bridge.begin(vector[2:5])
     bridge.begin(vector[5:9])
     assert np.array_equal(bridge.outgoing(vector[2:5]), [2, 3, 4])
@@ -1024,7 +1024,7 @@ def test_the_probe_compares_values(cupy):
     from mpi4py import MPI
 
     if MPI.COMM_WORLD.size == 1:
-        # One rank sends nothing: the values cannot be wrong. Several ranks are in test_device_mpi.py.
+        # One rank sends nothing, so no value is wrong. The test with several ranks is in test_device_mpi.py.
         assert probe(SingleRank(), ops, Wrong(ops), size=1000) and probe(SingleRank(), ops, Forgetful(ops), size=1000)
 
 

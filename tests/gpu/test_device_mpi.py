@@ -1,4 +1,4 @@
-"""Trainings under mpirun with the GPU backend on a stand-in for CuPy: the weights are those of the host."""
+"""Trainings with the GPU backend on a stand-in for CuPy: they end with the weights of trainings on the host."""
 
 import json
 import os
@@ -19,7 +19,7 @@ EXACT = ("--dtype", "float64", "--max-steps", "8", "--epochs", "10", "--batch-si
 
 @pytest.fixture(autouse=True)
 def fake(monkeypatch, stand_in):
-    """The stand-in as `cupy` here, and in the processes that are started."""
+    """The stand-in for CuPy in this process, and in the processes that it starts."""
     for real in ("float", "double"):
         cuda_host.load(real)
     monkeypatch.setenv("PYTHONPATH", str(FAKE), prepend=os.pathsep)
@@ -27,7 +27,7 @@ def fake(monkeypatch, stand_in):
 
 @pytest.fixture(scope="module")
 def host(tmp_path_factory):
-    """A run on one process and on the host, by options."""
+    """host(*options): train on one rank on the host, once for each `options`, and return a `Trained`."""
     return once(tmp_path_factory.mktemp("host"), "--backend", "numpy")
 
 
@@ -135,7 +135,6 @@ def test_replicas_on_devices_have_the_weights_of_the_host(train, mpi_train, opti
     assert distance(host_tensors, device_tensors) <= 1e-9
 
 
-# Adam makes noise of the gradients of biases of keys, which are 0.
 SPANN = (*EXACT, "--max-steps", "3", "--method", "spann", "--loss", "nll", "--optimizer", "momentum", "--clip", "0")
 
 
@@ -148,11 +147,12 @@ SPANN = (*EXACT, "--max-steps", "3", "--method", "spann", "--loss", "nll", "--op
     ],
 )
 def test_parts_of_layers_train_on_the_device_as_on_the_host(train, options):
-    """The halos are packed and added by its kernels, and go through pinned memory."""
+    """Kernels pack and add the halos, which move through pinned memory."""
     host_run, device_run = (train(3, "--backend", backend, *SPANN, *options) for backend in ("numpy", "cupy"))
     assert distance(host_run.tensors(), device_run.tensors()) <= 1e-10
 
 
+# The gradients of biases of keys are 0 up to rounding, which Adam would scale up to steps.
 TENSOR = (*EXACT, "--max-steps", "3", "--method", "tensor", "--loss", "nll", "--optimizer", "momentum")
 ATTENTIVE = ("--dataset", "digits:rows", "--model", "transformer", "--widths", "12", "--heads", "4", "--blocks", "1")
 
@@ -207,7 +207,7 @@ def test_parts_of_layers_on_devices_have_the_weights_and_bytes_of_the_host(train
         for key in ("test_accuracy", "bytes_sent_by_rank", "bytes_received_by_rank", "macs", "dead_units"):
             assert row.get(key) == expected.get(key)
         for key in expected.keys() & {"train_loss", "test_loss", "target_distance", "nearest_accuracy", "alignment"}:
-            # Cosines are rounded.
+            # Rows have rounded cosines.
             assert row[key] == pytest.approx(expected[key], rel=1e-9, abs=2e-6 if key == "alignment" else 0)
 
 
@@ -220,7 +220,7 @@ def test_the_rows_of_a_part_sum_by_nccl(mpi_train, monkeypatch):
 
 
 def test_what_was_handed_over_is_made_anew_on_the_other_kind_of_memory(train, tmp_path):
-    """At the hand-over, twice in the part after it, and in the recovery."""
+    """The run changes its backend at the hand-over, twice in the part after it, and in the recovery."""
     folder, options = tmp_path / "begun", (*SIL, *DEEP, "--recovery-epochs", "2", "--max-steps")
     train(2, "--backend", "numpy", *options, "6", out=folder)
     for backend, end in (("cupy", "8"), ("numpy", "10"), ("cupy", "14"), ("numpy", "18")):
@@ -285,7 +285,7 @@ RULES = {
 
 
 def pair_distance(first, second):
-    """The distance of what is not an ill-conditioned function of the rest: rounding grows tenfold and more a step."""
+    """The distance of weights and pairs. Other tensors are ill-conditioned functions of these, and amplify rounding."""
     tensors = [{k: v for k, v in run.tensors().items() if "weights/" in k or "pairs" in k} for run in (first, second)]
     assert len(tensors[0]) > 8
     return distance(*tensors)
@@ -317,7 +317,7 @@ def test_convolutions_by_cudnn_give_the_weights_of_the_host(train, host, ranks):
     result = train(ranks, "--backend", "cupy", "--convolution", "cudnn", *EXACT)
     assert distance(host(*EXACT).tensors(), result.tensors()) <= 1e-10
     assert "convolutions by cuDNN 9.12)" in result.stdout
-    # Whichever rank computes it, a size is told of once.
+    # Each size is reported once, whichever ranks compute it.
     reports = [line for line in result.stdout.splitlines() if line.startswith("convolution ")]
     assert reports and len(reports) == len(set(reports))
     assert all(line.endswith(": cuDNN on turned images") for line in reports)
@@ -349,7 +349,8 @@ def test_the_passes_of_parts_are_recorded(tmp_path, way):
     options = (*SIL, *DEEP, "--parts", "4", "--backend", "cupy", "--hand-over", way, "--out", tmp_path / "run")
     status, stdout, stderr = launch(1, program, *options)
     assert status == 0, stderr
-    # Eighteen steps of one part after the other, or of all, with minibatches of two sizes that are done first.
+    # 18 steps of one part after the other (stored), or of all four parts (labels). The first steps of each part and of
+    # each size of minibatches launch no graph.
     assert int(stdout.split()[-1]) >= (18 - 4 * 4 if way == "stored" else 4 * (18 - 6))
 
 
@@ -388,7 +389,7 @@ def test_without_a_compiler_auto_computes_on_the_host(mpi_train, monkeypatch):
 @pytest.mark.parametrize("seen", ["all", "one"])
 def test_nccl_exchanges_scores_and_sums_replicas(mpi_train, host, monkeypatch, seen):
     options = ("--nccl", "--placement", "owner", "--replicas", "2")
-    # All devices for every rank to see, or its own alone.
+    # A rank sees all devices, or only its own.
     monkeypatch.setenv("FAKE_CUDA_DEVICES" if seen == "all" else "FAKE_CUDA", "5" if seen == "all" else "alone")
     result = mpi_train(5, "--backend", "cupy", *EXACT, *options, timeout=240)
     assert distance(host(*EXACT).tensors(), result.tensors()) <= 1e-10
@@ -436,9 +437,9 @@ class Lost(GpuAware):
         return np.zeros(array.shape, array.dtype) if world.rank == 1 else array
 
 
-found = [probe(world, ops, kind(ops), size=999) for kind in (GpuAware, Staged, Early, Lost)]
+results = [probe(world, ops, kind(ops), size=999) for kind in (GpuAware, Staged, Early, Lost)]
 if world.rank == 0:
-    print(json.dumps(found))
+    print(json.dumps(results))
 """
 
 
@@ -478,7 +479,7 @@ def test_a_gpu_aware_mpi_gives_the_same_weights(host, tmp_path):
             assert status == 0, stderr
             tensors.append(Trained(folder, stdout).tensors())
         assert distance(*tensors) <= 1e-9
-    # What is compressed goes over the host.
+    # Compressed gradients go through host memory.
     topk = ("--method", "data_parallel", "--compression", "topk", "--max-steps", "3")
     status, _, stderr = launch(2, program, "--backend", "cupy", "--gpu-aware", *EXACT, *topk, "--out", out / "topk")
     assert status == 0, stderr
@@ -522,7 +523,7 @@ def test_a_run_that_diverges_says_so_once(tmp_path):
 @pytest.mark.gpu
 def test_several_ranks_share_a_gpu(mpi_train, host, monkeypatch):
     monkeypatch.delenv("PYTHONPATH")
-    # In a process without the stand-in.
+    # This process has the stand-in: another one looks for a GPU.
     if "True" not in launch(1, "-c", "from psmpi.backend import gpu; print(gpu.available())")[1]:
         pytest.skip("no GPU here, or no CuPy for it")
     for ranks, options in ((1, ()), (3, ()), (3, ("--placement", "owner", "--colocate"))):

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.skipif(cuda_host.compiler() is None, reason="no g++ to 
 
 
 def passes(ops, cells, arrays, u, lengths):
-    """All that one way and back leaves: forward's arrays, then the gradients."""
+    """Run forward and backward; return copies of the arrays of the forward pass, then of the gradients."""
     a, bias, before, dh, carry = (None if array is None else put(ops, array) for array in arrays)
     h = put(ops, np.full(dh.shape, np.nan, dh.dtype))
     kept = put(ops, np.full((cells.kept, *dh.shape), np.nan, dh.dtype))
@@ -27,7 +27,7 @@ def passes(ops, cells, arrays, u, lengths):
 @pytest.mark.parametrize("dtype", [F32, F64], ids=str)
 @pytest.mark.parametrize("kind", ["rnn", "gru", "lstm"])
 def test_recurrences_are_those_of_the_reference(cupy, kind, dtype):  # noqa: F811
-    """A smaller minibatch after a larger one too: what that left must not show."""
+    """A smaller minibatch after a larger one must not use the larger one's values."""
     rng, units, gpu_ops, host_ops = np.random.default_rng(0), 5, CupyOps(), NumpyOps()
     device, reference = (ops.recurrence(kind, units, dtype) for ops in (gpu_ops, host_ops))
     rows = device.gates * units
@@ -44,5 +44,5 @@ def test_recurrences_are_those_of_the_reference(cupy, kind, dtype):  # noqa: F81
                 for actual, expected in zip(device_results, host_results, strict=True):
                     assert actual.shape == expected.shape and not np.isnan(actual).any()
                     assert relative_error(actual, expected) <= TOLERANCE[dtype]
-    # Products of both ways, and the gradients of the former, of the largest minibatch.
+    # Buffers of the largest minibatch, 9 samples: products of forward and backward, and a gradient.
     assert sum(array.size for array in device.arrays()) == (sum({rows, units}) + rows) * 9

@@ -1,4 +1,4 @@
-"""The pass over tiles of classes on the stand-in for a GPU: as all scores at once on the host, and without waiting."""
+"""The pass over tiles of classes on a stand-in for CuPy: it has the results of all scores at once, and never waits."""
 
 import os
 
@@ -44,7 +44,7 @@ def linear(network, w):
 
 
 def places(network):
-    """Where in the flat vector each dense layer's weights and biases are."""
+    """For each dense layer, the positions of its weights and biases in the flat vector."""
     numbers = np.arange(network.layout().size, dtype=F64)
     return [np.concatenate([one.reshape(-1) for one in part]).astype(int) for part in linear(network, numbers)]
 
@@ -102,7 +102,7 @@ def test_loss_and_gradient_are_those_of_all_scores_at_once_on_the_host(name, dty
 @pytest.mark.parametrize("dtype", [F64, F32], ids=str)
 @pytest.mark.parametrize(("name", "size"), [("psl", 10), ("psl", 40), ("psl", 400), ("squared", 1e6), ("squared", 1e8)])
 def test_very_large_derivatives_are_scaled_tile_by_tile(name, size, dtype, tile):
-    """The largest are not in the first tile, nor the same in all."""
+    """The largest derivatives differ from tile to tile, and those of the first tile are small."""
     tile(4)
     given = problem(dtype, trunk=False, size=size)
     for values in linear(*given[:2])[-1]:
@@ -116,12 +116,12 @@ def test_very_large_derivatives_are_scaled_tile_by_tile(name, size, dtype, tile)
 @pytest.mark.parametrize("label", [2, 12])
 @pytest.mark.parametrize(("dtype", "bias"), [(F32, 12.0), (F32, 16.0), (F64, 12.0), (F64, 150.0)], ids=str)
 def test_very_large_derivatives_of_one_class_go_on_into_the_layers_before(dtype, bias, label, tile):
-    """Those of tiles before it, and what labels add, are scaled like its own."""
+    """Derivatives of earlier tiles and the labels' terms are scaled by the same power of two as those of the class."""
     tile(4)
     network, w, x, labels = problem(dtype)
     linear(network, w)[-1][1][0][9] = bias
     labels[:] = label
-    # Samples with small derivatives beside those with large ones.
+    # Every second sample has small derivatives.
     labels[::2] = 9
     (value, g, _), (device_value, device_g, _) = both("psl", dtype, (network, w, x, labels))
     tolerance = 1e-5 if dtype == F32 else 1e-10
@@ -132,7 +132,7 @@ def test_very_large_derivatives_of_one_class_go_on_into_the_layers_before(dtype,
 
 @pytest.mark.parametrize("name", FUSED)
 def test_a_recorded_step_is_played_back_and_its_gradient_made_again(name, tile):
-    """Whatever other minibatch has been recorded in between."""
+    """Minibatches of two sizes take turns."""
     tile(4)
     network, w, x, labels = problem(F64, size=4.0)
     ops = CupyOps()
@@ -158,13 +158,13 @@ def test_a_recorded_step_is_played_back_and_its_gradient_made_again(name, tile):
             assert np.allclose(ops.host(step.g), g, rtol=1e-10, atol=1e-10 * abs(g).max())
         assert step.objective.value() == pytest.approx(value, rel=1e-10)
         assert step.objective.loss.clipped == clipped
-    # The first time makes room.
+    # Three calls launch no graph: the first one allocates memory, and each size has one more call before it is recorded.
     assert ops.graphs and ops.stream.launches - before == 5
 
 
 @pytest.fixture
 def allocated_sizes(monkeypatch):
-    """The elements of all arrays that are asked for from now on."""
+    """A list that receives the size, in elements, of each device array that is allocated from now on."""
     sizes = []
     for name in ("empty", "zeros"):
         plain = getattr(CupyOps, name)
@@ -185,7 +185,7 @@ def test_a_step_does_not_wait_and_has_no_array_of_all_scores(tile, allocated_siz
     for name in FUSED:
         step, device_x = Step(network, w, make_loss(name, F32, outputs=CLASSES), ops, batch), ops.put(x)
         ops.synchronize()
-        # The stand-in does nothing until something waits.
+        # The queue of the stand-in keeps its first entry until something waits.
         ops.stream.enqueue(first := lambda: None)
         step(device_x, labels)
         assert ops.stream.queue[0] is first
@@ -235,7 +235,7 @@ def test_only_losses_that_the_device_computes_go_by_tiles_there(tile):
 
 @pytest.fixture
 def train_head(train, tmp_path, monkeypatch, tile):
-    """many(ranks, backend, *options): a training of a head of 37 classes, on the device in tiles of 5."""
+    """train_head(ranks, backend, *options): train a head of 37 classes, on the device in tiles of 5."""
     for real in ("float", "double"):
         cuda_host.load(real)
     monkeypatch.setenv("PYTHONPATH", str(FAKE), prepend=os.pathsep)
@@ -254,7 +254,7 @@ def train_head(train, tmp_path, monkeypatch, tile):
 
 @pytest.fixture
 def objectives(monkeypatch):
-    """The objectives that are made from now on."""
+    """A list that receives each `DeviceTiledObjective` that is constructed from now on."""
     created, construct = [], DeviceTiledObjective.__init__
 
     def counted(self, *args):
@@ -267,14 +267,14 @@ def objectives(monkeypatch):
 
 @pytest.mark.parametrize("name", FUSED)
 def test_trainings_by_tiles_have_the_weights_and_bytes_of_the_host(name, train_head, objectives):
-    """With minibatches of two sizes, recorded and not."""
+    """Minibatches have two sizes. One loss is also trained without CUDA graphs."""
     for ranks in (1, 3):
         host_run = train_head(ranks, "numpy", "--loss", name)
         assert not objectives
         device_run = train_head(ranks, "cupy", "--loss", name)
         assert len(objectives) == ranks
         for objective in objectives:
-            # What lies between two exchanges is played back.
+            # The work between two exchanges is played back.
             works = (objective.make, objective.finish) if objective.others is not None else ()
             assert all(any(work.made.values()) for work in works)
         objectives.clear()
@@ -306,7 +306,7 @@ def test_cosines_are_made_all_at_once(train_head, objectives):
 def test_trainings_and_their_tests_have_no_array_of_all_scores(ranks, train_head, allocated_sizes, monkeypatch):
     monkeypatch.setattr("psmpi.nn.tail.tile_size", lambda batch: 5)
     train_head(ranks, "cupy", "--loss", "nll", "--batch-size", "75", "--epochs", "2")
-    # Outputs of the trunk are the most.
+    # The largest array has the outputs of the trunk.
     assert max(allocated_sizes) == 75 * 9 < 75 * (37 // ranks)
 
 
@@ -314,7 +314,7 @@ def test_trainings_and_their_tests_have_no_array_of_all_scores(ranks, train_head
 @pytest.mark.parametrize("ranks", [1, 3])
 @pytest.mark.parametrize("name", ["psl", "nll"])
 def test_what_is_no_number_is_said_and_skipped_as_on_the_host(name, ranks, mode, train_head, tmp_path, monkeypatch):
-    """A sample with scores beyond float32, and a gradient of the last rank, which is made again to be named."""
+    """A sample has scores beyond float32, or the last rank's gradient has NaN, and the message names a layer."""
     monkeypatch.setattr("psmpi.nn.tail.tile_size", lambda batch: 5)
     rng = np.random.default_rng(0)
     x, y = rng.random((150, 6)).astype(np.float32), np.arange(150) % 37
@@ -327,13 +327,13 @@ def test_what_is_no_number_is_said_and_skipped_as_on_the_host(name, ranks, mode,
             out = tmp_path / f"{backend} {bad}"
             words = (*train_head.options, "--loss", name, *options, "--on-nan", mode)
             words = (*words, "--backend", backend, "--out", out)
-            # Not in a step that is recorded.
+            # Step 1 is not recorded.
             with poisoned(lambda rank, step, bad=bad: (rank, step) == (bad, 1)):
                 status, stdout, stderr = run(ranks, "-m", "psmpi.train", *words)
             assert status == (mode == "stop") and "Traceback" not in stderr, stderr
             text = stderr if mode == "stop" else stdout
             at = text.index("is not a finite number" if mode == "stop" else "skipped, ")
-            # Names run over the ends of lines.
+            # A line of the message may end within a name.
             runs.append((" ".join(text[at:].split())[:180], out))
         assert runs[0][0] == runs[1][0]
         assert ("dense1" if bad is None else "dense") in runs[0][0]
@@ -357,7 +357,7 @@ def test_what_is_no_number_is_said_and_skipped_as_on_the_host(name, ranks, mode,
     ids=str,
 )
 def test_large_terms_of_another_rank_scale_what_labels_add_down(trunk, dtype, bias, tile):
-    """All labels on one rank and the large scores on the other: limited as on one rank."""
+    """All labels are on one rank and the large scores on the other; the gradient is limited as on one rank."""
     tile(4)
     network, w, x, labels = problem(dtype, trunk)
     layout, labels = network.layout(), labels % 6
