@@ -53,10 +53,10 @@ def test_the_commands_lead_from_a_table_to_a_network(tmp_path):
             # Typed on a terminal, with Ctrl-C after epoch 5.
             keys = [(rb"epoch +5/300", CTRL_C, 0.0)]
             status, raw = on_terminal(typed(command), tmp_path, keys=keys, timeout=200, TERM="xterm", **environ)
-            shown = lines(raw)
-            hint = next(line for line in shown if "--resume auto" in line)
-            assert status != 0 and "runs/flowers" in hint, shown
-            assert any("144 training and 36 test samples" in line for line in shown), shown
+            screen = lines(raw)
+            hint = next(line for line in screen if "--resume auto" in line)
+            assert status != 0 and "runs/flowers" in hint, screen
+            assert any("144 training and 36 test samples" in line for line in screen), screen
         else:
             output[command] = run(typed(command))
     first, second = (text for command, text in output.items() if " doctor" in command)

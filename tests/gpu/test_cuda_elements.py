@@ -313,6 +313,6 @@ def test_gradients_of_elements_are_recorded(stand_in):
         assert relative_error(np.array(values[1]), np.array(values[0])) <= 1e-12
         for expected, device_vector in zip(*outputs, strict=True):
             assert relative_error(backends[1].host(device_vector), expected) <= 1e-11, step
-    # Three calls a step. A call launches a graph once it has been made without an allocation: the first step launches no
-    # graph, and the second step two, since the very first call allocates memory.
+    # Three calls a step. The first step launches no graph, and the second step only two: the first call allocates
+    # memory, and so has one more call before it is recorded.
     assert backends[1].stream.launches - before == 4 * 3 - 1

@@ -506,10 +506,10 @@ def test_folded_kernels_are_those_of_the_reference(k, pool, dtype, device):
     device("fold", (2,), (64,), count, rows, n_in, k, pool, flat, step, row_step, out)
     near(out, expected, TOLERANCE[dtype])
 
-    dfolded, narrow = device.of(draw(rng, dtype, *expected.shape)), np.empty_like(w)
-    OPS.unfold(dfolded, pool, narrow)
+    dfolded, dw = device.of(draw(rng, dtype, *expected.shape)), np.empty_like(w)
+    OPS.unfold(dfolded, pool, dw)
     expected_vector, out = flat.copy(), device.of(flat)
-    kernels(expected_vector)[...] = narrow.reshape(count, rows, -1)
+    kernels(expected_vector)[...] = dw.reshape(count, rows, -1)
     device("unfold", (2,), (64,), count, rows, n_in, k, pool, dfolded, out, step, row_step)
     near(out, expected_vector, TOLERANCE[dtype])
 

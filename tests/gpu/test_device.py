@@ -636,11 +636,11 @@ def test_a_loss_without_a_kernel_of_its_own_goes_through_host_memory_outside_of_
         model = Model(network, layout, put(ops, w), put(ops, np.zeros_like(w)), ops)
         objective = Objective(kind(F32), model)
         objective.reserve(10, 9)
-        given = put(ops, x), put(ops, labels)
+        inputs = put(ops, x), put(ops, labels)
 
-        def work(b, objective=objective, model=model, given=given):
-            tape = model.forward(given[0])
-            objective.derive(tape, tape.scores, given[1], 1 / b)
+        def work(b, objective=objective, model=model, inputs=inputs):
+            tape = model.forward(inputs[0])
+            objective.derive(tape, tape.scores, inputs[1], 1 / b)
 
         recorded, before = objective.record(work), ops.stream.launches
         # The second call records.
@@ -732,11 +732,11 @@ def test_recorded_work_is_played_back(stand_in):
     for k in range(recording.KEPT + 9):
         recorded(k)
     assert len(recorded.made) == recording.KEPT
-    plain, before = CupyOps(graphs=False), ops.stream.launches
-    recorded, calls[:] = plain.record(lambda: calls.append(0)), []
+    ops_without_graphs, before = CupyOps(graphs=False), ops.stream.launches
+    recorded, calls[:] = ops_without_graphs.record(lambda: calls.append(0)), []
     for _ in range(4):
         recorded()
-    assert calls == [0] * 4 and plain.stream.launches == before
+    assert calls == [0] * 4 and ops_without_graphs.stream.launches == before
 
 
 @needs_compiler
@@ -980,9 +980,9 @@ def test_products_take_all_orders_of_matrices(cupy, compute):
                 ops.matmul(*operands, out)
                 a, b = (v.transpose(0, 2, 1) if t else v for v, t in ((a, a_turned), (b, b_turned)))
                 assert relative_error(ops.host(out), a @ b) <= 1e-5
-    wide = put(ops, np.zeros((2, 4, 4), F32))
+    blocks = put(ops, np.zeros((2, 4, 4), F32))
     with pytest.raises(ValueError, match="contiguous rows"):
-        ops.matmul(wide, wide, ops.view(wide, 0, (2, 2, 4), (16, 1, 2)))
+        ops.matmul(blocks, blocks, ops.view(blocks, 0, (2, 2, 4), (16, 1, 2)))
 
 
 @needs_compiler
@@ -996,8 +996,8 @@ def test_a_staged_array_waits_for_its_copies(cupy):
     assert np.array_equal(bridge.outgoing(vector[2:5]), [2, 3, 4])
     assert np.array_equal(bridge.outgoing(vector[5:9]), [5, 6, 7, 8])
     for k in range(3):
-        into = bridge.incoming(vector)
-        into[:] = 100.0 + k
+        buffer = bridge.incoming(vector)
+        buffer[:] = 100.0 + k
         bridge.arrived(vector, [slice(1, 3), slice(8, 9)])
     expected = np.arange(10.0)
     expected[[1, 2, 8]] = 102.0

@@ -266,12 +266,13 @@ def test_optimizers_step_on_the_device(train, host, monkeypatch, stand_in, optim
 
 def test_float32_and_without_graphs_too(train, host):
     options = ("--max-steps", "8", "--batch-size", "32")
-    for more in (("--no-cuda-graphs",), ("--compute", "bfloat16")):
-        assert distance(host(*options).tensors(), train(2, "--backend", "cupy", *options, *more).tensors()) <= 1e-5
+    for extra_options in (("--no-cuda-graphs",), ("--compute", "bfloat16")):
+        device_run = train(2, "--backend", "cupy", *options, *extra_options)
+        assert distance(host(*options).tensors(), device_run.tensors()) <= 1e-5
     for method in ("dfa", "sil"):
-        more = (*options, "--method", method, "--optimizer", "momentum", "--epochs", "4")
-        device_run = train(2, "--backend", "cupy", "--compute", "tf32", *more)
-        assert distance(host(*more).tensors(), device_run.tensors()) <= 1e-5
+        extra_options = (*options, "--method", method, "--optimizer", "momentum", "--epochs", "4")
+        device_run = train(2, "--backend", "cupy", "--compute", "tf32", *extra_options)
+        assert distance(host(*extra_options).tensors(), device_run.tensors()) <= 1e-5
 
 
 NEWTON = ("--partition", "pairs", "--dtype", "float64", "--batch-size", "50")

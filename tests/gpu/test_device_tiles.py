@@ -104,10 +104,10 @@ def test_loss_and_gradient_are_those_of_all_scores_at_once_on_the_host(name, dty
 def test_very_large_derivatives_are_scaled_tile_by_tile(name, size, dtype, tile):
     """The largest derivatives differ from tile to tile, and those of the first tile are small."""
     tile(4)
-    given = problem(dtype, trunk=False, size=size)
-    for values in linear(*given[:2])[-1]:
+    arguments = problem(dtype, trunk=False, size=size)
+    for values in linear(*arguments[:2])[-1]:
         values[0][:4] /= 50
-    (value, g, clipped), (device_value, device_g, device_clipped) = both(name, dtype, given)
+    (value, g, clipped), (device_value, device_g, device_clipped) = both(name, dtype, arguments)
     tolerance = 1e-3 if dtype == F32 else 1e-10
     assert device_value == pytest.approx(value, rel=tolerance) and device_clipped == clipped
     assert abs(device_g - g).max() <= tolerance * abs(g).max() and abs(device_g).max() <= GRADIENT_LIMIT[dtype]
@@ -158,7 +158,7 @@ def test_a_recorded_step_is_played_back_and_its_gradient_made_again(name, tile):
             assert np.allclose(ops.host(step.g), g, rtol=1e-10, atol=1e-10 * abs(g).max())
         assert step.objective.value() == pytest.approx(value, rel=1e-10)
         assert step.objective.loss.clipped == clipped
-    # Three calls launch no graph: the first one allocates memory, and each size has one more call before it is recorded.
+    # Three calls launch no graph: the first one allocates memory, then each size has one call before it is recorded.
     assert ops.graphs and ops.stream.launches - before == 5
 
 
@@ -167,11 +167,11 @@ def allocated_sizes(monkeypatch):
     """A list that receives the size, in elements, of each device array that is allocated from now on."""
     sizes = []
     for name in ("empty", "zeros"):
-        plain = getattr(CupyOps, name)
+        allocate = getattr(CupyOps, name)
 
-        def counted(self, size, dtype, plain=plain):
+        def counted(self, size, dtype, allocate=allocate):
             sizes.append(size)
-            return plain(self, size, dtype)
+            return allocate(self, size, dtype)
 
         monkeypatch.setattr(CupyOps, name, counted)
     return sizes

@@ -93,9 +93,9 @@ def count(world, words):
         tracemalloc.start()
         method.step(Batch(np.arange(100)), 1e-3)
         tracemalloc.reset_peak()
-        held = tracemalloc.get_traced_memory()[0]
+        bytes_before = tracemalloc.get_traced_memory()[0]
         method.step(Batch(np.arange(100)), 1e-3)
-        step_peak = tracemalloc.get_traced_memory()[1] - held
+        step_peak = tracemalloc.get_traced_memory()[1] - bytes_before
     arrays = [method.w_part, method.g_part, *method.optimizer.vectors.values()]
     if method.exchange.inside is None:
         arrays += [method.w, method.g]

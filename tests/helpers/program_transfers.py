@@ -43,8 +43,8 @@ PATIENCE = 20
 class Case:
     """A transfer, and for each rank the indices in w of its src (owners) and dst (users), or None.
 
-    whole: backward writes all elements of src, not only those that are moved. shared: the slice of dst that is src on
-    this rank, or None. pairs: the messages are point-to-point, with tags by the number of the minibatch.
+    writes_all: backward writes all elements of src, not only those that are moved. shared: the slice of dst that is src
+    on this rank, or None. pairs: the messages are point-to-point, with tags by the number of the minibatch.
     """
 
     transfer: object
@@ -52,7 +52,7 @@ class Case:
     users: list
     shapes: tuple = ((-1,), (-1,))
     step: Step = field(default_factory=Step)
-    whole: bool = False
+    writes_all: bool = False
     shared: slice | None = None
     pairs: bool = False
 
@@ -75,7 +75,7 @@ def spread(world, counter, rng, dtype):
     elements = np.arange(n * b)
     owners = by_rank(world, ranks, [elements if k == root else None for k in range(len(ranks))])
     at_root = world.rank == ranks[root]
-    case = Case(transfer, owners, by_rank(world, ranks, [elements] * len(ranks)), step=Step(b), whole=True)
+    case = Case(transfer, owners, by_rank(world, ranks, [elements] * len(ranks)), step=Step(b), writes_all=True)
     return case if separate or not at_root else replace(case, shared=slice(0, n * b))
 
 
@@ -97,7 +97,7 @@ def deal(world, counter, rng, dtype):
 def total(world, counter, rng, dtype):
     ranks, n = ranks_of(world, rng), int(rng.integers(1, 9))
     elements = by_rank(world, ranks, [np.arange(n)] * len(ranks))
-    return Case(Sum(Group(world, ranks, counter), n, dtype), elements, elements, whole=True)
+    return Case(Sum(Group(world, ranks, counter), n, dtype), elements, elements, writes_all=True)
 
 
 def random_runs(rng, size, kept):
@@ -138,7 +138,7 @@ def exchange(world, counter, rng, dtype):
     roles = roles_of(world, rng)
     transfer = Exchange(world, roles, counter, dtype)
     owners, users = ([indices(runs) for runs in of] for of in (roles.shards, roles.parts))
-    return Case(transfer, owners, users, whole=True, shared=transfer.inside)
+    return Case(transfer, owners, users, writes_all=True, shared=transfer.inside)
 
 
 def row_exchange(world, counter, rng, dtype):
@@ -148,7 +148,7 @@ def row_exchange(world, counter, rng, dtype):
     own_elements = [np.arange(ends[k], ends[k + 1]) for k in range(len(ranks))]
     elements = by_rank(world, ranks, [np.arange(ends[-1])] * len(ranks))
     transfer = RowExchange(Group(world, ranks, counter), counts, dtype)
-    return Case(transfer, by_rank(world, ranks, own_elements), elements, ((-1, b), (-1, b)), Step(b), whole=True)
+    return Case(transfer, by_rank(world, ranks, own_elements), elements, ((-1, b), (-1, b)), Step(b), writes_all=True)
 
 
 def slices(world, counter, rng, dtype):
@@ -160,7 +160,12 @@ def slices(world, counter, rng, dtype):
     own_samples = len(np.array_split(np.arange(b), len(ranks))[ranks.index(world.rank)]) if world.rank in ranks else 0
     users = by_rank(world, ranks, [elements.reshape(-1)] * len(ranks))
     return Case(
-        transfer, by_rank(world, ranks, own_elements), users, ((units, own_samples), (units, b)), Step(b), whole=True
+        transfer,
+        by_rank(world, ranks, own_elements),
+        users,
+        ((units, own_samples), (units, b)),
+        Step(b),
+        writes_all=True,
     )
 
 
@@ -170,7 +175,7 @@ def boundary(world, counter, rng, dtype):
     transfer = Boundary(Group(world, ranks, counter), source, target, units, dtype)
     elements = np.arange(units * b)
     owners, users = ([elements if r == ranks[k] else None for r in range(world.size)] for k in (source, target))
-    return Case(transfer, owners, users, ((units, b), (units, b)), Step(b), whole=True, pairs=True)
+    return Case(transfer, owners, users, ((units, b), (units, b)), Step(b), writes_all=True, pairs=True)
 
 
 def gather(world, counter, rng, dtype):
@@ -197,11 +202,16 @@ def neighbours(world, counter, rng, dtype):
     draws = [[(a, b) for a in places for b in places if a != b and rng.integers(2)] for _ in range(2)]
     transfer = Neighbours(Group(world, ranks, counter), draws[0], n, dtype, owners=owners)
     transfer.plan(draws[1])
-    into = [sorted({a for a, b in draws[1] if owners[b] == k != owners[a]}) for k in range(len(ranks))]
-    held = [[a for a in places if owners[a] == k] for k in range(len(ranks))]
-    users, owns = ([(np.array(of, int)[:, None] * n + np.arange(n)).reshape(-1) for of in x] for x in (into, held))
+    needed = [sorted({a for a, b in draws[1] if owners[b] == k != owners[a]}) for k in range(len(ranks))]
+    owned = [[a for a in places if owners[a] == k] for k in range(len(ranks))]
+    users, owns = ([(np.array(of, int)[:, None] * n + np.arange(n)).reshape(-1) for of in x] for x in (needed, owned))
     return Case(
-        transfer, by_rank(world, ranks, owns), by_rank(world, ranks, users), ((-1, n), (-1, n)), whole=True, pairs=True
+        transfer,
+        by_rank(world, ranks, owns),
+        by_rank(world, ranks, users),
+        ((-1, n), (-1, n)),
+        writes_all=True,
+        pairs=True,
     )
 
 
@@ -213,11 +223,17 @@ def halo(world, counter, rng, dtype):
         owners.sort()
     needs = [np.flatnonzero(rng.random(units) < rng.choice([0.0, 0.4, 1.0])) for _ in ranks]
     transfer = Halo(Group(world, ranks, counter), owners, needs, dtype)
-    held = [np.flatnonzero(owners == k) for k in range(len(ranks))]
-    users, owns = ([(of[:, None] * b + np.arange(b)).reshape(-1) for of in x] for x in (needs, held))
+    owned = [np.flatnonzero(owners == k) for k in range(len(ranks))]
+    users, owns = ([(of[:, None] * b + np.arange(b)).reshape(-1) for of in x] for x in (needs, owned))
     shapes = (-1, b), (-1, b)
     return Case(
-        transfer, by_rank(world, ranks, owns), by_rank(world, ranks, users), shapes, Step(b), whole=True, pairs=True
+        transfer,
+        by_rank(world, ranks, owns),
+        by_rank(world, ranks, users),
+        shapes,
+        Step(b),
+        writes_all=True,
+        pairs=True,
     )
 
 
@@ -245,11 +261,11 @@ def subnets(world, counter, rng, dtype):
     layout, number = network.layout(), int(rng.integers(9))
     transfer = Subnets(Group(world, ranks, counter), holders, workers, layout, dealer.layouts, dealer.deal, dtype)
     transfer.plan(number)
-    whole, users = matrices(layout, np.arange(layout.size)), [None] * world.size
+    positions, users = matrices(layout, np.arange(layout.size)), [None] * world.size
     for worker, own, shares in zip(workers, dealer.layouts, dealer.deal(number), strict=True):
         places, users[worker] = matrices(own, np.arange(own.size)), np.full(own.size, -1)
         for name, share in shares.items():
-            source = whole[share.source]
+            source = positions[share.source]
             rows, columns = (
                 np.arange(n) if which is None else which
                 for n, which in zip(source.shape, (share.rows, share.columns), strict=True)
@@ -269,8 +285,8 @@ class Trial:
 
     def __init__(self, world, case, dtype, seed):
         self.world, self.case, self.dtype, self.rng = world, case, dtype, np.random.default_rng([seed, 77])
-        held, used = (np.concatenate([np.arange(0), *present(of)]) for of in (case.owners, case.users))
-        self.size = 1 + int(np.concatenate([held, used]).max(initial=-1))
+        owned, used = (np.concatenate([np.arange(0), *present(of)]) for of in (case.owners, case.users))
+        self.size = 1 + int(np.concatenate([owned, used]).max(initial=-1))
         self.moved = np.zeros(self.size, bool)
         self.moved[used] = True
         self.own, self.used = case.owners[world.rank], case.users[world.rank]
@@ -347,7 +363,7 @@ def check(world, case, counter, dtype, seed, failed):
 
     y, expected = trial.backward_values()
     if src is not None:
-        src[...] = np.nan if case.whole else 7
+        src[...] = np.nan if case.writes_all else 7
     fill(dst, y)
     before = counter.sent, counter.received
     if trial.part:
@@ -355,7 +371,7 @@ def check(world, case, counter, dtype, seed, failed):
     counted = counter.sent - before[0], counter.received - before[1]
     if counted != totals(transfer.messages(case.step, back=True), rank):
         failed["bytes"].append(f"backward {counted}")
-    if src is not None and not case.whole:
+    if src is not None and not case.writes_all:
         expected = np.where(trial.moved[trial.own], expected, 7)
     # The comparison also fails if an element is still NaN.
     if not largest_error(src, expected) <= tolerance:
@@ -373,7 +389,7 @@ def check_overlap(world, case, counter, dtype, seed, failed):
         return
     # Backward runs twice: at the second time the buffers exist.
     for back in (False, True, True):
-        begun, order = {}, [0, 1, 2]
+        in_flight, order = {}, [0, 1, 2]
         if case.pairs and world.rank % 2:
             order.reverse()
         vectors = [trial.vectors() for trial in trials]
@@ -383,13 +399,13 @@ def check_overlap(world, case, counter, dtype, seed, failed):
             src, dst = vectors[k]
             fill(dst if back else src, values[k][0])
             begin = case.transfer.begin_back if back else case.transfer.begin
-            begun[k] = begin(*((dst, src) if back else (src, dst)), 40_000 + k)
+            in_flight[k] = begin(*((dst, src) if back else (src, dst)), 40_000 + k)
         end = time.monotonic() + PATIENCE
-        while not begun[1].poll():
+        while not in_flight[1].poll():
             assert time.monotonic() < end, "a message that was begun never comes"
         for k in (2, 0, 1):
-            begun[k].finish()
-            assert begun[k].poll()
+            in_flight[k].finish()
+            assert in_flight[k].poll()
         counted = counter.sent - before[0], counter.received - before[1]
         if counted != tuple(3 * n for n in totals(case.transfer.messages(case.step, back), world.rank)):
             failed["bytes"].append(f"in flight {counted}")

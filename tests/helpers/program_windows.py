@@ -31,19 +31,19 @@ def sums(world):
     checks = [windows_of(world).fault()]
     for name in ("int64", "float32", "float64"):
         window = windows_of(world).sharded(edges_of(world), np.dtype(name), Counter())
-        some = np.arange(world.rank, ELEMENTS, 7)
+        strided = np.arange(world.rank, ELEMENTS, 7)
         for _ in range(TIMES):
             window.add(np.ones(ELEMENTS, name))
-            window.add_at(some, np.ones(len(some), name))
+            window.add_at(strided, np.ones(len(strided), name))
         window.flush()
         world.Barrier()
         values, expected = np.empty(ELEMENTS, name), np.full(ELEMENTS, TIMES * world.size)
         window.read(values)
         for rank in range(world.size):
             expected[rank::7] += TIMES
-        own_values = np.empty(len(some), name)
-        window.read_at(some, own_values)
-        checks.append(bool((values == expected).all() and (own_values == expected[some]).all()))
+        own_values = np.empty(len(strided), name)
+        window.read_at(strided, own_values)
+        checks.append(bool((values == expected).all() and (own_values == expected[strided]).all()))
         window.sync()
         own = slice(*edges_of(world)[world.rank : world.rank + 2])
         checks.append(bool((window.own == expected[own]).all()))

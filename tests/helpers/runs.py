@@ -48,13 +48,13 @@ def usual_config():
     return from_table(numbers, Config(), "tests")
 
 
-def trainer(folder, how=run):
-    """Return train(ranks, *options), which runs psmpi.train by `how`, `run` or `launch`, and returns a `Trained`."""
+def trainer(folder, launcher=run):
+    """Return train(ranks, *options): run psmpi.train by `launcher`, `run` or `launch`, and return a `Trained`."""
     count = iter(range(1000))
 
     def call(ranks, *options, out=None, timeout=120):
-        out = out or folder / f"{how.__name__}{next(count)}"
-        status, stdout, stderr = how(
+        out = out or folder / f"{launcher.__name__}{next(count)}"
+        status, stdout, stderr = launcher(
             ranks, "-m", "psmpi.train", "--out", out, *default_options(options), *options, timeout=timeout, cwd=folder
         )
         assert status == 0, stderr + stdout
@@ -96,5 +96,5 @@ def save_many(folder):
 def same_run(first, second):
     """Whether two runs end with the same weights, losses and scores, up to rounding."""
     keys = ("train_loss", "test_loss", "test_accuracy", "test_top5")
-    near = all(second.rows[-1][key] == pytest.approx(first.rows[-1][key], rel=1e-10) for key in keys)
-    return near and distance(first.tensors(), second.tensors()) <= 1e-10
+    equal = all(second.rows[-1][key] == pytest.approx(first.rows[-1][key], rel=1e-10) for key in keys)
+    return equal and distance(first.tensors(), second.tensors()) <= 1e-10
