@@ -210,7 +210,7 @@ def test_products_of_elements_are_those_of_the_reference(cupy, rows, dtype):  # 
 @pytest.mark.parametrize("damping", [False, True])
 @pytest.mark.parametrize("rule", RULES)
 def test_operators_on_a_device_are_those_of_the_host(cupy, rule, damping, dtype):  # noqa: F811
-    """Pairs with s^T y of both signs have all outcomes: skipped, updated, rejected and reset."""
+    """Without damping, pairs with s^T y of both signs have all outcomes: skipped, updated, rejected and reset."""
     if damping and rule != "plbfgs":
         return
     backends = [NumpyOps(), gpu.CupyOps()] + ([CompiledOps()] if compiled.level() else [])

@@ -524,7 +524,7 @@ def test_a_run_that_diverges_says_so_once(tmp_path):
 @pytest.mark.gpu
 def test_several_ranks_share_a_gpu(mpi_train, host, monkeypatch):
     monkeypatch.delenv("PYTHONPATH")
-    # This process has the stand-in: another one looks for a GPU.
+    # A process without the stand-in looks for a GPU.
     if "True" not in launch(1, "-c", "from psmpi.backend import gpu; print(gpu.available())")[1]:
         pytest.skip("no GPU here, or no CuPy for it")
     for ranks, options in ((1, ()), (3, ()), (3, ("--placement", "owner", "--colocate"))):
