@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from helpers.paths import TESTS
 from helpers.processes import launch
-from helpers.runs import Trained, distance, said
+from helpers.runs import Trained, default_options, distance
 
 from psmpi.comm.world import library
 from psmpi.testing import train
@@ -135,7 +135,7 @@ def compare(ranks, runs, folder):
     words, threads = {}, []
     for name, options in runs.items():
         steps = FEW if "pairs" in options else SEARCHED if {"layer_parallel", "lbfgs"} <= {*options} else STEPS
-        words[name] = [*map(str, said(options)), *steps, *options, "--out"]
+        words[name] = [*map(str, default_options(options)), *steps, *options, "--out"]
         threads.append(train(ranks, [*words[name], folder / "threads" / name], cwd=folder))
         assert threads[-1].status == 0, f"{name}: {threads[-1].stderr}"
     arguments = [json.dumps([*options, str(folder / "processes" / name)]) for name, options in words.items()]

@@ -4,7 +4,7 @@ import threading
 
 import numpy as np
 import pytest
-from helpers.layer_examples import APART, NETWORKS, make
+from helpers.layer_examples import INDEPENDENT, NETWORKS, make
 
 from psmpi.backend import CompiledOps, NumpyOps, Stripes, compiled, make_backend
 from psmpi.backend.compiled import convolution, library
@@ -149,7 +149,7 @@ def test_models_give_the_scores_and_gradients_of_the_reference(name, batch, leve
 
 @pytest.mark.parametrize("dtype", [F32, F64], ids=str)
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("name", APART)
+@pytest.mark.parametrize("name", INDEPENDENT)
 def test_gradients_of_samples_are_those_of_the_reference(name, level, dtype):
     network = make(name)
     layout = network.layout()

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from helpers.layer_examples import APART, FLAT, NETWORKS, dense, make, residual, separable
+from helpers.layer_examples import FLAT, INDEPENDENT, NETWORKS, dense, make, residual, separable
 from helpers.problems import make_model, random_problem
 from scipy.signal import correlate2d
 from scipy.special import erf, softmax
@@ -206,12 +206,12 @@ def test_float32_follows_float64(name):
         assert np.linalg.norm(single - double) <= 1e-5 * np.linalg.norm(double)
 
 
-@pytest.mark.parametrize("name", APART)
+@pytest.mark.parametrize("name", INDEPENDENT)
 def test_gradients_of_samples_are_those_of_minibatches_of_one(name):
     sample_gradients_are_weighed(make(name))
 
 
-@pytest.mark.parametrize("name", [name for name in APART if not any(layer.keeps for layer in make(name).walk())])
+@pytest.mark.parametrize("name", [name for name in INDEPENDENT if not any(layer.keeps for layer in make(name).walk())])
 def test_a_model_that_borrows_has_the_gradient_of_one_that_computes(name):
     """The units of the part may lie apart in the model of the lender."""
     network = make(name)
