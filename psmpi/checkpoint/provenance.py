@@ -6,6 +6,7 @@ import platform
 import socket
 import subprocess
 import sys
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,8 @@ PACKAGES = ("numpy", "h5py", "mpi4py", "cupy", "cupy-cuda12x", "cupy-cuda13x")
 
 def provenance(ranks: int, library: str) -> dict[str, Any]:
     """Provenance as plain data for a checkpoint. ranks: number of ranks; library: name of the MPI library."""
-    versions = {"psmpi": psmpi.__version__, "python": platform.python_version(), "hdf5": h5py.version.hdf5_version}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
     origin = {
-        "versions": versions,
+        "versions": dict(_versions()),
         "mpi": library,
         "ranks": ranks,
         "host": socket.gethostname(),
@@ -37,6 +32,19 @@ def provenance(ranks: int, library: str) -> dict[str, Any]:
     return {**origin, "git": revision} if revision else origin
 
 
+@cache
+def _versions() -> dict[str, str]:
+    versions = {"psmpi": psmpi.__version__, "python": platform.python_version(), "hdf5": h5py.version.hdf5_version}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+# The code of a process stays the same, whatever becomes of its files.
+@cache
 def _revision() -> str:
     """Git revision of psmpi's source tree, with a `+` if files have changed; "" if it is not known."""
     top = Path(psmpi.__file__).parent.parent
