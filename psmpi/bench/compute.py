@@ -76,7 +76,7 @@ class OtherClasses:
 
     def __init__(self, data: Minibatch, classes: Sequence[int], ops: NumpyOps):
         labels, samples = data.labels, np.arange(len(data.labels))
-        scores = data.others.astype(np.float64)
+        scores = data.other_scores.astype(np.float64)
         absent = ~np.isin(labels, classes)
         self.label_scores = ops.put(np.where(absent, scores[labels, samples], 0)[None])
         # The label's own score has no term in the sum: exp(-inf) = 0.

@@ -57,7 +57,7 @@ def theirs(
     optimizer = torch.optim.Adam(net.parameters(), lr=LR, fused=True)
     x, labels = torch.from_numpy(data.x).to(place), torch.from_numpy(data.labels).to(place)
     x = x.contiguous(memory_format=order) if x.ndim == 4 else x
-    others = torch.from_numpy(data.others.T.copy()).to(place)
+    others = torch.from_numpy(data.other_scores.T.copy()).to(place)
     first, last = problem.classes[0], problem.classes[-1] + 1
 
     def loss(x: Any) -> Any:

@@ -99,7 +99,7 @@ class DataParallel(Replica):
             for name, table in self.compressor.tables.items():
                 self.state.table(name, table)
                 self.state.rows = TableRows.one_each(context.size)
-            self.state.lost = (
+            self.state.not_restored = (
                 "the random numbers of this many ranks: they begin anew"
                 if o.compression == "qsgd"
                 else "the compression residuals of this many ranks: all ranks start from the mean"
@@ -174,7 +174,7 @@ class DataParallel(Replica):
         for name, mean in self.means.items():
             assert self.compressor is not None
             np.divide(self.compressor.vectors[name], self.world.size, out=mean)
-            self.aside.allreduce(mean)
+            self.uncounted.allreduce(mean)
 
     def restored(self, tables: bool, fresh: Set[str]) -> None:
         if not tables:

@@ -160,7 +160,8 @@ def memory_is_stated(network: Network) -> None:
         outputs, besides = pass_numbers(network, classes, 400, packed=False)
         held, needed = model.activation_bytes + model.buffer_bytes, 8 * (outputs + besides)
         assert held <= 1.1 * needed + 4096 and needed <= 1.1 * held + 4096, (
-            f"classes {classes}: {held:,} bytes are held, and the layers state {needed:,} (`held`, `workspace_numbers`)"
+            f"classes {classes}: {held:,} bytes are held, and the layers state {needed:,} (`buffer_numbers`, "
+            "`workspace_numbers`)"
         )
 
 

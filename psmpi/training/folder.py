@@ -99,7 +99,7 @@ class RunFolder:
         while True:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = Lock(self.path, patience, self.tell)
-            if lock.there:
+            if lock.in_place:
                 return lock
             # The directory was removed before the lock was taken.
             lock.close()
@@ -172,9 +172,9 @@ class RunFolder:
 
         UserError where another run has it now. OSError where it cannot be made.
         """
-        if self.lock.there and (self.path / CONFIG).is_file():
+        if self.lock.in_place and (self.path / CONFIG).is_file():
             return None
-        if self.lock.there:
+        if self.lock.in_place:
             # Removing a directory that is written to may leave it there, emptied.
             self._write_texts()
             self.tell(

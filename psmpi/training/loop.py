@@ -91,7 +91,7 @@ class Loop:
         # The stop after a signal: all ranks learn of it after the same step.
         self.signals = StopSignals() if signals is None else signals
         self.poll, self.stopped = Poll(control, method.poll_seconds, NUMBERS), False
-        self.report = Report(console, config, self.batches.batch_size, self.poll.heard, control.flight.spent)
+        self.report = Report(console, config, self.batches.batch_size, self.poll.number_sums, control.flight.spent)
         # Each rank's share of communication in the time of the last epoch.
         self.shares = np.zeros(control.size)
         # This rank's account of numbers that are not finite, and whether all ranks go back to a checkpoint.
@@ -195,7 +195,7 @@ class Loop:
             flight.step = self.progress.step
             self._tell_troubles()
             counted_samples = self._seen(self.progress) * (self.control.rank == 0) - self.numbers.left_out
-            self.poll.given[:] = self.report.numbers(self.method.loss_sum, counted_samples)
+            self.poll.numbers[:] = self.report.numbers(self.method.loss_sum, counted_samples)
             stopped, self.wrong = self.poll(bool(self.signals), bool(self.numbers.noted))
             self.report.step(self.progress)
             if stopped or self.wrong:

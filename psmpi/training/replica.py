@@ -62,11 +62,11 @@ class Replica(Method):
     def __init__(self, context: Context, beside: int = 0):
         roles = replicate(context.layout, context.size)
         super().__init__(context, roles.shards)
-        self.world, self.aside = context.group(nccl=True), context.uncounted()
+        self.world, self.uncounted = context.group(nccl=True), context.uncounted()
         # Messages that go through host memory in any case.
         self.by_host = context.group(bridge=context.host_bridge)
         whole = Runs(((0, self.layout.size),))
-        self.whole = Gather(self.aside, self.shards.runs, whole, self.dtype)
+        self.whole = Gather(self.uncounted, self.shards.runs, whole, self.dtype)
         start, stop = next(iter(self.shards[self.rank].intervals), (0, 0))
         self.share = slice(start, stop)
         self.w = self.ops.zeros(self.layout.size, self.dtype)

@@ -275,7 +275,7 @@ def test_trainings_by_tiles_have_the_weights_and_bytes_of_the_host(name, many, m
         assert len(made) == ranks
         for objective in made:
             # What lies between two exchanges is played back.
-            works = (objective.make, objective.finish) if objective.others is not None else ()
+            works = (objective.make, objective.finish) if objective.over_classes is not None else ()
             assert all(any(work.made.values()) for work in works)
         made.clear()
         assert distance(here.tensors(), there.tensors()) <= 1e-10

@@ -518,8 +518,8 @@ def test_phases_divide_the_epochs():
 
 
 def test_ranks_and_parts():
-    assert [Assignment(2, 6).held(r) for r in range(2)] == [[0, 1, 2], [3, 4, 5]]
-    assert [Assignment(4, 2).held(r) for r in range(4)] == [[0], [0], [1], [1]]
+    assert [Assignment(2, 6).parts_of(r) for r in range(2)] == [[0, 1, 2], [3, 4, 5]]
+    assert [Assignment(4, 2).parts_of(r) for r in range(4)] == [[0], [0], [1], [1]]
     assert [Assignment(6, 2).rank(1, row) for row in range(3)] == [3, 4, 5]
     net = network(20, 20, 20)
     assert [count_parts(size, net, 0) for size in (1, 2, 3, 4)] == [2, 2, 3, 4]

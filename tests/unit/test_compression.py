@@ -51,7 +51,7 @@ def test_what_is_applied_and_what_is_left_are_all_gradients(name, ranks):
             g = gradient(layout, group.rank, step, ranks)
             compressor.reduce(g)
             applied += g
-        return applied, compressor.left
+        return applied, compressor.residual
 
     found = together(ranks, work)
     everything = sum(gradient(layout, rank, step, ranks) for rank in range(ranks) for step in range(steps))
@@ -75,12 +75,12 @@ def test_powersgd_projects_the_mean_on_what_its_columns_span():
     found = together(3, work)
     mean = sum(gradient(layout, rank, 0, 3) for rank in range(3))
     compressor = found[0][1]
-    assert len(compressor.matrices) == 3 and len(compressor.whole) == 10 + 8 + 4
+    assert len(compressor.matrices) == 3 and len(compressor.uncompressed) == 10 + 8 + 4
     for at, shape, p, _ in compressor._factors():
         m, found_m = (np.concatenate([v[run] for run in at]).reshape(shape) for v in (mean, found[0][0]))
         assert abs(found_m - p @ p.T @ m).max() <= 1e-12
         assert abs(p.T @ p - np.eye(2)).max() <= 1e-12
-    assert abs(found[0][0][compressor.whole] - mean[compressor.whole]).max() <= 1e-15
+    assert abs(found[0][0][compressor.uncompressed] - mean[compressor.uncompressed]).max() <= 1e-15
 
 
 def test_powersgd_comes_to_the_best_approximation_of_a_fixed_matrix():
@@ -114,10 +114,10 @@ def test_top_k_and_signs_contract_as_their_papers_say():
 
     ((topk, sign),) = together(1, work)
     assert topk.k == round(0.1 * layout.size)
-    assert (topk.left**2).sum() <= (1 - topk.k / layout.size) * (v**2).sum()
+    assert (topk.residual**2).sum() <= (1 - topk.k / layout.size) * (v**2).sum()
     assert sorted(abs(topk.sent[topk.sent != 0])) == sorted(abs(v))[-topk.k :]
     for at in tensors(layout):
-        mine, left = (np.concatenate([a[run] for run in at]) for a in (v, sign.left))
+        mine, left = (np.concatenate([a[run] for run in at]) for a in (v, sign.residual))
         share = 1 - abs(mine).sum() ** 2 / (len(mine) * (mine**2).sum())
         assert (left**2).sum() == pytest.approx(share * (mine**2).sum(), rel=1e-12)
 

@@ -178,7 +178,7 @@ class Watch:
             return
         if self.monitor is not None and self.settled is None:
             self.settled = now
-            self.monitor.noting = now + self.patience.settle
+            self.monitor.report_unheard_at = now + self.patience.settle
         unheard = self.monitor is not None and len(self.routes) < self.size - 1
         if self.courier is None and now - self.begun >= self.look and (self.by_files or unheard):
             clears = self.rank == next(iter(self.monitors))

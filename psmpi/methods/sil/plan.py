@@ -118,7 +118,7 @@ class Assignment:
     def rank(self, part: int, row: int) -> int:
         return part // max(1, self.parts // self.size) * self.rows + row
 
-    def held(self, rank: int) -> list[int]:
+    def parts_of(self, rank: int) -> list[int]:
         return [k for k in range(self.parts) if self.rank(k, rank % self.rows) == rank]
 
 
@@ -184,7 +184,7 @@ def sil_needed(size: int, network: Network, dataset: Dataset, config: Config) ->
     all_needs = []
     for rank in range(size):
         held, tests = (
-            assignment.held(rank),
+            assignment.parts_of(rank),
             network.evaluation_batches(dataset.test.n)[rank % assignment.rows :: assignment.rows],
         )
         shard = sum(network.runs(layout, *stages[k]).size for k in held)

@@ -178,7 +178,7 @@ class Layer:
         """Multiply-accumulate operations per sample in the forward pass, without biases and activations."""
         return 0
 
-    def held(self, stage: Stage, batch: int, writable: bool, packed: bool) -> int:
+    def buffer_numbers(self, stage: Stage, batch: int, writable: bool, packed: bool) -> int:
         """Return how many numbers a part holds for minibatches of `batch`, besides weights, outputs and the workspace.
 
         writable: the input may be overwritten; packed: convolutions are computed without windows.
@@ -188,7 +188,7 @@ class Layer:
     def workspace_numbers(self, stage: Stage, batch: int, wanted: bool, packed: bool) -> dict[str, int]:
         """Return how many numbers backward needs of each array of the workspace, by the array's name.
 
-        wanted: the gradient of the input is needed; packed: as in `held`.
+        wanted: the gradient of the input is needed; packed: as in `buffer_numbers`.
         """
         if not (wanted and self.moves_gradient):
             return {}

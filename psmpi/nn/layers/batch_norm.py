@@ -53,7 +53,7 @@ class BatchNorm(Layer):
         units = self.out_shape[0]
         return units + 1, units, 2 * units
 
-    def held(self, stage: Stage, batch: int, writable: bool, packed: bool) -> int:
+    def buffer_numbers(self, stage: Stage, batch: int, writable: bool, packed: bool) -> int:
         units = int(stage.kept.sum())
         return units * (1 if self.affine else 5) + (0 if writable else stage.size * batch)
 

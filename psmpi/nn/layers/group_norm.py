@@ -60,7 +60,7 @@ class GroupNorm(Layer):
     def absorbs(self, following: Sequence[Layer], fold: bool) -> int:
         return int(bool(following and following[0].activation))
 
-    def held(self, stage: Stage, batch: int, writable: bool, packed: bool) -> int:
+    def buffer_numbers(self, stage: Stage, batch: int, writable: bool, packed: bool) -> int:
         return (self.present_groups(stage) + (0 if writable else stage.size)) * batch
 
     def workspace_numbers(self, stage: Stage, batch: int, wanted: bool, packed: bool) -> dict[str, int]:

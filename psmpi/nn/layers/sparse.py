@@ -124,7 +124,7 @@ class Sparse(Layer):
     def absorbs(self, following: Sequence[Layer], fold: bool) -> int:
         return int(bool(following and following[0].activation))
 
-    def held(self, stage: Stage, batch: int, writable: bool, packed: bool) -> int:
+    def buffer_numbers(self, stage: Stage, batch: int, writable: bool, packed: bool) -> int:
         """Return the numbers of the biases, and of the index unless it is the pattern's, in units of 32 bits."""
         rows, biases = int(stage.kept.sum()), 2 * int(stage.kept.sum()) * self.bias
         if stage.kept.all() and stage.inputs.all() and len(stage.users) == 1:
