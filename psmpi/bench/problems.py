@@ -70,7 +70,7 @@ def operations(problem: Problem, batch: int) -> float:
     total, first = 0.0, True
     for stage in problem.network.stages(problem.classes, fold=False):
         if stage.layer.linear:
-            macs = stage.layer.macs // len(stage.kept) * int(stage.kept.sum()) * batch
+            macs = stage.layer.macs // len(stage.outputs) * int(stage.outputs.sum()) * batch
             total += 2 * macs * (2 if first else 3)
             first = False
     return total

@@ -136,7 +136,7 @@ def test_with_the_sums_that_layers_state_slices_are_as_good_as_the_minibatch(nam
     assert np.allclose(total, whole.g, rtol=1e-9, atol=1e-10 * abs(whole.g).max())
     stages = [one for stage in network.stages(range(network.classes)) for one in walk(stage)]
     # Of the units that the model has: those that no score sees are not there.
-    parts = [stage.layer.restrict(int(stage.kept.sum()), stage.layer.in_shape) for stage in stages]
+    parts = [stage.layer.restrict(int(stage.outputs.sum()), stage.layer.in_shape) for stage in stages]
     stated = sum(sum(layer.rank_sums) for layer in parts)
     assert together.numbers == [stated] * 3
 

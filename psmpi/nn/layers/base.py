@@ -203,14 +203,14 @@ class Layer:
 class Stage:
     """A layer of a subnetwork, with the layers that it absorbs, and the input and output units that are present.
 
-    inputs: (input units,) bool; kept: (units,) bool; shape: shape of a sample's outputs; users: users of all output
+    inputs: (input units,) bool; outputs: (units,) bool; shape: shape of a sample's outputs; users: users of all output
     units; inner: stages of the layers inside this layer.
     """
 
     layer: Layer
     absorbed: tuple[Layer, ...]
     inputs: np.ndarray
-    kept: np.ndarray
+    outputs: np.ndarray
     shape: tuple[int, ...]
     users: Uses
     inner: tuple[Stage, ...] = ()

@@ -61,7 +61,7 @@ class Conv(Linear):
     def buffer_numbers(self, stage: Stage, batch: int, writable: bool, packed: bool) -> int:
         # Kernels (wider with folded mean pooling), their gradients and biases; then packed kernels, or two arrays of
         # windows for at least one row of outputs.
-        pool, units = folded_pool(stage), int(stage.kept.sum())
+        pool, units = folded_pool(stage), int(stage.outputs.sum())
         wide = (self.kernel + pool - 1) ** 2
         kernels = units * self.group_inputs * wide
         numbers = 2 * kernels + units

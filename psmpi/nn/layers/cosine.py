@@ -35,7 +35,7 @@ class Cosine(Dense):
         return 0
 
     def buffer_numbers(self, stage: Stage, batch: int, writable: bool, packed: bool) -> int:
-        return 2 * int(stage.kept.sum())
+        return 2 * int(stage.outputs.sum())
 
     def part(self, stage: Stage, site: Site) -> Part:
         return CosinePart(stage, site)
