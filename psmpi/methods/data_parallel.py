@@ -187,5 +187,5 @@ class DataParallel(Replica):
         return super().test()
 
     def messages(self, step: int, batch: int) -> list[Message] | None:
-        fixed = self.compressor is None and not self.optimizer.needs_closure and self.alike
+        fixed = self.compressor is None and not self.optimizer.needs_closure and self.same_sums
         return self.buckets.messages() if fixed else None

@@ -106,7 +106,7 @@ def test_a_segment_that_another_rank_has_made_anew_stays(places, monkeypatch):
     """It was ahead: removed that of the dead, and made its own of that name, after this rank had looked."""
     memory, folder = places
     segments(memory, "mpich_shm_10_0")
-    look = leftovers._used
+    look = leftovers._mapped_files
 
     def slowly():
         found = list(look())
@@ -114,7 +114,7 @@ def test_a_segment_that_another_rank_has_made_anew_stays(places, monkeypatch):
         segments(memory, "mpich_shm_10_0")
         return found
 
-    monkeypatch.setattr(leftovers, "_used", slowly)
+    monkeypatch.setattr(leftovers, "_mapped_files", slowly)
     assert remove_leftovers(memory, folder) == (0, 0)
     assert (memory / "mpich_shm_10_0").exists()
 

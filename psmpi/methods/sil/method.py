@@ -272,7 +272,7 @@ class SyntheticLabels(Method):
         """Go on from a checkpoint; repeat its hand-over, from the same weights and in the same pieces, to the bit."""
         if "handed" in fresh:
             self.handed[...] = self.w
-        self.chain.past = int(self.scalars["macs"]), int(self.scalars["handed_bytes"])
+        self.chain.earlier_counts = int(self.scalars["macs"]), int(self.scalars["handed_bytes"])
         self.chain.macs = self.chain.handed_bytes = 0
         if self.scalars["parts"] != self.count:
             raise UserError(
