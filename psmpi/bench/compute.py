@@ -17,7 +17,7 @@ from psmpi.backend import NumpyOps, make_backend
 from psmpi.bench.problems import LR, Minibatch, Problem, operations, problems
 from psmpi.bench.pytorch import Kind, pytorch_step
 from psmpi.comm.world import cores, quota
-from psmpi.errors import UserError
+from psmpi.errors import UserError, unused_option
 from psmpi.layout import Runs
 from psmpi.nn.init import initial_weights
 from psmpi.nn.losses import make_loss
@@ -151,9 +151,9 @@ def compute(
     check_files(plot, json=json)
     present = min(len(cores()), quota())
     if compute != "float32" and backend != "cupy":
-        raise UserError(f"--compute {compute} is for GPUs: add --backend cupy")
+        raise unused_option(f"--compute {compute}", "--backend", ("cupy",), backend)
     if convolution != "own" and backend != "cupy":
-        raise UserError(f"--convolution {convolution} is for GPUs: add --backend cupy")
+        raise unused_option(f"--convolution {convolution}", "--backend", ("cupy",), backend)
     if threads > present:
         tell(f"note: {threads} threads share {present} core(s): the figures say little")
     torch.set_num_threads(threads)

@@ -71,7 +71,10 @@ def export(
     if calibrate < 0 or calibrate == 1:
         raise UserError(f"--calibrate {calibrate}: expected 0, or a number of samples from 2 up")
     if (dataset or data_dir) and not calibrate:
-        raise UserError("--dataset and --data-dir are for --calibrate: add, for instance, --calibrate 10000")
+        raise UserError(
+            "--dataset and --data-dir are options of --calibrate, and this command has none: leave them out, or add, "
+            "for instance, --calibrate 10000"
+        )
     opened = Opened(checkpoint)
     trained = from_toml(opened.contents.config, str(opened.path), foreign=True)
     network = _network(opened, trained)

@@ -17,9 +17,9 @@ from psmpi.backend.reference import exponent_of
 from psmpi.comm.buckets import Buckets, plan_buckets
 from psmpi.comm.compression import Compressor, check_compression, make_compressor
 from psmpi.comm.transfers import Message
-from psmpi.config import Config, listed, option
+from psmpi.config import Config, option
 from psmpi.data import Batch, Dataset
-from psmpi.errors import UserError
+from psmpi.errors import UserError, unused_option
 from psmpi.layout import TableRows
 from psmpi.nn.network import Network
 from psmpi.optim import given, is_first_order
@@ -126,9 +126,7 @@ class DataParallel(Replica):
         check_compression(o.density, o.powersgd_rank, o.qsgd_levels)
         for name, kinds in USERS.items():
             if getattr(o, name) != getattr(Settings(), name) and o.compression not in kinds:
-                raise UserError(
-                    f"{option(name)} is for --compression {listed(kinds)}, not for {o.compression}: leave it out"
-                )
+                raise unused_option(option(name), "--compression", kinds, o.compression)
 
     @classmethod
     def uses(cls, config: Config) -> frozenset[str]:

@@ -325,7 +325,7 @@ def test_compute_says_what_it_needs():
         (("--pairs", "0"), "--pairs 0"),
         (("--json", "/nonexistent/a.json"), "no such folder"),
         (("--plot", "a.xyz"), "ends in .png"),
-        (("--convolution", "measured"), "--convolution measured is for GPUs"),
+        (("--convolution", "measured"), "--convolution measured is an option of --backend cupy"),
     ):
         status, _, err = run(1, "-m", "psmpi.bench", "compute", *options)
         assert status == 1 and says in err and "Traceback" not in err

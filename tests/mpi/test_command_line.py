@@ -217,14 +217,18 @@ def test_the_default_configuration_survives_toml():
         (1, ("--lr", "nan"), "expected a finite number"),
         (1, ("--kappa", "1e300"), "up to 1e6"),
         (1, ("--optimizer", "lbfgs", "--history", "100000000"), "1000 pairs at most"),
-        (1, ("--sigma", "3"), "--sigma is of --optimizer plbfgs, plsr1 and plse, and the optimizer here is adam"),
+        (
+            1,
+            ("--sigma", "3"),
+            "--sigma is an option of --optimizer plbfgs, plsr1 and plse, and this run has --optimizer adam",
+        ),
         (
             3,
             ("--optimizer", "muon", "--masters", "3", "--colocate"),
             "a matrix that one rank has to step as a whole",
         ),
-        (1, ("--merge-pairs",), "--merge-pairs is of --optimizer plbfgs"),
-        (1, ("--step-size", "3"), "--step-size is of --schedule step"),
+        (1, ("--merge-pairs",), "--merge-pairs is an option of --optimizer plbfgs"),
+        (1, ("--step-size", "3"), "--step-size is an option of --schedule step"),
         (1, ("--clip", "0.5", "--optimizer", "lbfgs"), "--clip 0.5 is not for --optimizer lbfgs"),
         (1, ("--widths", "3"), "--model mlp"),
         (1, ("--checkpoint-gzip", "10"), "0 (none) to 9"),
@@ -483,7 +487,7 @@ def test_own_data_trains(train, tmp_path, suffix):
 @pytest.mark.parametrize("options", [("--compression", "topk"), ("--local-steps", "5"), ("--feedback", "shared")])
 def test_settings_of_another_method_are_not_passed_over(tmp_path, options):
     status, _, err = run(1, "-m", "psmpi.train", "--out", tmp_path / "run", *options)
-    assert status == 1 and "and the method here is psl: leave it out, or choose " in err
+    assert status == 1 and "and this run has --method psl: leave it out, or " in err
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -499,16 +503,28 @@ def test_a_wrong_layer_is_told_with_its_file(tmp_path, ranks):
 
 
 UNUSED = [
-    (("--momentum", "0.9"), "--momentum is of --optimizer momentum"),
-    (("--sigma=0.0",), "--sigma is of --optimizer plbfgs, plsr1 and plse"),
-    (("--no-merge-pairs",), "--no-merge-pairs is of --optimizer"),
-    (("--gamma", "0.1"), "--gamma is of --schedule step"),
+    (("--momentum", "0.9"), "--momentum is an option of --optimizer momentum"),
+    (("--sigma=0.0",), "--sigma is an option of --optimizer plbfgs, plsr1 and plse"),
+    (("--no-merge-pairs",), "--no-merge-pairs is an option of --optimizer"),
+    (("--gamma", "0.1"), "--gamma is an option of --schedule step"),
     (("--optimizer", "lbfgs", "--clip", "1"), "--clip 1.0 is not for --optimizer lbfgs"),
-    (("--local-steps", "20"), "--local-steps is of --method local_sgd, ist and next, and the method here is psl"),
-    (("--local_steps", "20"), "--local-steps is of --method local_sgd, ist and next, and the method here is psl"),
-    (("--method", "data_parallel", "--no-colocate"), "--no-colocate is of --method psl and ist"),
-    (("--loss", "nll", "--kappa", "1"), "--kappa is of --loss psl, logistic and hinge, and the loss here is nll"),
-    (("--loss", "logistic", "--exp-clip", "3"), "--exp-clip is of --loss psl, and the loss here is logistic"),
+    (
+        ("--local-steps", "20"),
+        "--local-steps is an option of --method local_sgd, ist and next, and this run has --method psl",
+    ),
+    (
+        ("--local_steps", "20"),
+        "--local-steps is an option of --method local_sgd, ist and next, and this run has --method psl",
+    ),
+    (("--method", "data_parallel", "--no-colocate"), "--no-colocate is an option of --method psl and ist"),
+    (
+        ("--loss", "nll", "--kappa", "1"),
+        "--kappa is an option of --loss psl, logistic and hinge, and this run has --loss nll",
+    ),
+    (
+        ("--loss", "logistic", "--exp-clip", "3"),
+        "--exp-clip is an option of --loss psl, and this run has --loss logistic",
+    ),
 ]
 
 
@@ -526,11 +542,11 @@ def test_files_and_runs_that_go_on_may_list_what_nothing_uses(train, tmp_path):
     again = ("--resume", "auto", "--max-steps", "2", "--optimizer", "adam", "--loss", "nll")
     train(1, *again, out=begun.out)
     status, _, err = run(1, "-m", "psmpi.train", "--out", begun.out, *again, "--momentum", "0.9")
-    assert status == 1 and "--momentum is of --optimizer momentum" in err
+    assert status == 1 and "--momentum is an option of --optimizer momentum" in err
     # What the method uses is used, whatever the optimizer.
     train(2, "--method", "data_parallel", "--compression", "dgc", "--momentum", "0.9", "--max-steps", "1")
 
 
 def test_measurements_refuse_what_nothing_uses():
     status, _, err = run(1, "-m", "psmpi.bench", "memory", "--momentum", "0.9")
-    assert status == 1 and "--momentum is of --optimizer momentum" in err
+    assert status == 1 and "--momentum is an option of --optimizer momentum" in err

@@ -250,7 +250,7 @@ def test_powersgd_sends_two_thin_matrices_and_the_vectors(train):
         (("--compression", "powersgd", "--powersgd-rank", "0"), "expected 1 or more columns"),
         (("--compression", "qsgd", "--qsgd-levels", "128"), "expected 1 to 127"),
         (("--compression", "sign", "--optimizer", "lbfgs"), "needs the exact one: use a first-order optimizer"),
-        (("--compression", "sign", "--method", "local_sgd"), "is of --method data_parallel"),
+        (("--compression", "sign", "--method", "local_sgd"), "is an option of --method data_parallel"),
     ],
 )
 def test_what_cannot_be_is_said(tmp_path, options, says):

@@ -485,7 +485,7 @@ def test_radix_networks_are_mixed_radix_systems_behind_a_random_layer():
     for options, says in (
         ({"widths": (64, 64)}, "has one width"),
         ({"widths": (16,)}, "of 32 or more"),
-        ({"final_time": 2.0}, "--final-time is for --model deep, deep-conv,"),
+        ({"final_time": 2.0}, "--final-time is an option of --model deep and deep-conv, and"),
     ):
         with pytest.raises(UserError, match=says):
             make_network(**{"name": "radix", "in_shape": (3,), "classes": 4, **options})
@@ -521,8 +521,8 @@ def test_deep_networks_are_steps_of_a_march():
         ({"widths": (5, 6)}, "has one width"),
         ({"batch_norm": True}, "cannot be normalized"),
         ({"name": "deep-conv"}, "is not made for samples of shape"),
-        ({"name": "mlp", "depth": 8}, "--depth is for --model deep"),
-        ({"name": "mlp", "final_time": 2.0}, "--final-time is for --model deep"),
+        ({"name": "mlp", "depth": 8}, "--depth is an option of --model deep"),
+        ({"name": "mlp", "final_time": 2.0}, "--final-time is an option of --model deep"),
     ):
         with pytest.raises(UserError, match=says):
             make_network(**{"name": "deep", "in_shape": (3,), "classes": 4, **options})

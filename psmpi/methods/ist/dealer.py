@@ -13,7 +13,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from psmpi.errors import UserError
+from psmpi.errors import UserError, unused_option
 from psmpi.layout import Share, Shares, even_edges
 from psmpi.nn.layers import Layer
 from psmpi.nn.layers.cosine import Cosine
@@ -41,9 +41,9 @@ class Dealer:
         self.parameters = {p.name: p for layer in network.layers for p in layer.parameters()}
         self.all_workers = tuple(range(workers))
         if deal == "blocks" and strata:
-            raise UserError("--strata is for --deal units: leave it out")
+            raise unused_option("--strata", "--deal", ("units",), deal)
         if deal == "units" and min_blocks != 1:
-            raise UserError(f"--min-blocks {min_blocks} is for --deal blocks: leave it out")
+            raise unused_option(f"--min-blocks {min_blocks}", "--deal", ("blocks",), deal)
         if deal == "blocks":
             self.blocks = find_blocks(network)
             if len(self.blocks) < 1:

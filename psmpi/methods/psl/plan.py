@@ -11,9 +11,9 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 
-from psmpi.config import Config, Least
+from psmpi.config import Config, Least, option
 from psmpi.data import Dataset
-from psmpi.errors import UserError
+from psmpi.errors import UserError, unused_option
 from psmpi.layout import Layout, Roles, Runs, TableRows, assign_roles
 from psmpi.methods.psl.arrangement import Arrangement, Cost, arrangements, cost
 from psmpi.methods.psl.element_set import elements_of
@@ -305,7 +305,4 @@ def _check_newton(network: Network, roles: Roles, config: Config) -> None:
     for setting in ("extrapolation", "line_search", "first_step"):
         value = getattr(o, setting)
         if value != getattr(usual, setting) and o.globalization != "line-search":
-            raise UserError(
-                f"--{setting.replace('_', '-')} {value} is for --globalization line-search, not for "
-                f"{o.globalization}: leave one of the two out"
-            )
+            raise unused_option(f"{option(setting)} {value}", "--globalization", ("line-search",), o.globalization)

@@ -11,7 +11,7 @@ import numpy as np
 
 from psmpi.config import Config, Least
 from psmpi.data import Dataset
-from psmpi.errors import UserError
+from psmpi.errors import UserError, unused_option
 from psmpi.layout import split_evenly
 from psmpi.nn.cut import split_layers
 from psmpi.nn.network import Network
@@ -163,7 +163,7 @@ def check_sil(size: int, network: Network, dataset: Dataset, config: Config) -> 
     if not 1e-6 <= s.labels_scale <= 1e6:
         raise UserError(f"--labels-scale {s.labels_scale}: expected a number from 1e-6 to 1e6, usually 1")
     if s.hand_over != "labels" and s.labels_noise != Settings().labels_noise:
-        raise UserError(f"--labels-noise {s.labels_noise} is for --hand-over labels: leave it out")
+        raise unused_option(f"--labels-noise {s.labels_noise}", "--hand-over", ("labels",), s.hand_over)
     if not 0 <= s.labels_noise <= 1e6:
         raise UserError(f"--labels-noise {s.labels_noise}: expected 0 (none) or a number above it, up to 1e6")
     widths = [int(np.prod(network.layers[stop - 1].out_shape)) for _, stop in split_layers(network, parts)[:-1]]
