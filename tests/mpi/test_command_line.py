@@ -15,7 +15,7 @@ from helpers.paths import ROOT
 from helpers.processes import finish, launch, start, without_note
 from helpers.runs import run
 
-from psmpi.comm.world import check_launcher, check_protocol, describe, lacking_memory
+from psmpi.comm.world import check_launcher, check_protocol, describe, lacking_memory, loading_advice
 from psmpi.config import Config, from_toml, read_file, to_toml
 from psmpi.errors import UserError
 from psmpi.launcher import announced_size
@@ -363,6 +363,52 @@ def test_a_launcher_of_another_mpi_is_explained():
     check_launcher(1, {}, "MPICH")
     with pytest.raises(UserError, match="started 4 processes \\(OMPI_COMM_WORLD_SIZE=4\\)"):
         check_launcher(1, {"OMPI_COMM_WORLD_SIZE": "4"}, "MPICH Version: 5")
+    with pytest.raises(UserError, match="sees 1: the launcher belongs to another MPI"):
+        check_launcher(1, {"OMPI_COMM_WORLD_SIZE": "4"}, "MPICH Version: 4.2.0")
+
+
+def test_ubuntu_s_mpich_whose_ranks_see_only_themselves_is_named():
+    check_launcher(4, {"PMI_SIZE": "4"}, "MPICH Version:      4.2.0")
+    with pytest.raises(
+        UserError, match=r"4 processes .* sees 1: MPICH 4\.2\.0 of Ubuntu 24.04 .* 'psmpi\[mpi\]', then pip"
+    ):
+        check_launcher(1, {"PMI_SIZE": "4"}, "MPICH Version:      4.2.0")
+    with pytest.raises(UserError, match="sees 1: the launcher belongs to another MPI"):
+        check_launcher(1, {"PMI_SIZE": "4"}, "MPICH Version:      4.2.01")
+
+
+MISSING = "cannot open shared object file: No such file or directory"
+
+
+@pytest.mark.parametrize(
+    ("error", "text", "mpich", "says"),
+    [
+        (ImportError, f"libmpich.so.12: {MISSING}", "", "built from source for libmpich.so.12, and loads no other"),
+        (ImportError, f"libmpi.so.40: {MISSING}", "libmpich.so.12", "--only-binary mpi4py mpi4py"),
+        (
+            RuntimeError,
+            f"cannot load MPI library libmpi.so.12: {MISSING}",
+            "libmpich.so.12",
+            "install libmpich-dev, then",
+        ),
+        (RuntimeError, f"cannot load MPI library libmpi.so.12: {MISSING}", "", ""),
+        (ImportError, "No module named 'mpi4py'", "libmpich.so.12", ""),
+    ],
+)
+def test_an_mpi_library_that_does_not_load_is_explained(error, text, mpich, says):
+    advice = loading_advice(error(text), text, mpich)
+    assert says in advice and bool(advice) == bool(says)
+
+
+def test_psmpi_says_what_to_do_about_debian_s_mpich(monkeypatch):
+    monkeypatch.setenv("MPI4PY_LIBMPI", "/nonexistent/libmpi.so")
+    code = (
+        "import ctypes.util, runpy; ctypes.util.find_library = lambda name: f'lib{name}.so.12'\n"
+        "runpy.run_module('psmpi.train', run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "cannot load MPI (" in done.stderr and "This host has libmpich.so.12, MPICH of Debian" in done.stderr
 
 
 @pytest.mark.parametrize(
