@@ -126,9 +126,11 @@ def units_depend_as_declared(network: Network, count: int) -> None:
         f"output unit {undeclared[0, 0]} depends on input unit {undeclared[0, 1]}, and `sources` does not state so: "
         "let `sources` state it, and set couples_units = True if each unit depends on all units of its sample"
     )
-    mixed = np.argwhere(actual & ~np.eye(*actual.shape, dtype=bool)) if actual.shape[0] == actual.shape[1] else []
-    assert not len(mixed) or any(layer.linear for layer in layers) or not _deals(layers), (
-        f"output unit {mixed[0][0]} depends on input unit {mixed[0][1]}, and `restrict` deals the units out: set "
+    numbers = np.indices(actual.shape)
+    mixed = np.argwhere(actual & (numbers[0] != numbers[1]))
+    exempt = layers[0].in_shape[0] != layers[-1].out_shape[0] or any(layer.linear for layer in layers)
+    assert exempt or not len(mixed) or not _deals(layers), (
+        f"output unit {mixed[0, 0]} depends on input unit {mixed[0, 1]}, and `restrict` deals the units out: set "
         "couples_units = True, or let `restrict` raise UserError for fewer units"
     )
 
