@@ -59,7 +59,7 @@ def export(
         checkpoint: Checkpoint file, or a run directory for its newest one. It may be a part.
         out: File to write; its ending gives the format.
         calibrate: Samples of the training split that give the statistics of batch normalization, to be written with the
-            weights. Such networks need them for .onnx.
+            weights. Such networks need them for .onnx. 0: no statistics.
         dataset: Data set of the training for --calibrate, if its file has moved.
         data_dir: Folder of the data set's files. If not given: that of the training.
         allow_external: Let the data set's arrays lie in other files, which its file names. Use it for files of your own

@@ -44,8 +44,7 @@ class Settings:
     pairs: element losses of some pairs of classes
     """
     replicas: Annotated[int, Least(0)] = 0
-    """Rows of workers that split each minibatch; 0: fitting. That is as few as give every worker work, or the choice of
-    --trunk auto."""
+    """Rows of workers that split each minibatch; 0: as few as give every worker work, or the choice of --trunk auto."""
     trunk: Literal["replicated", "split", "auto"] = "replicated"
     """Computation of the first layers, which all classes share.
 

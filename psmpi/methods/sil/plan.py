@@ -60,7 +60,7 @@ class Settings:
     part_epochs: tuple[int, ...] = ()
     """Epochs of each part, in turn. If not given: equal shares."""
     recovery_epochs: Annotated[int, Least(0)] = 0
-    """Last epochs in which all parts train together as one network, of --epochs."""
+    """Last epochs in which all parts train together as one network, of --epochs; 0: none."""
 
 
 @dataclass(frozen=True)
