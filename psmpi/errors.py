@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
@@ -23,6 +23,24 @@ class DamagedError(UserError):
 def counted(number: int, noun: str) -> str:
     """A number with its noun, such as "1 epoch" or "1,438 samples"; noun: the singular."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def listed(names: Sequence[str]) -> str:
+    """ "a, b and c"."""
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def unused_option(words: str, choice: str, users: Sequence[str], chosen: str, instead: str = "") -> UserError:
+    """Return the error for an option that this run does not use.
+
+    words: the option, with its value where other values are used; choice: the option that decides, with dashes; users:
+    its values under which the option is used; chosen: its value in this run; instead: advice other than to use these.
+    """
+    instead = instead or ("choose one of these" if len(users) > 1 else f"use {choice} {users[0]}")
+    return UserError(
+        f"{words} is an option of {choice} {listed(users)}, and this run has {choice} {chosen}: leave it out, or "
+        f"{instead}"
+    )
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -105,7 +105,7 @@ def plan(
         _show(estimates, network, hosts)
         if goal:
             given = estimates[GIVEN]
-            tell(f"{goal} has {counted(given.schedule.steps, 'step')}, of {1e3 * given.whole:.4g} ms in all")
+            tell(f"{goal} has {counted(given.schedule.steps, 'step')}, of {1e3 * given.run:.4g} ms in all")
     return 0
 
 
@@ -129,13 +129,13 @@ def _show(estimates: dict[str, Estimate], network: Layers, hosts: Network) -> No
     shown = [(each.rank, f"host {hosts.of_host[each.rank]}", each.place) for each in given.ranks[:SHOWN]]
     show_places(console, shown)
     if len(given.ranks) > SHOWN:
-        console.tell(f"and {len(given.ranks) - SHOWN} more; none has more than {given.held / 1e6:.1f} MB")
+        console.tell(f"and {len(given.ranks) - SHOWN} more; none has more than {given.memory / 1e6:.1f} MB")
     table = Table(title=f"a step on {counted(len(given.ranks), 'rank')}", title_justify="left")
     table.add_column("options")
     for name in ("ms", "computing ms", "MB sent", "MB held"):
         table.add_column(name, justify="right")
     for options, each in estimates.items():
-        figures = (1e3 * each.step, 1e3 * each.computing, each.sent / 1e6, each.held / 1e6)
+        figures = (1e3 * each.step, 1e3 * each.computing, each.sent / 1e6, each.memory / 1e6)
         table.add_row(options, *(f"{figure:.3g}" for figure in figures))
     console.print(table)
     console.tell("computing, sent and held: of the rank that has most")

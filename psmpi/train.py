@@ -271,7 +271,7 @@ def train(
             # Arrays on a device take no memory of the host.
             check_capacity(control, kind, network, dataset, config, [] if ops.on_device else limits())
             method = kind(Context(world, network, dataset, config, ops))
-            settle(world, own_cores(), method.place().held > 0)
+            settle(world, own_cores(), method.place().computes_with > 0)
             place = json.dumps([socket.gethostname(), *vars(method.place()).values()])
             places = [json.loads(text) for text in control.collect_texts(place)]
             if not config.terminal.quiet:

@@ -15,9 +15,9 @@ import numpy as np
 
 from psmpi.backend import NumpyOps, make_backend
 from psmpi.bench.problems import LR, Minibatch, Problem, operations, problems
-from psmpi.bench.pytorch import Kind, theirs
+from psmpi.bench.pytorch import Kind, pytorch_step
 from psmpi.comm.world import cores, quota
-from psmpi.errors import UserError
+from psmpi.errors import UserError, unused_option
 from psmpi.layout import Runs
 from psmpi.nn.init import initial_weights
 from psmpi.nn.losses import make_loss
@@ -32,7 +32,7 @@ Compute = Literal["float32", "tf32", "float16", "bfloat16"]
 Convolution = Literal["own", "cudnn", "measured"]
 
 
-def ours(
+def psmpi_step(
     problem: Problem,
     data: Minibatch,
     backend: Backend,
@@ -76,7 +76,7 @@ class OtherClasses:
 
     def __init__(self, data: Minibatch, classes: Sequence[int], ops: NumpyOps):
         labels, samples = data.labels, np.arange(len(data.labels))
-        scores = data.others.astype(np.float64)
+        scores = data.other_scores.astype(np.float64)
         absent = ~np.isin(labels, classes)
         self.label_scores = ops.put(np.where(absent, scores[labels, samples], 0)[None])
         # The label's own score has no term in the sum: exp(-inf) = 0.
@@ -99,13 +99,13 @@ class Row:
 
     network: str
     kind: str
-    ours_ms: float
-    theirs_ms: float
+    psmpi_ms: float
+    pytorch_ms: float
     ratio: float
     low: float
     high: float
-    ours_gflops: float
-    theirs_gflops: float
+    psmpi_gflops: float
+    pytorch_gflops: float
 
 
 def compute(
@@ -151,9 +151,9 @@ def compute(
     check_files(plot, json=json)
     present = min(len(cores()), quota())
     if compute != "float32" and backend != "cupy":
-        raise UserError(f"--compute {compute} is for GPUs: add --backend cupy")
+        raise unused_option(f"--compute {compute}", "--backend", ("cupy",), backend)
     if convolution != "own" and backend != "cupy":
-        raise UserError(f"--convolution {convolution} is for GPUs: add --backend cupy")
+        raise unused_option(f"--convolution {convolution}", "--backend", ("cupy",), backend)
     if threads > present:
         tell(f"note: {threads} threads share {present} core(s): the figures say little")
     torch.set_num_threads(threads)
@@ -163,12 +163,12 @@ def compute(
         for name in networks:
             problem = problems()[name]
             data = Minibatch(problem, batch_size)
-            step, _, model = ours(problem, data, backend, threads, compute, convolution)
+            step, _, model = psmpi_step(problem, data, backend, threads, compute, convolution)
             images = len(problem.network.in_shape) == 3
             wanted: dict[Kind, bool] = {"eager": True, "channels last": images, "compile": compiled}
             for kind in (kind for kind, yes in wanted.items() if yes):
                 try:
-                    other, _ = theirs(problem, data, model, kind, compute)
+                    other, _ = pytorch_step(problem, data, model, kind, compute)
                     other()
                 except Exception as error:
                     # torch.compile fails without a C++ compiler, for example.
@@ -231,14 +231,22 @@ def _row(name: str, kind: str, steps: tuple[Call, Call], waits: tuple[Call, Call
             into.append((time.perf_counter() - start) / count)
     ratios = [a / b for a, b in zip(*times, strict=True)]
     low, _, high = quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
-    psmpi_ms, yours = median(times[0]), median(times[1])
+    own_time, pytorch_time = median(times[0]), median(times[1])
     return Row(
-        name, kind, 1e3 * psmpi_ms, 1e3 * yours, median(ratios), low, high, work / psmpi_ms / 1e9, work / yours / 1e9
+        name,
+        kind,
+        1e3 * own_time,
+        1e3 * pytorch_time,
+        median(ratios),
+        low,
+        high,
+        work / own_time / 1e9,
+        work / pytorch_time / 1e9,
     )
 
 
 def _line(row: Row) -> str:
-    return f"{row.network} ({row.kind}): {row.ours_ms:.2f} ms, PyTorch {row.theirs_ms:.2f} ms, ratio {row.ratio:.2f}"
+    return f"{row.network} ({row.kind}): {row.psmpi_ms:.2f} ms, PyTorch {row.pytorch_ms:.2f} ms, ratio {row.ratio:.2f}"
 
 
 def _show(rows: Sequence[Row], speeds: dict[str, Any]) -> None:
@@ -250,8 +258,8 @@ def _show(rows: Sequence[Row], speeds: dict[str, Any]) -> None:
     for name in ("psmpi ms", "PyTorch ms", "ratio", "quartiles", "psmpi GFLOP/s", "PyTorch GFLOP/s"):
         table.add_column(name, justify="right")
     for row in rows:
-        figures = (f"{row.ours_ms:.2f}", f"{row.theirs_ms:.2f}", f"{row.ratio:.2f}", f"{row.low:.2f}-{row.high:.2f}")
-        table.add_row(row.network, row.kind, *figures, f"{row.ours_gflops:.0f}", f"{row.theirs_gflops:.0f}")
+        figures = (f"{row.psmpi_ms:.2f}", f"{row.pytorch_ms:.2f}", f"{row.ratio:.2f}", f"{row.low:.2f}-{row.high:.2f}")
+        table.add_row(row.network, row.kind, *figures, f"{row.psmpi_gflops:.0f}", f"{row.pytorch_gflops:.0f}")
     Screen().print(table)
     tell(f"float32 matrix product: {speeds['gemm_gflops']:.0f} GFLOP/s; {speeds['machine']}")
 

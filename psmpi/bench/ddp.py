@@ -21,7 +21,7 @@ def main(argv: list[str]) -> int:
     from psmpi.backend import NumpyOps
     from psmpi.bench.hosts import NETWORK
     from psmpi.bench.problems import Minibatch, Problem
-    from psmpi.bench.pytorch import theirs
+    from psmpi.bench.pytorch import pytorch_step
     from psmpi.comm.control import Control
     from psmpi.comm.world import start
     from psmpi.config import Config
@@ -54,7 +54,7 @@ def main(argv: list[str]) -> int:
     port = Control(world).share(str(29400 + os.getpid() % 500))
     dist.init_process_group("gloo", init_method=f"tcp://{host}:{port}", rank=world.rank, world_size=world.size)
     size = -(-config.data.batch_size // world.size)
-    step, _ = theirs(problem, Minibatch(problem, size), model, wrap=torch.nn.parallel.DistributedDataParallel)
+    step, _ = pytorch_step(problem, Minibatch(problem, size), model, wrap=torch.nn.parallel.DistributedDataParallel)
     for _ in range(WARM):
         step()
     dist.barrier()

@@ -63,7 +63,7 @@ def figures(
             known = known.changed([one.as_recorded()], remake.machine())
             recorded.save(path, known)
     _show(screen, known, results)
-    return 1 if any(not one.held for one in results) else 0
+    return 1 if any(not one.agrees for one in results) else 0
 
 
 @dataclass(frozen=True)
@@ -73,12 +73,12 @@ class Result:
     figure: Figure
     values: tuple[float, ...]
     seconds: float
-    held: bool
+    agrees: bool
     failed: str = ""
 
     @property
     def word(self) -> str:
-        return "FAILED" if self.failed else "held" if self.held else "MOVED"
+        return "FAILED" if self.failed else "held" if self.agrees else "MOVED"
 
     def as_recorded(self) -> Figure:
         """The figure with its new values, of this version and day."""
@@ -134,7 +134,7 @@ def _result(known: Recorded, figure: Figure, made: remake.Made | str) -> Result:
         values = made.numbers(figure)
     except UserError as error:
         return Result(figure, (), made.seconds, False, str(error))
-    return Result(figure, values, made.seconds, known.held(figure, values))
+    return Result(figure, values, made.seconds, known.agrees(figure, values))
 
 
 def _table(results: Sequence[Result]) -> Table:
@@ -143,7 +143,7 @@ def _table(results: Sequence[Result]) -> Table:
         table.add_column(name, justify="right" if name == "seconds" else "left")
     for one in results:
         unit = f" {one.figure.unit}" if one.figure.unit and one.values else ""
-        now = recorded.numbers(one.values) or ("passes" if one.held else "")
+        now = recorded.numbers(one.values) or ("passes" if one.agrees else "")
         table.add_row(one.figure.id, one.figure.text + unit, now + unit, one.word, f"{one.seconds:.1f}")
     return table
 
@@ -154,13 +154,13 @@ def _show(screen: Screen, known: Recorded, results: Sequence[Result]) -> None:
     for one in results:
         if one.failed:
             screen.tell(f"{one.figure.id}: {one.failed}")
-    held = sum(one.held for one in results)
+    held = sum(one.agrees for one in results)
     screen.tell(f"{held} of {counted(len(results), 'figure')} held; seconds are of the processor")
     here = remake.machine()
     elsewhere = [
         one.figure.id
         for one in results
-        if not one.held and not one.failed and known.machines.get(one.figure.machine) != here
+        if not one.agrees and not one.failed and known.machines.get(one.figure.machine) != here
     ]
     if elsewhere:
         screen.tell(

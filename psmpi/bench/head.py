@@ -167,19 +167,19 @@ def pytorch_step(classes: int, features: int, batch: int, scale: float) -> tuple
     return step, layer
 
 
-def _measure(name: str, ours: Call, other: Call, pairs: int) -> dict[str, Any]:
+def _measure(name: str, own: Call, reference: Call, pairs: int) -> dict[str, Any]:
     """Time two steps in turn; return the medians in milliseconds, and the ratio with its quartiles."""
     times: tuple[list[float], list[float]] = ([], [])
     for k in range(pairs + 1):
-        for each, into in zip((ours, other), times, strict=True):
+        for each, into in zip((own, reference), times, strict=True):
             start = time.perf_counter()
             each()
             if k:
                 into.append(time.perf_counter() - start)
     ratios = [a / b for a, b in zip(*times, strict=True)]
     low, middle, high = quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
-    row = {"loss": name, "ours_ms": 1e3 * median(times[0]), "theirs_ms": 1e3 * median(times[1])}
-    tell(f"{name}: {row['ours_ms']:.0f} ms, PyTorch {row['theirs_ms']:.0f} ms, ratio {middle:.2f}")
+    row = {"loss": name, "psmpi_ms": 1e3 * median(times[0]), "pytorch_ms": 1e3 * median(times[1])}
+    tell(f"{name}: {row['psmpi_ms']:.0f} ms, PyTorch {row['pytorch_ms']:.0f} ms, ratio {middle:.2f}")
     return {**row, "ratio": middle, "low": low, "high": high}
 
 
@@ -239,8 +239,8 @@ def _show(figures: dict[str, Any]) -> None:
     for row in figures["rows"]:
         table.add_row(
             row["loss"],
-            f"{row['ours_ms']:.0f}",
-            f"{row['theirs_ms']:.0f}",
+            f"{row['psmpi_ms']:.0f}",
+            f"{row['pytorch_ms']:.0f}",
             f"{row['ratio']:.2f}",
             f"{row['low']:.2f} {row['high']:.2f}",
             f"{memory[row['loss']]:.0f}",

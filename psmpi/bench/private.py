@@ -13,7 +13,7 @@ import numpy as np
 
 from psmpi.backend import make_backend
 from psmpi.bench.problems import LR, Minibatch, Problem
-from psmpi.bench.pytorch import theirs
+from psmpi.bench.pytorch import pytorch_step
 from psmpi.errors import UserError
 from psmpi.nn.init import initial_weights
 from psmpi.nn.losses import LOSSES, make_loss
@@ -92,7 +92,7 @@ def make_steps(
             except ImportError:
                 raise UserError("--pytorch needs PyTorch: pip install 'psmpi[torch]'") from None
             torch.set_num_threads(threads)
-            steps[PYTORCH], _ = theirs(problem, data, model, "channels last")
+            steps[PYTORCH], _ = pytorch_step(problem, data, model, "channels last")
     return steps, sizes
 
 

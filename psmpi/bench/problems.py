@@ -70,7 +70,7 @@ def operations(problem: Problem, batch: int) -> float:
     total, first = 0.0, True
     for stage in problem.network.stages(problem.classes, fold=False):
         if stage.layer.linear:
-            macs = stage.layer.macs // len(stage.kept) * int(stage.kept.sum()) * batch
+            macs = stage.layer.macs // len(stage.outputs) * int(stage.outputs.sum()) * batch
             total += 2 * macs * (2 if first else 3)
             first = False
     return total
@@ -79,7 +79,7 @@ def operations(problem: Problem, batch: int) -> float:
 class Minibatch:
     """A random minibatch: x (batch, *shape) float32, labels (batch,) int64.
 
-    others: (classes, batch) float32, fixed scores for the classes that are not measured.
+    other_scores: (classes, batch) float32, fixed scores for the classes that are not measured.
     """
 
     def __init__(self, problem: Problem, batch: int):
@@ -87,4 +87,4 @@ class Minibatch:
         shape = problem.network.in_shape
         self.x = rng.random((batch, *shape), np.float32)
         self.labels = rng.integers(0, problem.network.classes, batch)
-        self.others = rng.standard_normal((problem.network.classes, batch)).astype(np.float32)
+        self.other_scores = rng.standard_normal((problem.network.classes, batch)).astype(np.float32)

@@ -22,7 +22,7 @@ from psmpi.nn.model import Model
 Kind = Literal["eager", "channels last", "compile"]
 
 
-def theirs(
+def pytorch_step(
     problem: Problem,
     data: Minibatch,
     model: Model,
@@ -57,7 +57,7 @@ def theirs(
     optimizer = torch.optim.Adam(net.parameters(), lr=LR, fused=True)
     x, labels = torch.from_numpy(data.x).to(place), torch.from_numpy(data.labels).to(place)
     x = x.contiguous(memory_format=order) if x.ndim == 4 else x
-    others = torch.from_numpy(data.others.T.copy()).to(place)
+    others = torch.from_numpy(data.other_scores.T.copy()).to(place)
     first, last = problem.classes[0], problem.classes[-1] + 1
 
     def loss(x: Any) -> Any:
@@ -81,9 +81,9 @@ def theirs(
 
 
 def _linear(nn: Any, layer: Linear, stage: Stage) -> list[Any]:
-    units, inputs = int(stage.kept.sum()), int(stage.inputs.sum())
+    units, inputs = int(stage.outputs.sum()), int(stage.inputs.sum())
     # The groups that the subnetwork keeps. A layer of one group is connected to all kept inputs.
-    groups = int(stage.kept.reshape(layer.groups, -1).any(axis=1).sum())
+    groups = int(stage.outputs.reshape(layer.groups, -1).any(axis=1).sum())
     if isinstance(layer, Conv):
         return [nn.Conv2d(inputs, units, layer.kernel, groups=groups)]
     if groups == 1:

@@ -81,7 +81,7 @@ class Recorded:
     tolerances: dict[str, Tolerance]
     machines: dict[str, str]
 
-    def held(self, figure: Figure, values: Sequence[float]) -> bool:
+    def agrees(self, figure: Figure, values: Sequence[float]) -> bool:
         """Whether new values equal the recorded ones within the tolerance."""
         tolerance = self.tolerances[figure.tolerance]
         return len(values) == len(figure.value) and all(

@@ -63,10 +63,10 @@ def recurrent(
             calls: dict[str, Callable[[], object]] = {}
             rng = np.random.default_rng(0)
             x = rng.standard_normal((units, steps, batch_size)).astype(np.float32)
-            calls["psmpi"], macs, weights, last = _ours(kind, layers, x, chunk_steps or steps, threads)
+            calls["psmpi"], macs, weights, last = _psmpi_step(kind, layers, x, chunk_steps or steps, threads)
             calls["large product"], size = _product(threads, units, steps * batch_size)
             if pytorch:
-                calls["PyTorch"], states = _theirs(kind, layers, x, weights, threads)
+                calls["PyTorch"], states = _pytorch_step(kind, layers, x, weights, threads)
                 calls["psmpi"]()
                 off = float(np.abs(states - last()).max())
                 if not off <= TOLERANCE:
@@ -81,7 +81,7 @@ def recurrent(
     return 0
 
 
-def _ours(
+def _psmpi_step(
     kind: Kind, layers: int, x: np.ndarray, each: int, threads: int
 ) -> tuple[Callable[[], object], int, dict[str, np.ndarray], Callable[[], np.ndarray]]:
     """Return a step of psmpi, its multiplications, its weights by name, and a function for its last states."""
@@ -134,7 +134,7 @@ def _product(threads: int, units: int, columns: int) -> tuple[Callable[[], objec
     return lambda: np.matmul(a, b, out=out), 4 * units * units * columns
 
 
-def _theirs(
+def _pytorch_step(
     kind: Kind, layers: int, x: np.ndarray, weights: dict[str, np.ndarray], threads: int
 ) -> tuple[Callable[[], object], np.ndarray]:
     """Return the same step in PyTorch, from the same weights, and its last states (units, b)."""
@@ -148,9 +148,9 @@ def _theirs(
     with torch.no_grad():
         for k in range(layers):
             names = {"weight_ih": "weight", "weight_hh": "recurrent", "bias_ih": "bias", "bias_hh": "recurrent_bias"}
-            for theirs, ours in names.items():
-                into = getattr(net, f"{theirs}_l{k}")
-                values = weights.get(f"{kind}{k + 1}.{ours}")
+            for name, parameter in names.items():
+                into = getattr(net, f"{name}_l{k}")
+                values = weights.get(f"{kind}{k + 1}.{parameter}")
                 into.copy_(torch.zeros_like(into) if values is None else torch.from_numpy(values.copy()))
     samples = torch.from_numpy(np.ascontiguousarray(x.transpose(1, 2, 0)))
 

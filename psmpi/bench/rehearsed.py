@@ -76,7 +76,7 @@ def rehearsed(config: Config, sleep_ms: float = 0.0) -> int:
     with threadpool_limits(threads), np.errstate(all="ignore"):
         ops = make_backend(config.parallel.backend, threads)
         method = kind(Context(world, network, dataset, config, ops))
-        settle(world, cores(), method.place().held > 0)
+        settle(world, cores(), method.place().computes_with > 0)
 
         def rehearse_all() -> None:
             """Rehearse on all ranks at once, so that they share caches and memory bandwidth as in training."""

@@ -47,13 +47,13 @@ def missing(figure: Figure, data_dir: str) -> str:
             if word.startswith(("tests/", "examples/")) and not (ROOT / word.partition("::")[0]).exists():
                 return f"{word} is in a checkout alone"
         dataset = words[words.index("--dataset") + 1].partition(":")[0] if "--dataset" in words else ""
-        if dataset in DATASETS and not _there(dataset, data_dir):
+        if dataset in DATASETS and not _has_files(dataset, data_dir):
             return f"{dataset} is not in --data-dir"
     return ""
 
 
 @cache
-def _there(dataset: str, data_dir: str) -> bool:
+def _has_files(dataset: str, data_dir: str) -> bool:
     """Whether the folder holds the files of a data set."""
     from psmpi.data import open_dataset
 

@@ -77,7 +77,7 @@ def scale(
             {"ranks": size, "batch": batch, "ms_per_step": 1e3 * predicted.step,
              "samples_per_second": batch / predicted.step,
              "computing_ms": 1e3 * predicted.computing, "first_busy": predicted.busy(0, hosts),
-             "megabytes_held": predicted.held / 1e6, "megabytes_sent": predicted.sent / 1e6}
+             "megabytes_held": predicted.memory / 1e6, "megabytes_sent": predicted.sent / 1e6}
         )  # fmt: skip
     _show(rows, scaling)
     tell(_verdict(rows))

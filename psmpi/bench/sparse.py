@@ -69,7 +69,7 @@ def sparse(
     weights = [(rng.uniform(-1, 1, one.size) * np.sqrt(6 / fan_in)).astype(np.float32) for one in layers]
     calls: dict[str, Step] = {}
     with threadpool_limits(threads):
-        calls["psmpi"], expected = _ours(layers, weights, x, threads)
+        calls["psmpi"], expected = _psmpi_step(layers, weights, x, threads)
         for name, make in (("SciPy", _scipy), ("PyTorch", _pytorch)):
             try:
                 calls[name], gradients = make(layers, weights, x, threads)
@@ -86,7 +86,9 @@ def sparse(
     return 0
 
 
-def _ours(layers: list[Pattern], weights: list[np.ndarray], x: np.ndarray, threads: int) -> tuple[Step, np.ndarray]:
+def _psmpi_step(
+    layers: list[Pattern], weights: list[np.ndarray], x: np.ndarray, threads: int
+) -> tuple[Step, np.ndarray]:
     """Return a step of psmpi, and the outputs of the last sparse layer (units, b)."""
     from psmpi.backend import make_backend
     from psmpi.nn.model import Model

@@ -31,14 +31,14 @@ class Tracing(Flight):
 
     def __init__(self) -> None:
         super().__init__(1)
-        self.all: list[Record] = []
+        self.all_records: list[Record] = []
         # Positions of records by their identity, and for each wait the position of the operation that it waits for.
         self.places: dict[int, int] = {}
         self.since: dict[int, int] = {}
 
     def begin(self, record: Record) -> Record:
-        self.places[id(record)] = len(self.all)
-        self.all.append(record)
+        self.places[id(record)] = len(self.all_records)
+        self.all_records.append(record)
         return super().begin(record)
 
     def begin_wait(self, begun: Record) -> Record:
@@ -50,7 +50,7 @@ class Tracing(Flight):
         """The operations between ranks, from the record at position `first` on."""
         operations: list[Operation] = []
         places: dict[int, int] = {}
-        for place, record in enumerate(self.all[first:], first):
+        for place, record in enumerate(self.all_records[first:], first):
             if record[GROUP] == NO_GROUP:
                 continue
             group, since = self.groups[record[GROUP]], self.since.get(place, -1)
@@ -114,12 +114,12 @@ def step(config: Config, steps: int = 20, trace: str = "", plot: str = "", json:
     with threadpool_limits(threads), np.errstate(all="ignore"):
         ops = make_backend(config.parallel.backend, threads)
         method = kind(Timed(recorded(world, flight), network, dataset, config, ops))
-        settle(world, cores(), method.place().held > 0)
+        settle(world, cores(), method.place().computes_with > 0)
         shift = clock_shift(control)
         for number in range(WARM + steps):
             if number == WARM:
                 track.optimizing.clear()
-                first, sent = len(flight.all), method.counter.sent
+                first, sent = len(flight.all_records), method.counter.sent
                 control.wait_for_all()
             begun = time.monotonic()
             flight.step = number

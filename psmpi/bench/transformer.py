@@ -58,10 +58,10 @@ def transformer(
     calls: dict[str, Callable[[], object]] = {}
     x = np.random.default_rng(0).standard_normal((width, steps, batch_size)).astype(np.float32)
     with threadpool_limits(threads):
-        calls["psmpi"], weights, outputs = _ours(blocks, heads, x, threads)
+        calls["psmpi"], weights, outputs = _psmpi_step(blocks, heads, x, threads)
         calls["products"], share = _products(blocks, width, steps, batch_size)
         if pytorch:
-            calls["PyTorch"], gradients = _theirs(blocks, heads, x, weights, threads)
+            calls["PyTorch"], gradients = _pytorch_step(blocks, heads, x, weights, threads)
             calls["psmpi"]()
             off = float(np.abs(gradients - outputs()).max())
             if not off <= TOLERANCE:
@@ -75,7 +75,7 @@ def transformer(
     return 0
 
 
-def _ours(
+def _psmpi_step(
     blocks: int, heads: int, x: np.ndarray, threads: int
 ) -> tuple[Callable[[], object], dict[str, np.ndarray], Callable[[], np.ndarray]]:
     """Return a step of psmpi, its weights by name, and a function for its outputs (width, steps, b)."""
@@ -129,7 +129,7 @@ def _products(blocks: int, width: int, steps: int, batch: int) -> tuple[Callable
     return step, 1 + blocks * 7 * width * steps * (steps + 1) // 2 * batch / macs
 
 
-def _theirs(
+def _pytorch_step(
     blocks: int, heads: int, x: np.ndarray, weights: dict[str, np.ndarray], threads: int
 ) -> tuple[Callable[[], object], np.ndarray]:
     """Return the same step in PyTorch, from the same weights, and its outputs (width, steps, b)."""
@@ -149,22 +149,22 @@ def _theirs(
     order = np.arange(3 * width).reshape(heads, 3, -1).transpose(1, 0, 2).reshape(-1)
     last = torch.nn.Linear(width, width)
 
-    def take(theirs: Any, ours: str) -> None:
-        theirs.weight.copy_(torch.from_numpy(weights[f"{ours}.weight"].copy()))
-        theirs.bias.copy_(torch.from_numpy(weights[f"{ours}.bias"].copy()))
+    def take(module: Any, layer: str) -> None:
+        module.weight.copy_(torch.from_numpy(weights[f"{layer}.weight"].copy()))
+        module.bias.copy_(torch.from_numpy(weights[f"{layer}.bias"].copy()))
 
     with torch.no_grad():
         take(last, f"dense{4 * blocks + 1}")
         for k, net in enumerate(nets):
             attention, dense, norm = net.self_attn, 4 * k, 2 * k
-            for theirs, ours in (
+            for module, layer in (
                 (attention.out_proj, f"dense{dense + 2}"),
                 (net.linear1, f"dense{dense + 3}"),
                 (net.linear2, f"dense{dense + 4}"),
                 (net.norm1, f"layer_norm{norm + 1}"),
                 (net.norm2, f"layer_norm{norm + 2}"),
             ):
-                take(theirs, ours)
+                take(module, layer)
             attention.in_proj_weight.copy_(torch.from_numpy(weights[f"dense{dense + 1}.weight"][order]))
             attention.in_proj_bias.copy_(torch.from_numpy(weights[f"dense{dense + 1}.bias"][order]))
     samples = torch.from_numpy(np.ascontiguousarray(x.transpose(2, 1, 0)))

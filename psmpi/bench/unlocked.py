@@ -47,12 +47,12 @@ class Shared:
 
     def __init__(self, world: Any):
         self.world, self.control, self.windows = world, Control(world), windows_of(world)
-        self.held: list[Any] = []
+        self.memories: list[Any] = []
 
     def array(self, shape: int | tuple[int, ...], dtype: Any) -> np.ndarray:
         kind = np.dtype(dtype)
         memory = self.windows.memory(int(np.prod(shape)) * kind.itemsize)
-        self.held.append(memory)
+        self.memories.append(memory)
         view: np.ndarray = memory.bytes.view(kind).reshape(shape)
         return view
 
@@ -65,10 +65,10 @@ class Shared:
         return out
 
     def barrier(self) -> None:
-        for memory in self.held[-1:]:
+        for memory in self.memories[-1:]:
             memory.sync()
         self.control.wait_for_all()
-        for memory in self.held[-1:]:
+        for memory in self.memories[-1:]:
             memory.sync()
 
 
@@ -162,9 +162,9 @@ class Meter:
             self.task.step(order, False, self.room)
         elif way == "mpi":
             for k in range(len(order)):
-                self.lock.take()
+                self.lock.acquire()
                 self.task.step(order[k : k + 1], False, None)
-                self.lock.give()
+                self.lock.release()
         elif way != "cyclades":
             self.task.step(order, False, (way, self.rooms[way]))
 
@@ -193,7 +193,7 @@ class Meter:
         everyone = self.control.rows(np.array([begun, time.perf_counter()]))
         return len(order) / float(everyone[:workers, 1].max() - everyone[:workers, 0].min())
 
-    def lost(self, order: np.ndarray) -> dict[str, float]:
+    def lost_shares(self, order: np.ndarray) -> dict[str, float]:
         """The shares of increments that plain stores lose: on counters for the rows' columns, and on 16 counters."""
         losses = {}
         ones = Rows(self.task.starts, self.task.columns, *[np.empty(0, np.float32)] * 3)
@@ -259,7 +259,7 @@ def measure(world: Any, options: dict[str, Any]) -> dict[str, Any]:
         "ranks": world.size,
     }
     if world.size > 1 and options["task"] == "sparse":
-        figures["lost"] = meter.lost(order)
+        figures["lost"] = meter.lost_shares(order)
     shared.barrier()
     meter.lock.free()
     return figures

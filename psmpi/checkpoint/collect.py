@@ -53,10 +53,8 @@ class Records:
     """
 
     def __init__(self, ownership: Ownership, size: int, rank: int):
-        if ownership.everything != Runs.union([(0, size)]):
-            raise ValueError(
-                f"{size - ownership.everything.size} of {size} elements belong to no rank: give them an owner"
-            )
+        if ownership.union != Runs.union([(0, size)]):
+            raise ValueError(f"{size - ownership.union.size} of {size} elements belong to no rank: give them an owner")
         self.record = ownership.record
         self.sizes = [runs.size for runs in self.record]
         self.starts = np.cumsum([0, *self.sizes])

@@ -188,7 +188,7 @@ class Contents:
         """The names of the classes as text."""
         return tuple(map(str, self.names))
 
-    def held(self) -> Runs:
+    def weight_runs(self) -> Runs:
         """Runs of the flat vector of weights that the file holds."""
         return held_runs(self.layout, self.part)
 

@@ -65,7 +65,7 @@ class Lock:
         self._lock()
 
     @property
-    def there(self) -> bool:
+    def in_place(self) -> bool:
         """Whether the locked directory or file still has its path: it may have been removed or replaced."""
         try:
             return os.path.samestat(os.fstat(self.fd), os.stat(self.path))

@@ -24,9 +24,9 @@ class Compressor:
 
     def __init__(self, group: Group, layout: Layout, dtype: np.dtype, memory: bool = True):
         self.group, self.size, self.dtype, self.memory = group, layout.size, np.dtype(dtype), memory
-        self.left = np.zeros(self.size if memory else 0, self.dtype)
+        self.residual = np.zeros(self.size if memory else 0, self.dtype)
         self.sent = np.empty(self.size, self.dtype)
-        self.tables: dict[str, np.ndarray] = {"left": self.left.reshape(1, -1)} if memory else {}
+        self.tables: dict[str, np.ndarray] = {"left": self.residual.reshape(1, -1)} if memory else {}
 
     @property
     def vectors(self) -> dict[str, np.ndarray]:
@@ -43,10 +43,10 @@ class Compressor:
         wire = self.group.bridge.outgoing(g)
         wire *= self.group.size
         if self.memory:
-            wire += self.left
+            wire += self.residual
         self._reduce(wire)
         if self.memory:
-            np.subtract(wire, self.sent, out=self.left)
+            np.subtract(wire, self.sent, out=self.residual)
             self._correct()
         wire[...] = self._mean()
         self.group.bridge.arrived(g)
@@ -60,7 +60,7 @@ class Compressor:
         raise NotImplementedError
 
     def _correct(self) -> None:
-        """Add the error made after the exchange to `left`."""
+        """Add the error made after the exchange to `residual`."""
 
 
 class Float16(Compressor):
@@ -76,11 +76,11 @@ class Float16(Compressor):
         self.edges = [size * k // n for k in range(n + 1)]
         # One element more for the scale of each segment.
         self.counts = [b - a + 1 for a, b in pairwise(self.edges)]
-        self.mine = slice(self.edges[group.rank], self.edges[group.rank + 1])
+        self.own_slice = slice(self.edges[group.rank], self.edges[group.rank + 1])
         self.half = np.empty(size + n, np.float16)
         self.received = np.empty((n, self.counts[group.rank]), np.float16)
         self.mean = np.empty(size, self.dtype)
-        self.lost = np.zeros(self.counts[group.rank] - 1, self.dtype)
+        self.rounding_error = np.zeros(self.counts[group.rank] - 1, self.dtype)
 
     def _segment(self, k: int) -> np.ndarray:
         return self.half[self.edges[k] + k : self.edges[k + 1] + k + 1]
@@ -105,7 +105,7 @@ class Float16(Compressor):
             self._pack(p[at], self._segment(k))
             self._unpack(self._segment(k), self.sent[at])
         self.group.alltoallv(self.half, self.counts, self.received)
-        mean, one = self.mean[self.mine], np.empty_like(self.lost)
+        mean, one = self.mean[self.own_slice], np.empty_like(self.rounding_error)
         mean.fill(0)
         for packed in self.received:
             self._unpack(packed, one)
@@ -114,12 +114,12 @@ class Float16(Compressor):
         own = self._segment(self.group.rank)
         self._pack(mean, own)
         self._unpack(own, one)
-        np.subtract(mean, one, out=self.lost)
+        np.subtract(mean, one, out=self.rounding_error)
         self.group.gather_all(self.half, self.counts)
 
     def _correct(self) -> None:
         # The error of the mean, which this rank alone knows, counts for all ranks.
-        self.left[self.mine] += self.group.size * self.lost
+        self.residual[self.own_slice] += self.group.size * self.rounding_error
 
     def _mean(self) -> np.ndarray:
         for k in range(self.group.size):
@@ -133,25 +133,27 @@ class TopK(Compressor):
     def __init__(self, group: Group, layout: Layout, dtype: np.dtype, memory: bool = True, density: float = 0.01):
         super().__init__(group, layout, dtype, memory)
         self.k = min(self.size, max(1, round(density * self.size)))
-        self.at, self.values = np.empty(self.k, np.int32), np.empty(self.k, self.dtype)
-        self.all_at, self.all_values = (np.empty((group.size, self.k), a.dtype) for a in (self.at, self.values))
+        self.positions, self.values = np.empty(self.k, np.int32), np.empty(self.k, self.dtype)
+        self.all_positions, self.all_values = (
+            np.empty((group.size, self.k), a.dtype) for a in (self.positions, self.values)
+        )
         self.sums = np.zeros(self.size, self.dtype)
 
     def _choose(self, p: np.ndarray) -> None:
-        self.at[...] = np.argpartition(np.abs(p), self.size - self.k)[self.size - self.k :]
-        np.take(p, self.at, out=self.values, mode="clip")
+        self.positions[...] = np.argpartition(np.abs(p), self.size - self.k)[self.size - self.k :]
+        np.take(p, self.positions, out=self.values, mode="clip")
 
     def _reduce(self, p: np.ndarray) -> None:
         self._choose(p)
         self.sent.fill(0)
-        self.sent[self.at] = self.values
-        self.group.allgather(self.at, self.all_at)
+        self.sent[self.positions] = self.values
+        self.group.allgather(self.positions, self.all_positions)
         self.group.allgather(self.values, self.all_values)
 
     def _mean(self) -> np.ndarray:
         self.sums.fill(0)
         # Ranks are added in order, so that the sum has the same bits everywhere.
-        for at, values in zip(self.all_at, self.all_values, strict=True):
+        for at, values in zip(self.all_positions, self.all_values, strict=True):
             self.sums[at] += values
         self.sums /= self.group.size
         return self.sums
@@ -187,7 +189,7 @@ class DGC(TopK):
         self.group.bridge.arrived(g)
         super().reduce(g)
         if self.masking:
-            self.moving[self.at] = 0
+            self.moving[self.positions] = 0
 
 
 class Sign(Compressor):
@@ -283,13 +285,13 @@ class PowerSGD(Compressor):
                 self.matrices.append((at, shape))
             else:
                 whole += at
-        self.whole = np.concatenate([np.arange(run.start, run.stop) for run in whole] or [np.empty(0, int)])
+        self.uncompressed = np.concatenate([np.arange(run.start, run.stop) for run in whole] or [np.empty(0, int)])
         rng = np.random.default_rng(seed)
         # The same start on all ranks; each step starts from the last factors.
         right = sum(shape[1] for _, shape in self.matrices) * rank
         self.q = rng.standard_normal(right).astype(self.dtype)
         self.p = np.empty(sum(shape[0] for _, shape in self.matrices) * rank, self.dtype)
-        self.dense = np.empty(len(self.whole), self.dtype)
+        self.dense = np.empty(len(self.uncompressed), self.dtype)
         self.result = np.empty(self.size, self.dtype)
         if right:
             self.tables["right"] = self.q.reshape(1, -1)
@@ -315,7 +317,7 @@ class PowerSGD(Compressor):
             np.matmul(matrix.T, p, out=q)
         self.q /= n
         self.group.allreduce(self.q)
-        np.take(m, self.whole, out=self.dense, mode="clip")
+        np.take(m, self.uncompressed, out=self.dense, mode="clip")
         self.dense /= n
         self.group.allreduce(self.dense)
         for at, _, p, q in factors:
@@ -326,8 +328,8 @@ class PowerSGD(Compressor):
                 start += run.stop - run.start
         self.sent[...] = self.result
         # Vectors are sent whole, without an error.
-        self.sent[self.whole] = m[self.whole]
-        self.result[self.whole] = self.dense
+        self.sent[self.uncompressed] = m[self.uncompressed]
+        self.result[self.uncompressed] = self.dense
 
     def _mean(self) -> np.ndarray:
         return self.result

@@ -126,24 +126,24 @@ class Poll:
     it, the same one on all ranks, so that ranks which lag by less than that are not waited for. Between two sums there
     are as many calls as rank 0 makes in about `seconds`.
 
-    given: numbers that a rank sets before a call; heard: their sums over ranks, as of the last fetched sum.
+    numbers: numbers that a rank sets before a call; number_sums: their sums over ranks, as of the last fetched sum.
     """
 
     def __init__(self, control: Control, seconds: float = 0.2, numbers: int = 0):
         self.control, self.seconds = control, seconds
         self.request: Request | None = None
-        # Entries: yes to each question (0 or 1), calls until the sum after the next (rank 0 only), and `given`.
-        self.said, self.sums = np.zeros(3 + numbers), np.zeros(3 + numbers)
-        self.given, self.heard = np.zeros(numbers), np.zeros(numbers)
+        # Entries: yes to each question (0 or 1), calls until the sum after the next (rank 0 only), and `numbers`.
+        self.contribution, self.sums = np.zeros(3 + numbers), np.zeros(3 + numbers)
+        self.numbers, self.number_sums = np.zeros(numbers), np.zeros(numbers)
         self.calls, self.interval, self.begun = 0, 1, time.perf_counter()
-        self.yes = [False, False]
+        self.answers = [False, False]
 
     def __call__(self, first: bool, second: bool = False) -> tuple[bool, bool]:
         """Whether some rank has said yes, for each question. A yes is not taken back by later calls."""
-        self.yes = [self.yes[0] or first, self.yes[1] or second]
+        self.answers = [self.answers[0] or first, self.answers[1] or second]
         if self.control.size == 1:
-            self.heard[:] = self.given
-            return self.yes[0], self.yes[1]
+            self.number_sums[:] = self.numbers
+            return self.answers[0], self.answers[1]
         self.calls += 1
         if self.calls < self.interval:
             return False, False
@@ -152,11 +152,11 @@ class Poll:
         # The number of calls that take `seconds`, but at most twice the last interval.
         rate = self.calls / max(1e-9, now - self.begun)
         interval = min(2 * self.interval, max(1, int(rate * self.seconds)))
-        self.said[:3] = *self.yes, interval * (self.control.rank == 0)
-        self.said[3:] = self.given
+        self.contribution[:3] = *self.answers, interval * (self.control.rank == 0)
+        self.contribution[3:] = self.numbers
         self.calls, self.begun = 0, now
-        self.request = self.control.comm.Iallreduce(self.said, self.sums)
-        moved = 2 * (self.control.size - 1) * self.said.nbytes // self.control.size
+        self.request = self.control.comm.Iallreduce(self.contribution, self.sums)
+        moved = 2 * (self.control.size - 1) * self.contribution.nbytes // self.control.size
         self.control.counter.add(moved, moved)
         return answer
 
@@ -166,13 +166,13 @@ class Poll:
             return False, False
         self.request.Wait()
         self.request, self.interval = None, int(self.sums[2])
-        self.heard[:] = self.sums[3:]
+        self.number_sums[:] = self.sums[3:]
         return bool(self.sums[0] > 0), bool(self.sums[1] > 0)
 
     def forget(self) -> None:
         """Take back all answers to the second question, also those under way. All ranks call it at the same step."""
         self._fetch()
-        self.yes[1] = False
+        self.answers[1] = False
 
     def close(self) -> None:
         """Finish the sum under way, which all ranks have begun."""

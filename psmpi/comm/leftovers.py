@@ -57,14 +57,16 @@ def find_leftovers(memory: Path = Path("/dev/shm"), folder: Path | None = None) 
         return Leftovers([], [], [])
     # /proc shows paths of open files without links.
     memory, folder = memory.resolve(), (folder or Path(tempfile.gettempdir())).resolve()
-    segments = [(one, of["job"], status) for one, of, status in _mine(memory, SEGMENT) if _here(of["host"])]
-    sessions = [one for one, _, _ in _mine(folder, SESSION) if _told_here(one)]
-    single = [one for one, of, _ in _mine(folder, SINGLE) if _here(of["host"])]
+    segments = [
+        (one, of["job"], status) for one, of, status in _own_files(memory, SEGMENT) if _is_this_host(of["host"])
+    ]
+    sessions = [one for one, _, _ in _own_files(folder, SESSION) if _is_of_this_host(one)]
+    single = [one for one, of, _ in _own_files(folder, SINGLE) if _is_this_host(of["host"])]
     if not (segments or sessions):
         return Leftovers([], [], [])
-    used = set(_used())
+    used = set(_mapped_files())
     # The folder of a single process is called by its process number; the process may have no shared memory.
-    jobs = [job for one in single for part, _, _ in _mine(one) for job, _, _ in _mine(part, NUMBER)]
+    jobs = [job for one in single for part, _, _ in _own_files(one) for job, _, _ in _own_files(part, NUMBER)]
     return Leftovers(
         [one for one in segments if str(one[0]) not in used],
         [one for one in sessions if not _living(int(one.name.partition(".")[2]), one, used)],
@@ -94,7 +96,7 @@ def remove_leftovers(memory: Path = Path("/dev/shm"), folder: Path | None = None
     return count, nbytes
 
 
-def _mine(folder: Path, names: re.Pattern[str] = ANY) -> Iterator[tuple[Path, re.Match[str], os.stat_result]]:
+def _own_files(folder: Path, names: re.Pattern[str] = ANY) -> Iterator[tuple[Path, re.Match[str], os.stat_result]]:
     """Yield this user's files and folders whose names match, that are no links, and are older than YOUNG."""
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
@@ -114,23 +116,23 @@ def _same(path: Path, before: os.stat_result) -> bool:
     return False
 
 
-def _here(host: str | None) -> bool:
+def _is_this_host(host: str | None) -> bool:
     """Whether a host name is empty or this host's."""
     here = socket.gethostname()
     return host is None or host in (here, here.partition(".")[0])
 
 
-def _told_here(session: Path) -> bool:
+def _is_of_this_host(session: Path) -> bool:
     """Whether a launcher's session folder is of this host, by the host names inside."""
-    names = [one.name.split(".") for one, _, _ in _mine(session)]
-    return any(name[0] == "pmix" and _here(".".join(name[1:-1])) for name in names if name[-1] == "tool")
+    names = [one.name.split(".") for one, _, _ in _own_files(session)]
+    return any(name[0] == "pmix" and _is_this_host(".".join(name[1:-1])) for name in names if name[-1] == "tool")
 
 
 def _processes() -> Iterable[int]:
     return (int(name) for name in os.listdir(PROCESSES) if name.isdigit())
 
 
-def _used() -> Iterator[str]:
+def _mapped_files() -> Iterator[str]:
     """Paths of files mapped by living processes."""
     for pid in _processes():
         # The process is another user's, or has ended.

@@ -89,15 +89,15 @@ class Patient:
     def __init__(self, comm: Any, bells: Bells, places: Sequence[int]):
         self.comm, self.bells, self.rank, self.size = comm, bells, comm.rank, comm.size
         # For each rank of the communicator its number on this host, -1 for ranks elsewhere and for this rank.
-        self.each = list(places)
-        self.others = [place for place in places if place >= 0]
-        called = bells.call is not None and len(self.others) == self.size - 1
+        self.host_numbers = list(places)
+        self.host_peers = [place for place in places if place >= 0]
+        called = bells.call is not None and len(self.host_peers) == self.size - 1
         self.naps = CALLED if called else UNCALLED
 
     def _made(self, comm: Any) -> Patient:
         ranks = range(comm.size)
         numbers = comm.group.Translate_ranks(list(ranks), self.comm.group)
-        return Patient(comm, self.bells, [self.each[rank] for rank in numbers])
+        return Patient(comm, self.bells, [self.host_numbers[rank] for rank in numbers])
 
     def _sent(self, request: Request, rank: int) -> PatientRequest:
         return PatientRequest(request, self.bells, self._on_host(rank), (), self.naps)
@@ -106,21 +106,21 @@ class Patient:
         return PatientRequest(request, self.bells, (), self._on_host(rank) if nbytes > AT_ONCE else (), self.naps)
 
     def _on_host(self, rank: int) -> Sequence[int]:
-        place = self.each[rank]
+        place = self.host_numbers[rank]
         return (place,) if place >= 0 else ()
 
     def _rooted(self, request: Request, root: int, out: bool, nbytes: int, tree: bool) -> PatientRequest:
         """The request of a collective from (`out`) or to a root; tree: whether some ranks pass messages on."""
         handing = tree and self.size > 3
-        peers = self.others if handing or self.rank == root else self._on_host(root)
+        peers = self.host_peers if handing or self.rank == root else self._on_host(root)
         gives = (self.rank == root) == out
         after = peers if handing or (not gives and nbytes > AT_ONCE) else ()
         return PatientRequest(request, self.bells, peers if gives else (), after, self.naps)
 
     def _among(self, request: Request, nbytes: int) -> PatientRequest:
         """The request of a collective among all ranks."""
-        after = self.others if self.size > 2 or nbytes > AT_ONCE else ()
-        return PatientRequest(request, self.bells, self.others, after, self.naps)
+        after = self.host_peers if self.size > 2 or nbytes > AT_ONCE else ()
+        return PatientRequest(request, self.bells, self.host_peers, after, self.naps)
 
     # Communicators.
 
@@ -132,7 +132,7 @@ class Patient:
         return self._made(self.comm.Create_group(group))
 
     def Dup(self) -> Patient:
-        return Patient(self.comm.Dup(), self.bells, self.each)
+        return Patient(self.comm.Dup(), self.bells, self.host_numbers)
 
     def Split_type(self, kind: int, /) -> Patient:
         return self._made(self.comm.Split_type(kind))

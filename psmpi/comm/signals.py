@@ -36,13 +36,13 @@ class StopSignals:
         self, also: str = "USR1", message: str = "", shown: str = "", one: float | None = None, ends: bool = True
     ) -> None:
         self.ends = ends
-        self.name, self.message, self.noted = "", message, 0.0
-        self.shown, self.one = shown, ONE if one is None else one
+        self.name, self.message, self.signalled_at = "", message, 0.0
+        self.terminal, self.grace = shown, ONE if one is None else one
         self.signals = (*STOPPING, signal.Signals[f"SIG{also}"])
         self.before: dict[signal.Signals, Callable[[int, FrameType | None], Any] | int | None] = {}
         # The interpreter writes the number of each signal here, even if the main thread is in a library.
         self.pipe: socket.socket | None = None
-        self.woken = -1
+        self.former_wakeup_fd = -1
 
     def __bool__(self) -> bool:
         return bool(self.name)
@@ -58,30 +58,30 @@ class StopSignals:
     def _begin_to_listen(self) -> None:
         self.pipe, heard = socket.socketpair()
         self.pipe.setblocking(False)
-        self.woken = signal.set_wakeup_fd(self.pipe.fileno(), warn_on_full_buffer=False)
+        self.former_wakeup_fd = signal.set_wakeup_fd(self.pipe.fileno(), warn_on_full_buffer=False)
         threading.Thread(target=self._listen, args=(heard, set(self.before)), daemon=True).start()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._restore()
         if self.pipe is not None:
-            signal.set_wakeup_fd(self.woken)
+            signal.set_wakeup_fd(self.former_wakeup_fd)
             self.pipe.close()
             self.pipe = None
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if not self.name:
-            self.name, self.noted = signal.Signals(number).name, time.monotonic()
+            self.name, self.signalled_at = signal.Signals(number).name, time.monotonic()
             if self.message:
                 self._tell(f"{self.name}: {self.message}\n".encode())
-        elif time.monotonic() - self.noted > self.one:
+        elif time.monotonic() - self.signalled_at > self.grace:
             self._restore()
             os.kill(os.getpid(), number)
 
     def _tell(self, text: bytes) -> None:
         """Write by system calls, since the signal may have interrupted a print."""
-        if self.shown:
+        if self.terminal:
             try:
-                opened = os.open(self.shown, os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK)
+                opened = os.open(self.terminal, os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK)
                 os.write(opened, b"\n" + text)
                 os.close(opened)
                 return
@@ -100,7 +100,7 @@ class StopSignals:
                 if number not in heeded:
                     continue
                 first = first or time.monotonic()
-                if time.monotonic() - first > self.one:
+                if time.monotonic() - first > self.grace:
                     if not _closed_by(heard, time.monotonic() + GRACE):
                         os._exit(128 + number)
                     return

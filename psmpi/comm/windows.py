@@ -193,42 +193,42 @@ class MpiSharded(_MpiWindow):
 
     def __init__(self, comm: Any, edges: Sequence[int], dtype: np.dtype, counter: Counter):
         super().__init__(comm, edges[comm.rank + 1] - edges[comm.rank], dtype)
-        self.edges, self.counter, self.nothing = list(edges), counter, np.empty(1, dtype)
+        self.edges, self.counter, self.placeholder = list(edges), counter, np.empty(1, dtype)
         self.pairs = [(r, a, b) for r, (a, b) in enumerate(pairwise(edges)) if b > a]
 
     def read(self, out: np.ndarray) -> None:
         def get(rank: int, start: int, stop: int) -> Any:
             return self._get(out[start:stop], rank, [0, stop - start, self.kind])
 
-        self._each(get)
+        self._begin_all(get)
         self.counter.add(0, out.nbytes - self.own.nbytes)
 
     def add(self, values: np.ndarray) -> None:
         def put(rank: int, start: int, stop: int) -> Any:
             return self._put(values[start:stop], rank, [0, stop - start, self.kind])
 
-        self._each(put)
+        self._begin_all(put)
         self.counter.add(values.nbytes - self.own.nbytes, 0)
 
     def read_at(self, places: np.ndarray, out: np.ndarray) -> None:
         self._each_at(places, lambda at, rank, target: self._get(out[at], rank, target))
-        self.counter.add(0, out.itemsize * self._elsewhere(places))
+        self.counter.add(0, out.itemsize * self._remote_count(places))
 
     def add_at(self, places: np.ndarray, values: np.ndarray) -> None:
         self._each_at(places, lambda at, rank, target: self._put(values[at], rank, target))
-        self.counter.add(values.itemsize * self._elsewhere(places), 0)
+        self.counter.add(values.itemsize * self._remote_count(places), 0)
 
     def _get(self, out: np.ndarray, rank: int, target: list[Any]) -> Any:
         from mpi4py import MPI
 
-        return self.window.Rget_accumulate([self.nothing, 0, self.kind], [out, self.kind], rank, target, MPI.NO_OP)
+        return self.window.Rget_accumulate([self.placeholder, 0, self.kind], [out, self.kind], rank, target, MPI.NO_OP)
 
     def _put(self, values: np.ndarray, rank: int, target: list[Any]) -> Any:
         from mpi4py import MPI
 
         return self.window.Raccumulate([values, self.kind], rank, target, MPI.SUM)
 
-    def _each(self, begin: Callable[[int, int, int], Any]) -> None:
+    def _begin_all(self, begin: Callable[[int, int, int], Any]) -> None:
         from mpi4py import MPI
 
         MPI.Request.Waitall([begin(*shard) for shard in self.pairs])
@@ -247,7 +247,7 @@ class MpiSharded(_MpiWindow):
         for kind in kinds:
             kind.Free()
 
-    def _elsewhere(self, places: np.ndarray) -> int:
+    def _remote_count(self, places: np.ndarray) -> int:
         """Number of elements in other ranks' shards."""
         first, last = np.searchsorted(places, self.edges[self.rank : self.rank + 2])
         return len(places) - int(last - first)
@@ -284,10 +284,10 @@ class MpiLock:
 
         self.window, self.exclusive = MPI.Win.Allocate(8, 8, comm=bare(world)), MPI.LOCK_EXCLUSIVE
 
-    def take(self) -> None:
+    def acquire(self) -> None:
         self.window.Lock(0, self.exclusive)
 
-    def give(self) -> None:
+    def release(self) -> None:
         self.window.Unlock(0)
 
     def free(self) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import array
 import contextlib
+import ctypes.util
 import errno
 import faulthandler
 import fcntl
 import os
+import re
 import socket
 import sys
 import termios
@@ -27,6 +29,8 @@ from psmpi.launcher import announced_rank, announced_size
 if TYPE_CHECKING:
     from psmpi.comm.protocol import Communicator, World
 
+# Installs mpi4py so that it takes the MPI library that it finds, in place of a build for one library.
+WHEEL = "pip install --force-reinstall --no-deps --only-binary mpi4py mpi4py"
 # Seconds for MPI_Abort to end a job.
 PATIENCE = 2.0
 # Errors of the file system, which are reported without a traceback.
@@ -38,10 +42,13 @@ def check_launcher(size: int, environ: Mapping[str, str], library: str) -> None:
     announced = announced_size(environ)
     if announced is not None and size == 1 and announced[1] > 1:
         name, number = announced
-        raise UserError(
-            f"the launcher started {number} processes ({name}={number}), but MPI ({library}) sees 1: the launcher "
-            f"belongs to another MPI. {_fitting_launcher()}"
-        )
+        seen = f"the launcher started {number} processes ({name}={number}), but MPI ({library}) sees 1"
+        if name == "PMI_SIZE" and re.search(r"MPICH\D*4\.2\.0\b", library):
+            raise UserError(
+                f"{seen}: MPICH 4.2.0 of Ubuntu 24.04 has this fault under its own mpirun (Launchpad bug 2072338). "
+                f"Install another MPI by pip install 'psmpi[mpi]', then {WHEEL}. {_fitting_launcher()}"
+            )
+        raise UserError(f"{seen}: the launcher belongs to another MPI. {_fitting_launcher()}")
 
 
 def check_protocol(vendor: str, environ: Mapping[str, str], library: str, pmix: bool) -> None:
@@ -94,11 +101,32 @@ def load() -> Any:
         mpi4py.rc.initialize, mpi4py.rc.finalize = False, True
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
         raise UserError(
-            f"cannot load MPI ({' '.join(str(error).split())}): install one with pip install 'psmpi[mpi]', or load "
-            "your site's MPI module"
+            f"cannot load MPI ({reason}): install one with pip install 'psmpi[mpi]', or load your site's MPI module"
+            f"{loading_advice(error, reason, ctypes.util.find_library('mpich') or '')}"
         ) from None
     return MPI
+
+
+def loading_advice(error: Exception, reason: str, mpich: str) -> str:
+    """Return the further advice for an MPI library that does not load; "" if there is none.
+
+    error: of the import of mpi4py, whose wheel raises RuntimeError; reason: its text; mpich: name of the file of the
+    library that Debian and Ubuntu call libmpich, "" if this host has none.
+    """
+    built_for = re.search(r"lib\w*mpi\w*\.so\S*", reason)
+    if isinstance(error, ImportError) and built_for:
+        return (
+            f". mpi4py was built from source for {built_for[0].rstrip(':')}, and loads no other library: load the "
+            f"module of that MPI, or {WHEEL}"
+        )
+    if isinstance(error, RuntimeError) and mpich:
+        return (
+            f". This host has {mpich}, MPICH of Debian or Ubuntu, under a name that mpi4py's wheel does not look for: "
+            "to use it, install libmpich-dev, then pip install --force-reinstall --no-deps --no-binary mpi4py mpi4py"
+        )
+    return ""
 
 
 def start(tell: Callable[[str], None] = output.complain) -> World:

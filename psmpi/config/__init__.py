@@ -9,7 +9,7 @@ from psmpi.config.carried import (
     without_anew,
     without_unused,
 )
-from psmpi.config.ranges import Choices, Least, check_ranges, listed, option
+from psmpi.config.ranges import Choices, Least, check_ranges, option
 from psmpi.config.sections import Data, LossSettings, NetworkSettings, Optimization, Parallel, Run
 from psmpi.config.terminal import Terminal
 from psmpi.config.text import defaults, from_table, from_toml, given, parse_toml, read_file, tables_in, to_toml

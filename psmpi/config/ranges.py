@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import cache
 from math import isfinite
@@ -48,11 +48,6 @@ def one_of(hint: Any) -> OneOf | None:
 def option(name: str) -> str:
     """The option of the command line that gives the setting called `name`."""
     return f"--{name.replace('_', '-')}"
-
-
-def listed(names: Sequence[str]) -> str:
-    """ "a, b and c"."""
-    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def hints_of(section: Any) -> Mapping[str, Any]:

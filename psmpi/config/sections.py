@@ -233,7 +233,7 @@ class LossSettings:
     """
     margin: float = 0.0
     """Margin M of cosine scores (--scale) on the label's score, in training only: often 0.5 for arcface, 0.35 for
-    cosface."""
+    cosface. 0: no margin."""
     margin_kind: Literal["arcface", "cosface"] = "arcface"
     """Score of the label with a margin M at an angle t, with scale S.
 
@@ -345,7 +345,8 @@ class Run:
     stall_abort: float = 1800.0
     """Seconds without progress of the ranks before the job ends and prints the Python stacks of all ranks. 0: never."""
     patience: Annotated[int, Least(0)] = 0
-    """Epochs without progress until the end; 0: never. Progress is a better value of --monitor."""
+    """Epochs without progress after which training ends; 0: after all --epochs. Progress is a better value of
+    --monitor."""
     monitor: Literal["loss", "accuracy", "top5", "rmse", "train_loss"] = "loss"
     """Measure of --patience and --keep-best, on the validation samples, or on the test samples where there are none.
 
@@ -358,7 +359,7 @@ class Run:
     keep_best: bool = False
     """Keep the epoch with the best --monitor as best.h5."""
     checkpoint_every: Annotated[int, Least(0)] = 0
-    """Steps between checkpoints; 0: an epoch."""
+    """Steps between checkpoints; 0: those of an epoch."""
     checkpoint_keep: Annotated[int, Least(0)] = 3
     """Newest checkpoints to keep, 0 for all."""
     checkpoint_gzip: int = 0

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from psmpi.config.options import Option, owner_of, settings_options
-from psmpi.config.ranges import listed
 from psmpi.config.sections import (
     Data,
     LossSettings,
@@ -18,6 +17,7 @@ from psmpi.config.sections import (
 )
 from psmpi.config.terminal import Terminal
 from psmpi.config.tree import Config, kinds_of_settings
+from psmpi.errors import listed
 from psmpi.optim import Hyper, NewtonSettings, ScheduleSettings
 from psmpi.registry import all_methods, find_method
 

@@ -9,11 +9,11 @@ from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar
 
 from tyro.conf import arg
 
-from psmpi.config.ranges import check_ranges, hints_of, listed, one_of, option
+from psmpi.config.ranges import check_ranges, hints_of, one_of, option
 from psmpi.config.sections import Data, LossSettings, NetworkSettings, Optimization, Parallel, Run, unused_of_loss
 from psmpi.config.terminal import Terminal, check_terminal
 from psmpi.data.text import CONTEXT, is_text
-from psmpi.errors import UserError
+from psmpi.errors import UserError, listed, unused_option
 from psmpi.nn.losses import LOSSES
 from psmpi.nn.margin import LARGEST
 from psmpi.optim import ALL_OPTIMIZERS, find_optimizer, unused_settings
@@ -114,18 +114,14 @@ def check(config: Config, said: Collection[str] = ()) -> None:
     find_method(method)
     LOSSES.find(config.objective.loss)
     find_optimizer(config.optimization.optimizer)
-    here = {
+    chosen = {
         "--method": method, "--loss": config.objective.loss, "--optimizer": config.optimization.optimizer
     }  # fmt: skip
-    for kind, (word, others) in users_of_settings().items():
+    for kind, (choice, users) in users_of_settings().items():
         one = config.of(kind)
         for name in (f.name for f in fields(one)) if kind not in config.kinds else ():
             if name in said or getattr(one, name) != getattr(kind(), name):
-                noun = word.removeprefix("--")
-                raise UserError(
-                    f"{_word(name, said)} is of {word} {listed(others)}, and the {noun} here is {here[word]}: leave it "
-                    f"out, or choose {f'that {noun}' if len(others) == 1 else 'one of these'}"
-                )
+                raise unused_option(_word(name, said), choice, users, chosen[choice])
     for section in (*config.sections.values(), *config.settings.values()):
         check_ranges(section)
     check_terminal(config.terminal)
@@ -140,7 +136,7 @@ def check(config: Config, said: Collection[str] = ()) -> None:
         raise UserError(f"--history {o.history}: expected 1000 pairs at most")
     if not is_text(config.data.dataset) and ("context" in said or config.data.context != CONTEXT):
         raise UserError(
-            f"--context {config.data.context} is of texts (--dataset FILE.txt), and the data set here is "
+            f"--context {config.data.context} is an option of texts (--dataset FILE.txt), and this run has --dataset "
             f"{config.data.dataset}: leave it out"
         )
     sized = (
@@ -202,10 +198,7 @@ def check(config: Config, said: Collection[str] = ()) -> None:
     if parallel.threads > 1024:
         raise UserError(f"--threads {parallel.threads}: expected 1024 at most")
     if parallel.nccl and not find_method(method).nccl:
-        with_nccl = listed([name for name, known in all_methods().items() if known.nccl])
-        raise UserError(
-            f"--nccl is of --method {with_nccl}, and the method here is {method}: leave it out, or choose one of these"
-        )
+        raise unused_option("--nccl", "--method", [name for name, known in all_methods().items() if known.nccl], method)
 
 
 def _word(name: str, said: Collection[str]) -> str:
@@ -220,18 +213,12 @@ def _check_used(config: Config, said: Collection[str]) -> None:
     for one in unused_settings(o.optimizer, o.schedule, vars(o), said):
         if one.setting not in used:
             chosen = getattr(o, one.choice)
-            raise UserError(
-                f"{_word(one.setting, said)} is of --{one.choice} {listed(one.users)}, and the {one.choice} here is "
-                f"{chosen}: leave it out, or choose {'that one' if len(one.users) == 1 else 'one of these'}"
-            )
+            raise unused_option(_word(one.setting, said), f"--{one.choice}", one.users, chosen)
     loss = config.objective
     for name in sorted(unused_of_loss(loss)):
         if name in said or getattr(loss, name) != getattr(LossSettings(), name):
             users = [known for known, kind in LOSSES.items() if name in kind.settings]
-            raise UserError(
-                f"{option(name)} is of --loss {listed(users)}, and the loss here is {loss.loss}: leave it out, or "
-                f"choose {'that one' if len(users) == 1 else 'one of these'}"
-            )
+            raise unused_option(option(name), "--loss", users, loss.loss)
     weights = loss.psl_weights
     if weights != "none" and find_optimizer(o.optimizer).needs_closure:
         raise UserError(
@@ -239,11 +226,9 @@ def _check_used(config: Config, said: Collection[str]) -> None:
             "compares the values of one objective: use another optimizer (adam, sgd, ...), or --loss nll"
         )
     if weights == "remembered" and not method.remembers:
-        those = listed([name for name, known in all_methods().items() if known.remembers])
-        raise UserError(
-            f"{option('psl_weights')} {weights} is of --method {those}, and the method here is "
-            f"{config.parallel.method}: use {option('psl_weights')} current, or --loss nll"
-        )
+        users = [name for name, known in all_methods().items() if known.remembers]
+        words, instead = f"{option('psl_weights')} {weights}", f"use {option('psl_weights')} current, or --loss nll"
+        raise unused_option(words, "--method", users, config.parallel.method, instead)
     given = o.clip != Optimization().clip or "clip" in said
     if o.clip and given and find_optimizer(o.optimizer).needs_closure:
         raise UserError(f"--clip {o.clip} is not for --optimizer {o.optimizer}, which bounds its steps: leave it out")

@@ -66,7 +66,7 @@ class Estimate:
     ranks: list[Rehearsal]
     schedule: Schedule
     step: float
-    whole: float
+    run: float
 
     @property
     def computing(self) -> float:
@@ -74,7 +74,7 @@ class Estimate:
         return max(one.program.computing for one in self.ranks)
 
     @property
-    def held(self) -> int:
+    def memory(self) -> int:
         """The most bytes that a rank holds."""
         return max(sum(one.memory.values()) for one in self.ranks)
 
@@ -95,7 +95,7 @@ class Estimate:
     def table(self) -> dict[str, Any]:
         """The estimate as JSON has it."""
         ranks = [
-            {"role": one.place.role, "classes": one.place.classes, "computes_with": one.place.held,
+            {"role": one.place.role, "classes": one.place.classes, "computes_with": one.place.computes_with,
              "optimizes": one.place.owned, "bytes": sum(one.memory.values()), "bytes_sent": one.sent,
              "computing_ms": 1e3 * one.program.computing}
             for one in self.ranks

@@ -43,27 +43,27 @@ class _Run:
         self.first = [0]
         for tasks in schedule.ranks:
             self.first.append(self.first[-1] + len(tasks))
-        self.missing = [len(task.after) for task in self.tasks]
-        self.next: list[list[int]] = [[] for _ in self.tasks]
+        self.open_inputs = [len(task.after) for task in self.tasks]
+        self.followers: list[list[int]] = [[] for _ in self.tasks]
         for number, task in enumerate(self.tasks):
             for before in task.after:
-                self.next[self.first[self.rank[number]] + before].append(number)
+                self.followers[self.first[self.rank[number]] + before].append(number)
         self.heap: list[tuple[float, int, int]] = []
-        self.ready = [0.0] * len(self.tasks)
+        self.receive_begun = [0.0] * len(self.tasks)
         # Times at which the outgoing and incoming links of hosts are free.
-        self.out: defaultdict[int, float] = defaultdict(float)
-        self.into: defaultdict[int, float] = defaultdict(float)
+        self.outgoing_free: defaultdict[int, float] = defaultdict(float)
+        self.incoming_free: defaultdict[int, float] = defaultdict(float)
         # Sends and receives whose other side has not reached the message.
-        self.sent: defaultdict[tuple[int, int, str], deque[int]] = defaultdict(deque)
-        self.wanted: defaultdict[tuple[int, int, str], deque[int]] = defaultdict(deque)
-        self.other: dict[int, int] = {}
+        self.waiting_sends: defaultdict[tuple[int, int, str], deque[int]] = defaultdict(deque)
+        self.waiting_receives: defaultdict[tuple[int, int, str], deque[int]] = defaultdict(deque)
+        self.partner: dict[int, int] = {}
         self.arrival: dict[int, float] = {}
         self.ends: list[list[float]] = [[] for _ in schedule.ranks]
         self.computing = [0.0] * len(schedule.ranks)
-        self.left = len(self.tasks)
+        self.unfinished = len(self.tasks)
 
     def run(self) -> Times:
-        for number, missing in enumerate(self.missing):
+        for number, missing in enumerate(self.open_inputs):
             if not missing:
                 heappush(self.heap, (0.0, BEGIN, number))
         while self.heap:
@@ -74,8 +74,8 @@ class _Run:
                 self._leave(now, number)
             else:
                 self._end(now, number)
-        if self.left:
-            stuck = next(n for n in range(len(self.tasks)) if self.missing[n] > 0)
+        if self.unfinished:
+            stuck = next(n for n in range(len(self.tasks)) if self.open_inputs[n] > 0)
             raise ValueError(f"rank {self.rank[stuck]} waits for a message that nobody sends or takes")
         return Times(self.ends, self.computing)
 
@@ -90,22 +90,22 @@ class _Run:
         elif task.kind == SEND:
             key = rank, task.peer, task.tag
             at_once = self._eager(number)
-            if self.wanted[key]:
-                receive = self.wanted[key].popleft()
-                self.other[number], self.other[receive] = receive, number
+            if self.waiting_receives[key]:
+                receive = self.waiting_receives[key].popleft()
+                self.partner[number], self.partner[receive] = receive, number
                 heappush(self.heap, (now, LEAVE, number))
             else:
-                self.sent[key].append(number)
+                self.waiting_sends[key].append(number)
                 if at_once:
                     heappush(self.heap, (now, LEAVE, number))
         else:
             key = task.peer, rank, task.tag
-            self.ready[number] = now
-            if not self.sent[key]:
-                self.wanted[key].append(number)
+            self.receive_begun[number] = now
+            if not self.waiting_sends[key]:
+                self.waiting_receives[key].append(number)
                 return
-            send = self.sent[key].popleft()
-            self.other[send], self.other[number] = number, send
+            send = self.waiting_sends[key].popleft()
+            self.partner[send], self.partner[number] = number, send
             if send in self.arrival:
                 heappush(self.heap, (max(now, self.arrival[send]), END, number))
             elif not self._eager(send):
@@ -128,20 +128,20 @@ class _Run:
         if a == b:
             gone = arrival = now + latency + busy
         else:
-            begun = max(now, self.out[a])
-            gone = self.out[a] = begun + busy
-            arrival = self.into[b] = max(begun + latency, self.into[b]) + busy
+            begun = max(now, self.outgoing_free[a])
+            gone = self.outgoing_free[a] = begun + busy
+            arrival = self.incoming_free[b] = max(begun + latency, self.incoming_free[b]) + busy
         self.arrival[number] = arrival
         heappush(self.heap, (gone if self._eager(number) else arrival, END, number))
-        receive = self.other.get(number)
+        receive = self.partner.get(number)
         if receive is not None:
-            heappush(self.heap, (max(arrival, self.ready[receive]), END, receive))
+            heappush(self.heap, (max(arrival, self.receive_begun[receive]), END, receive))
 
     def _end(self, now: float, number: int) -> None:
-        self.left -= 1
-        for after in self.next[number]:
-            self.missing[after] -= 1
-            if not self.missing[after]:
+        self.unfinished -= 1
+        for after in self.followers[number]:
+            self.open_inputs[after] -= 1
+            if not self.open_inputs[after]:
                 heappush(self.heap, (now, BEGIN, after))
 
 

@@ -54,12 +54,12 @@ class AloneSharded:
 
     def read_at(self, places: np.ndarray, out: np.ndarray) -> None:
         out.fill(0)
-        self.counter.add(0, out.itemsize * self._elsewhere(places))
+        self.counter.add(0, out.itemsize * self._remote_count(places))
 
     def add_at(self, places: np.ndarray, values: np.ndarray) -> None:
-        self.counter.add(values.itemsize * self._elsewhere(places), 0)
+        self.counter.add(values.itemsize * self._remote_count(places), 0)
 
-    def _elsewhere(self, places: np.ndarray) -> int:
+    def _remote_count(self, places: np.ndarray) -> int:
         return int(np.count_nonzero((places < self.start) | (places >= self.start + len(self.own))))
 
     def flush(self) -> None:

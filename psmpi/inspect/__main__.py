@@ -11,8 +11,9 @@ from psmpi.errors import UserError
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status, 0 done, 1 error or damaged."""
     from psmpi.command import answer, chosen
+    from psmpi.config.help import wants_help
     from psmpi.inspect.change import average, cut, join, prune
-    from psmpi.inspect.compare import diff
+    from psmpi.inspect.compare import check_two, diff
     from psmpi.inspect.export import export
     from psmpi.inspect.figures import stats
     from psmpi.inspect.flight import flight
@@ -27,9 +28,13 @@ def main(argv: list[str] | None = None) -> int:
         "stands for its newest checkpoint."
     )
 
+    words = sys.argv[1:] if argv is None else argv
+
     def go() -> int:
+        if words[:1] == ["diff"] and not wants_help(words):
+            check_two(words[1:])
         try:
-            return chosen(commands, sys.argv[1:] if argv is None else argv, "inspect", description)()
+            return chosen(commands, words, "inspect", description)()
         except OSError as error:
             raise UserError(f"{error.filename}: {error.strerror}" if error.filename else str(error)) from None
 

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from math import inf, isfinite, sqrt
 from typing import Any
 
 import numpy as np
 from rich.table import Table
 
+from psmpi.command import typed
+from psmpi.errors import UserError
 from psmpi.inspect.opened import Checkpoint, Opened
 from psmpi.inspect.output import figure, finite, print_json
 from psmpi.output import Screen, tell
+
+
+def check_two(words: Sequence[str]) -> None:
+    """Raise UserError unless at most two of the words behind `diff` are checkpoints; tyro names those that lack."""
+    paths = [word for word in words if not word.startswith("-")]
+    if len(paths) > 2:
+        pairs = "; ".join(typed("inspect", ("diff", paths[0], path)) for path in paths[1:4])
+        raise UserError(
+            f"diff compares two checkpoints, and here are {len(paths)}: compare the first one with each of the others, "
+            f"one pair a command: {pairs}{'; ...' if len(paths) > 4 else ''}"
+        )
 
 
 def diff(first: Checkpoint, second: Checkpoint, /, json: bool = False) -> int:

@@ -59,7 +59,7 @@ def export(
         checkpoint: Checkpoint file, or a run directory for its newest one. It may be a part.
         out: File to write; its ending gives the format.
         calibrate: Samples of the training split that give the statistics of batch normalization, to be written with the
-            weights. Such networks need them for .onnx.
+            weights. Such networks need them for .onnx. 0: no statistics.
         dataset: Data set of the training for --calibrate, if its file has moved.
         data_dir: Folder of the data set's files. If not given: that of the training.
         allow_external: Let the data set's arrays lie in other files, which its file names. Use it for files of your own
@@ -71,7 +71,10 @@ def export(
     if calibrate < 0 or calibrate == 1:
         raise UserError(f"--calibrate {calibrate}: expected 0, or a number of samples from 2 up")
     if (dataset or data_dir) and not calibrate:
-        raise UserError("--dataset and --data-dir are for --calibrate: add, for instance, --calibrate 10000")
+        raise UserError(
+            "--dataset and --data-dir are options of --calibrate, and this command has none: leave them out, or add, "
+            "for instance, --calibrate 10000"
+        )
     opened = Opened(checkpoint)
     trained = from_toml(opened.contents.config, str(opened.path), foreign=True)
     network = _network(opened, trained)

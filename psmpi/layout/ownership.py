@@ -47,7 +47,7 @@ class Ownership:
         return iter(self.runs)
 
     @cached_property
-    def everything(self) -> Runs:
+    def union(self) -> Runs:
         """Union of the runs of all ranks."""
         none = np.empty(0, np.int64)
         starts, stops = ([none, *(getattr(runs, of) for runs in self)] for of in ("starts", "stops"))

@@ -74,7 +74,7 @@ def assign_roles(
     whole = Runs.union([(0, layout.size)])
     if placement == "owner":
         owned = [Runs()] * first + private_runs(layout, grid)
-        unowned = whole - Ownership(tuple(owned)).everything
+        unowned = whole - Ownership(tuple(owned)).union
         if first == 0 and any(w.row > 0 for w in grid[:masters]):
             raise UserError(
                 f"--placement owner with --colocate keeps masters in the first replica row: use --masters "

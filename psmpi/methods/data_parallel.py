@@ -17,9 +17,9 @@ from psmpi.backend.reference import exponent_of
 from psmpi.comm.buckets import Buckets, plan_buckets
 from psmpi.comm.compression import Compressor, check_compression, make_compressor
 from psmpi.comm.transfers import Message
-from psmpi.config import Config, listed, option
+from psmpi.config import Config, option
 from psmpi.data import Batch, Dataset
-from psmpi.errors import UserError
+from psmpi.errors import UserError, unused_option
 from psmpi.layout import TableRows
 from psmpi.nn.network import Network
 from psmpi.optim import given, is_first_order
@@ -99,7 +99,7 @@ class DataParallel(Replica):
             for name, table in self.compressor.tables.items():
                 self.state.table(name, table)
                 self.state.rows = TableRows.one_each(context.size)
-            self.state.lost = (
+            self.state.not_restored = (
                 "the random numbers of this many ranks: they begin anew"
                 if o.compression == "qsgd"
                 else "the compression residuals of this many ranks: all ranks start from the mean"
@@ -126,9 +126,7 @@ class DataParallel(Replica):
         check_compression(o.density, o.powersgd_rank, o.qsgd_levels)
         for name, kinds in USERS.items():
             if getattr(o, name) != getattr(Settings(), name) and o.compression not in kinds:
-                raise UserError(
-                    f"{option(name)} is for --compression {listed(kinds)}, not for {o.compression}: leave it out"
-                )
+                raise unused_option(option(name), "--compression", kinds, o.compression)
 
     @classmethod
     def uses(cls, config: Config) -> frozenset[str]:
@@ -174,7 +172,7 @@ class DataParallel(Replica):
         for name, mean in self.means.items():
             assert self.compressor is not None
             np.divide(self.compressor.vectors[name], self.world.size, out=mean)
-            self.aside.allreduce(mean)
+            self.uncounted.allreduce(mean)
 
     def restored(self, tables: bool, fresh: Set[str]) -> None:
         if not tables:
@@ -187,5 +185,5 @@ class DataParallel(Replica):
         return super().test()
 
     def messages(self, step: int, batch: int) -> list[Message] | None:
-        fixed = self.compressor is None and not self.optimizer.needs_closure and self.alike
+        fixed = self.compressor is None and not self.optimizer.needs_closure and self.same_sums
         return self.buckets.messages() if fixed else None

@@ -122,7 +122,7 @@ class DirectFeedback(Method):
         self.forward_pass, self.backward_pass = ops.record(self._compute), ops.record(self._learn)
         self.error_pass = self.objective.record(self._differentiate)
         # Diagnostics must not move the buffers of recorded passes.
-        self.aside = ops.separate()
+        self.diagnostic_ops = ops.separate()
         # Bound on derivatives of the loss, so that their products stay finite.
         self.limit = float(np.finfo(self.dtype).max) ** 0.25
         self.layers = self._layers()
@@ -322,7 +322,7 @@ class DirectFeedback(Method):
         if self.last:
             derivatives = np.empty(error.shape)
             self.metric.loss.value(self.ops.host(scores), self.tests.targets(ids), 1 / b, derivatives)
-            error[...] = self.aside.put(np.clip(derivatives, -self.limit, self.limit).astype(self.dtype))
+            error[...] = self.diagnostic_ops.put(np.clip(derivatives, -self.limit, self.limit).astype(self.dtype))
         self.errors.forward(error, error)
         cosines = np.zeros(max(1, self.depth - 1))
         # The gradient comes from the rank above, and goes down layer by layer.
@@ -331,7 +331,7 @@ class DirectFeedback(Method):
         else:
             received = np.empty((int(np.prod(self.tape.scores.shape[:-1])), b), self.dtype)
             self.above.backward(None, received)
-            above = self.aside.put(received)
+            above = self.diagnostic_ops.put(received)
         back = list(zip(self.hidden, self.back, strict=True))
         for one in reversed(self.layers):
             shape = self.tape.outputs[one.last + 1].shape
@@ -341,7 +341,7 @@ class DirectFeedback(Method):
                     self.ops.matmul(matrix, error, signal)
                     cosines[self.offset + one.number] = self._cosine(one, self._copy(above), signal)
             x = self.tape.outputs[one.first]
-            below = self.aside.empty(x.size, self.dtype).reshape(x.shape)
+            below = self.diagnostic_ops.empty(x.size, self.dtype).reshape(x.shape)
             self.model.backward(self.tape, above.reshape(shape), first=one.first, last=one.last, dx=below)
             above = below.reshape(-1, b)
         if self.below is not None:
@@ -349,7 +349,7 @@ class DirectFeedback(Method):
         return cosines
 
     def _copy(self, array: np.ndarray) -> np.ndarray:
-        copy = self.aside.empty(array.size, self.dtype).reshape(array.shape)
+        copy = self.diagnostic_ops.empty(array.size, self.dtype).reshape(array.shape)
         copy[...] = array
         return copy
 

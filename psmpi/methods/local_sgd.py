@@ -33,7 +33,7 @@ class Settings:
     outer_lr: float = 1.0
     """Learning rate of the outer optimizer. 1 without momentum is the mean of the weights. DiLoCo uses 0.7."""
     outer_momentum: float = 0.0
-    """Nesterov momentum of the outer optimizer. DiLoCo uses 0.9."""
+    """Nesterov momentum of the outer optimizer; 0: none. DiLoCo uses 0.9."""
 
 
 class LocalSGD(Copies):

@@ -58,8 +58,8 @@ class DeviceTiledObjective(Objective):
 
     tail: DeviceHead
 
-    def __init__(self, loss: Loss, model: Model, others: OverClasses | None = None):
-        super().__init__(loss, model, others)
+    def __init__(self, loss: Loss, model: Model, over_classes: OverClasses | None = None):
+        super().__init__(loss, model, over_classes)
         assert self.fused is not None
         self.tail = DeviceHead(model)
         self.g_weights = self.tail.g_weights
@@ -71,7 +71,7 @@ class DeviceTiledObjective(Objective):
         self.device: Any = model.ops
         # With other ranks, the work between two exchanges is recorded, because the whole step cannot be.
         work: Callable[[Callable[..., Any]], Callable[..., Any]] = self.ops.record
-        if self.others is None:
+        if self.over_classes is None:
             work = lambda plain: plain  # noqa: E731
         self.find, self.make, self.finish = work(self._find), work(self._make), work(self._finish)
 
@@ -104,14 +104,14 @@ class DeviceTiledObjective(Objective):
         class_sums = self._class_sums(b)
         if class_sums is not None:
             self.find(features, targets, class_sums)
-            if self.others is not None:
-                class_sums[...] = self.others.summed(class_sums, targets)
+            if self.over_classes is not None:
+                class_sums[...] = self.over_classes.summed(class_sums, targets)
         self.make(features, targets, scale)
         if self.terms:
             _, rests, total = self._sums(b)
             total[...] = rests
-            if self.others is not None:
-                self.others.add(total)
+            if self.over_classes is not None:
+                self.over_classes.add(total)
         self.finish(features, targets)
         return self._dh(features)
 

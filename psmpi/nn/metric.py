@@ -22,13 +22,13 @@ class ScorePart:
     """Share of the classes whose scores this rank has, while other ranks have the other classes.
 
     classes: (n,) numbers of the rank's classes; numbers: (all classes,) the place of each class among them, or a place
-    outside for other ranks' classes, see `Loss.summarize`; others: sums over the ranks, of arrays in host memory;
+    outside for other ranks' classes, see `Loss.summarize`; over_classes: sums over the ranks, of arrays in host memory;
     counts: whether this rank counts samples and hits, which all these ranks know.
     """
 
     classes: np.ndarray
     numbers: np.ndarray
-    others: OverClasses
+    over_classes: OverClasses
     counts: bool
 
 
@@ -67,16 +67,16 @@ class Metric:
             value, above = self.loss.value(scores, targets, 1.0), count_above(scores, targets)
         else:
             labels = part.numbers[targets]
-            given = part.others.summed(self.loss.summarize(scores, labels), labels)
+            given = part.over_classes.summed(self.loss.summarize(scores, labels), labels)
             above = count_above(scores, targets, given[-1], part.classes)
-            value = self.loss.value(scores, labels, 1.0, given=given, others=part.others)
+            value = self.loss.value(scores, labels, 1.0, given=given, over_classes=part.over_classes)
         return self._all_sums(value, above, part)
 
     def _all_sums(self, value: float, above: np.ndarray, part: ScorePart | None) -> np.ndarray:
         """Return the sums, given the sum of losses and each sample's number of classes above the label's, (b,)."""
         above = above.astype(np.float64)
         if part is not None:
-            part.others.add(above)
+            part.over_classes.add(above)
         counts = part is None or part.counts
         places = [np.count_nonzero(above < most) * counts for most in (1, TOP)][: len(self.names) - 1]
         return np.array([value, *places, len(above) * counts], np.float64)
@@ -93,7 +93,7 @@ class Metric:
         summary = tail.normalizers(features, own)
         if not self.loss.gathers:
             summary = summary[-1:]
-        given = summary if part is None else part.others.summed(summary, own)
+        given = summary if part is None else part.over_classes.summed(summary, own)
         value, above = 0.0, np.zeros(len(labels))
         for first, scores in tail.tiles(features):
             value += self.loss.value(scores, own - first, 1.0, given=given)

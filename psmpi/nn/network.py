@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from psmpi.errors import UserError, nearest
+from psmpi.errors import UserError
 from psmpi.layout import Classes, Each, Layout, Runs, Users, make_layout
 from psmpi.nn.layers import LAYERS, Layer, Stage
 from psmpi.nn.layers.chain import leaves, make_stages, uses_of
 from psmpi.nn.layers.cosine import Cosine
 from psmpi.nn.layers.embedding import Embedding
-from psmpi.nn.layers.table import Shape, Table
+from psmpi.nn.layers.table import Shape, Table, similar_layer
 from psmpi.nn.layers.uses import Uses
 
 # Name of the model that layer tables of a configuration file describe.
@@ -226,20 +226,23 @@ class TableReader:
                 place = f"layer {number}"
             where = f"{model}{place}"
             if not isinstance(table, Mapping):
-                raise UserError(f'{where}: {table!r} is not a table like {{type = "dense", units = 10}}')
+                similar = similar_layer(table, LAYERS) if isinstance(table, str) else ""
+                example = f'type = "{similar}", ...' if similar else 'type = "dense", units = 10'
+                raise UserError(f"{where}: {table!r} is not a table like {{{example}}}")
             settings = dict(table)
             if "type" not in settings:
                 raise UserError(
                     f'{where}: no type is given: add, for instance, type = "dense"; known are {", ".join(LAYERS)}'
                 )
             kind = str(settings.pop("type"))
-            base = kind.removeprefix("separable_") if kind in LAYERS else kind
+            base = kind.removeprefix("separable_") if kind in LAYERS else kind.partition(":")[0]
             self.counts[base] = self.counts.get(base, 0) + 1
             label = f"{base}{self.counts[base]}"
             self.places[label], where = place, f"{where} ({label})"
             if kind not in LAYERS:
-                similar = nearest(kind, LAYERS)
-                hint = f"did you mean {similar}? Known" if similar else "known"
+                similar = similar_layer(kind, LAYERS)
+                settings_beside = ", with its settings as keys of the table" if ":" in kind or "(" in kind else ""
+                hint = f"did you mean {similar}{settings_beside}? Known" if similar else "known"
                 raise UserError(f"{where}: unknown layer type {kind!r}; {hint} are {LAYERS.choices()}")
             layer_table = Table(kind, settings, where, partial(self.read, inside=place))
             layers += LAYERS[kind].read(layer_table, label, shape)

@@ -25,8 +25,8 @@ class Objective:
     are therefore scaled down by a power of two before the pass. Afterwards the gradient is scaled up again, and each
     component is limited to GRADIENT_LIMIT.
 
-    others: sums over the ranks that have the scores of the other classes, if the loss needs sums; they take arrays of
-    `ops` if the loss is `fused`, otherwise of the host. Labels then count from the model's first class.
+    over_classes: sums over the ranks that have the scores of the other classes, if the loss needs sums; they take
+    arrays of `ops` if the loss is `fused`, otherwise of the host. Labels then count from the model's first class.
 
     If there are scores at each step of sequences, (classes, steps, b), the loss treats each step as a sample: scores
     are (classes, steps b), targets (steps b,) or (outputs, steps b). Steps whose target is a label below 0 or NaN have
@@ -40,9 +40,9 @@ class Objective:
     device: its steps branch on values and index by labels, which would wait for the device.
     """
 
-    def __init__(self, loss: Loss, model: Model, others: OverClasses | None = None):
+    def __init__(self, loss: Loss, model: Model, over_classes: OverClasses | None = None):
         self.loss, self.model, self.ops = loss, model, model.ops
-        self.others = others if loss.sums else None
+        self.over_classes = over_classes if loss.sums else None
         self.fused = loss.fused(self.ops)
         # Operations that compute the loss.
         self.where = self.ops if self.fused is not None else NumpyOps()
@@ -72,7 +72,7 @@ class Objective:
         Work that waits for the device or for ranks cannot be recorded, nor work on sequences, whose lengths and targets
         decide what is computed.
         """
-        waits = self.fused is None or self.others is not None or self.model.network.sequences
+        waits = self.fused is None or self.over_classes is not None or self.model.network.sequences
         return work if waits else self.ops.record(work)
 
     def reserve(self, outputs: int, batch: int) -> None:
@@ -88,7 +88,7 @@ class Objective:
         self.cast = self.ops.empty(self.model.size // max(1, self.model.steps) * batch, self.model.dtype)
         if self.model.steps:
             self.some = self.ops.empty(outputs * batch, self.model.dtype)
-        if self.others is not None:
+        if self.over_classes is not None:
             self.sums = self.where.empty((len(self.loss.sums) + 1) * batch, np.dtype(np.float64))
         if self.loss.margin is not None:
             self.slopes = self.where.empty(batch, np.dtype(np.float64))
@@ -166,16 +166,16 @@ class Objective:
             self._losses_on_host(scores, targets, scale, pairs, derivatives)
             return grads
         self.add_margins(scores, targets)
-        if self.others is None:
+        if self.over_classes is None:
             grad = grads if derivatives else None
             self.fused(scores, targets, scale, pairs, None, grad, None, self.report.array)
         else:
             b = scores.shape[-1]
             rest = self.sums[:b] if "terms" in self.loss.sums else None
-            given = self.others.summed(self.loss.fused_summary(self.ops, scores, targets, self.sums[b:]), targets)
+            given = self.over_classes.summed(self.loss.fused_summary(self.ops, scores, targets, self.sums[b:]), targets)
             self.fused(scores, targets, scale, None, given, grads, rest, self.report.array)
             if rest is not None:
-                self.others.add(rest)
+                self.over_classes.add(rest)
                 self.loss.fused_close(self.ops, grads, targets, rest, self.report.array, scores.dtype)
         if derivatives:
             self._multiply_slopes(grads, targets, self.report.array)
@@ -224,11 +224,11 @@ class Objective:
         grad = self.grad.host[: scores.size].reshape(scores.shape) if derivatives else None
         pairs = None if pairs is None else host(pairs)
         self.finite = False
-        if self.others is None:
+        if self.over_classes is None:
             report[0] = self.loss.value(scores, targets, scale, grad, pairs)
         else:
             assert grad is not None
-            report[0] = self._shared_loss(self.others, scores, targets, scale, grad)
+            report[0] = self._shared_loss(self.over_classes, scores, targets, scale, grad)
         self.finite = bool(np.isfinite(report[0]))
         if not (self.finite or self.loss.lenient):
             raise FloatingPointError(DIVERGED)
@@ -241,14 +241,14 @@ class Objective:
         self.report.push()
 
     def _shared_loss(
-        self, others: OverClasses, scores: np.ndarray, labels: np.ndarray, scale: float, grad: np.ndarray
+        self, over_classes: OverClasses, scores: np.ndarray, labels: np.ndarray, scale: float, grad: np.ndarray
     ) -> float:
         """Return this rank's share of the loss; it is finite on all ranks or on none.
 
         Every rank takes part in the sums, even if its scores are not finite.
         """
         loss = self.loss
-        given = others.summed(loss.summarize(scores, labels), labels)
+        given = over_classes.summed(loss.summarize(scores, labels), labels)
         rest = self.sums[: len(labels)] if "terms" in loss.sums else None
         value, wrong = np.nan, None
         try:
@@ -274,8 +274,8 @@ class Objective:
         if rest is not None:
             if wrong is not None or not np.isfinite(value):
                 rest.fill(np.inf if isinstance(wrong, OverflowsError) else np.nan)
-            if self.others is not None:
-                self.others.add(rest)
+            if self.over_classes is not None:
+                self.over_classes.add(rest)
             sums = rest
         if wrong is not None and not loss.lenient:
             raise wrong

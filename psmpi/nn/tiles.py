@@ -56,8 +56,8 @@ class TiledObjective(Objective):
 
     tail: Tail
 
-    def __init__(self, loss: Loss, model: Model, others: OverClasses | None = None):
-        super().__init__(loss, model, others)
+    def __init__(self, loss: Loss, model: Model, over_classes: OverClasses | None = None):
+        super().__init__(loss, model, over_classes)
         self.tail = make_tail(model)
         self.fast = self.ops.fused("class_terms")
         self.step_rows: Callable[[slice, np.ndarray], None] | None = None
@@ -176,7 +176,7 @@ class TiledObjective(Objective):
             return None
         if gathers:
             own = tail.normalizers(features, labels, self.with_margin)
-        return own if self.others is None else self.others.summed(own, labels)
+        return own if self.over_classes is None else self.over_classes.summed(own, labels)
 
     def _pass(
         self, features: np.ndarray, labels: np.ndarray, scale: float, given: np.ndarray | None

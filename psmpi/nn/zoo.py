@@ -7,7 +7,7 @@ from dataclasses import replace
 from math import prod
 from typing import Any
 
-from psmpi.errors import LayersError, UserError
+from psmpi.errors import LayersError, UserError, unused_option
 from psmpi.layout import radix_strides
 from psmpi.nn.layers import ACTIVATIONS, LAYERS
 from psmpi.nn.network import Network, build
@@ -246,15 +246,13 @@ def make_network(
     if batch_norm and name in TOKENS:
         raise UserError(f"--batch-norm would mix the steps of sequences: leave it out with --model {name}")
     if heads and name != "transformer":
-        raise UserError(f"--heads is for --model transformer, but the model is {name}: leave the option out")
+        raise unused_option("--heads", "--model", ("transformer",), name)
     for word, is_set in (("domains", domains), ("halo", halo >= 0)):
         if is_set and name != "slabs":
-            raise UserError(f"--{word} is for --model slabs, but the model is {name}: leave the option out")
+            raise unused_option(f"--{word}", "--model", ("slabs",), name)
     if vocabulary and name not in TOKENS:
-        raise UserError(
-            f"--vocabulary is for --model {', '.join(SEQUENCES)}, but the model is {name}: leave it out, or begin "
-            '[[model.layers]] with {type = "embedding", vocabulary = V, units = U}'
-        )
+        instead = 'begin [[model.layers]] with {type = "embedding", vocabulary = V, units = U}'
+        raise unused_option("--vocabulary", "--model", TOKENS, name, instead)
     if batch_norm and name == "linear":
         raise UserError("--batch-norm needs several layers, but --model linear has one: leave it out")
     if batch_norm and (name in ("resnet", "custom") or (name == "head" and layers)):
@@ -263,16 +261,14 @@ def make_network(
             "it out"
         )
     if blocks and name not in ("resnet", "transformer"):
-        raise UserError(f"--blocks is for --model resnet and transformer, but the model is {name}: leave it out")
+        raise unused_option("--blocks", "--model", ("resnet", "transformer"), name)
     for setting, usual in DEEP.items() if name not in ("deep", "deep-conv") else ():
         if deep.get(setting, usual) != usual and (name, setting) != ("radix", "depth"):
-            word, more = setting.replace("_", "-"), ", radix" if setting == "depth" else ""
-            raise UserError(f"--{word} is for --model deep, deep-conv{more}, but the model is {name}: leave it out")
+            users = ("deep", "deep-conv", *(["radix"] if setting == "depth" else []))
+            raise unused_option(f"--{setting.replace('_', '-')}", "--model", users, name)
     if scale and name != "head":
-        raise UserError(
-            f"--scale is for --model head, but the model is {name}: leave it out, or let --model custom end in a "
-            'layer {type = "cosine", units = CLASSES, scale = S}'
-        )
+        instead = 'let --model custom end in a layer {type = "cosine", units = CLASSES, scale = S}'
+        raise unused_option("--scale", "--model", ("head",), name, instead)
     if name == "custom":
         if not layers:
             raise UserError(

@@ -109,9 +109,9 @@ class ScheduleSettings:
     cosine: fall from --lr to --min-lr over all --epochs
     """
     warmup_steps: int = 0
-    """Steps of a linear rise of the learning rate from 0, before the schedule."""
+    """Steps of a linear rise of the learning rate from 0, before the schedule; 0: no rise."""
     step_size: int = 0
-    """Steps between two reductions by --schedule step."""
+    """Steps between two reductions by --schedule step, which needs 1 or more."""
     gamma: float = 0.1
     """Factor of each reduction by --schedule step."""
     min_lr: float = 0.0

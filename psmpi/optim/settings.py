@@ -28,7 +28,7 @@ class Hyper:
     alpha: float = 0.99
     """Decay of the mean square in rmsprop."""
     weight_decay: float = 0.0
-    """L2 penalty. It is decoupled in adamw, lion and muon."""
+    """L2 penalty; 0: none. It is decoupled in adamw, lion and muon."""
     history: int = 10
     """Pairs that lbfgs, lbfgs-tr and lsr1-tr remember."""
     max_evals: int = 20

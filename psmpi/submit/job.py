@@ -34,7 +34,7 @@ class Job:
     cores: Annotated[int, Least(1)] = 1
     """Cores of each rank, and its threads."""
     gpus: Annotated[int, Least(0)] = 0
-    """GPUs of a node; the ranks of a node take them in turn. The training then needs --backend cupy."""
+    """GPUs of a node; 0: none. The ranks of a node take them in turn. The training then needs --backend cupy."""
     memory: str = ""
     """Memory of a node, such as 16G. If not given: the batch system's default."""
     time: str = "01:00:00"

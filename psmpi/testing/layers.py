@@ -5,15 +5,17 @@ Each check raises an AssertionError that names the difference.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from psmpi.backend import NumpyOps
-from psmpi.layout import Layout, restrict
-from psmpi.nn.layers import SampleSums
+from psmpi.errors import UserError
+from psmpi.layout import Classes, Each, Layout, restrict
+from psmpi.nn.layers import Layer, SampleSums
 from psmpi.nn.layers.embedding import Embedding
+from psmpi.nn.layers.uses import Uses, used
 from psmpi.nn.model import Model
 from psmpi.nn.network import Network, TableReader, build
 from psmpi.training.need import pass_numbers
@@ -23,12 +25,12 @@ STEP, MOVED = 1e-6, 60
 
 
 def check_layer(table: Mapping[str, Any], in_shape: tuple[int, ...], classes: int = 4) -> None:
-    """AssertionError unless a layer agrees with its definition: gradients, parts of some classes, memory.
+    """AssertionError unless a layer agrees with its definition: gradients, units, parts of some classes, memory.
 
     table: the layer's table of a configuration file; in_shape: of a sample. The layer is checked in networks of
     `classes` scores: as the first layer and, for flat samples, behind a dense layer of as many units.
     """
-    _, shape = TableReader("checked").read([table], in_shape)
+    layers, shape = TableReader("checked").read([table], in_shape)
     end = {1: (), 2: ({"type": "last"},), 3: ({"type": "flatten"},)}[len(shape)]
     scores = [{"type": "dense", "units": classes}]
     units = int(np.prod(shape)) if len(shape) != 2 else shape[0]
@@ -42,6 +44,9 @@ def check_layer(table: Mapping[str, Any], in_shape: tuple[int, ...], classes: in
             network = build("checked", in_shape, [*opening, table, *end, closing], classes)
             for check in NETWORK_CHECKS:
                 check(network)
+            if not opening and closing is scores[0]:
+                # The dense layer behind it needs all units.
+                units_depend_as_declared(network, len(layers))
             if not any(layer.couples or layer.recurrent for layer in network.walk()):
                 sample_gradients_are_weighed(network)
 
@@ -105,6 +110,68 @@ def input_gradient_matches_differences(network: Network) -> None:
     _moved(x.reshape(-1), value, dx.reshape(-1), 1e-6, "gradient of the inputs")
 
 
+def units_depend_as_declared(network: Network, count: int) -> None:
+    """The output units of the first `count` layers depend on the input units that the layers declare, and no others.
+
+    A layer without `couples_units` depends on the units that `sources` states. If its units may be dealt out, because
+    `restrict` accepts fewer units, then unit k depends on input unit k alone, unless the layer is `linear`. Layers with
+    layers inside are not checked.
+    """
+    layers = network.layers[:count]
+    if any(layer.couples_units or layer.inner for layer in layers):
+        return
+    actual, stated = _dependence(network, count), _stated(network, count)
+    undeclared = np.argwhere(actual & ~stated)
+    assert not len(undeclared), (
+        f"output unit {undeclared[0, 0]} depends on input unit {undeclared[0, 1]}, and `sources` does not state so: "
+        "let `sources` state it, and set couples_units = True if each unit depends on all units of its sample"
+    )
+    numbers = np.indices(actual.shape)
+    mixed = np.argwhere(actual & (numbers[0] != numbers[1]))
+    exempt = layers[0].in_shape[0] != layers[-1].out_shape[0] or any(layer.linear for layer in layers)
+    assert exempt or not len(mixed) or not _deals(layers), (
+        f"output unit {mixed[0, 0]} depends on input unit {mixed[0, 1]}, and `restrict` deals the units out: set "
+        "couples_units = True, or let `restrict` raise UserError for fewer units"
+    )
+
+
+def _dependence(network: Network, count: int) -> np.ndarray:
+    """Return which input units change each output unit of the first layers, (output units, input units) bool."""
+    layout, w, x, _ = random_problem(network, batch=8)
+    other, units = random_problem(network, batch=8, seed=1)[2], network.in_shape[0]
+    part = layout.part(range(network.classes)) & network.runs(layout, 0, count)
+    model = Model(network, layout, restrict(w, part), None, NumpyOps(), layers=(0, count))
+    before: np.ndarray = model.forward(x.copy()).outputs[-1].copy()
+    changes = np.zeros((len(before), units), bool)
+    for unit in range(units):
+        changed = x.reshape(units, -1).copy()
+        changed[unit] = other.reshape(units, -1)[unit]
+        after = model.forward(changed.reshape(x.shape)).outputs[-1]
+        far = np.abs(after - before).reshape(len(before), -1).max(axis=1)
+        changes[:, unit] = far > 1e-10 * np.abs(before).max()
+    return changes
+
+
+def _stated(network: Network, count: int) -> np.ndarray:
+    """Return which input units each output unit of the first layers needs by `sources`; shape as `_dependence`."""
+    layers, units = network.layers[:count], network.layers[count - 1].out_shape[0]
+    # Each output unit counts as a class.
+    uses: Uses = ((0, units, Each(0, units)),)
+    for layer in reversed(layers):
+        uses = layer.sources(uses)
+    return np.array([used(uses, Classes.of([unit]), network.in_shape[0]) for unit in range(units)])
+
+
+def _deals(layers: Sequence[Layer]) -> bool:
+    """Return whether all of the layers may have fewer units."""
+    try:
+        for layer in layers:
+            layer.restrict(layer.out_shape[0] - 1, (layer.in_shape[0] - 1, *layer.in_shape[1:]))
+    except UserError:
+        return False
+    return True
+
+
 def classes_are_rows_of_the_whole(network: Network) -> None:
     """Scores and gradients of the subnetworks of some classes add up to those of the whole network."""
     layout, w, x, d = random_problem(network)
@@ -160,7 +227,8 @@ def memory_is_stated(network: Network) -> None:
         outputs, besides = pass_numbers(network, classes, 400, packed=False)
         held, needed = model.activation_bytes + model.buffer_bytes, 8 * (outputs + besides)
         assert held <= 1.1 * needed + 4096 and needed <= 1.1 * held + 4096, (
-            f"classes {classes}: {held:,} bytes are held, and the layers state {needed:,} (`held`, `workspace_numbers`)"
+            f"classes {classes}: {held:,} bytes are held, and the layers state {needed:,} (`buffer_numbers`, "
+            "`workspace_numbers`)"
         )
 
 

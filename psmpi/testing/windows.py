@@ -74,14 +74,14 @@ class ThreadSharded:
     def read_at(self, places: NDArray[np.int64], out: NDArray[Any]) -> None:
         with self.lock:
             out[...] = self.values[places]
-        self.counter.add(0, out.itemsize * self._elsewhere(places))
+        self.counter.add(0, out.itemsize * self._remote_count(places))
 
     def add_at(self, places: NDArray[np.int64], values: NDArray[Any]) -> None:
         with self.lock:
             self.values[places] += values
-        self.counter.add(values.itemsize * self._elsewhere(places), 0)
+        self.counter.add(values.itemsize * self._remote_count(places), 0)
 
-    def _elsewhere(self, places: NDArray[np.int64]) -> int:
+    def _remote_count(self, places: NDArray[np.int64]) -> int:
         return int(np.count_nonzero((places < self.start) | (places >= self.stop)))
 
     def flush(self) -> None:

@@ -11,7 +11,7 @@ from psmpi.comm import nccl
 from psmpi.comm.protocol import World
 from psmpi.comm.world import host_by_host, local_rank
 from psmpi.config import Config
-from psmpi.errors import UserError
+from psmpi.errors import UserError, unused_option
 
 
 def backend_of(world: World, config: Config, threads: int, tell: Callable[[str], None]) -> NumpyOps:
@@ -44,7 +44,7 @@ def backend_of(world: World, config: Config, threads: int, tell: Callable[[str],
             (f"--convolution {parallel.convolution}", parallel.convolution != "own"),
         ):
             if given:
-                raise UserError(f"{option} is for GPUs, and the backend here is {ops.name}: add --backend cupy")
+                raise unused_option(option, "--backend", ("cupy",), ops.name)
     elif parallel.nccl:
         nccl.check_devices(world, ops.pci_id)
     return ops

@@ -9,8 +9,8 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from psmpi.comm.memory import Limit
-from psmpi.config import listed, option
-from psmpi.errors import UserError, counted
+from psmpi.config import option
+from psmpi.errors import UserError, counted, listed
 from psmpi.training.masters import Masters
 from psmpi.training.need import Need
 

@@ -10,7 +10,7 @@ import numpy as np
 from psmpi.config import Config, Data
 from psmpi.data import Dataset, Split
 from psmpi.data.bounded import bytes_of
-from psmpi.errors import UserError
+from psmpi.errors import UserError, unused_option
 from psmpi.nn.layers.last import Last
 from psmpi.nn.network import CUSTOM, Network
 from psmpi.nn.sequences import count_states, find_head, find_padding
@@ -124,8 +124,9 @@ def check_first_order(config: Config, why: str) -> None:
 def check_not_partitioned(config: Config) -> None:
     """UserError for a partitioned quasi-Newton optimizer."""
     if config.optimization.optimizer in RULES:
-        others = " and ".join(name for name, method in all_methods().items() if method.partitioned)
-        raise UserError(f"--optimizer {config.optimization.optimizer} is of --method {others}: choose another one")
+        users = [name for name, method in all_methods().items() if method.partitioned]
+        words = f"--optimizer {config.optimization.optimizer}"
+        raise unused_option(words, "--method", users, config.parallel.method)
 
 
 def check_layers(network: Network, config: Config, parts: int = 2) -> None:

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from psmpi.config import Config, listed
+from psmpi.config import Config
 from psmpi.data import Dataset
-from psmpi.errors import UserError
+from psmpi.errors import UserError, listed, unused_option
 from psmpi.optim import is_first_order
 from psmpi.registry import all_methods
 from psmpi.training.checks import check_classes
@@ -56,11 +56,8 @@ def check_class_weights(kind: Any, dataset: Dataset, config: Config) -> None:
     if not given:
         return
     if not kind.weighs_classes:
-        those = listed([name for name, known in all_methods().items() if known.weighs_classes])
-        raise UserError(
-            f"--class-weights is of --method {those}, and the method here is {kind.name}: leave it out, or choose one "
-            "of these"
-        )
+        users = [name for name, known in all_methods().items() if known.weighs_classes]
+        raise unused_option("--class-weights", "--method", users, kind.name)
     check_classes(dataset, "--class-weights", "leave it out")
     if dataset.train.by_step:
         raise UserError(

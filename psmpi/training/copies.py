@@ -39,10 +39,10 @@ class Copies(Replica):
         for name, vector in self.own.items():
             self.state.table(name, vector.reshape(1, -1))
         self.state.rows = TableRows.one_each(context.size)
-        self.state.lost = "the copies of this many ranks: all of them start from the mean"
+        self.state.not_restored = "the copies of this many ranks: all of them start from the mean"
         # This rank's weights while `w` holds the mean for a test.
-        self.kept = self.ops.zeros(self.w.size, self.dtype)
-        self.account.hold("weights", self.kept)
+        self.weights_before_test = self.ops.zeros(self.w.size, self.dtype)
+        self.account.hold("weights", self.weights_before_test)
 
     @classmethod
     def check(cls, size: int, network: Network, dataset: Dataset, config: Config) -> None:
@@ -72,7 +72,7 @@ class Copies(Replica):
         mean = self.means[name]
         mean[...] = self.own[name]
         self.ops.scale(mean, 1 / self.world.size)
-        self.aside.allreduce(mean)
+        self.uncounted.allreduce(mean)
         return mean
 
     def drain(self) -> None:
@@ -84,10 +84,10 @@ class Copies(Replica):
             vector[...] = self.means[name]
 
     def test(self) -> dict[str, float]:
-        self.kept[...] = self.w
+        self.weights_before_test[...] = self.w
         mean = self.mean("weights")
         self.verify(mean)
         self.w[...] = mean
         scores = super().test()
-        self.w[...] = self.kept
+        self.w[...] = self.weights_before_test
         return scores

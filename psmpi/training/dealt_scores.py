@@ -42,24 +42,24 @@ class DealtScores:
         first = sum(counts[: row.rank]) if counts is not None else 0
         self.outputs = slice(first, first + model.network.classes)
         self.counts = counts is not None or row.rank == 0
-        self.others: ClassSums | None = None
+        self.over_classes: ClassSums | None = None
         self.part: ScorePart | None = None
         if counts is not None and row.size > 1:
             # Sums are computed on the side of the loss: host or device.
             by_host = self.loss.fused(context.ops) is None
             sums = (host, NumpyOps()) if by_host else (row, context.ops)
-            self.others = ClassSums(sums[0], self.loss, counts, context.dtype, sums[1])
+            self.over_classes = ClassSums(sums[0], self.loss, counts, context.dtype, sums[1])
             tests = ClassSums(host, self.metric.loss, counts, context.dtype, NumpyOps())
             numbers = np.arange(self.dataset.outputs) - first
             own = np.arange(self.outputs.start, self.outputs.stop)
             self.part = ScorePart(own, numbers, tests, row.rank == 0)
-        self.objective = Objective(self.loss, model, self.others)
+        self.objective = Objective(self.loss, model, self.over_classes)
         self.objective.first = first
         context.numbers.watch(self.objective, row)
 
     def account(self, account: Account) -> None:
         """Declare the buffers to the account."""
-        account.hold("buffers", self.objective, *([self.others] if self.others is not None else []))
+        account.hold("buffers", self.objective, *([self.over_classes] if self.over_classes is not None else []))
 
     def reserve(self, batch: int) -> None:
         """Make room for minibatches of up to `batch` samples."""
@@ -99,4 +99,4 @@ class DealtScores:
 
     def messages(self, samples: int) -> list[Message]:
         """The messages of the loss of so many samples, or steps of samples."""
-        return self.others.messages(Step(samples)) if self.others is not None else []
+        return self.over_classes.messages(Step(samples)) if self.over_classes is not None else []

@@ -98,7 +98,9 @@ class ElementWorker:
         # The samples' losses at their last visits, set by the method if the steps are divided by them.
         self.remembered: Remembered | None = None
         # Ranks whose losses need no sums over classes detect a loss that is not finite without the others.
-        context.numbers.watch(self.objective, row if self.objective.others is not None else None, self.own_gradient)
+        context.numbers.watch(
+            self.objective, row if self.objective.over_classes is not None else None, self.own_gradient
+        )
         record = recorder(network, ops)
         self.forward_pass, self.backward_pass = record(self._forward), record(self._backward)
         self.derive_pass = self.objective.record(self._derive)
@@ -202,7 +204,7 @@ class ElementWorker:
         self.loss.divisors = self._divisors(own.ids)
         self.tape = self.forward_pass(b)
         try:
-            if self.objective.others is None:
+            if self.objective.over_classes is None:
                 self.derive_pass(b, scale)
             else:
                 self._losses(b, scale)

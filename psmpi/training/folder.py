@@ -99,7 +99,7 @@ class RunFolder:
         while True:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = Lock(self.path, patience, self.tell)
-            if lock.there:
+            if lock.in_place:
                 return lock
             # The directory was removed before the lock was taken.
             lock.close()
@@ -172,9 +172,9 @@ class RunFolder:
 
         UserError where another run has it now. OSError where it cannot be made.
         """
-        if self.lock.there and (self.path / CONFIG).is_file():
+        if self.lock.in_place and (self.path / CONFIG).is_file():
             return None
-        if self.lock.there:
+        if self.lock.in_place:
             # Removing a directory that is written to may leave it there, emptied.
             self._write_texts()
             self.tell(
@@ -186,10 +186,10 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = Lock(self.path)
         except BlockingIOError:
-            raise self._lost() from None
+            raise self._replaced_folder() from None
         if checkpoint.available(self.path):
             lock.close()
-            raise self._lost()
+            raise self._replaced_folder()
         self.lock.close()
         self.lock = lock
         self._write_texts()
@@ -199,7 +199,7 @@ class RunFolder:
         )
         return lock
 
-    def _lost(self) -> UserError:
+    def _replaced_folder(self) -> UserError:
         return UserError(
             f"the run directory {self.path} was removed or moved, and another run has written there since: this run "
             "ends; start it again with another --out"

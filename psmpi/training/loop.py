@@ -91,11 +91,11 @@ class Loop:
         # The stop after a signal: all ranks learn of it after the same step.
         self.signals = StopSignals() if signals is None else signals
         self.poll, self.stopped = Poll(control, method.poll_seconds, NUMBERS), False
-        self.report = Report(console, config, self.batches.batch_size, self.poll.heard, control.flight.spent)
+        self.report = Report(console, config, self.batches.batch_size, self.poll.number_sums, control.flight.spent)
         # Each rank's share of communication in the time of the last epoch.
         self.shares = np.zeros(control.size)
         # This rank's account of numbers that are not finite, and whether all ranks go back to a checkpoint.
-        self.numbers, self.wrong = method.numbers, False
+        self.numbers, self.not_finite = method.numbers, False
         self.rollback = Rollback(control, method, config, self.writer, self.batches.steps_per_epoch)
         # Bytes sent and received before this start.
         self.before = np.zeros(2)
@@ -195,16 +195,16 @@ class Loop:
             flight.step = self.progress.step
             self._tell_troubles()
             counted_samples = self._seen(self.progress) * (self.control.rank == 0) - self.numbers.left_out
-            self.poll.given[:] = self.report.numbers(self.method.loss_sum, counted_samples)
-            stopped, self.wrong = self.poll(bool(self.signals), bool(self.numbers.noted))
+            self.poll.numbers[:] = self.report.numbers(self.method.loss_sum, counted_samples)
+            stopped, self.not_finite = self.poll(bool(self.signals), bool(self.numbers.first_finding))
             self.report.step(self.progress)
-            if stopped or self.wrong:
-                self.stopped = stopped and not self.wrong
+            if stopped or self.not_finite:
+                self.stopped = stopped and not self.not_finite
                 break
             whole = cursor + 1 == self.batches.steps_per_epoch
             if every and self.progress.step % every == 0 and not whole and self.progress.step < self.total:
                 self._save()
-            if self.wrong:
+            if self.not_finite:
                 break
 
     def _epoch(self) -> None:
@@ -214,13 +214,13 @@ class Loop:
             self.dataset.train.augmentation.epoch = first.epoch
         with self.numbers.naming():
             method.run_epoch(self._steps(start))
-        if self.wrong or self.rollback.due():
+        if self.not_finite or self.rollback.due():
             self._go_back()
             return
         if self.stopped and self.progress.cursor < self.batches.steps_per_epoch and self.progress.step < self.total:
             # The row of metrics is written at the end of the epoch.
             self._save()
-            if self.wrong:
+            if self.not_finite:
                 self._go_back()
             return
         trained = self._seen(self.progress) - self._seen(first)
@@ -248,7 +248,7 @@ class Loop:
         best = whole and self.best.is_last(self.progress.rows)
         if self.stopped or not every or best or self._is_done() or self.progress.step % every == 0:
             self._save(best)
-        if self.wrong:
+        if self.not_finite:
             self._go_back()
         elif whole:
             self.rollback.passed(self.progress.step)
@@ -258,7 +258,7 @@ class Loop:
         self.poll.forget()
         progress, message = self.rollback.go(self.progress.step)
         self._take_up(progress)
-        self.wrong = False
+        self.not_finite = False
         self.divergence.count(self._events())
         if self.control.rank == 0:
             self._warn_loudly(message)
@@ -371,7 +371,7 @@ class Loop:
         self._keep()
         self.method.collect()
         if not self.rollback.sound():
-            self.wrong = True
+            self.not_finite = True
             return
         state = self.method.state
         self.writer.write(state.arrays, state.scalars, progress, state.tables, best)

@@ -22,7 +22,7 @@ class Place:
 
     role: str
     classes: str
-    held: int
+    computes_with: int
     owned: int
     nbytes: int
     device: str = ""
@@ -171,9 +171,9 @@ class Method:
 
     def place(self) -> Place:
         """This rank's line of the placement table."""
-        role, classes, held = self.work()
+        role, classes, computes_with = self.work()
         owned = self.shards[self.rank].size
-        return Place(role, classes, held, owned, sum(self.memory().values()), self.ops.place)
+        return Place(role, classes, computes_with, owned, sum(self.memory().values()), self.ops.place)
 
     def memory(self) -> dict[str, int]:
         """Bytes that this rank holds, by purpose: those of the state, and others that the method put to `account`."""

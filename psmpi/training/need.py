@@ -61,7 +61,7 @@ def pass_numbers(
     numbers = [_own_numbers(network, classes, batch, packed, layers)]
     if tiled is not None and tail is not None and not has_head(network):
         numbers.append(_private_numbers(network, tail, len(classes), batch, packed, tiled))
-    return sum(one.outputs for one in numbers), sum(one.held + sum(one.shared.values()) for one in numbers)
+    return sum(one.outputs for one in numbers), sum(one.buffers + sum(one.shared.values()) for one in numbers)
 
 
 @dataclass
@@ -69,14 +69,14 @@ class Numbers:
     """Numbers in memory in passes: outputs of layers, other arrays, and arrays of the workspace by name."""
 
     outputs: int
-    held: int
+    buffers: int
     shared: dict[str, int]
 
     def beside(self, other: Numbers) -> Numbers:
         """Add another model's numbers; both use one workspace."""
         names = {*self.shared, *other.shared}
         shared = {name: max(self.shared.get(name, 0), other.shared.get(name, 0)) for name in names}
-        return Numbers(self.outputs + other.outputs, self.held + other.held, shared)
+        return Numbers(self.outputs + other.outputs, self.buffers + other.buffers, shared)
 
 
 def _own_numbers(
@@ -85,8 +85,8 @@ def _own_numbers(
     """Numbers of the passes of one model."""
     stages = network.stages(classes, layers=layers)
     pairs = list(zip(stages, plan_buffers(stages)[0], strict=True))
-    held = sum(stage.layer.held(stage, batch, spot.writable, packed) for stage, spot in pairs)
-    return Numbers(output_numbers(stages) * batch, held, workspace_numbers(stages, batch, packed))
+    buffers = sum(stage.layer.buffer_numbers(stage, batch, spot.writable, packed) for stage, spot in pairs)
+    return Numbers(output_numbers(stages) * batch, buffers, workspace_numbers(stages, batch, packed))
 
 
 def _private_numbers(
@@ -99,7 +99,7 @@ def _private_numbers(
     numbers, sizes = Numbers(0, 2 * features, {}), [tile, classes % tile]
     if loss.sums and not loss.gathers:
         # The tile of the labels' classes has copies of their weights.
-        numbers.held += features + 3 * few * (network.runs(network.layout(), *tail).size // network.classes)
+        numbers.buffers += features + 3 * few * (network.runs(network.layout(), *tail).size // network.classes)
         sizes.append(few)
     for size in sizes:
         if size:

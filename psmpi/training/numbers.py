@@ -56,7 +56,7 @@ class Numbers:
 
     stop: they are errors. skip: all ranks agree on a step before any weight changes, and leave out one with such a
     number. skipped: number of steps left out, counted by rank 0 alone if all ranks skip together; left_out: samples of
-    this epoch that are missing in this rank's loss_sum. rollback: no rank raises; the first finding is `noted`, and the
+    this epoch that are missing in this rank's loss_sum. rollback: no rank raises; the first finding is kept, and the
     loop goes back.
 
     step, epoch: of the minibatch under way, from 1; samples: its size.
@@ -68,7 +68,7 @@ class Numbers:
         self.control = Control(world) if mode == "skip" else None
         self.step = self.epoch = self.samples = 0
         self.skipped = self.in_row = self.left_out = self.reported = 0
-        self.noted: Finding | None = None
+        self.first_finding: Finding | None = None
         self.unreported: Finding | None = None
         # Each objective of this rank, the ranks that share its scores, and the function that makes its gradient again.
         self.watched: list[tuple[Objective, Group | None, Callable[[], np.ndarray] | None]] = []
@@ -147,7 +147,7 @@ class Numbers:
 
     def note(self, finding: Finding) -> None:
         """Keep the first finding until the ranks go back."""
-        self.noted = self.noted or finding
+        self.first_finding = self.first_finding or finding
 
     def _skip(self, finding: Finding | None, share: int | None) -> None:
         """Count a step that is left out. NotFiniteError after more than MOST in a row, or if weights are not finite."""

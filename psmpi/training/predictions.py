@@ -71,7 +71,7 @@ class Predictions:
         except OSError as error:
             raise _unwritable(self.path, error) from None
 
-    def kept(self) -> Any:
+    def all_values(self) -> Any:
         """The values (n, outputs) of all samples, mapped from the file."""
         assert self.file is not None
         if not self.n:
@@ -138,7 +138,7 @@ class Values(Predictions):
         show_values(report, self.sums / max(1, self.seen), self.titles, rows)
 
     def _write(self) -> None:
-        values = self.kept()
+        values = self.all_values()
         columns = {f"value_{k}": values[:, at] for at, k in enumerate(self.outputs)}
         arrays = {"values": values, "outputs": self.outputs}
         if self.targets is not None:
@@ -208,7 +208,7 @@ class Choices(Predictions):
         return self.names[label] if self.names else label
 
     def _write(self) -> None:
-        predicted, scores = self.choices[:, 0], self.kept()
+        predicted, scores = self.choices[:, 0], self.all_values()
         arrays = {"predicted": predicted, "labels": self.labels, "scores": scores, "classes": self.outputs}
         if self.names:
             arrays["names"] = np.array([self.called(c) for c in self.outputs])

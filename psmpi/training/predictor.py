@@ -145,7 +145,7 @@ class Predictor:
         ops: NumpyOps,
         top: int,
     ):
-        self.network, self.each = network, max(1, network.steps)
+        self.network, self.scores_per_sample = network, max(1, network.steps)
         self.control, self.dtype, self.top = control, dtype, top
         rows = world.size if network.tie() is not None else 0
         grid = make_grid("scores", len(classes), world.size, rows)
@@ -160,7 +160,7 @@ class Predictor:
         # The ranks that gather the results of their row.
         self.reporters = [rank for rank, w in enumerate(grid) if w.column == 0]
         held = classes[self.place.classes[0] : self.place.classes[-1] + 1]
-        self.mine = np.array(held, np.int64)
+        self.own_classes = np.array(held, np.int64)
         self.part = layout.part(held)
         self.w = np.empty(self.part.size, dtype)
         most = max(at.stop - at.start for at in network.evaluation_batches(FEW))
@@ -190,7 +190,7 @@ class Predictor:
                 continue
             for rank, some in zip(self.reporters, dealt, strict=True):
                 if turn < len(some):
-                    at = slice(some[turn].start * self.each, some[turn].stop * self.each)
+                    at = slice(some[turn].start * self.scores_per_sample, some[turn].stop * self.scores_per_sample)
                     take(at, *(arrays if rank == 0 else self._receive(at, rank)))
 
     def _find(self, split: Split, at: slice) -> list[np.ndarray]:
@@ -230,7 +230,7 @@ class Predictor:
             more, at = largest(tile, self.top)
             # Tiles are in the order of their classes.
             scores = np.concatenate([scores, more])
-            classes = np.concatenate([classes, self.mine[first + at]])
+            classes = np.concatenate([classes, self.own_classes[first + at]])
             scores, classes = largest(scores, self.top, classes)
         return [scores, classes]
 

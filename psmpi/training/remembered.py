@@ -38,7 +38,7 @@ class Remembered:
             self.exchange = RowExchange(group, self.counts, dtype)
         of = dict(zip(workers, (tuple(span.tolist()) for span in spans), strict=True))
         state.rows = TableRows(tuple(of.get(rank, ()) for rank in range(ranks)))
-        state.lost = "the divisors of these samples: they start at 1"
+        state.not_restored = "the divisors of these samples: they start at 1"
         state.account.hold("samples", self.values, self.shares, self.visited)
         state.table("remembered", self.values[self.own].reshape(-1, 1))
 

@@ -62,11 +62,11 @@ class Replica(Method):
     def __init__(self, context: Context, beside: int = 0):
         roles = replicate(context.layout, context.size)
         super().__init__(context, roles.shards)
-        self.world, self.aside = context.group(nccl=True), context.uncounted()
+        self.world, self.uncounted = context.group(nccl=True), context.uncounted()
         # Messages that go through host memory in any case.
         self.by_host = context.group(bridge=context.host_bridge)
         whole = Runs(((0, self.layout.size),))
-        self.whole = Gather(self.aside, self.shards.runs, whole, self.dtype)
+        self.whole = Gather(self.uncounted, self.shards.runs, whole, self.dtype)
         start, stop = next(iter(self.shards[self.rank].intervals), (0, 0))
         self.share = slice(start, stop)
         self.w = self.ops.zeros(self.layout.size, self.dtype)
@@ -87,11 +87,11 @@ class Replica(Method):
         self.account.include(self.worker.memory)
         context.put_weights(whole, self.w)
         # Processors of different kinds sum in different orders: then all ranks use the sums of rank 0.
-        self.alike = self._sums_alike()
-        if not self.alike:
+        self.same_sums = self._has_same_sums()
+        if not self.same_sums:
             self.descent.allsum = self._of_first
 
-    def _sums_alike(self) -> bool:
+    def _has_same_sums(self) -> bool:
         """Whether scalar products of the same vectors have the same bits on all ranks."""
         sizes = [self.w.size - self.w.size * k // 16 for k in range(16)]
         sums = [(float(self.ops.dots([(self.w[:n], self.w[:n])])[0]), self.ops.abs_sum(self.w[:n])) for n in sizes]
@@ -146,7 +146,7 @@ class Replica(Method):
 
     def verify(self, vector: np.ndarray) -> None:
         """UserError unless all ranks hold the same bits of a vector, as they must after the same steps."""
-        verify(self.world, self.ops.host(vector), self.advice, self.alike)
+        verify(self.world, self.ops.host(vector), self.advice, self.same_sums)
 
     def work(self) -> tuple[str, str, int]:
         return "replica", "all", self.layout.size

@@ -33,15 +33,17 @@ def show_places(console: Screen, places: list[tuple[int, str, Place]]) -> None:
     for rank, host, place in places:
         memory = f"{place.nbytes / 1e6:.1f} MB"
         where = (host, place.device) if devices else (host,)
-        table.add_row(str(rank), *where, place.role, place.classes, f"{place.held:,}", f"{place.owned:,}", memory)
+        table.add_row(
+            str(rank), *where, place.role, place.classes, f"{place.computes_with:,}", f"{place.owned:,}", memory
+        )
     console.print(table)
 
 
 class Report:
     """The report of a start; all ranks have one, and rank 0 prints.
 
-    batch: samples in a minibatch; heard: the sums of `numbers` over ranks as of some steps ago, zeros at first; waited:
-    returns the seconds that this rank has spent in communication.
+    batch: samples in a minibatch; number_sums: the sums of `numbers` over ranks as of some steps ago, zeros at first;
+    waited: returns the seconds that this rank has spent in communication.
     """
 
     def __init__(
@@ -49,11 +51,11 @@ class Report:
         screen: Screen,
         config: Config,
         batch: int,
-        heard: np.ndarray,
+        number_sums: np.ndarray,
         waited: Callable[[], float],
         clock: Callable[[], float] = time.perf_counter,
     ):
-        self.screen, self.config, self.batch, self.heard = screen, config, batch, heard
+        self.screen, self.config, self.batch, self.number_sums = screen, config, batch, number_sums
         self.waited, self.clock = waited, clock
         self.brief, self.detailed = config.terminal.quiet, config.terminal.verbose
         self.total = self.first = 0
@@ -67,7 +69,7 @@ class Report:
     @property
     def share(self) -> float:
         """Share of communication in the time of all ranks since the start; 0 on one rank, and at first."""
-        return float(self.heard[1] / self.heard[2]) if self.heard[2] else 0.0
+        return float(self.number_sums[1] / self.number_sums[2]) if self.number_sums[2] else 0.0
 
     @contextmanager
     def showing(self, progress: Progress, total: int) -> Iterator[None]:
@@ -85,7 +87,7 @@ class Report:
         self.bar = None
 
     def numbers(self, loss: float, samples: float) -> tuple[float, float, float, float]:
-        """This rank's terms of `heard`: loss, seconds in communication, seconds, and samples of the loss."""
+        """This rank's terms of `number_sums`: loss, seconds in communication, seconds, and samples of the loss."""
         return loss, self.waited() - self.before, self.clock() - self.begun, samples
 
     def step(self, progress: Progress) -> None:
@@ -107,7 +109,7 @@ class Report:
         """Two texts: the epoch; loss, samples a second, time left and share of communication."""
         epochs, done, seconds = self.config.run.epochs, progress.step - self.first, self.clock() - self.begun
         words = f"epoch {min(progress.epoch + 1, epochs)}/{epochs}"
-        loss, _, _, samples = self.heard
+        loss, _, _, samples = self.number_sums
         pace = [f"loss {loss / samples:.5g}"] if samples > 0 else []
         if done and seconds:
             pace.append(f"{done * self.batch / seconds:.0f} samples/s")

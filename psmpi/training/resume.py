@@ -177,11 +177,11 @@ def restore(method: Method, path: Path, contents: Contents, config: Config, step
     method.restored(loaded, fresh)
     lost = [
         f"the checkpoint does not hold {one}"
-        for one in dict.fromkeys(space.lost for name, space in state.spaces.items() if name in fresh)
+        for one in dict.fromkeys(space.not_restored for name, space in state.spaces.items() if name in fresh)
     ]
     if reason:
         return [f"{reason}: the optimizer starts afresh", *lost]
     new = sorted(fresh - state.spaces.keys())
     notes = [f"the checkpoint has no {' '.join(new)}: these start afresh"] if new else []
-    notes += [f"the checkpoint does not hold {state.lost}"] if tables and not loaded else []
+    notes += [f"the checkpoint does not hold {state.not_restored}"] if tables and not loaded else []
     return [*notes, *lost]

@@ -35,7 +35,7 @@ class Rollback:
         self.steps_per_epoch, self.numbers = steps_per_epoch, method.numbers
         self.on = self.numbers.mode == "rollback"
         self.count = self.tries = self.furthest = 0
-        self.kept: tuple[dict[str, np.ndarray], dict[str, float | int], Progress] | None = None
+        self.initial_state: tuple[dict[str, np.ndarray], dict[str, float | int], Progress] | None = None
         self.declare({})
 
     def declare(self, scalars: Mapping[str, float | int]) -> None:
@@ -52,7 +52,11 @@ class Rollback:
         """Keep the initial state in memory, unless it is a checkpoint of the run directory."""
         if self.on and self.writer.last_good is None:
             self.method.collect()
-            self.kept = {name: array.copy() for name, array in self._arrays()}, dict(self.method.scalars), progress
+            self.initial_state = (
+                {name: array.copy() for name, array in self._arrays()},
+                dict(self.method.scalars),
+                progress,
+            )
 
     def _arrays(self) -> list[tuple[str, np.ndarray]]:
         state = self.method.state
@@ -77,9 +81,9 @@ class Rollback:
             text, _, advice = trouble.partition(": ")
             self.numbers.note(Finding(0, text, advice or ADVICE))
         good = self.control.rank == 0 and self.writer.last_good is not None
-        wrong, saved = self.control.total(np.array([float(bool(self.numbers.noted)), float(good)]))
+        wrong, saved = self.control.total(np.array([float(bool(self.numbers.first_finding)), float(good)]))
         if saved:
-            self.kept = None
+            self.initial_state = None
         return bool(wrong > 0)
 
     def sound(self) -> bool:
@@ -104,7 +108,7 @@ class Rollback:
         NotFiniteError after MOST tries, and if there is no state to go back to.
         """
         factor, self.furthest = self.rate() / 2, max(self.furthest, step)
-        first = first_of(self.control, self.numbers.noted) or Finding(0, "a loss is not a finite number")
+        first = first_of(self.control, self.numbers.first_finding) or Finding(0, "a loss is not a finite number")
         if self.control.rank == 0:
             self.writer.finish()
         good = self.writer.last_good if self.control.rank == 0 else None
@@ -115,11 +119,11 @@ class Rollback:
                 f"{first.text}; the run went back {MOST} times without an epoch between them, the last time to go on "
                 f"with {2 * factor:g} times the learning rate: {first.advice}"
             )
-        if not path and self.kept is None:
+        if not path and self.initial_state is None:
             raise NotFiniteError(
                 f"{first.text}, and no checkpoint of this run is there any more to go back to: {first.advice}"
             )
-        self.count, self.tries, self.numbers.noted = self.count + 1, self.tries + 1, None
+        self.count, self.tries, self.numbers.first_finding = self.count + 1, self.tries + 1, None
         progress = self._restore(Path(path)) if path else self._begin_again()
         self.method.scalars[FACTOR] = factor
         return progress, (
@@ -134,8 +138,8 @@ class Rollback:
         return contents.progress
 
     def _begin_again(self) -> Progress:
-        assert self.kept is not None
-        arrays, scalars, progress = self.kept
+        assert self.initial_state is not None
+        arrays, scalars, progress = self.initial_state
         # Finishes messages under way.
         self.method.collect()
         for name, array in self._arrays():

@@ -47,7 +47,7 @@ class Entry:
 class Space:
     """Tensors that are no parameters of the network: their layout, and the ownership of their elements.
 
-    saved: this rank's local vector, in host memory, which checkpoints hold and restore. lost: see `State`.
+    saved: this rank's local vector, in host memory, which checkpoints hold and restore. not_restored: see `State`.
     of_optimizer: whether the tensors start afresh with another optimizer.
     """
 
@@ -55,7 +55,7 @@ class Space:
     mirrors: list[Mirror]
     layout: Layout
     owned: Ownership
-    lost: str
+    not_restored: str
     of_optimizer: bool = False
 
     def merge(self) -> None:
@@ -79,9 +79,9 @@ class State:
     """Everything of a rank that outlives a step and cannot be computed anew.
 
     shards: of all ranks; each vector of the state is a local vector of this rank's shard. own: names of vectors and
-    scalars of the method, not of the optimizer; rows: the rows of the tables that each rank has; lost: the end of the
-    note "the checkpoint does not hold ..." for checkpoints without these tables. spaces: other tensors than parameters,
-    by name. account: memory of all that is declared; a method adds its other arrays.
+    scalars of the method, not of the optimizer; rows: the rows of the tables that each rank has; not_restored: the end
+    of the note "the checkpoint does not hold ..." for checkpoints without these tables. spaces: other tensors than
+    parameters, by name. account: memory of all that is declared; a method adds its other arrays.
     """
 
     def __init__(self, ops: NumpyOps, shards: Ownership, rank: int):
@@ -92,7 +92,7 @@ class State:
         self.scalars: dict[str, float | int] = {}
         self.ranges: dict[str, tuple[float, float]] = {}
         self.tables: dict[str, np.ndarray] = {}
-        self.rows, self.lost = TableRows(), ""
+        self.rows, self.not_restored = TableRows(), ""
         self.own: set[str] = set()
         self.account = Account()
 
@@ -164,14 +164,14 @@ class State:
         layout: Layout,
         owned: Sequence[Runs],
         what: str,
-        lost: str,
+        not_restored: str,
         *,
         of_optimizer: bool = False,
     ) -> None:
         """Declare arrays of one dtype whose concatenation is this rank's local vector of a space.
 
-        owned: for each rank, its elements of the layout; what: the purpose in the account; lost, of_optimizer: see
-        `Space`. ValueError for arrays of another total size.
+        owned: for each rank, its elements of the layout; what: the purpose in the account; not_restored, of_optimizer:
+        see `Space`. ValueError for arrays of another total size.
         """
         mirrors = [Mirror(a) if isinstance(a, np.ndarray) else self.ops.mirror(a) for a in arrays]
         size = owned[self.rank].size
@@ -180,7 +180,7 @@ class State:
         saved = mirrors[0].host if len(mirrors) == 1 else np.empty(size, dtype)
         if len(mirrors) > 1:
             self.account.hold("buffers", saved)
-        self.spaces[name] = Space(saved, mirrors, layout, Ownership(tuple(owned)), lost, of_optimizer)
+        self.spaces[name] = Space(saved, mirrors, layout, Ownership(tuple(owned)), not_restored, of_optimizer)
         self.account.hold(what, *(mirror.array for mirror in mirrors))
 
     def _mirrors(self) -> Iterator[Mirror]:

@@ -275,7 +275,7 @@ def test_trainings_by_tiles_have_the_weights_and_bytes_of_the_host(name, train_h
         assert len(objectives) == ranks
         for objective in objectives:
             # The work between two exchanges is played back.
-            works = (objective.make, objective.finish) if objective.others is not None else ()
+            works = (objective.make, objective.finish) if objective.over_classes is not None else ()
             assert all(any(work.made.values()) for work in works)
         objectives.clear()
         assert distance(host_run.tensors(), device_run.tensors()) <= 1e-10

@@ -45,6 +45,6 @@ def ownerships(draw, layout, ranks):
     """Ownerships of random boxes, which several ranks may share; one rank gets the remaining elements."""
     runs = [layout.runs_of(draw(st.lists(boxes(layout), max_size=3))) for _ in range(ranks)]
     last = draw(st.integers(0, ranks - 1))
-    rest = Runs.union([(0, layout.size)]) - Ownership(tuple(runs)).everything
+    rest = Runs.union([(0, layout.size)]) - Ownership(tuple(runs)).union
     runs[last] = Runs.union(runs[last].intervals + rest.intervals)
     return Ownership(tuple(runs))

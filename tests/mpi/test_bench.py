@@ -11,13 +11,13 @@ from helpers.processes import finish, launch, start
 from helpers.program_transfers import TRANSFERS
 from helpers.runs import run
 
-from psmpi.bench.compute import ours
+from psmpi.bench.compute import psmpi_step
 from psmpi.bench.head import own_step, pytorch_step
 from psmpi.bench.hosts import slow_hosts
 from psmpi.bench.private import AT_ONCE, BY_TILES, IN_TILES
 from psmpi.bench.private import own_step as own_step_of_private
 from psmpi.bench.problems import LR, Minibatch, Problem, operations, problems
-from psmpi.bench.pytorch import theirs
+from psmpi.bench.pytorch import pytorch_step as unit_step
 from psmpi.errors import UserError
 from psmpi.nn.zoo import make_network
 
@@ -59,7 +59,7 @@ def test_operations_are_those_of_the_unfused_network():
 def test_the_measured_step_is_a_training_step(name):
     """Adam's first step moves each weight by the learning rate, against its gradient."""
     problem = problems()[name]
-    step, w, model = ours(problem, Minibatch(problem, 20), "auto")
+    step, w, model = psmpi_step(problem, Minibatch(problem, 20), "auto")
     before = w.copy()
     step()
     moved = w - before
@@ -73,9 +73,9 @@ def test_pytorch_makes_the_same_steps(name, kind):
     pytest.importorskip("torch")
     problem = problems()[name]
     data = Minibatch(problem, 20)
-    own_step, w, model = ours(problem, data, "auto")
+    own_step, w, model = psmpi_step(problem, data, "auto")
     before = w.copy()
-    torch_step, net = theirs(problem, data, model, kind)
+    torch_step, net = unit_step(problem, data, model, kind)
     torch_step()
     # Both sides still hold the gradient of their first step.
     own_step()
@@ -332,7 +332,7 @@ def test_compute_says_what_it_needs():
         (("--pairs", "0"), "--pairs 0"),
         (("--json", "/nonexistent/a.json"), "no such folder"),
         (("--plot", "a.xyz"), "ends in .png"),
-        (("--convolution", "measured"), "--convolution measured is for GPUs"),
+        (("--convolution", "measured"), "--convolution measured is an option of --backend cupy"),
     ):
         status, _, err = run(1, "-m", "psmpi.bench", "compute", *options)
         assert status == 1 and message in err and "Traceback" not in err

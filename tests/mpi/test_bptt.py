@@ -326,7 +326,7 @@ def test_limits_are_said(tmp_path):
     assert "evaluates the loss more than once" in refused(*rows, "--optimizer", "lbfgs")
     assert "--psl-weights current is not for" in refused(*rows, "--psl-weights", "current")
     assert "--future-hidden 0: expected widths" in refused(*rows, "--future", "synthetic", "--future-hidden", "0")
-    assert "are for --future synthetic" in refused(*rows, "--future-lr", "0.1")
+    assert "is an option of --future synthetic" in refused(*rows, "--future-lr", "0.1")
     assert "expected a number from 0" in refused(*rows, "--future", "synthetic", "--future-lr", "-1")
     lstm, dense = '[[model.layers]]\ntype = "lstm"\nunits = 5\n', '[[model.layers]]\ntype = "dense"\nunits = 10\n'
     (tmp_path / "net.toml").write_text(f'[model]\nmodel = "custom"\n{lstm}[[model.layers]]\ntype = "flatten"\n{dense}')

@@ -15,7 +15,7 @@ from helpers.paths import ROOT
 from helpers.processes import finish, launch, start, without_note
 from helpers.runs import run
 
-from psmpi.comm.world import check_launcher, check_protocol, describe, lacking_memory
+from psmpi.comm.world import check_launcher, check_protocol, describe, lacking_memory, loading_advice
 from psmpi.config import Config, from_toml, read_file, to_toml
 from psmpi.errors import UserError
 from psmpi.launcher import announced_size
@@ -213,14 +213,18 @@ def test_the_default_configuration_survives_toml():
         (1, ("--lr", "nan"), "expected a finite number"),
         (1, ("--kappa", "1e300"), "up to 1e6"),
         (1, ("--optimizer", "lbfgs", "--history", "100000000"), "1000 pairs at most"),
-        (1, ("--sigma", "3"), "--sigma is of --optimizer plbfgs, plsr1 and plse, and the optimizer here is adam"),
+        (
+            1,
+            ("--sigma", "3"),
+            "--sigma is an option of --optimizer plbfgs, plsr1 and plse, and this run has --optimizer adam",
+        ),
         (
             3,
             ("--optimizer", "muon", "--masters", "3", "--colocate"),
             "a matrix that one rank has to step as a whole",
         ),
-        (1, ("--merge-pairs",), "--merge-pairs is of --optimizer plbfgs"),
-        (1, ("--step-size", "3"), "--step-size is of --schedule step"),
+        (1, ("--merge-pairs",), "--merge-pairs is an option of --optimizer plbfgs"),
+        (1, ("--step-size", "3"), "--step-size is an option of --schedule step"),
         (1, ("--clip", "0.5", "--optimizer", "lbfgs"), "--clip 0.5 is not for --optimizer lbfgs"),
         (1, ("--widths", "3"), "--model mlp"),
         (1, ("--checkpoint-gzip", "10"), "0 (none) to 9"),
@@ -355,6 +359,52 @@ def test_a_launcher_of_another_mpi_is_explained():
     check_launcher(1, {}, "MPICH")
     with pytest.raises(UserError, match="started 4 processes \\(OMPI_COMM_WORLD_SIZE=4\\)"):
         check_launcher(1, {"OMPI_COMM_WORLD_SIZE": "4"}, "MPICH Version: 5")
+    with pytest.raises(UserError, match="sees 1: the launcher belongs to another MPI"):
+        check_launcher(1, {"OMPI_COMM_WORLD_SIZE": "4"}, "MPICH Version: 4.2.0")
+
+
+def test_ubuntu_s_mpich_whose_ranks_see_only_themselves_is_named():
+    check_launcher(4, {"PMI_SIZE": "4"}, "MPICH Version:      4.2.0")
+    with pytest.raises(
+        UserError, match=r"4 processes .* sees 1: MPICH 4\.2\.0 of Ubuntu 24.04 .* 'psmpi\[mpi\]', then pip"
+    ):
+        check_launcher(1, {"PMI_SIZE": "4"}, "MPICH Version:      4.2.0")
+    with pytest.raises(UserError, match="sees 1: the launcher belongs to another MPI"):
+        check_launcher(1, {"PMI_SIZE": "4"}, "MPICH Version:      4.2.01")
+
+
+MISSING = "cannot open shared object file: No such file or directory"
+
+
+@pytest.mark.parametrize(
+    ("error", "text", "mpich", "says"),
+    [
+        (ImportError, f"libmpich.so.12: {MISSING}", "", "built from source for libmpich.so.12, and loads no other"),
+        (ImportError, f"libmpi.so.40: {MISSING}", "libmpich.so.12", "--only-binary mpi4py mpi4py"),
+        (
+            RuntimeError,
+            f"cannot load MPI library libmpi.so.12: {MISSING}",
+            "libmpich.so.12",
+            "install libmpich-dev, then",
+        ),
+        (RuntimeError, f"cannot load MPI library libmpi.so.12: {MISSING}", "", ""),
+        (ImportError, "No module named 'mpi4py'", "libmpich.so.12", ""),
+    ],
+)
+def test_an_mpi_library_that_does_not_load_is_explained(error, text, mpich, says):
+    advice = loading_advice(error(text), text, mpich)
+    assert says in advice and bool(advice) == bool(says)
+
+
+def test_psmpi_says_what_to_do_about_debian_s_mpich(monkeypatch):
+    monkeypatch.setenv("MPI4PY_LIBMPI", "/nonexistent/libmpi.so")
+    code = (
+        "import ctypes.util, runpy; ctypes.util.find_library = lambda name: f'lib{name}.so.12'\n"
+        "runpy.run_module('psmpi.train', run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "cannot load MPI (" in done.stderr and "This host has libmpich.so.12, MPICH of Debian" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -479,7 +529,7 @@ def test_own_data_trains(train, tmp_path, suffix):
 @pytest.mark.parametrize("options", [("--compression", "topk"), ("--local-steps", "5"), ("--feedback", "shared")])
 def test_settings_of_another_method_are_not_passed_over(tmp_path, options):
     status, _, err = run(1, "-m", "psmpi.train", "--out", tmp_path / "run", *options)
-    assert status == 1 and "and the method here is psl: leave it out, or choose " in err
+    assert status == 1 and "and this run has --method psl: leave it out, or " in err
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -495,16 +545,28 @@ def test_a_wrong_layer_is_told_with_its_file(tmp_path, ranks):
 
 
 UNUSED = [
-    (("--momentum", "0.9"), "--momentum is of --optimizer momentum"),
-    (("--sigma=0.0",), "--sigma is of --optimizer plbfgs, plsr1 and plse"),
-    (("--no-merge-pairs",), "--no-merge-pairs is of --optimizer"),
-    (("--gamma", "0.1"), "--gamma is of --schedule step"),
+    (("--momentum", "0.9"), "--momentum is an option of --optimizer momentum"),
+    (("--sigma=0.0",), "--sigma is an option of --optimizer plbfgs, plsr1 and plse"),
+    (("--no-merge-pairs",), "--no-merge-pairs is an option of --optimizer"),
+    (("--gamma", "0.1"), "--gamma is an option of --schedule step"),
     (("--optimizer", "lbfgs", "--clip", "1"), "--clip 1.0 is not for --optimizer lbfgs"),
-    (("--local-steps", "20"), "--local-steps is of --method local_sgd, ist and next, and the method here is psl"),
-    (("--local_steps", "20"), "--local-steps is of --method local_sgd, ist and next, and the method here is psl"),
-    (("--method", "data_parallel", "--no-colocate"), "--no-colocate is of --method psl and ist"),
-    (("--loss", "nll", "--kappa", "1"), "--kappa is of --loss psl, logistic and hinge, and the loss here is nll"),
-    (("--loss", "logistic", "--exp-clip", "3"), "--exp-clip is of --loss psl, and the loss here is logistic"),
+    (
+        ("--local-steps", "20"),
+        "--local-steps is an option of --method local_sgd, ist and next, and this run has --method psl",
+    ),
+    (
+        ("--local_steps", "20"),
+        "--local-steps is an option of --method local_sgd, ist and next, and this run has --method psl",
+    ),
+    (("--method", "data_parallel", "--no-colocate"), "--no-colocate is an option of --method psl and ist"),
+    (
+        ("--loss", "nll", "--kappa", "1"),
+        "--kappa is an option of --loss psl, logistic and hinge, and this run has --loss nll",
+    ),
+    (
+        ("--loss", "logistic", "--exp-clip", "3"),
+        "--exp-clip is an option of --loss psl, and this run has --loss logistic",
+    ),
 ]
 
 
@@ -522,11 +584,11 @@ def test_files_and_runs_that_go_on_may_list_what_nothing_uses(train, tmp_path):
     resume_options = ("--resume", "auto", "--max-steps", "2", "--optimizer", "adam", "--loss", "nll")
     train(1, *resume_options, out=first_run.out)
     status, _, err = run(1, "-m", "psmpi.train", "--out", first_run.out, *resume_options, "--momentum", "0.9")
-    assert status == 1 and "--momentum is of --optimizer momentum" in err
+    assert status == 1 and "--momentum is an option of --optimizer momentum" in err
     # --compression dgc uses --momentum, whatever the optimizer.
     train(2, "--method", "data_parallel", "--compression", "dgc", "--momentum", "0.9", "--max-steps", "1")
 
 
 def test_measurements_refuse_what_nothing_uses():
     status, _, err = run(1, "-m", "psmpi.bench", "memory", "--momentum", "0.9")
-    assert status == 1 and "--momentum is of --optimizer momentum" in err
+    assert status == 1 and "--momentum is an option of --optimizer momentum" in err

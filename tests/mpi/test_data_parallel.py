@@ -291,12 +291,12 @@ def test_methods_take_up_each_other_s_checkpoints(train, serial, tmp_path):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (("--masters", "2"), "--masters is of --method psl and ist, and the method here is data_parallel"),
-        (("--local-steps", "5"), "--local-steps is of --method local_sgd"),
+        (("--masters", "2"), "--masters is an option of --method psl and ist, and this run has --method data_parallel"),
+        (("--local-steps", "5"), "--local-steps is an option of --method local_sgd"),
         (("--batch-size", "2"), "use --batch-size 3 or more"),
         (("--allreduce", "halving"), "3 is no power of two"),
         (("--bucket-megabytes", "0"), "expected 0.001 to 1e6"),
-        (("--optimizer", "plbfgs"), "is of --method psl"),
+        (("--optimizer", "plbfgs"), "is an option of --method psl"),
     ],
 )
 def test_what_cannot_be_is_said(tmp_path, options, says):

@@ -142,7 +142,7 @@ def test_a_run_goes_on_on_any_number_of_ranks(train, tmp_path):
     ("options", "says"),
     [
         (("--widths", "20"), "start 2 ranks or fewer"),
-        (("--masters", "2"), "--masters is of --method psl"),
+        (("--masters", "2"), "--masters is an option of --method psl"),
         (("--optimizer", "lbfgs"), "needs gradients of the loss, which direct feedback does not compute"),
         (("--feedback-scale", "0"), "expected a number above 0"),
         (("--feedback-seed", "-1"), "from 0 up"),

@@ -331,7 +331,7 @@ def test_omega_delta_and_rho_are_those_of_the_definition():
         (("--staleness", "-1"), "--staleness -1: expected auto, none, or a whole number"),
         (("--staleness", "1.5"), "--staleness 1.5: expected"),
         (("--flush-every", "0"), "--flush-every 0: expected a whole number from 1 up"),
-        (("--flush-every", "2", "--updates", "raw"), "--flush-every is for --updates accumulate"),
+        (("--flush-every", "2", "--updates", "raw"), "--flush-every is an option of --updates accumulate"),
         (("--updates", "cyclades", "--staleness", "2"), "is not for --updates cyclades"),
         (("--hand-out", "tickets", "--staleness", "2"), "counts turns"),
         (("--hand-out", "tickets", "--updates", "server"), "--hand-out tickets is not for --updates server"),

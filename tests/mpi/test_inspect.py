@@ -350,6 +350,14 @@ def test_diff_orders_tensors_and_names_settings(trained, odd):
     assert "model.model: 'psnet' in the first, 'custom' in the second" in output_of("diff", trained, odd)
 
 
+def test_diff_of_three_names_the_commands_for_its_pairs(tmp_path):
+    said = refused("diff", tmp_path / "a.h5", "b c.h5", "--json", "d.h5")
+    assert "diff compares two checkpoints, and here are 3" in said and f"diff {tmp_path}/a.h5 'b c.h5'; " in said
+    assert said.endswith(f"diff {tmp_path}/a.h5 d.h5")
+    assert refused("diff", *"abcdef").endswith("diff a d; ...")
+    assert "usage" in output_of("diff", "a", "b", "c", "--help")
+
+
 def scores_by_scipy(weights, x):
     """Return the scores of the network of LAYERS for x (b, 1, 8, 8), from tensors by name, with SciPy's correlation."""
 

@@ -552,11 +552,11 @@ def test_the_gradient_of_batch_normalization_is_exact():
         (("--batch-size", "3"), "without a sample"),
         (("--masters", "5"), "expected 1 to 4"),
         (("--local-steps", "0"), "1 or more steps"),
-        (("--partition", "pairs"), "is of --method psl"),
-        (("--outer-lr", "0.5"), "is of --method local_sgd"),
+        (("--partition", "pairs"), "is an option of --method psl"),
+        (("--outer-lr", "0.5"), "is an option of --method local_sgd"),
         (("--subnet-seed", "-1"), "from 0 up"),
         (("--batch-norm", "--batch-size", "7"), "with a single sample"),
-        (("--min-blocks", "2"), "is for --deal blocks"),
+        (("--min-blocks", "2"), "is an option of --deal blocks"),
     ],
 )
 def test_mistakes_are_named(options, says):
@@ -576,7 +576,7 @@ def test_a_mistake_is_named_once():
 
 def test_settings_of_this_method_are_refused_by_others():
     status, _, err = run(1, "-m", "psmpi.train", "--deal", "blocks")
-    assert status == 1 and "--deal is of --method ist" in " ".join(err.split())
+    assert status == 1 and "--deal is an option of --method ist" in " ".join(err.split())
     status, _, err = run(2, "-m", "psmpi.train", *IST, "--placement", "owner", "--masters", "2")
     assert status == 1 and "leave --masters" in " ".join(err.split())
     with pytest.raises(UserError, match="expected 1 to 2"):

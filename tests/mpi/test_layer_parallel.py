@@ -588,7 +588,7 @@ LIMITS = [
     (2, (*DEEP, "--final-time", "0"), "--final-time 0: expected a number above 0"),
     (2, (*DEEP, "--final-time", "-1"), "--final-time -1"),
     (2, (*DEEP, "--depth", "0"), "--depth 0"),
-    (2, ("--model", "mlp", "--depth", "8"), "--depth is for --model deep, deep-conv, radix"),
+    (2, ("--model", "mlp", "--depth", "8"), "--depth is an option of --model deep, deep-conv and radix"),
     (2, (*DEEP, "--serial-ends", "16"), "--serial-ends 16 leaves none of 32 residual layers .* use 15"),
     (4, (*DEEP, "--layer-replicas", "3"), "--layer-replicas 3 cannot share 4 ranks evenly"),
     (4, (*DEEP, "--layer-replicas", "4", "--batch-size", "3"), "--batch-size 3 leaves some of 4 rows of ranks"),

@@ -175,7 +175,7 @@ def test_an_outer_optimizer_begins_where_another_method_s_checkpoint_is(train, t
         (("--outer-lr", "0"), "expected a number above 0"),
         (("--outer-momentum", "1"), "up to, not including, 1"),
         (("--optimizer", "lbfgs"), "use a first-order one"),
-        (("--replicas", "2"), "--replicas is of --method psl"),
+        (("--replicas", "2"), "--replicas is an option of --method psl"),
     ],
 )
 def test_what_cannot_be_is_said(tmp_path, options, says):

@@ -366,7 +366,7 @@ def test_every_method_takes_cosines_and_margins(method, train, tmp_path):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        ("--model mlp --scale 16", "--scale is for --model head, but the model is mlp"),
+        ("--model mlp --scale 16", "--scale is an option of --model head, and this run has --model mlp"),
         ("--model head --scale -1", "--scale -1: expected a number above 0"),
         ("--model head --scale nan", "--scale nan: expected a finite number"),
         ("--model head --margin 0.5", "--margin 0.5 is put between cosines, and the scores here are none: add --scale"),

@@ -491,7 +491,7 @@ def test_other_elements_than_the_checkpoint_has_start_afresh(train, options):
     [
         (1, (), "needs --partition pairs"),
         (3, ("--partition", "pairs", "--replicas", "2"), "use --replicas 1"),
-        (1, ("--partition", "pairs", "--damping"), "--damping is of --optimizer plbfgs"),
+        (1, ("--partition", "pairs", "--damping"), "--damping is an option of --optimizer plbfgs"),
         (1, ("--partition", "pairs", "--scaling", "moments", "--eps", "1e-50"), "rounds to 0 in float32"),
         (1, ("--partition", "pairs", "--sigma", "-1"), "0 or more"),
         (1, ("--partition", "pairs", "--memory", "101"), "1 to 100 pairs"),
@@ -501,7 +501,7 @@ def test_other_elements_than_the_checkpoint_has_start_afresh(train, options):
         (1, ("--partition", "pairs", "--memory", "0"), "--memory 0"),
         (1, ("--partition", "pairs", "--cg-tolerance", "2"), "--cg-tolerance 2"),
         (1, ("--partition", "pairs", "--cg-iterations", "0"), "--cg-iterations 0"),
-        (1, ("--partition", "pairs", "--weight-decay", "0.1"), "--weight-decay is of --optimizer sgd"),
+        (1, ("--partition", "pairs", "--weight-decay", "0.1"), "--weight-decay is an option of --optimizer sgd"),
         (1, ("--partition", "pairs", "--loss", "nll"), "--loss psl"),
     ],
 )

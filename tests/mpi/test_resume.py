@@ -111,7 +111,7 @@ def test_settings_that_the_new_choice_does_not_use_are_left_behind(train):
 def test_settings_that_are_given_and_not_used_are_refused_as_ever(train, tmp_path):
     train(1, *FEW, "--epochs", "1", out=tmp_path / "run")
     message = start(tmp_path, "--resume", "auto", "--optimizer", "adam", "--momentum", "0.7", ok=False)
-    assert "--momentum is of --optimizer" in message
+    assert "--momentum is an option of --optimizer" in message
 
 
 @pytest.mark.parametrize("method", ["psl", "data_parallel", "sil", "ist"])

@@ -112,9 +112,9 @@ def test_ranks_hear_the_sums_of_what_all_gave_at_one_call(ranks):
     def work(world):
         poll, sums_by_call = Poll(Control(world), seconds=0.001, numbers=2), []
         for call in range(300):
-            poll.given[:] = call, world.rank + 1
+            poll.numbers[:] = call, world.rank + 1
             poll(False)
-            sums_by_call.append(poll.heard.copy())
+            sums_by_call.append(poll.number_sums.copy())
         poll.close()
         return np.array(sums_by_call)
 

@@ -524,8 +524,8 @@ def test_phases_divide_the_epochs():
 
 
 def test_ranks_and_parts():
-    assert [Assignment(2, 6).held(r) for r in range(2)] == [[0, 1, 2], [3, 4, 5]]
-    assert [Assignment(4, 2).held(r) for r in range(4)] == [[0], [0], [1], [1]]
+    assert [Assignment(2, 6).parts_of(r) for r in range(2)] == [[0, 1, 2], [3, 4, 5]]
+    assert [Assignment(4, 2).parts_of(r) for r in range(4)] == [[0], [0], [1], [1]]
     assert [Assignment(6, 2).rank(1, row) for row in range(3)] == [3, 4, 5]
     net = network(20, 20, 20)
     assert [count_parts(size, net, 0) for size in (1, 2, 3, 4)] == [2, 2, 3, 4]
@@ -572,11 +572,11 @@ def test_costs_of_convolutions():
         (2, ("--optimizer", "lbfgs"), "use a first-order one"),
         (2, ("--labels-scale", "0"), "from 1e-6 to 1e6"),
         (2, ("--hand-over", "labels", "--labels-noise", "-1"), "expected 0 (none) or a number above it"),
-        (2, ("--labels-noise", "0.5"), "is for --hand-over labels"),
+        (2, ("--labels-noise", "0.5"), "is an option of --hand-over labels"),
         (2, ("--labels-seed", "-1"), "from 0 up"),
         (2, ("--labels", "orthogonal", "--widths", "20", "5", "20"), "10 vectors of 5 units cannot be"),
         (4, ("--parts", "1", "--batch-size", "3"), "--batch-size 4 or more"),
-        (1, ("--method", "psl", "--hand-over", "stale"), "--hand-over is of --method sil"),
+        (1, ("--method", "psl", "--hand-over", "stale"), "--hand-over is an option of --method sil"),
     ],
 )
 def test_what_cannot_be_is_said(ranks, options, says):

@@ -526,8 +526,12 @@ LIMITS = [
     (2, ("--model", "slabs", "--domains", "3", "2"), "--widths 256: with --domains 3 2 .*: use 324"),
     (2, ("--model", "slabs", "--domains", "2", "2", "2"), "--domains 2 2 2: expected a whole number above 0, or two"),
     (2, ("--model", "slabs", "--domains", "0"), "--domains 0: expected a whole number above 0"),
-    (2, ("--model", "lenet", "--domains", "2"), "--domains is for --model slabs, but the model is lenet"),
-    (2, ("--model", "lenet", "--halo", "2"), "--halo is for --model slabs, but the model is lenet"),
+    (
+        2,
+        ("--model", "lenet", "--domains", "2"),
+        "--domains is an option of --model slabs, and this run has --model lenet",
+    ),
+    (2, ("--model", "lenet", "--halo", "2"), "--halo is an option of --model slabs, and this run has --model lenet"),
     (
         2,
         (

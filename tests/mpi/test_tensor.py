@@ -239,7 +239,7 @@ LIMITS = [
     (2, ("--config", "block.toml", "--model", "custom"), r"residual1 \(.*\) of --model custom is before all"),
     (2, (*PLAIN, "--optimizer", "lbfgs"), "--optimizer lbfgs .* use a first-order one"),
     (2, (*PLAIN, "--optimizer", "muon"), "--optimizer muon steps whole matrices"),
-    (2, (*PLAIN, "--optimizer", "plbfgs"), "--optimizer plbfgs is of --method psl"),
+    (2, (*PLAIN, "--optimizer", "plbfgs"), "--optimizer plbfgs is an option of --method psl"),
 ]
 
 

@@ -202,7 +202,10 @@ def test_what_does_not_fit_texts_is_said(learnt, train, tmp_path):
     assert "a window of --context 5000 takes 5001: use --context 419 or less" in message
     for context in ("64", "10"):
         message = failed("psmpi.train", "--dataset", "digits:rows", "--model", "lstm", "--context", context)
-        assert f"--context {context} is of texts (--dataset FILE.txt), and the data set here is digits:rows" in message
+        assert (
+            f"--context {context} is an option of texts (--dataset FILE.txt), and this run has --dataset digits:rows"
+            in message
+        )
     assert "--context 0: expected a whole number from 1 up" in failed("psmpi.train", *plain, "--context", "0")
     assert "use --model rnn, gru, lstm, transformer, or custom" in failed("psmpi.train", *plain)
     assert "the vocabulary has 7" in failed("psmpi.train", *plain, "--model", "gru", "--vocabulary", "7")

@@ -113,7 +113,10 @@ def test_what_does_not_fit_transformers_is_said(tmp_path):
         (("--model", "transformer", "--widths", "8", "8", "8"), "takes a width, optionally a hidden width"),
         (("--model", "transformer", "--blocks", "2", "2"), "and one number of blocks"),
         (("--model", "transformer", "--batch-norm"), "would mix the steps of sequences"),
-        (("--model", "lstm", "--heads", "2"), "--heads is for --model transformer, but the model is lstm"),
+        (
+            ("--model", "lstm", "--heads", "2"),
+            "--heads is an option of --model transformer, and this run has --model lstm",
+        ),
     ):
         assert message in refused(*rows, *options)
     assert "not made for samples of shape (1, 8, 8): make sequences of images" in refused("--model", "transformer")

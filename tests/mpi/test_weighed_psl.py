@@ -201,7 +201,7 @@ def test_all_ranks_learn_of_a_score_that_is_no_number(lenient):
 
 
 REFUSED = [
-    (1, ("--loss", "logistic", "--psl-weights", "current"), "--psl-weights is of --loss psl"),
+    (1, ("--loss", "logistic", "--psl-weights", "current"), "--psl-weights is an option of --loss psl"),
     (3, ("--psl-weights", "current", "--partition", "pairs"), "use --psl-weights remembered, or --partition scores"),
     (1, ("--psl-weights", "current", "--optimizer", "lbfgs"), "use another optimizer (adam, sgd, ...), or --loss nll"),
     (3, (*PAIRS, "--optimizer", "plbfgs"), "use another optimizer (adam, sgd, ...), or --loss nll"),

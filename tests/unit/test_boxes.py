@@ -88,7 +88,7 @@ def test_rows_columns_and_tiles_of_any_number_of_ranks():
     assert indices(tiles[2]) == [*places["w"][3:, :4].ravel(), *places["b"][3:]]
     # A tile of biases is on all ranks of its row; the first of them is its owner of record.
     assert indices(tiles.record[3]) == [*places["w"][3:, 4:].ravel()]
-    assert len(Ownership.tiles(layout, (20,))) == 20 and Ownership.tiles(layout, (20,)).everything.size == layout.size
+    assert len(Ownership.tiles(layout, (20,))) == 20 and Ownership.tiles(layout, (20,)).union.size == layout.size
 
 
 some_runs = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 60)), max_size=6).map(Runs.union)
@@ -105,7 +105,7 @@ def test_the_owner_of_record_is_the_lowest_rank_that_has_an_element(several):
     for rank, runs in enumerate(ownership.record):
         assert indices(runs) == sorted(i for i, r in lowest.items() if r == rank)
         assert Runs.union(runs.intervals) == runs
-    assert indices(ownership.everything) == sorted(lowest)
+    assert indices(ownership.union) == sorted(lowest)
 
 
 @given(some_runs, some_runs, st.integers(0, 60), st.integers(0, 60))

@@ -51,7 +51,7 @@ def test_what_is_applied_and_what_is_left_are_all_gradients(name, ranks):
             g = gradient(layout, group.rank, step, ranks)
             compressor.reduce(g)
             applied += g
-        return applied, compressor.left
+        return applied, compressor.residual
 
     results = together(ranks, work)
     total = sum(gradient(layout, rank, step, ranks) for rank in range(ranks) for step in range(steps))
@@ -75,12 +75,12 @@ def test_powersgd_projects_the_mean_on_what_its_columns_span():
     results = together(3, work)
     mean = sum(gradient(layout, rank, 0, 3) for rank in range(3))
     compressor = results[0][1]
-    assert len(compressor.matrices) == 3 and len(compressor.whole) == 10 + 8 + 4
+    assert len(compressor.matrices) == 3 and len(compressor.uncompressed) == 10 + 8 + 4
     for runs, shape, p, _ in compressor._factors():
         m, projected = (np.concatenate([v[run] for run in runs]).reshape(shape) for v in (mean, results[0][0]))
         assert abs(projected - p @ p.T @ m).max() <= 1e-12
         assert abs(p.T @ p - np.eye(2)).max() <= 1e-12
-    assert abs(results[0][0][compressor.whole] - mean[compressor.whole]).max() <= 1e-15
+    assert abs(results[0][0][compressor.uncompressed] - mean[compressor.uncompressed]).max() <= 1e-15
 
 
 def test_powersgd_comes_to_the_best_approximation_of_a_fixed_matrix():
@@ -116,10 +116,10 @@ def test_top_k_and_signs_contract_as_their_papers_say():
 
     ((topk, sign),) = together(1, work)
     assert topk.k == round(0.1 * layout.size)
-    assert (topk.left**2).sum() <= (1 - topk.k / layout.size) * (v**2).sum()
+    assert (topk.residual**2).sum() <= (1 - topk.k / layout.size) * (v**2).sum()
     assert sorted(abs(topk.sent[topk.sent != 0])) == sorted(abs(v))[-topk.k :]
     for runs in tensors(layout):
-        values, residual = (np.concatenate([a[run] for run in runs]) for a in (v, sign.left))
+        values, residual = (np.concatenate([a[run] for run in runs]) for a in (v, sign.residual))
         share = 1 - abs(values).sum() ** 2 / (len(values) * (values**2).sum())
         assert (residual**2).sum() == pytest.approx(share * (values**2).sum(), rel=1e-12)
 
@@ -252,7 +252,7 @@ def test_powersgd_sends_two_thin_matrices_and_the_vectors(train):
         (("--compression", "powersgd", "--powersgd-rank", "0"), "expected 1 or more columns"),
         (("--compression", "qsgd", "--qsgd-levels", "128"), "expected 1 to 127"),
         (("--compression", "sign", "--optimizer", "lbfgs"), "needs the exact one: use a first-order optimizer"),
-        (("--compression", "sign", "--method", "local_sgd"), "is of --method data_parallel"),
+        (("--compression", "sign", "--method", "local_sgd"), "is an option of --method data_parallel"),
     ],
 )
 def test_what_cannot_be_is_said(tmp_path, options, says):

@@ -264,7 +264,7 @@ def test_a_rehearsal_is_what_ranks_do_together(options, ranks):
         batches = Minibatches(dataset.train.n, config.data.batch_size, config.run.seed)
         for number in range(WARM + steps):
             if number == WARM:
-                first, sent = len(flight.all), method.counter.sent
+                first, sent = len(flight.all_records), method.counter.sent
             method.step(Batch(batches.ids(0, number)), config.optimization.lr)
         calls = Counter((operation.name, operation.members, operation.nbytes) for operation in flight.operations(first))
         return calls, (method.counter.sent - sent) / steps, method.memory(), method.place()

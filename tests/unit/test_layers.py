@@ -136,7 +136,7 @@ def test_with_the_sums_that_layers_state_slices_are_as_good_as_the_minibatch(nam
     assert np.allclose(total, full_model.g, rtol=1e-9, atol=1e-10 * abs(full_model.g).max())
     stages = [leaf for stage in network.stages(range(network.classes)) for leaf in walk(stage)]
     # The model has only units that some score depends on.
-    parts = [stage.layer.restrict(int(stage.kept.sum()), stage.layer.in_shape) for stage in stages]
+    parts = [stage.layer.restrict(int(stage.outputs.sum()), stage.layer.in_shape) for stage in stages]
     stated = sum(sum(layer.rank_sums) for layer in parts)
     assert together.numbers == [stated] * 3
 

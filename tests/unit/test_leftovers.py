@@ -116,7 +116,7 @@ def test_a_segment_that_another_rank_has_made_anew_stays(places, monkeypatch):
     """Another rank removes the old segment and makes one of the same name after this rank has looked."""
     memory, folder = places
     segments(memory, "mpich_shm_10_0")
-    look = leftovers._used
+    look = leftovers._mapped_files
 
     def slowly():
         used = list(look())
@@ -124,7 +124,7 @@ def test_a_segment_that_another_rank_has_made_anew_stays(places, monkeypatch):
         segments(memory, "mpich_shm_10_0")
         return used
 
-    monkeypatch.setattr(leftovers, "_used", slowly)
+    monkeypatch.setattr(leftovers, "_mapped_files", slowly)
     assert remove_leftovers(memory, folder) == (0, 0)
     assert (memory / "mpich_shm_10_0").exists()
 

@@ -12,6 +12,8 @@ from psmpi.errors import LayersError, UserError, layers_in
 from psmpi.layout import Runs, radix_pattern, restrict
 from psmpi.methods.psl.borrowed import Borrowed
 from psmpi.nn.init import initial_values, initial_weights
+from psmpi.nn.layers import LAYERS
+from psmpi.nn.layers.table import similar_layer
 from psmpi.nn.model import Model
 from psmpi.nn.network import build
 from psmpi.nn.zoo import make_network
@@ -335,6 +337,34 @@ def test_a_wrong_layer_table_is_named(layers, says):
         build("net", (7,), layers, 4)
 
 
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("conv2d:8:3", "conv"),
+        ("maxpol:2", "max_pool"),
+        ("batch-norm", "batch_norm"),
+        ("batchnorm", "batch_norm"),
+        ("BatchNorm1d", "batch_norm"),
+        ("MaxPool2d(2)", "max_pool"),
+        ("seperable-dense", "separable_dense"),
+        ("Linear: 10", "dense"),
+        ("dropout", ""),
+        (":3", ""),
+    ],
+)
+def test_a_layer_misspelt_with_its_arguments_is_recognized(name, meant):
+    assert similar_layer(name, LAYERS) == meant
+
+
+def test_arguments_behind_a_layer_s_name_are_shown_as_settings():
+    with pytest.raises(
+        UserError, match=r"\(conv2d1\): unknown .* 'conv2d:8:3'; did you mean conv, with its settings as"
+    ):
+        build("net", (1, 7, 7), [{"type": "conv2d:8:3"}], 4)
+    with pytest.raises(UserError, match=r"'maxpol:2' is not a table like \{type = \"max_pool\", \.\.\.\}"):
+        build("net", (1, 7, 7), ["maxpol:2"], 4)
+
+
 BRANCH = "[[model.layers]] entry 2, entry 2 of its layers"
 
 
@@ -485,7 +515,7 @@ def test_radix_networks_are_mixed_radix_systems_behind_a_random_layer():
     for options, says in (
         ({"widths": (64, 64)}, "has one width"),
         ({"widths": (16,)}, "of 32 or more"),
-        ({"final_time": 2.0}, "--final-time is for --model deep, deep-conv,"),
+        ({"final_time": 2.0}, "--final-time is an option of --model deep and deep-conv, and"),
     ):
         with pytest.raises(UserError, match=says):
             make_network(**{"name": "radix", "in_shape": (3,), "classes": 4, **options})
@@ -521,8 +551,8 @@ def test_deep_networks_are_steps_of_a_march():
         ({"widths": (5, 6)}, "has one width"),
         ({"batch_norm": True}, "cannot be normalized"),
         ({"name": "deep-conv"}, "is not made for samples of shape"),
-        ({"name": "mlp", "depth": 8}, "--depth is for --model deep"),
-        ({"name": "mlp", "final_time": 2.0}, "--final-time is for --model deep"),
+        ({"name": "mlp", "depth": 8}, "--depth is an option of --model deep"),
+        ({"name": "mlp", "final_time": 2.0}, "--final-time is an option of --model deep"),
     ):
         with pytest.raises(UserError, match=says):
             make_network(**{"name": "deep", "in_shape": (3,), "classes": 4, **options})

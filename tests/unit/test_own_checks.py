@@ -1,6 +1,8 @@
 """Checks for user classes: the examples pass them, and faulty variants fail."""
 
 import importlib
+from contextlib import nullcontext
+from dataclasses import dataclass
 from unittest import mock
 
 import numpy as np
@@ -8,7 +10,9 @@ import pytest
 from helpers.paths import ROOT
 
 import psmpi
-from psmpi.nn.layers import LAYERS
+from psmpi.errors import UserError
+from psmpi.nn.layers import LAYERS, Layer, Part
+from psmpi.nn.layers.uses import grouped, stretched
 from psmpi.nn.losses import LOSSES
 from psmpi.optim import OPTIMIZERS
 from psmpi.testing import check_layer, check_loss, check_optimizer
@@ -44,6 +48,82 @@ def test_the_example_s_layer_passes(example):
 def test_a_layer_that_is_wrong_is_found(example, method, wrong, says):
     part = example("own_layer").PReLUPart
     with mock.patch.object(part, method, wrong), pytest.raises(AssertionError, match=says):
+        check_layer({"type": "prelu"}, (6,))
+
+
+@dataclass(frozen=True)
+class Centred(Layer):
+    """The units of each sample less their mean: each output unit depends on all input units."""
+
+    @classmethod
+    def read(cls, table, label, shape):
+        return [cls(label, shape, shape)]
+
+    def part(self, stage, site):
+        return CentredPart(stage, site)
+
+
+class CentredPart(Part):
+    """x (units, ..., b) -> x less its mean over units."""
+
+    def forward(self, x, y, room):
+        np.subtract(x, x.mean(axis=0), out=y)
+        return y, None
+
+    def backward(self, x, y, kept, dy, dx, into):
+        dy -= dy.mean(axis=0)
+        return dy
+
+
+class Stated(Centred):
+    """A `Centred` that states the inputs of its units."""
+
+    def sources(self, uses):
+        units = self.out_shape[0]
+        return stretched(grouped(uses, units), units)
+
+    def present(self, inputs, wanted):
+        return np.full(self.out_shape[0], wanted.any())
+
+
+class Declared(Stated):
+    couples_units = True
+
+
+class Whole(Stated):
+    def restrict(self, units, in_shape):
+        if units != self.out_shape[0]:
+            raise UserError(f"the units of {self.name} are centred together")
+        return super().restrict(units, in_shape)
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        (Centred, r"output unit 0 depends on input unit 1, and `sources` does not state so"),
+        (Stated, r"output unit 0 depends on input unit 1, and `restrict` deals .* couples_units = True"),
+        (Declared, ""),
+        (Whole, ""),
+    ],
+)
+@pytest.mark.parametrize("shape", [(6,), (4, 3, 3)])
+def test_a_layer_that_couples_units_has_to_declare_it(monkeypatch, kind, says, shape):
+    monkeypatch.setattr(LAYERS, "registered", {"centred": kind})
+    with pytest.raises(AssertionError, match=says) if says else nullcontext():
+        check_layer({"type": "centred"}, shape)
+
+
+def test_a_layer_that_couples_samples_has_to_declare_it(example):
+    part = example("own_layer").PReLUPart
+    forward = lambda self, x, y, room: (np.subtract(x, x.mean(axis=-1, keepdims=True), out=y), None)  # noqa: E731
+
+    def backward(self, x, y, kept, dy, dx, into):
+        self.slopes.write_sums(np.zeros_like(dy), into)
+        dy -= dy.mean(axis=-1, keepdims=True)
+        return dy
+
+    faulty = mock.patch.multiple(part, forward=forward, backward=backward)
+    with faulty, pytest.raises(AssertionError, match="the gradient of sample 0, and of a minibatch of it alone"):
         check_layer({"type": "prelu"}, (6,))
 
 

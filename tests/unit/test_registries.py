@@ -135,8 +135,8 @@ def test_settings_of_a_loss_and_an_optimizer_are_those_of_the_command_line_and_o
     assert from_command_line(command_line(config)()) == config
     assert usual_numbers(100, config).lr == 0.5
     for table, says in (
-        ({"tried": {"strength": 2}}, "--strength is of --loss tried, and the loss here is psl"),
-        ({"stepped": {"pull": 7}}, "--pull is of --optimizer stepped, and the optimizer here is adam"),
+        ({"tried": {"strength": 2}}, "--strength is an option of --loss tried, and this run has --loss psl"),
+        ({"stepped": {"pull": 7}}, "--pull is an option of --optimizer stepped, and this run has --optimizer adam"),
     ):
         with pytest.raises(UserError, match=says):
             check(from_table(table, Config(), "here"))

@@ -77,7 +77,7 @@ def test_a_broken_package_is_told_of_where_it_is_asked_for(plugins):
 
 
 def test_a_setting_of_an_installed_method_is_refused_with_others(plugins):
-    with pytest.raises(UserError, match="--strength is of --method other, and the method here is psl"):
+    with pytest.raises(UserError, match="--strength is an option of --method other, and this run has --method psl"):
         check(from_table({"other": {"strength": 2}}, Config(), "here"))
 
 

@@ -60,9 +60,9 @@ def test_where_directories_have_no_locks_a_file_has_it(tmp_path, monkeypatch):
     lock = Lock(tmp_path)
     with pytest.raises(BlockingIOError):
         Lock(tmp_path)
-    assert lock.there
+    assert lock.in_place
     (tmp_path / ".lock").unlink()
-    assert not lock.there
+    assert not lock.in_place
     lock.close()
     Lock(tmp_path).close()
 
@@ -73,7 +73,7 @@ def test_where_there_are_no_locks_at_all_a_run_goes_on(tmp_path, monkeypatch):
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
     first, second = Lock(tmp_path), Lock(tmp_path)
-    assert first.there and second.there
+    assert first.in_place and second.in_place
 
 
 def test_unnamed_folders_of_one_second_are_apart(tmp_path, messages, monkeypatch):

@@ -309,7 +309,7 @@ def test_networks_of_sequences_say_what_does_not_fit():
     bad = [
         (lambda: make_network("lstm", (1, 8, 8), 3), "make sequences of images"),
         (lambda: make_network("lstm", (3, 5), 3, vocabulary=9), "have 3 features per step"),
-        (lambda: make_network("mlp", (3, 5), 3, vocabulary=9), "--vocabulary is for --model rnn"),
+        (lambda: make_network("mlp", (3, 5), 3, vocabulary=9), "--vocabulary is an option of --model rnn"),
         (lambda: make_network("mlp", (3, 5), 3, by_step=True), "each step of a sequence has a target"),
         (lambda: make_network("lenet", (3, 5), 3), "use --model rnn, gru, lstm"),
         (lambda: make_network("gru", (3, 5), 3, batch_norm=True), "would mix the steps of sequences"),

@@ -319,7 +319,7 @@ def test_values_of_a_grid_are_words(tmp_path, monkeypatch):
         (("--resume", "auto"), "--resume is the job's own"),
         (("--threads", "2"), "--threads is the job's own: --cores"),
         (("--momentum", "0.5"), "momentum"),
-        (("--local-steps", "20"), "--local-steps is of --method"),
+        (("--local-steps", "20"), "--local-steps is an option of --method"),
         (("--dataset", "digitz"), "did you mean digits"),
         (("--save-signal", "USR2"), "--save-signal USR2: a job is warned by USR1"),
         (("--config", "other.toml"), "--save-signal XCPU: a job is warned by USR1"),

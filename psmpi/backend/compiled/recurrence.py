@@ -28,7 +28,7 @@ class CompiledRecurrence(Recurrence):
         super().__init__(kind, units, dtype, ops)
         self.team = team
         size = self.gates * units * units
-        self.ahead = ops.empty(size, self.dtype)
+        self.packed = ops.empty(size, self.dtype)
         # Packed weights of the backward pass, allocated when it is first used.
         self.back = ops.empty(0, self.dtype)
         self.packed_back = False
@@ -39,7 +39,7 @@ class CompiledRecurrence(Recurrence):
         self._backward = function("cells_backward", self.dtype, "pppppppppp", instructions)
 
     def arrays(self) -> list[np.ndarray]:
-        return [self.ahead, self.back, self.state]
+        return [self.packed, self.back, self.state]
 
     def reserve(self, batch: int) -> None:
         size = (2 * self.gates + 1) * self.units * -(-batch // BATCH_MULTIPLE) * BATCH_MULTIPLE
@@ -50,7 +50,7 @@ class CompiledRecurrence(Recurrence):
         """Pack the weights u (gates * units, units), which must not change until the last backward pass with them."""
         self._check(u, (self.gates * self.units, self.units))
         self.u, self.packed_back = u, False
-        self._pack(self.gates, self.units, *pointers(self.dtype, u, self.ahead))
+        self._pack(self.gates, self.units, *pointers(self.dtype, u, self.packed))
 
     def forward(
         self, a: np.ndarray, bias: np.ndarray | None, before: np.ndarray, h: np.ndarray, more: np.ndarray,
@@ -61,7 +61,7 @@ class CompiledRecurrence(Recurrence):
             self._check(bias, (self.gates * self.units,))
         given = None if bias is None else pointers(self.dtype, bias)[0]
         arrays = given, *pointers(self.dtype, a, before, h, more), _pointer(lengths)
-        self._share(self._forward, self.ahead, arrays, h.shape)
+        self._share(self._forward, self.packed, arrays, h.shape)
 
     def backward(
         self, a: np.ndarray, before: np.ndarray, h: np.ndarray, more: np.ndarray, dh: np.ndarray, carry: np.ndarray,
@@ -72,7 +72,7 @@ class CompiledRecurrence(Recurrence):
         self._check(carry, before.shape)
         if not self.packed_back:
             if not self.back.size:
-                self.back = self.ops.empty(self.ahead.size, self.dtype)
+                self.back = self.ops.empty(self.packed.size, self.dtype)
             self._pack_back(self.gates, self.units, *pointers(self.dtype, self.u, self.back))
             self.packed_back = True
         arrays = *pointers(self.dtype, a, before, h, more, dh, carry), _pointer(lengths)

@@ -19,21 +19,21 @@ class DeviceSparseProduct(SparseProduct):
         super().__init__(index)
         self.dtype, self.ops = dtype, ops
         names = ("starts", "columns", "places", "back_starts", "back_rows", "back_places")
-        self.there = replace(index, **{name: ops.put(getattr(index, name)) for name in names})
+        self.device_index = replace(index, **{name: ops.put(getattr(index, name)) for name in names})
         if index.biases is not None:
-            self.there = replace(self.there, biases=ops.put(index.biases))
+            self.device_index = replace(self.device_index, biases=ops.put(index.biases))
 
     def arrays(self) -> list[Any]:
-        return self.there.arrays
+        return self.device_index.arrays
 
     def forward(self, w: Any, x: Any, y: Any) -> None:
-        one = self.there
+        one = self.device_index
         biases = 0 if one.biases is None else one.biases
         index = one.starts, one.columns, one.places, biases
         self.ops.spread("sparse_forward", self.dtype, y.size, *y.shape, *index, w, x, y)
 
     def backward(self, w: Any, x: Any, dy: Any, dx: Any | None, g: Any | None) -> None:
-        one = self.there
+        one = self.device_index
         index = one.back_starts, one.back_rows, one.back_places
         if dx is not None:
             self.ops.spread("sparse_inputs", self.dtype, dx.size, *dx.shape, *index, w, dy, dx)

@@ -42,7 +42,7 @@ class RowCopies:
     def __init__(self, source: np.ndarray, target: np.ndarray):
         source, target = (np.asarray(rows, np.int64) for rows in (source, target))
         # Whether no target row repeats.
-        self.once = len(np.unique(target)) == len(target)
+        self.distinct_targets = len(np.unique(target)) == len(target)
         self.source, self.target = _side_by_side(source), _side_by_side(target)
 
     def copy(self, values: np.ndarray, out: np.ndarray) -> None:
@@ -51,7 +51,7 @@ class RowCopies:
 
     def add(self, values: np.ndarray, out: np.ndarray) -> None:
         """out[target[k]] += values[source[k]] for each k."""
-        if self.once:
+        if self.distinct_targets:
             out[self.target] += values[self.source]
         elif isinstance(self.target, np.ndarray):
             np.add.at(out, self.target, values[self.source])

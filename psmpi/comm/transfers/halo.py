@@ -31,8 +31,8 @@ class Halo(Overlapping):
         self.group, self.dtype, self.ops = group, np.dtype(dtype), ops or NumpyOps()
         # Rows that go from one rank to another, of all ranks.
         self.counts: dict[tuple[int, int], int] = {}
-        self.out: list[Rows] = []
-        self.coming: list[Rows] = []
+        self.outgoing: list[Rows] = []
+        self.incoming: list[Rows] = []
         self.free: list[Any] = []
         own = np.flatnonzero(owners == group.rank)
         places = here = np.empty(0, np.int64)
@@ -45,30 +45,30 @@ class Halo(Overlapping):
                 if user == group.rank == source:
                     places, here = np.searchsorted(own, units[at]), at
                 elif source == group.rank:
-                    self.out.append(Rows(user, np.searchsorted(own, units[at]), self.ops))
+                    self.outgoing.append(Rows(user, np.searchsorted(own, units[at]), self.ops))
                 elif user == group.rank:
-                    self.coming.append(Rows(source, at, self.ops))
+                    self.incoming.append(Rows(source, at, self.ops))
         # Whether this rank uses all that it has.
-        self.all = len(places) == len(own)
+        self.uses_all = len(places) == len(own)
         # Copies of rows that stay on this rank.
-        self.kept, self.back = self.ops.row_copies(places, here), self.ops.row_copies(here, places)
+        self.own_copies, self.own_copies_back = self.ops.row_copies(places, here), self.ops.row_copies(here, places)
 
     def begin(self, src: Any, dst: Any, number: int = 0) -> Handle:
         group, tag, b = self.group, number % TAGS, dst.shape[-1]
         room, at = self._room(b), 0
         requests, come = [], []
-        for rows in self.coming:
+        for rows in self.incoming:
             into, at = rows.place(dst, room, at)
             requests.append(group.irecv(into, rows.rank, tag))
             come.append(into)
-        for rows in self.out:
+        for rows in self.outgoing:
             values, at = rows.place(src, room, at)
             rows.pack(src, values)
             requests.append(group.isend(values, rows.rank, tag))
-        self.kept.copy(src, dst)
+        self.own_copies.copy(src, dst)
 
         def arrive() -> None:
-            for rows, values in zip(self.coming, come, strict=True):
+            for rows, values in zip(self.incoming, come, strict=True):
                 group.bridge.arrived(values)
                 rows.unpack(values, dst)
             self.free.append(room)
@@ -79,22 +79,22 @@ class Halo(Overlapping):
         group, tag, b = self.group, number % TAGS, dst.shape[-1]
         room, at = self._room(b), 0
         requests, come = [], []
-        for rows in self.out:
+        for rows in self.outgoing:
             # Received gradients have a buffer of their own, since they are added.
             values = room[at : at + rows.count * b].reshape(rows.count, b)
             at += values.size
             requests.append(group.irecv(values, rows.rank, tag))
             come.append(values)
-        for rows in self.coming:
+        for rows in self.incoming:
             values, at = rows.place(dst, room, at)
             rows.pack(dst, values)
             requests.append(group.isend(values, rows.rank, tag))
-        if not self.all:
+        if not self.uses_all:
             src.fill(0)
-        self.back.copy(dst, src)
+        self.own_copies_back.copy(dst, src)
 
         def arrive() -> None:
-            for rows, values in zip(self.out, come, strict=True):
+            for rows, values in zip(self.outgoing, come, strict=True):
                 group.bridge.arrived(values)
                 rows.add(values, src)
             self.free.append(room)
@@ -107,7 +107,7 @@ class Halo(Overlapping):
 
     def _room(self, b: int) -> Any:
         """A buffer for all rows that are sent and received."""
-        size = b * sum(rows.count for rows in (*self.out, *self.coming))
+        size = b * sum(rows.count for rows in (*self.outgoing, *self.incoming))
         room = self.free.pop() if self.free else None
         return self.ops.empty(size, self.dtype) if room is None or room.size < size else room
 

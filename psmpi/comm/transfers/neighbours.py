@@ -37,7 +37,7 @@ class Neighbours(Overlapping):
         self.group, self.size, self.dtype, self.ops = group, size, np.dtype(dtype), ops or NumpyOps()
         self.owners = tuple(range(group.size)) if owners is None else tuple(owners)
         self.first = self.owners.index(group.rank) if group.rank in self.owners else 0
-        self.here = self.owners.count(group.rank)
+        self.own_count = self.owners.count(group.rank)
         self.free: list[Any] = []
         self.plan(edges)
 
@@ -85,7 +85,7 @@ class Neighbours(Overlapping):
 
     def _own(self, src: Any) -> Any:
         """The vectors (places, size) of this rank's places; a single one may have the shape (size,)."""
-        return None if src is None else src.reshape(self.here, self.size)
+        return None if src is None else src.reshape(self.own_count, self.size)
 
     def messages(self, step: Step, back: bool = False) -> list[Message]:
         nbytes, ranks = self.size * self.dtype.itemsize, self.group.ranks

@@ -56,13 +56,13 @@ class Flight:
     def __init__(self, room: int = ROOM):
         self.room = room
         self.ring: list[Record | None] = [None] * room
-        self.count, self.step, self.past = 0, 0, 0.0
+        self.count, self.step, self.earlier_seconds = 0, 0, 0.0
         self.groups: list[Recorded] = []
         self.made: dict[tuple[str, tuple[int, ...]], int] = {}
 
     def begin(self, record: Record) -> Record:
         """Record the begin of an operation, in place of the oldest record."""
-        self.past = self.spent()
+        self.earlier_seconds = self.spent()
         # The count last: who reads it finds the record there.
         self.ring[self.count % self.room] = record
         self.count += 1
@@ -81,8 +81,8 @@ class Flight:
         """Seconds in all finished operations between ranks, waits included."""
         last = self.ring[(self.count - 1) % self.room]
         if last is None or last[GROUP] == NO_GROUP or not last[ENDED]:
-            return self.past
-        return self.past + float(last[ENDED] - last[BEGUN])
+            return self.earlier_seconds
+        return self.earlier_seconds + float(last[ENDED] - last[BEGUN])
 
     def last(self) -> Record | None:
         """The last operation that began; it is under way while its end is 0."""

@@ -110,7 +110,7 @@ class Ending(NamedTuple):
     """The end of the job: its deadline, the ranks that have not yet shown their stacks, and the silent ranks."""
 
     until: float
-    lacking: set[int]
+    awaited: set[int]
     silent: list[int]
 
 
@@ -137,16 +137,16 @@ class Monitor:
         self.rank, self.first, self.hosts, self.patience = rank, first, hosts, patience
         self.post, self.tell, self.keep, self.condition = post, tell, keep, condition
         self.seen = [Seen(now, now) for _ in hosts]
-        self.ticked = self.begun = now
+        self.last_tick = self.begun = now
         # When it is said who has not been heard.
-        self.noting = float("inf")
+        self.report_unheard_at = float("inf")
         # Flights that have come, and ranks asked: how often, and when last.
         self.collecting = False
         self.flights: dict[int, dict[str, Any]] = {}
         self.asked: dict[int, tuple[int, float]] = {}
         # The stall that was looked into last, when to look again, and what was told.
         self.stuck: frozenset[Any] = frozenset()
-        self.again = now
+        self.next_look = now
         self.reported: tuple[Any, ...] | None = None
         self.since = now
         self.ending: Ending | None = None
@@ -155,7 +155,7 @@ class Monitor:
         """Process a message of a rank."""
         seen, rank = self.seen[message.sender], message.sender
         # After a silence the time of computing is not known.
-        even = now - seen.at < self.patience.quiet
+        steady = now - seen.at < self.patience.quiet
         seen.at, seen.heard = now, True
         if message.kind == BYE:
             # With a body where the watch ends, and not the training.
@@ -163,7 +163,7 @@ class Monitor:
         elif message.kind == BEAT and len(message.body) >= HEARTBEAT.size:
             count, step, doing = HEARTBEAT.unpack_from(message.body)
             name = message.body[HEARTBEAT.size :].decode(errors="replace")
-            self._note(seen, count, step, DOING[min(doing, len(DOING) - 1)], name, now, even)
+            self._note(seen, count, step, DOING[min(doing, len(DOING) - 1)], name, now, steady)
         elif message.kind == FLIGHT and self.collecting:
             try:
                 table = unpack_flight(message.body)
@@ -171,41 +171,41 @@ class Monitor:
                 return
             if table["rank"] == rank:
                 self.flights[rank] = table
-                self._note(seen, table["count"], table["step"], table["state"], table["doing"], now, even)
+                self._note(seen, table["count"], table["step"], table["state"], table["doing"], now, steady)
         elif message.kind == DUMPED and self.ending is not None:
-            self.ending.lacking.discard(rank)
+            self.ending.awaited.discard(rank)
 
-    def _note(self, seen: Seen, count: int, step: int, state: str, name: str, now: float, even: bool) -> None:
+    def _note(self, seen: Seen, count: int, step: int, state: str, name: str, now: float, steady: bool) -> None:
         if (count, step, state) != (seen.count, seen.step, seen.state):
-            if seen.state == COMPUTING and even:
+            if seen.state == COMPUTING and steady:
                 seen.longest = max(seen.longest, now - seen.changed)
             seen.changed = now
         seen.count, seen.step, seen.state, seen.name = count, step, state, name
 
     def tick(self, now: float) -> None:
         """Look at all ranks. now: seconds of a monotonic clock."""
-        if now - self.ticked > self.patience.jump:
+        if now - self.last_tick > self.patience.jump:
             self._forget_times(now)
-        self.ticked = now
+        self.last_tick = now
         if self.ending is not None:
-            self._go_on_ending(now)
+            self._continue_ending(now)
             return
         if self.collecting:
             self._ask(now)
             return
-        if not self._speaks(now):
+        if not self._reports(now):
             self.reported = None
             return
-        if now >= self.noting:
-            self.noting = float("inf")
+        if now >= self.report_unheard_at:
+            self.report_unheard_at = float("inf")
             unheard = [rank for rank, one in enumerate(self.seen) if not one.heard]
             if unheard:
                 self.tell([f"note: {spans(unheard)} cannot be watched: neither datagrams nor files arrive from there"])
         stuck = self._stuck(now)
         if not stuck:
-            self._goes_on(now)
+            self._report_progress(now)
             self.stuck = stuck
-        elif stuck != self.stuck or now >= self.again:
+        elif stuck != self.stuck or now >= self.next_look:
             self.stuck, self.collecting = stuck, True
             self.flights, self.asked = {}, {}
             self._ask(now)
@@ -216,7 +216,7 @@ class Monitor:
             one.at = one.changed = now
         self.begun, self.collecting = now, False
 
-    def _speaks(self, now: float) -> bool:
+    def _reports(self, now: float) -> bool:
         first = self.seen[self.first]
         silent = first.heard and not first.gone and now - first.at >= max(self.patience.warn, self.patience.quiet)
         return self.rank == self.first or silent
@@ -277,17 +277,17 @@ class Monitor:
         ranks = [self._rank(rank, now) for rank in range(len(self.seen))]
         longest = {rank: one.longest for rank, one in enumerate(self.seen)}
         finding = diagnose(ranks, patience.warn, longest)
-        self.again = now + max(2 * patience.interval, patience.warn / 4)
+        self.next_look = now + max(2 * patience.interval, patience.warn / 4)
         if finding is None:
-            self._goes_on(now)
+            self._report_progress(now)
             return
         slow = max([0.0, *(2 * longest[one.rank] for one in finding.culprits if one.state == COMPUTING)])
         abort = max(patience.abort, slow) if patience.abort else 0.0
         ends = bool(abort) and finding.waited >= abort
         if finding.key != self.reported or ends:
-            self._say(finding, ranks, abort, ends, now)
+            self._report_stall(finding, ranks, abort, ends, now)
         self.reported, self.since = finding.key, now - finding.seconds
-        self.again = now + patience.warn
+        self.next_look = now + patience.warn
         if ends:
             silent = [one.rank for one in ranks if one.state in (SILENT, UNWATCHED)]
             # Silent ones too: they may only have been stopped, and are woken.
@@ -296,9 +296,9 @@ class Monitor:
             for rank in sorted(lacking):
                 self.post(DUMP, rank, json.dumps(silent).encode())
         elif abort:
-            self.again = min(self.again, now + max(2 * patience.interval, abort - finding.waited))
+            self.next_look = min(self.next_look, now + max(2 * patience.interval, abort - finding.waited))
 
-    def _say(self, finding: Finding, ranks: Sequence[Rank], abort: float, ends: bool, now: float) -> None:
+    def _report_stall(self, finding: Finding, ranks: Sequence[Rank], abort: float, ends: bool, now: float) -> None:
         lines = describe(finding, time.time())
         if ends:
             lines.append(f"the job ends with status 1 (--stall-abort {self.patience.abort:g})")
@@ -317,14 +317,14 @@ class Monitor:
         fields = {name: getattr(one, name) for name in TABLE}
         return {**table, **fields, "seconds": round(one.seconds, 3), "warn": self.patience.warn, "written": time.time()}
 
-    def _goes_on(self, now: float) -> None:
+    def _report_progress(self, now: float) -> None:
         if self.reported is not None:
             self.reported = None
             self.tell([f"training goes on, after a stall of about {now - self.since:.0f} s"])
 
-    def _go_on_ending(self, now: float) -> None:
+    def _continue_ending(self, now: float) -> None:
         assert self.ending is not None
-        if not self.ending.lacking or now >= self.ending.until:
+        if not self.ending.awaited or now >= self.ending.until:
             body = json.dumps(self.ending.silent).encode()
             for rank in sorted(range(len(self.seen)), key=lambda rank: rank == self.rank):
                 if not self.seen[rank].gone:

@@ -95,7 +95,7 @@ class Watch:
             first = next(iter(self.monitors))
             self.monitor = Monitor(rank, first, hosts, patience, self.post, tell, self._keep, self._condition, now)
         self.settled: float | None = None
-        self.ends = float("inf")
+        self.deadline = float("inf")
         self.stopping = threading.Event()
         self.wake, self.waker = os.pipe()
         self.thread = threading.Thread(target=self._run, name=f"watch of rank {rank}", daemon=True)
@@ -169,7 +169,7 @@ class Watch:
                 self.post(BEAT, monitor, beat)
         if self.monitor is not None:
             self.monitor.tick(self.clock())
-        if now >= self.ends:
+        if now >= self.deadline:
             self.leave(1)
 
     def _use_folder(self, now: float) -> None:
@@ -178,7 +178,7 @@ class Watch:
             return
         if self.monitor is not None and self.settled is None:
             self.settled = now
-            self.monitor.noting = now + self.patience.settle
+            self.monitor.report_unheard_at = now + self.patience.settle
         unheard = self.monitor is not None and len(self.routes) < self.size - 1
         if self.courier is None and now - self.begun >= self.look and (self.by_files or unheard):
             clears = self.rank == next(iter(self.monitors))
@@ -237,8 +237,8 @@ class Watch:
 
     def _show(self, monitor: int, body: bytes) -> None:
         """Print the stacks of this process, and continue stopped processes of its host, which are asked, too."""
-        if self.ends == float("inf"):
-            self.ends = self.clock() + LEFT
+        if self.deadline == float("inf"):
+            self.deadline = self.clock() + LEFT
             for other in self._reachable(body):
                 with contextlib.suppress(OSError):
                     os.kill(other.pid, signal.SIGCONT)
@@ -259,7 +259,7 @@ class Watch:
         if monitor == self.rank:
             self.leave(1)
         else:
-            self.ends = min(self.ends, self.clock() + ENDED)
+            self.deadline = min(self.deadline, self.clock() + ENDED)
 
     def _reachable(self, body: bytes) -> list[Process]:
         """Processes of the ranks in a message to which this process may send signals."""

@@ -308,6 +308,6 @@ class TruncatedBackPropagation(Replica):
         return self.measured
 
     def messages(self, step: int, batch: int) -> list[Message] | None:
-        if not self.alike:
+        if not self.same_sums:
             return None
         return [one for c in range(len(self.edges)) for one in self.sums[c > 0].messages()]

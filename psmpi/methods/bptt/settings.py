@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal
 
 from psmpi.config import Config, Least, option
 from psmpi.data import Dataset
-from psmpi.errors import UserError, counted
+from psmpi.errors import UserError, counted, unused_option
 from psmpi.nn.losses import LOSSES
 from psmpi.nn.network import Network
 from psmpi.nn.sequences import chunks, count_states
@@ -71,7 +71,8 @@ def check_bptt(network: Network, dataset: Dataset, config: Config) -> None:
     if any(width < 1 for width in s.future_hidden):
         raise UserError(f"--future-hidden {' '.join(map(str, s.future_hidden))}: expected widths from 1 up")
     if s.future == "none" and (s.future_hidden or s.future_lr):
-        raise UserError("--future-hidden and --future-lr are for --future synthetic: add that, or leave them out")
+        words = "--future-hidden" if s.future_hidden else "--future-lr"
+        raise unused_option(words, "--future", ("synthetic",), s.future)
     predictor = future_network(network, s)
     if predictor is not None:
         check_optimizer(config, predictor.layout(), ())

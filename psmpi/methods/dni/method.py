@@ -62,8 +62,8 @@ class DecoupledInterfaces(Method):
         self.stages = split_layers(network, self.count)
         runs = [network.runs(layout, *stage) for stage in self.stages]
         ranks = [owner_of(k, self.count, context.size) for k in range(self.count)]
-        self.held = [[k for k, rank in enumerate(ranks) if rank == one] for one in range(context.size)]
-        intervals = ([one for k in held for one in runs[k].intervals] for held in self.held)
+        self.rank_blocks = [[k for k, rank in enumerate(ranks) if rank == one] for one in range(context.size)]
+        intervals = ([one for k in held for one in runs[k].intervals] for held in self.rank_blocks)
         super().__init__(context, Ownership(tuple(map(Runs.union, intervals))))
         self.batch = context.config.data.batch_size
         self.world = context.group()
@@ -72,7 +72,7 @@ class DecoupledInterfaces(Method):
         self.slots = Slots(np.full((s.ahead, self.batch), -1, np.int64))
         self.boundaries = [self._boundary(cut.number, cut.units) for cut in self.cuts]
         self.credits = [] if s.returns else [self._boundary(cut.number, 1) for cut in self.cuts]
-        held = self.held[self.rank]
+        held = self.rank_blocks[self.rank]
         first, last = held[0] == 0, held[-1] == self.count - 1
         train = np.arange(dataset.train.n if first or s.synthetic_inputs else 0)
         tests = np.arange(dataset.test.n if first else 0)
@@ -119,7 +119,7 @@ class DecoupledInterfaces(Method):
 
     def _cut_buffers(self, cut: int) -> CutBuffers:
         """This rank's buffers of a cut."""
-        shape, held = (self.s.ahead, self.cuts[cut].units * self.batch), self.held[self.rank]
+        shape, held = (self.s.ahead, self.cuts[cut].units * self.batch), self.rank_blocks[self.rank]
         below, above = cut in held, cut + 1 in held
         none = self.ops.empty(0, self.dtype)
         outputs = self.flight.views.get(f"cut{cut + 1}.outputs")
@@ -138,7 +138,7 @@ class DecoupledInterfaces(Method):
         auxiliary, at = {}, 0
         for cut in self.cuts:
             for name, network in cut.networks.items():
-                if cut.side(name) not in self.held[self.rank]:
+                if cut.side(name) not in self.rank_blocks[self.rank]:
                     continue
                 place = slice(at, at + network.layout().size)
                 at = place.stop
@@ -299,7 +299,7 @@ class DecoupledInterfaces(Method):
         return up + [message for one in self.credits for message in one.messages(Step(1), back=True)]
 
     def work(self) -> tuple[str, str, int]:
-        numbers = self.held[self.rank]
+        numbers = self.rank_blocks[self.rank]
         layers = self.network.layers[self.stages[numbers[0]][0] : self.stages[numbers[-1]][1]]
         names = [layer.name for layer in layers if layer.linear or layer.inner]
         role = f"block {numbers[0] + 1}" if len(numbers) == 1 else f"blocks {numbers[0] + 1} to {numbers[-1] + 1}"

@@ -41,7 +41,7 @@ class FactorUpdates:
         self.ops, self.store, self.numbers = context.ops, store, context.numbers
         o, split, embedding = context.config.optimization, context.dataset.train, context.network.layers[0]
         assert isinstance(embedding, Embedding)
-        self.how = Descent(0.0, o.weight_decay or 0.0, o.clip, "squared")
+        self.rule = Descent(0.0, o.weight_decay or 0.0, o.clip, "squared")
         self.shape = embedding.out_shape[0], embedding.vocabulary
         tokens = np.ascontiguousarray(split.read(np.arange(split.n)).reshape(split.n, 2), np.int32)
         counts = np.bincount(tokens.reshape(-1), minlength=embedding.vocabulary)
@@ -64,7 +64,7 @@ class FactorUpdates:
 
     def run(self, ids: np.ndarray, lr: float) -> float:
         """Make the updates of a minibatch; return the sum of the losses."""
-        w, how = self.store.w.reshape(self.shape), self.how._replace(lr=lr)
+        w, how = self.store.w.reshape(self.shape), self.rule._replace(lr=lr)
         total = self.ops.factor_steps(ids, self.pairs, w, how, self.store.atomic)
         if not isfinite(total) and not self.numbers.lenient:
             raise FloatingPointError(DIVERGED)

@@ -63,7 +63,7 @@ class Hogwild(Method):
                 "--method hogwild shares weights in the memory of hosts, and a GPU has its own: add --backend compiled"
             )
         self.s, self.size = context.settings(Settings), context.size
-        self.group, self.aside = context.group(), context.uncounted()
+        self.group, self.uncounted = context.group(), context.uncounted()
         all_weights = Runs(((0, self.layout.size),))
         self.sparse = not context.settings(Settings).elements and is_sparse(
             context.network, context.dataset, context.config
@@ -83,11 +83,11 @@ class Hogwild(Method):
         self._declare(all_weights)
 
     def _choose(self) -> Windows | None:
-        """Set `kind`, `why` and `bound`, which resolve --updates auto; return the MPI windows, None on one rank."""
-        self.why, self.bound = "", self.s.bound
+        """Set `kind`, `reason` and `bound`, which resolve --updates auto; return the MPI windows, None on one rank."""
+        self.reason, self.bound = "", self.s.bound
         self.kind: str = self.s.updates
         if self.size == 1:
-            self.kind, self.why = "raw" if self.kind == "auto" else self.kind, "there is one rank"
+            self.kind, self.reason = "raw" if self.kind == "auto" else self.kind, "there is one rank"
             return None
         windows = windows_of(self.context.world)
         if self.kind == "auto":
@@ -105,22 +105,22 @@ class Hogwild(Method):
         if fault:
             if self.kind in SHARED and self.s.updates != "auto":
                 raise UserError(f"--updates {self.kind}: MPI's windows do not work here: {fault}; use --updates server")
-            self.kind, self.why = "server", f"warning: MPI's windows do not work here, {fault}: rank 0 is a server"
+            self.kind, self.reason = "server", f"warning: MPI's windows do not work here, {fault}: rank 0 is a server"
         if self.s.staleness == "auto" and self.kind in ("accumulate", "server"):
             self.bound = USUAL_STALENESS
         return windows
 
     def _usual(self, windows: Windows) -> str:
         if not windows.one_host:
-            self.why = "the ranks are on several hosts"
+            self.reason = "the ranks are on several hosts"
             return "accumulate"
         if not self.ops.atomics:
-            self.why = "there are no compiled kernels"
+            self.reason = "there are no compiled kernels"
             return "accumulate"
         if self.sparse or self.factors:
-            self.why = "all ranks are on one host, and samples of few weights rarely meet"
+            self.reason = "all ranks are on one host, and samples of few weights rarely meet"
             return "raw"
-        self.why = "all ranks are on one host"
+        self.reason = "all ranks are on one host"
         return "atomic"
 
     def _store(self, windows: Windows | None, all_weights: Runs) -> Store:
@@ -128,11 +128,11 @@ class Hogwild(Method):
         start, stop = next(iter(self.shards[self.rank].intervals), (0, 0))
         share = slice(start, stop)
         if windows is None or self.kind in SHARED:
-            return SharedStore(windows, n, share, self.aside, self.dtype, self.ops, self.kind == "atomic")
+            return SharedStore(windows, n, share, self.uncounted, self.dtype, self.ops, self.kind == "atomic")
         if self.kind == "accumulate":
-            return WindowStore(windows, edges_of(shards, n), self.aside, self.dtype, self.counter)
-        whole = Gather(self.aside, shards, all_weights, self.dtype)
-        return ServerStore(n, share, self.group, self.aside, whole, self.bound, self.dtype)
+            return WindowStore(windows, edges_of(shards, n), self.uncounted, self.dtype, self.counter)
+        whole = Gather(self.uncounted, shards, all_weights, self.dtype)
+        return ServerStore(n, share, self.group, self.uncounted, whole, self.bound, self.dtype)
 
     def _turns(self, windows: Windows | None) -> Turns:
         if windows is not None and self.s.hand_out == "tickets" and self.kind not in ("server", "cyclades"):
@@ -166,7 +166,7 @@ class Hogwild(Method):
             self.state.table(name, vector.reshape(1, -1))
         if self.updates.optimizer.vectors:
             self.state.rows = TableRows.one_each(self.size)
-            self.state.lost = "the optimizer states of this many ranks: all start from zeros"
+            self.state.not_restored = "the optimizer states of this many ranks: all start from zeros"
         self.account.hold("weights", *self.store.owned)
         self.account.hold("gradients", self.g)
         self.account.hold("buffers", *self.updates.owned)
@@ -205,10 +205,10 @@ class Hogwild(Method):
             "accumulate": "additions to MPI windows",
             "server": "messages to rank 0, which adds them",
         }[self.kind]
-        if self.why.startswith("warning: "):
-            yield self.why
+        if self.reason.startswith("warning: "):
+            yield self.reason
         elif self.s.updates == "auto":
-            yield f"note: updates are {kind} (--updates {self.kind}): {self.why}"
+            yield f"note: updates are {kind} (--updates {self.kind}): {self.reason}"
         else:
             yield f"note: updates are {kind}"
         if self.rank == 0:
@@ -243,20 +243,20 @@ class Hogwild(Method):
         self.store.settle()
         self.saved[...] = self.store.share
         # No rank adds before all ranks have their copy.
-        self.aside.comm.Barrier()
+        self.uncounted.comm.Barrier()
 
     def restored(self, tables: bool, fresh: Set[str]) -> None:
         if not tables:
             for vector in self.updates.optimizer.vectors.values():
                 vector.fill(0)
         turn = int(self.scalars["steps"])
-        self.turns.restart(turn, self.aside.comm.Barrier)
+        self.turns.restart(turn, self.uncounted.comm.Barrier)
         if isinstance(self.store, ServerStore):
             self.store.restart(turn)
 
     def test(self) -> dict[str, float]:
         self.store.settle()
-        scores = self.worker.metric.scores(self.aside.agree(self.worker.test()))
+        scores = self.worker.metric.scores(self.uncounted.agree(self.worker.test()))
         self.store.settle()
         return scores
 
@@ -269,11 +269,11 @@ class Hogwild(Method):
             return {}
         counts = np.zeros(1, np.int64)
         counts[0] = len(self.store.histogram)
-        self.aside.bcast(counts, 0)
+        self.uncounted.bcast(counts, 0)
         histogram = np.zeros(int(counts[0]), np.int64)
         if self.store.server:
             histogram[...] = self.store.histogram
-        self.aside.bcast(histogram, 0)
+        self.uncounted.bcast(histogram, 0)
         return {"staleness": histogram.tolist()}
 
     def work(self) -> tuple[str, str, int]:

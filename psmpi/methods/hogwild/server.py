@@ -35,12 +35,12 @@ class ServerStore(Store):
         n: int,
         share: slice,
         group: Group,
-        aside: Group,
+        uncounted: Group,
         whole: Gather,
         bound: int | None,
         dtype: np.dtype,
     ):
-        self.group, self.aside, self.whole, self.bound = group, aside, whole, bound
+        self.group, self.uncounted, self.whole, self.bound = group, uncounted, whole, bound
         self.server, self.workers = group.rank == 0, group.size - 1
         self.w = np.zeros(n, dtype)
         self.share = self.w[share]
@@ -53,7 +53,9 @@ class ServerStore(Store):
         self.stopped = 0
         self.owned = (self.w, self.change)
         # These receives are not counted; `_look` counts each message that has arrived.
-        self.requests = [aside.irecv(self.headers[k + 1], k + 1) for k in range(self.workers)] if self.server else []
+        self.requests = (
+            [uncounted.irecv(self.headers[k + 1], k + 1) for k in range(self.workers)] if self.server else []
+        )
 
     def read(self) -> None:
         version = np.empty(1, np.int64)
@@ -135,11 +137,11 @@ class ServerStore(Store):
         self.version += 1
 
     def _listen(self, worker: int) -> None:
-        self.requests[worker] = self.aside.irecv(self.headers[worker + 1], worker + 1)
+        self.requests[worker] = self.uncounted.irecv(self.headers[worker + 1], worker + 1)
 
     def settle(self) -> None:
         # Every worker has made all of its steps, and the server has received their changes.
-        self.aside.bcast(self.w, 0)
+        self.uncounted.bcast(self.w, 0)
 
     def loaded(self) -> None:
         self.whole.forward(self.share, self.w)

@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal
 
 from psmpi.config import Config, Least
 from psmpi.data import Dataset
-from psmpi.errors import UserError, counted
+from psmpi.errors import UserError, counted, unused_option
 from psmpi.methods.hogwild.elements import check_elements
 from psmpi.nn.network import Network
 from psmpi.optim import find_optimizer
@@ -104,7 +104,7 @@ def check_hogwild(size: int, network: Network, dataset: Dataset, config: Config)
     if s.bound is not None and s.updates == "cyclades":
         raise UserError("--staleness is not for --updates cyclades, which ends each minibatch together: leave it out")
     if s.flush_every != Settings().flush_every and s.updates not in ("auto", "accumulate"):
-        raise UserError(f"--flush-every is for --updates accumulate, not for {s.updates}: leave it out")
+        raise unused_option("--flush-every", "--updates", ("accumulate",), s.updates)
     if s.update_samples > config.data.batch_size:
         raise UserError(
             f"--update-samples {s.update_samples} with {counted(config.data.batch_size, 'sample')} a minibatch: an "

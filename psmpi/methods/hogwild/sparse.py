@@ -61,7 +61,7 @@ class SparseUpdates:
         targets = (2 * split.labels - 1) * kappa if self.classes else split.targets[:, 0]
         scale = 0.5 if name == "squared" and self.classes else 1.0
         assert name in SLOPES
-        self.how = Descent(0.0, o.weight_decay or 0.0, o.clip, name, scale)
+        self.rule = Descent(0.0, o.weight_decay or 0.0, o.clip, name, scale)
         counts = np.bincount(samples.columns, minlength=samples.features)
         self.rows = Rows(
             samples.starts, samples.columns, samples.values, targets.astype(context.dtype),
@@ -117,7 +117,7 @@ class SparseUpdates:
         return total
 
     def _steps(self, ids: np.ndarray, lr: float, block: int) -> float:
-        w, how = self.store.w, self.how._replace(lr=lr)
+        w, how = self.store.w, self.rule._replace(lr=lr)
         bias = None if self.bias is None else w[self.bias]
         weights, atomic = w[self.weight], self.atomic
         if block > 1:

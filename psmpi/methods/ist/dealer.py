@@ -13,7 +13,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from psmpi.errors import UserError
+from psmpi.errors import UserError, unused_option
 from psmpi.layout import Share, Shares, even_edges
 from psmpi.nn.layers import Layer
 from psmpi.nn.layers.cosine import Cosine
@@ -39,11 +39,11 @@ class Dealer:
     ):
         self.network, self.workers, self.seed, self.strata = network, workers, seed, strata
         self.parameters = {p.name: p for layer in network.layers for p in layer.parameters()}
-        self.everybody = tuple(range(workers))
+        self.all_workers = tuple(range(workers))
         if deal == "blocks" and strata:
-            raise UserError("--strata is for --deal units: leave it out")
+            raise unused_option("--strata", "--deal", ("units",), deal)
         if deal == "units" and min_blocks != 1:
-            raise UserError(f"--min-blocks {min_blocks} is for --deal blocks: leave it out")
+            raise unused_option(f"--min-blocks {min_blocks}", "--deal", ("blocks",), deal)
         if deal == "blocks":
             self.blocks = find_blocks(network)
             if len(self.blocks) < 1:
@@ -125,7 +125,7 @@ class Dealer:
             shares = {}
             for name in self.parameters:
                 dealt_out = name in rows or name in columns or self.workers == 1
-                owners = (worker,) if dealt_out else self.everybody
+                owners = (worker,) if dealt_out else self.all_workers
                 shares[name] = Share(name, rows.get(name), columns.get(name), owners)
             all_shares.append(shares)
         return all_shares
@@ -139,7 +139,7 @@ class Dealer:
         ]
         names = [self._names(at) for at in range(count)]
         owners = {
-            name: tuple(worker for worker in self.everybody if block in dealt[worker])
+            name: tuple(worker for worker in self.all_workers if block in dealt[worker])
             for block in range(count)
             for name in names[block]
         }
@@ -151,7 +151,7 @@ class Dealer:
                 source = name
                 if name in slots:
                     source = names[dealt[worker][slots[name]]][names[slots[name]].index(name)]
-                shares[name] = Share(source, None, None, owners.get(source, self.everybody))
+                shares[name] = Share(source, None, None, owners.get(source, self.all_workers))
             all_shares.append(shares)
         return all_shares
 

@@ -76,7 +76,7 @@ class Cycle:
             count = (len(u) - 1) * size
             self.g.append(self.rhs[at : at + count].reshape(-1, size))
             at += count
-        self.two = self.room[: 2 * size].reshape(-1, size)
+        self.pair = self.room[: 2 * size].reshape(-1, size)
         return states
 
     @property
@@ -142,7 +142,7 @@ class Cycle:
     def _restrict(self, level: int) -> None:
         """Compute g of the next level: v_j - Phi^c(v_{j-1}) + r_j with r_j the residual at point j m."""
         u, m = self.u[level], self.factors[level]
-        fine, coarse = self.two
+        fine, coarse = self.pair
         squares = np.zeros(2)
         for j, g in enumerate(self.g[level]):
             v = u[(j + 1) * m]

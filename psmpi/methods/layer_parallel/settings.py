@@ -47,7 +47,7 @@ class Settings:
     both: adjoint passes too
     """
     serial_ends: Annotated[int, Least(0)] = 0
-    """Residual layers at each end that the first and the last rank compute one after the other."""
+    """Residual layers at each end that the first and the last rank compute one after the other; 0: none."""
     layer_replicas: Annotated[int, Least(1)] = 1
     """Rows of ranks, each with all layers and a slice of each minibatch. Must divide the ranks."""
     gamma_tik: float = 0.0

@@ -77,7 +77,7 @@ class InNetwork(Method):
         self.order: tuple[int, list[np.ndarray]] = (-1, [])
         all_weights = Runs(((0, size),))
         self.all_weights = all_weights
-        self.aside = context.uncounted()
+        self.uncounted = context.uncounted()
         self.w, self.g = self._rows(), self._rows()
         # Arrays of a pass: the weights of an agent, or their mean, and the gradient of a minibatch.
         self.x, self.dx = ops.zeros(size, self.dtype), ops.zeros(size, self.dtype)
@@ -100,7 +100,7 @@ class InNetwork(Method):
         )
         graph = graph_of(s)
         self.links = crc32(np.array(graph.links, np.int64).tobytes())
-        if not self.aside.same_bits(np.array([self.links])):
+        if not self.uncounted.same_bits(np.array([self.links])):
             raise UserError(f"--graph {s.graph}: the file is not the same on all hosts: copy one to all of them")
         self.scalars["graph"] = self.links
         self.exchange = Exchange(group, graph, self.owners, self.sent, self.dtype, ops)
@@ -130,7 +130,7 @@ class InNetwork(Method):
         """Declare the state: the mean of the weights, and all vectors of each agent as rows of tables."""
         size, shard = self.layout.size, next(iter(self.shards[self.rank].intervals), (0, 0))
         share = self.x[slice(*shard)]
-        self.whole = Gather(self.aside, self.shards.runs, all_weights, self.dtype)
+        self.whole = Gather(self.uncounted, self.shards.runs, all_weights, self.dtype)
         self.state.vector("weights", share, after=partial(self.whole.forward, share, self.x))
         self.account.hold("weights", self.x)
         optimizer = configured_optimizer(
@@ -154,7 +154,7 @@ class InNetwork(Method):
             self.state.table(name, table)
         rows = [tuple(a for a, owner in enumerate(self.owners) if owner == r) for r in range(self.context.size)]
         self.state.rows = TableRows(tuple(rows))
-        self.state.lost = "the weights of these agents: all of them start from the mean"
+        self.state.not_restored = "the weights of these agents: all of them start from the mean"
 
     def _inner(self) -> Inner:
         """Make the solver of convex models that linearise only the network."""
@@ -244,7 +244,7 @@ class InNetwork(Method):
         self.x.fill(0)
         for row in self.w:
             self.ops.combine(self.x, (1.0, self.x), (1 / self.count, row))
-        self.aside.allreduce(self.x)
+        self.uncounted.allreduce(self.x)
 
     def restored(self, tables: bool, fresh: Set[str]) -> None:
         if not tables:
@@ -264,15 +264,15 @@ class InNetwork(Method):
     def test(self) -> dict[str, float]:
         """Return the scores of the mean of the agents' weights; measure those of every agent, see `diagnostics`."""
         self.drain()
-        verify(self.aside, self.ops.host(self.x), "use another MPI library")
-        scores = self.worker.metric.scores(self.aside.agree(self.worker.test()))
+        verify(self.uncounted, self.ops.host(self.x), "use another MPI library")
+        scores = self.worker.metric.scores(self.uncounted.agree(self.worker.test()))
         self.measured = self._distances()
         agent_scores = []
         for agent, rank in enumerate(self.owners):
             if rank == self.rank:
                 self.x[...] = self.w[agent - self.agents[0]]
-            self.aside.bcast(self.x, rank)
-            agent_scores.append(self.worker.metric.scores(self.aside.agree(self.worker.test())))
+            self.uncounted.bcast(self.x, rank)
+            agent_scores.append(self.worker.metric.scores(self.uncounted.agree(self.worker.test())))
         for name in agent_scores[0]:
             values = [one[name] for one in agent_scores]
             self.measured[f"agents_{name}"] = values
@@ -286,7 +286,7 @@ class InNetwork(Method):
         for own, row in enumerate(self.w):
             self.ops.combine(self.dx, (1.0, row), (-1.0, self.x))
             far[self.agents[own]] = float(np.sqrt(self.ops.squared_norm(self.dx)))
-        distances = {"disagreement": float(self.aside.agree(far).max())}
+        distances = {"disagreement": float(self.uncounted.agree(far).max())}
         if self.rule.tracked:
             # After an exchange, trackers still belong to the last gradients.
             total = np.zeros(self.dx.size)
@@ -294,7 +294,7 @@ class InNetwork(Method):
                 self.ops.combine(self.dx, (1.0, y), (-1.0, g))
                 total += self.ops.host(self.dx)
             total /= self.count
-            distances["tracking_error"] = float(np.abs(self.aside.agree(total)).max())
+            distances["tracking_error"] = float(np.abs(self.uncounted.agree(total)).max())
         return distances
 
     def diagnostics(self) -> dict[str, Any]:

@@ -25,7 +25,7 @@ def next_needed(size: int, network: Network, dataset: Dataset, config: Config) -
         vectors = vectors_needed(config, layout, (count + 1) * whole, (count + 1) * whole, count * whole)
         sent = 2 * sent_components(whole, s.gossip_density) if rule is Choco else rule.sent * whole
         mixed = 0 if rule is Choco else rule.sent * whole
-        extra = {"optimizer": rule.kept * count * whole, "weights": mixed * count, "buffers": sent * count}
+        extra = {"optimizer": rule.stored_vectors * count * whole, "weights": mixed * count, "buffers": sent * count}
         if s.linearization == "partial":
             # Derivatives of all scores of a step, and the smaller system of a block, in float64.
             steps = 1 if s.tracking == "full" else -(-dataset.train.n // config.data.batch_size)

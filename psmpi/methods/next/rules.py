@@ -48,12 +48,12 @@ class Agents:
 class Rule:
     """Base class of rules: the vectors that agents send, and the use of mixed vectors.
 
-    vectors: the vectors of agents besides their weights, by name, (agents, size) each, kept in checkpoints; kept: their
-    number. sent: the number of vectors of an exchange. tracked: the name of the vector whose mean over agents is that
-    of their gradients, "" without one.
+    vectors: the vectors of agents besides their weights, by name, (agents, size) each, kept in checkpoints.
+    stored_vectors: their number. sent: the number of vectors of an exchange. tracked: the name of the vector whose mean
+    over agents is that of their gradients, "" without one.
     """
 
-    kept: ClassVar[int] = 0
+    stored_vectors: ClassVar[int] = 0
     sent: ClassVar[int] = 1
     tracked: ClassVar[str] = ""
 
@@ -163,7 +163,7 @@ class Extra(Rule):
     v and g_v are weights and gradient of the last iteration; `carry` is (v + mixed v)/2 - a g_v.
     """
 
-    kept = 1
+    stored_vectors = 1
 
     def __init__(self, agents: Agents):
         super().__init__(agents)
@@ -194,7 +194,7 @@ class LocalSteps(Rule):
     The correction c estimates the mean gradient over agents minus the agent's own; its mean over agents is 0.
     """
 
-    kept = sent = 2
+    stored_vectors = sent = 2
 
     def __init__(self, agents: Agents):
         super().__init__(agents)
@@ -239,7 +239,7 @@ class Choco(Rule):
     their places, integers in the bits of numbers of the same size.
     """
 
-    kept = 2
+    stored_vectors = 2
 
     def __init__(self, agents: Agents):
         super().__init__(agents)

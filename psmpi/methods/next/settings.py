@@ -12,7 +12,7 @@ import numpy as np
 
 from psmpi.config import Config, Least, option
 from psmpi.data import Dataset
-from psmpi.errors import UserError, counted
+from psmpi.errors import UserError, counted, unused_option
 from psmpi.methods.next.convex import Terms, read_set
 from psmpi.methods.next.deal import classes_each, deal_samples
 from psmpi.methods.next.graph import Graph, make_graph
@@ -154,7 +154,7 @@ def check_next(size: int, network: Network, dataset: Dataset, config: Config) ->
         )
     check_rounds(config, "between two exchanges")
     if s.rule != "kgt" and config.of(Rounds).local_steps != Rounds().local_steps:
-        raise UserError(f"--local-steps is for --rule kgt, not for {s.rule}: leave it out")
+        raise unused_option("--local-steps", "--rule", ("kgt",), s.rule)
     check_first_order(config, "has line searches and curvature pairs, and every agent would need its own")
     if find_optimizer(o.optimizer).needs_matrices:
         raise UserError(
@@ -200,9 +200,7 @@ def _check_numbers(s: Settings) -> None:
             raise UserError(f"{option(name)} {value:g}: expected 0 or a number above it, up to {most:g}")
     for name, rules in USERS.items():
         if s.rule not in rules and getattr(s, name) != _default(name):
-            raise UserError(
-                f"{option(name)} is for --rule {rules[0]}, not for {s.rule}: leave it out, or use --rule {rules[0]}"
-            )
+            raise unused_option(option(name), "--rule", rules, s.rule)
     if s.graph_seed and s.link_probability == 1 and not s.graph.startswith("erdos:"):
         raise UserError(
             f"--graph-seed {s.graph_seed}: nothing is drawn of --graph {s.graph} if all links work: leave it out"
@@ -229,7 +227,7 @@ def _check_model(network: Network, config: Config, s: Settings) -> None:
     kind = s.terms.kind
     if s.linearization == "full":
         if s.inner_blocks > 1:
-            raise UserError(f"--inner-blocks {s.inner_blocks} is for --linearization partial: leave it out")
+            raise unused_option(f"--inner-blocks {s.inner_blocks}", "--linearization", ("partial",), s.linearization)
         return
     if size > MOST:
         raise UserError(

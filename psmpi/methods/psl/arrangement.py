@@ -101,7 +101,7 @@ def _macs(network: Network, worker: Worker, length: int, samples: int, sliced: i
     for layers, count in (((0, length), sliced), ((length, len(network.layers)), samples)):
         stages = network.stages(worker.classes, fold=False, layers=layers) if layers[0] < layers[1] else ()
         for stage in (one for outer in stages for one in walk(outer)):
-            macs = stage.layer.macs // len(stage.kept) * int(np.count_nonzero(stage.kept)) * count
+            macs = stage.layer.macs // len(stage.outputs) * int(np.count_nonzero(stage.outputs)) * count
             # Samples need no gradient, so the first layer makes two products and not three.
             total += macs * (2 if first else 3)
             first = first and not macs

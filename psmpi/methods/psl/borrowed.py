@@ -79,7 +79,7 @@ def _places(own_parts: Sequence[Part], lender_parts: Sequence[Part]) -> list[Any
     """Return for each part the positions of its units among the lender's, and the same for the parts inside it."""
     places: list[Any] = []
     for own, other in zip(own_parts, lender_parts, strict=True):
-        places.append((_positions(other.stage.kept, own.stage.kept), _places(own.inner, other.inner)))
+        places.append((_positions(other.stage.outputs, own.stage.outputs), _places(own.inner, other.inner)))
     return places
 
 

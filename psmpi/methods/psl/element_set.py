@@ -40,19 +40,20 @@ def largest_element(layout: Layout) -> int:
 class Side:
     """One class's score in the loss of the elements that depend on it: `terms` weighted sums of samples' gradients.
 
-    number: of the class among the worker's; slices: of the class's weights in the worker's part; others: (terms,)
-    numbers of the other classes. lost, won: (terms,), the factors of the loss's derivatives with respect to the other
-    score over samples of this class (0 or -1), and to this score over samples of the other class (0 or 1). sums:
-    (terms, weights of the class); spread: adds these sums to the elements' gradients.
+    number: of the class among the worker's; slices: of the class's weights in the worker's part; other_classes:
+    (terms,) numbers of the other classes. own_label_factors: (terms,) 0 or -1, the factors of the loss's derivatives
+    with respect to the other score, over samples of this class. other_label_factors: (terms,) 0 or 1, the factors of
+    the derivatives with respect to this score, over samples of the other class. sums: (terms, weights of the class);
+    spread: adds these sums to the elements' gradients.
     """
 
     number: int
     slices: list[slice]
     model: Model
     borrowed: Borrowed
-    others: np.ndarray
-    lost: np.ndarray
-    won: np.ndarray
+    other_classes: np.ndarray
+    own_label_factors: np.ndarray
+    other_label_factors: np.ndarray
     sums: np.ndarray
     spread: RunCopies
 
@@ -134,9 +135,9 @@ class ElementSet:
             slices=[self.part.local(*run) for run in runs.intervals],
             model=model,
             borrowed=Borrowed(model, self.whole),
-            others=self.ops.put(np.array([at[other] for _, other, _, _ in terms], np.int64)),
-            lost=self.ops.put(np.array([lost for _, _, lost, _ in terms], self.dtype)),
-            won=self.ops.put(np.array([won for _, _, _, won in terms], self.dtype)),
+            other_classes=self.ops.put(np.array([at[other] for _, other, _, _ in terms], np.int64)),
+            own_label_factors=self.ops.put(np.array([lost for _, _, lost, _ in terms], self.dtype)),
+            other_label_factors=self.ops.put(np.array([won for _, _, _, won in terms], self.dtype)),
             sums=self.sums[: len(terms) * runs.size].reshape(-1, runs.size),
             spread=self.ops.run_copies(np.array(table, np.int64).reshape(-1, 3)),
         )
@@ -226,7 +227,7 @@ class ElementSet:
         # The derivative of a pairwise loss with respect to another class's score comes from one term alone.
         (whole, grad), report = self._losses(x, b, scale, derivatives=True), self.objective.report.array
         for side in self.sides:
-            terms, model, start = len(side.others), side.model, 0
+            terms, model, start = len(side.other_classes), side.model, 0
             for run in side.slices:
                 stop = start + run.stop - run.start
                 model.w[start:stop] = self.whole.w[run]
@@ -234,7 +235,14 @@ class ElementSet:
             tape = side.borrowed.tape(whole)
             weights = self.weights[: terms * batch].reshape(terms, batch)
             self.curvature.term_weights(
-                grad, self.objective.targets(b), report, side.number, side.others, side.lost, side.won, weights
+                grad,
+                self.objective.targets(b),
+                report,
+                side.number,
+                side.other_classes,
+                side.own_label_factors,
+                side.other_label_factors,
+                weights,
             )
             ones = self.ones[:batch].reshape(1, batch)
             ones.fill(1)

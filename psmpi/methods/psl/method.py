@@ -95,7 +95,7 @@ class PartiallySeparable(Method):
                 context, self.state, self.world, self.exchange, self.worker, self.w_part, self.w
             )
             self.state.rows = element_rows(self.roles, context.config.optimization.merge_pairs)
-            self.state.lost = "the curvature of these elements: it starts afresh"
+            self.state.not_restored = "the curvature of these elements: it starts afresh"
             # From here on, workers repeat the steps of the owners, and no weights are sent.
             self.exchange.forward(self.w, self.w_part)
         self.failed_before: dict[str, float | int] = {}

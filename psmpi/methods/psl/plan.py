@@ -11,9 +11,9 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 
-from psmpi.config import Config, Least
+from psmpi.config import Config, Least, option
 from psmpi.data import Dataset
-from psmpi.errors import UserError
+from psmpi.errors import UserError, unused_option
 from psmpi.layout import Layout, Roles, Runs, TableRows, assign_roles
 from psmpi.methods.psl.arrangement import Arrangement, Cost, arrangements, cost
 from psmpi.methods.psl.element_set import elements_of
@@ -44,8 +44,7 @@ class Settings:
     pairs: element losses of some pairs of classes
     """
     replicas: Annotated[int, Least(0)] = 0
-    """Rows of workers that split each minibatch; 0: fitting. That is as few as give every worker work, or the choice of
-    --trunk auto."""
+    """Rows of workers that split each minibatch; 0: as few as give every worker work, or the choice of --trunk auto."""
     trunk: Literal["replicated", "split", "auto"] = "replicated"
     """Computation of the first layers, which all classes share.
 
@@ -305,7 +304,4 @@ def _check_newton(network: Network, roles: Roles, config: Config) -> None:
     for setting in ("extrapolation", "line_search", "first_step"):
         value = getattr(o, setting)
         if value != getattr(usual, setting) and o.globalization != "line-search":
-            raise UserError(
-                f"--{setting.replace('_', '-')} {value} is for --globalization line-search, not for "
-                f"{o.globalization}: leave one of the two out"
-            )
+            raise unused_option(f"{option(setting)} {value}", "--globalization", ("line-search",), o.globalization)

@@ -69,10 +69,10 @@ class SyntheticLabels(Method):
         self.count = count_parts(context.size, network, s.parts)
         self.assignment, self.stages = Assignment(context.size, self.count), split_layers(network, self.count)
         runs = [network.runs(layout, *stage) for stage in self.stages]
-        held = self.assignment.held(context.rank)
+        held = self.assignment.parts_of(context.rank)
         # All rows of a part hold its shard; the first row writes checkpoints.
         intervals = (
-            [one for k in self.assignment.held(rank) for one in runs[k].intervals] for rank in range(context.size)
+            [one for k in self.assignment.parts_of(rank) for one in runs[k].intervals] for rank in range(context.size)
         )
         super().__init__(context, Ownership(tuple(map(Runs.union, intervals))))
         self.clip, self.mode = config.optimization.clip, s.hand_over
@@ -272,7 +272,7 @@ class SyntheticLabels(Method):
         """Go on from a checkpoint; repeat its hand-over, from the same weights and in the same pieces, to the bit."""
         if "handed" in fresh:
             self.handed[...] = self.w
-        self.chain.past = int(self.scalars["macs"]), int(self.scalars["handed_bytes"])
+        self.chain.earlier_counts = int(self.scalars["macs"]), int(self.scalars["handed_bytes"])
         self.chain.macs = self.chain.handed_bytes = 0
         if self.scalars["parts"] != self.count:
             raise UserError(

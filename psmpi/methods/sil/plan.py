@@ -11,7 +11,7 @@ import numpy as np
 
 from psmpi.config import Config, Least
 from psmpi.data import Dataset
-from psmpi.errors import UserError
+from psmpi.errors import UserError, unused_option
 from psmpi.layout import split_evenly
 from psmpi.nn.cut import split_layers
 from psmpi.nn.network import Network
@@ -60,7 +60,7 @@ class Settings:
     part_epochs: tuple[int, ...] = ()
     """Epochs of each part, in turn. If not given: equal shares."""
     recovery_epochs: Annotated[int, Least(0)] = 0
-    """Last epochs in which all parts train together as one network, of --epochs."""
+    """Last epochs in which all parts train together as one network, of --epochs; 0: none."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class Assignment:
     def rank(self, part: int, row: int) -> int:
         return part // max(1, self.parts // self.size) * self.rows + row
 
-    def held(self, rank: int) -> list[int]:
+    def parts_of(self, rank: int) -> list[int]:
         return [k for k in range(self.parts) if self.rank(k, rank % self.rows) == rank]
 
 
@@ -163,7 +163,7 @@ def check_sil(size: int, network: Network, dataset: Dataset, config: Config) -> 
     if not 1e-6 <= s.labels_scale <= 1e6:
         raise UserError(f"--labels-scale {s.labels_scale}: expected a number from 1e-6 to 1e6, usually 1")
     if s.hand_over != "labels" and s.labels_noise != Settings().labels_noise:
-        raise UserError(f"--labels-noise {s.labels_noise} is for --hand-over labels: leave it out")
+        raise unused_option(f"--labels-noise {s.labels_noise}", "--hand-over", ("labels",), s.hand_over)
     if not 0 <= s.labels_noise <= 1e6:
         raise UserError(f"--labels-noise {s.labels_noise}: expected 0 (none) or a number above it, up to 1e6")
     widths = [int(np.prod(network.layers[stop - 1].out_shape)) for _, stop in split_layers(network, parts)[:-1]]
@@ -184,7 +184,7 @@ def sil_needed(size: int, network: Network, dataset: Dataset, config: Config) ->
     all_needs = []
     for rank in range(size):
         held, tests = (
-            assignment.held(rank),
+            assignment.parts_of(rank),
             network.evaluation_batches(dataset.test.n)[rank % assignment.rows :: assignment.rows],
         )
         shard = sum(network.runs(layout, *stages[k]).size for k in held)

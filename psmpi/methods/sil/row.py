@@ -48,7 +48,7 @@ class Row:
         self.pieces = network.evaluation_batches(n)
         if network.normalized:
             self.pieces = [slice(k, None, len(self.pieces)) for k in range(len(self.pieces))]
-        self.past, self.macs, self.handed_bytes = (0, 0), 0, 0
+        self.earlier_counts, self.macs, self.handed_bytes = (0, 0), 0, 0
         self.count = n
 
     def fetch(self, samples: Resident, ids: np.ndarray) -> np.ndarray | None:
@@ -131,4 +131,4 @@ class Row:
         # In two halves, as the sums are float64, which holds integers up to 2^53.
         halves = np.array([divmod(n, 1 << 32) for n in (self.macs, self.handed_bytes)], np.float64)
         (macs, macs_low), (handed, handed_low) = self.world.agree(halves.reshape(-1)).reshape(2, 2).astype(int).tolist()
-        return self.past[0] + (macs << 32) + macs_low, self.past[1] + (handed << 32) + handed_low
+        return self.earlier_counts[0] + (macs << 32) + macs_low, self.earlier_counts[1] + (handed << 32) + handed_low

@@ -42,12 +42,12 @@ def local_network(plan: Plan, rank: int, transfers: Transfers | None = None) -> 
     scores = plan.scores
     classes = plan.network.classes if scores is None else scores[rank]
     for number, step in enumerate(plan.steps):
-        layer, held = step.layer, (len(step.held(rank)),)
+        layer, held = step.layer, (len(step.input_units(rank)),)
         if number and step.moves:
             halo = transfers.halo(step) if transfers is not None else None
             layers.append(Ghosts(f"{layer.name}.halo", held, (len(step.needed[rank]),), classes, halo))
         # A rank without units of a layer only takes part in its exchanges.
-        if len(step.own(rank)):
+        if len(step.output_units(rank)):
             layers.append(step.local(rank))
         if isinstance(step, PlacedColumns) and plan.size > 1:
             total = transfers.total(prod(layer.out_shape)) if transfers is not None else None

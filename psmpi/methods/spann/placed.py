@@ -32,19 +32,19 @@ class Placed:
     in_owners: np.ndarray | None
     out_owners: np.ndarray | None
 
-    def own(self, rank: int) -> Units:
+    def output_units(self, rank: int) -> Units:
         """Return the output units that a rank computes, increasing."""
         if self.out_owners is None:
             return np.arange(prod(self.layer.out_shape))
         return np.flatnonzero(self.out_owners == rank)
 
-    def held(self, rank: int) -> Units:
+    def input_units(self, rank: int) -> Units:
         """Return the input units that a rank has, increasing; none if the inputs are samples."""
         return np.flatnonzero(self.in_owners == rank) if self.in_owners is not None else np.empty(0, np.int64)
 
     def needs(self, rank: int) -> Units:
         """Return the input units that a rank uses, increasing."""
-        return self.held(rank)
+        return self.input_units(rank)
 
     @cached_property
     def needed(self) -> list[Units]:
@@ -56,7 +56,7 @@ class Placed:
         """Whether some rank uses other input units than those that it has."""
         if self.in_owners is None:
             return False
-        return any(not np.array_equal(units, self.held(rank)) for rank, units in enumerate(self.needed))
+        return any(not np.array_equal(units, self.input_units(rank)) for rank, units in enumerate(self.needed))
 
     def volume(self) -> int:
         """Return the numbers a sample that ranks send: each unit once to every other rank that uses it."""
@@ -72,14 +72,14 @@ class Placed:
 
     def local(self, rank: int) -> Layer:
         """Return the layer of a rank's units."""
-        units = (len(self.own(rank)),)
+        units = (len(self.output_units(rank)),)
         if isinstance(self.layer, Activation):
             return replace(self.layer, in_shape=units, out_shape=units)
         return self.layer.restrict(units[0], units)
 
     def boxes(self, rank: int) -> list[Box]:
         """Return a rank's boxes of the layer's parameters."""
-        return [Box(p.name, (run,)) for p in self.layer.parameters() for run in _runs(self.own(rank))]
+        return [Box(p.name, (run,)) for p in self.layer.parameters() for run in _runs(self.output_units(rank))]
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,10 +88,10 @@ class PlacedSamples(Placed):
 
     user: Placed
 
-    def own(self, rank: int) -> Units:
+    def output_units(self, rank: int) -> Units:
         return self.user.needed[rank]
 
-    needs = own
+    needs = output_units
 
 
 class PlacedSlab(Placed):
@@ -124,7 +124,7 @@ class PlacedRows(Placed):
         return np.arange(self.layer.in_shape[0])
 
     def local(self, rank: int) -> Layer:
-        return replace(self.layer, out_shape=(len(self.own(rank)),))
+        return replace(self.layer, out_shape=(len(self.output_units(rank)),))
 
 
 class PlacedSparse(Placed):
@@ -139,7 +139,7 @@ class PlacedSparse(Placed):
     def _rows(self, rank: int) -> np.ndarray:
         """Return (units,) bool: the rows that a rank has."""
         rows = np.zeros(self.layer.units, bool)
-        rows[self.own(rank)] = True
+        rows[self.output_units(rank)] = True
         return rows
 
     def local(self, rank: int) -> Layer:
@@ -149,7 +149,7 @@ class PlacedSparse(Placed):
         return replace(self.layer, in_shape=(pattern.inputs,), out_shape=(pattern.rows,), pattern=pattern)
 
     def boxes(self, rank: int) -> list[Box]:
-        starts, rows = self.layer.pattern.starts, _runs(self.own(rank))
+        starts, rows = self.layer.pattern.starts, _runs(self.output_units(rank))
         weight, *bias = self.layer.parameters()
         entries = [(int(starts[a]), int(starts[b])) for a, b in rows]
         weights = [Box(weight.name, (run,)) for run in entries if run[0] < run[1]]
@@ -166,11 +166,11 @@ class PlacedColumns(Placed):
         return self.layer.bias and rank == 0
 
     def local(self, rank: int) -> Layer:
-        return replace(self.layer, in_shape=(len(self.held(rank)),), bias=self.bias(rank))
+        return replace(self.layer, in_shape=(len(self.input_units(rank)),), bias=self.bias(rank))
 
     def boxes(self, rank: int) -> list[Box]:
         name, rows = self.layer.name, (0, self.layer.units)
-        weights = [Box(f"{name}.weight", (rows, run)) for run in _runs(self.held(rank))]
+        weights = [Box(f"{name}.weight", (rows, run)) for run in _runs(self.input_units(rank))]
         return [*weights, Box(f"{name}.bias", (rows,))] if self.bias(rank) else weights
 
 

@@ -21,7 +21,7 @@ def received(plan: Plan, rank: int, batch: int, keeps: bool) -> int:
     own = samples[place["i"] + 1] - samples[place["i"]]
     tiles = list(plan.tiles.values())
     for number, tile in enumerate(tiles):
-        columns, wanted = own * prod(tile.layer.in_shape[1:]), not tile.given
+        columns, wanted = own * prod(tile.layer.in_shape[1:]), not tile.reads_samples
         rows, inputs = tile.product(place)
         (a, b), (c, d) = tile.box(place).ranges
         if grid.products == "panels":
@@ -29,7 +29,7 @@ def received(plan: Plan, rank: int, batch: int, keeps: bool) -> int:
             own_inputs = tile.inputs.counts[place["j"]]
             panels = (inputs - (d - c)) * rows
             numbers += panels * (1 + wanted) + (d - c) * rows * other_rows
-            numbers += 0 if tile.given else 2 * (inputs - own_inputs) * columns
+            numbers += 0 if tile.reads_samples else 2 * (inputs - own_inputs) * columns
             numbers += other_rows * own_inputs * columns * wanted
             continue
         gathers = 1 + (wanted and not keeps and number < len(tiles) - 2)

@@ -91,7 +91,7 @@ def make_products(
         shapes.append((rows, columns))
     weights = Weights(exchanges, shapes, ops, dtype, keeps, ahead)
     # Samples need no gradient, so backward ends at the second tile if the first one's inputs are samples.
-    ends = len(tiles) - 1, int(tiles[0].given)
+    ends = len(tiles) - 1, int(tiles[0].reads_samples)
     by_layer: dict[str, Products] = {}
     for number, tile in enumerate(tiles):
         inputs = outputs = None
@@ -112,7 +112,7 @@ def _panels(
     counts, (rows, _) = tile.inputs.counts, tile.product(place)
     inputs = [Spread(groups["j"], n, space.dtype, k, per_sample=True) for k, n in enumerate(counts)]
     weights = [Spread(groups["i"], rows * n, space.dtype, k) for k, n in enumerate(counts)]
-    return Panels(inputs, weights, counts, rows, ops, space, given=tile.given, ahead=ahead)
+    return Panels(inputs, weights, counts, rows, ops, space, reads_samples=tile.reads_samples, ahead=ahead)
 
 
 def starts_of_vectors(plan: Plan, own: Layout) -> tuple[int, int]:

@@ -212,7 +212,7 @@ class TensorParallel(Method):
         for name, products in self.products.items():
             tile = tiles[name]
             columns = share * prod(tile.layer.in_shape[1:])
-            messages += products.messages(columns, not tile.given)
+            messages += products.messages(columns, not tile.reads_samples)
         wide = np.dtype(np.float64)
         for layer in leaves(self.local.layers):
             for numbers in layer.unit_sums if self.units.size > 1 else ():

@@ -26,13 +26,14 @@ from psmpi.registry import WHOLE
 class Tile:
     """One dense layer on the grid: the cuts of its inputs and outputs.
 
-    given: whether the inputs are the samples, of which each rank fetches what its product needs without a message.
+    reads_samples: whether the inputs are the samples, of which each rank fetches what its product needs without a
+    message.
     """
 
     layer: Dense
     inputs: Cut
     outputs: Cut
-    given: bool = False
+    reads_samples: bool = False
 
     @property
     def grid(self) -> Grid:
@@ -41,7 +42,7 @@ class Tile:
     @property
     def gathers(self) -> str:
         """The axis along which pieces of inputs are gathered; "" if each rank has what its product needs."""
-        if self.given or self.grid.products != "gathered":
+        if self.reads_samples or self.grid.products != "gathered":
             return ""
         return self.inputs.axes[1] if self.grid.size(self.inputs.axes[1]) > 1 else ""
 
@@ -49,7 +50,7 @@ class Tile:
     def input_axis(self) -> str:
         """The axis along which gradients of inputs are summed; "" if none are, or by panels."""
         if self.grid.products == "whole":
-            return "" if self.given or self.inputs.axes or self.grid.size("j") == 1 else "j"
+            return "" if self.reads_samples or self.inputs.axes or self.grid.size("j") == 1 else "j"
         return self.gathers
 
     @property
@@ -89,7 +90,7 @@ class Tile:
             for k in range(2):
                 numbers[f"panel of weights {k}"] = rows * most
                 numbers[f"sums {k}"] = max(rows * most, most * columns * wanted)
-                if not self.given:
+                if not self.reads_samples:
                     numbers[f"panel of inputs {k}"] = most * columns
             return numbers
         numbers = {}
@@ -233,10 +234,10 @@ def _walk(plan: Plan, layers: Sequence[Layer], inputs: Cut, turn: int) -> Cut:
             grain, grain_name = _grain(layers[k + 1 :])
             message = f"{label} has {layer.units // grain} {grain_name}"
             outputs = cut(grid, _axes(grid, turn), layer.units, grain, message, "another --grid, or fewer ranks")
-            given = not plan.tiles and not plan.dealt
-            if given:
+            reads_samples = not plan.tiles and not plan.dealt
+            if reads_samples:
                 inputs = _samples(grid, turn - 1, inputs.units, label)
-            plan.tiles[layer.name] = Tile(layer, inputs, outputs, given)
+            plan.tiles[layer.name] = Tile(layer, inputs, outputs, reads_samples)
         elif isinstance(layer, Embedding):
             units = layer.out_shape[0]
             message = f"{label} has {units} units"

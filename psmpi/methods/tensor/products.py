@@ -153,8 +153,9 @@ class Panels:
 
     van de Geijn and Watts, "SUMMA: scalable universal matrix multiplication algorithm" (1997), with the adjoints of Xu
     et al., "An efficient 2D method for training super-large deep learning models", arXiv 2104.05343. inputs, weights:
-    broadcasts of each panel of X (counts[k], n) along j and of W (rows, counts[k]) along i. given: whether X has all
-    units. ahead: whether the next panels are broadcast, and the last products summed, while a product is computed.
+    broadcasts of each panel of X (counts[k], n) along j and of W (rows, counts[k]) along i. reads_samples: whether
+    X has all units. ahead: whether the next panels are broadcast, and the last products summed, while a product is
+    computed.
     """
 
     def __init__(
@@ -166,11 +167,11 @@ class Panels:
         ops: NumpyOps,
         space: Workspace,
         *,
-        given: bool = False,
+        reads_samples: bool = False,
         ahead: bool = True,
     ):
         self.inputs, self.weights, self.counts, self.rows = inputs, weights, counts, rows
-        self.ops, self.space, self.given, self.ahead = ops, space, given, ahead
+        self.ops, self.space, self.reads_samples, self.ahead = ops, space, reads_samples, ahead
         self.w: np.ndarray = ops.empty(0, space.dtype)
         self.starts = np.cumsum([0, *counts]).tolist()
 
@@ -181,7 +182,7 @@ class Panels:
         """Return a function that begins to fetch a panel of X."""
 
         def begin(k: int) -> Panel:
-            if self.given:
+            if self.reads_samples:
                 return x[self.starts[k] : self.starts[k + 1]], Handle([])
             return self._panel(self.inputs[k], x, f"panel of inputs {k % 2}", (self.counts[k], x.shape[1]))
 
@@ -255,6 +256,6 @@ class Panels:
         for spread in self.weights:
             messages += spread.messages(step) * (2 if wanted else 1) + spread.messages(step, back=True)
         for spread in self.inputs:
-            messages += [] if self.given else spread.messages(step) * 2
+            messages += [] if self.reads_samples else spread.messages(step) * 2
             messages += spread.messages(step, back=True) if wanted else []
         return messages

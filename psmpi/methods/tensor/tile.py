@@ -60,7 +60,7 @@ class TileLayer(Layer):
         """Return the numbers of each temporary array of the products."""
         return self.cut.workspace(self.cut.grid.place(self.rank), self.steps * batch, wanted, self.saves)
 
-    def held(self, stage: Stage, batch: int, writable: bool, packed: bool) -> int:
+    def buffer_numbers(self, stage: Stage, batch: int, writable: bool, packed: bool) -> int:
         return self.room(batch)
 
     def workspace_numbers(self, stage: Stage, batch: int, wanted: bool, packed: bool) -> dict[str, int]:

@@ -36,7 +36,7 @@ class Weights:
         # This rank's rows of each tile, (own rows, columns), which the layers bind.
         self.own = [ops.empty(0, dtype)] * len(shapes)
         # The tile whose weights are in each room, or on their way there; -1: none.
-        self.held = [-1] * len(self.rooms)
+        self.loaded = [-1] * len(self.rooms)
         self.arriving: Handle | None = None
         self.sums: list[Handle | None] = [None] * len(self.gradients)
 
@@ -47,7 +47,7 @@ class Weights:
     def begin(self) -> None:
         """Begin a pass: gathered weights are out of date."""
         self.finish()
-        self.held = [-1] * len(self.rooms)
+        self.loaded = [-1] * len(self.rooms)
 
     def take(self, k: int, following: int) -> np.ndarray:
         """Return the weights (rows, columns) of tile k. following: the tile whose weights are used next, -1: none."""
@@ -61,7 +61,7 @@ class Weights:
         return self._room(k)
 
     def _has(self, k: int) -> bool:
-        return self.held[k % len(self.rooms)] == k
+        return self.loaded[k % len(self.rooms)] == k
 
     def _room(self, k: int) -> np.ndarray:
         rows, columns = self.shapes[k]
@@ -71,7 +71,7 @@ class Weights:
     def _bring(self, k: int) -> None:
         self._arrive()
         self.arriving = self.exchanges[k].begin(self.own[k], self._room(k))
-        self.held[k % len(self.rooms)] = k
+        self.loaded[k % len(self.rooms)] = k
 
     def _arrive(self) -> None:
         if self.arriving is not None:

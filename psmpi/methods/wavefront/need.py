@@ -22,7 +22,9 @@ def _kept(network: Network, cut: Network, layers: tuple[int, int], batch: int) -
     for one in (network, cut):
         stages = one.stages(range(one.classes), layers=layers)
         spots = plan_buffers(stages)[0]
-        numbers.append(sum(s.layer.held(s, batch, spot.writable, False) for s, spot in zip(stages, spots, strict=True)))
+        numbers.append(
+            sum(s.layer.buffer_numbers(s, batch, spot.writable, False) for s, spot in zip(stages, spots, strict=True))
+        )
     return numbers[0] - numbers[1]
 
 

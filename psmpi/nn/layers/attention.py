@@ -98,7 +98,7 @@ class AttentionPart(Part):
         super().__init__(stage, site)
         assert isinstance(self.layer, Attention)
         self.causal = self.layer.causal
-        self.heads = int(stage.kept.sum()) // self.layer.size
+        self.heads = int(stage.outputs.sum()) // self.layer.size
 
     @property
     def lengths(self) -> np.ndarray | None:

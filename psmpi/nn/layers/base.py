@@ -178,7 +178,7 @@ class Layer:
         """Multiply-accumulate operations per sample in the forward pass, without biases and activations."""
         return 0
 
-    def held(self, stage: Stage, batch: int, writable: bool, packed: bool) -> int:
+    def buffer_numbers(self, stage: Stage, batch: int, writable: bool, packed: bool) -> int:
         """Return how many numbers a part holds for minibatches of `batch`, besides weights, outputs and the workspace.
 
         writable: the input may be overwritten; packed: convolutions are computed without windows.
@@ -188,7 +188,7 @@ class Layer:
     def workspace_numbers(self, stage: Stage, batch: int, wanted: bool, packed: bool) -> dict[str, int]:
         """Return how many numbers backward needs of each array of the workspace, by the array's name.
 
-        wanted: the gradient of the input is needed; packed: as in `held`.
+        wanted: the gradient of the input is needed; packed: as in `buffer_numbers`.
         """
         if not (wanted and self.moves_gradient):
             return {}
@@ -203,14 +203,14 @@ class Layer:
 class Stage:
     """A layer of a subnetwork, with the layers that it absorbs, and the input and output units that are present.
 
-    inputs: (input units,) bool; kept: (units,) bool; shape: shape of a sample's outputs; users: users of all output
+    inputs: (input units,) bool; outputs: (units,) bool; shape: shape of a sample's outputs; users: users of all output
     units; inner: stages of the layers inside this layer.
     """
 
     layer: Layer
     absorbed: tuple[Layer, ...]
     inputs: np.ndarray
-    kept: np.ndarray
+    outputs: np.ndarray
     shape: tuple[int, ...]
     users: Uses
     inner: tuple[Stage, ...] = ()

@@ -53,8 +53,8 @@ class BatchNorm(Layer):
         units = self.out_shape[0]
         return units + 1, units, 2 * units
 
-    def held(self, stage: Stage, batch: int, writable: bool, packed: bool) -> int:
-        units = int(stage.kept.sum())
+    def buffer_numbers(self, stage: Stage, batch: int, writable: bool, packed: bool) -> int:
+        units = int(stage.outputs.sum())
         return units * (1 if self.affine else 5) + (0 if writable else stage.size * batch)
 
     def part(self, stage: Stage, site: Site) -> Part:
@@ -71,8 +71,8 @@ class BatchNormPart(Part):
     def __init__(self, stage: Stage, site: Site):
         super().__init__(stage, site)
         assert isinstance(self.layer, BatchNorm)
-        self.units, self.affine, self.total = int(stage.kept.sum()), self.layer.affine, site.total
-        self.runs = affine_runs(self.layer, site.layout, site.part, stage.kept)
+        self.units, self.affine, self.total = int(stage.outputs.sum()), self.layer.affine, site.total
+        self.runs = affine_runs(self.layer, site.layout, site.part, stage.outputs)
         # fixed: means and scales (units,) to use instead of the minibatch's. gathered: means and variances (2, units)
         # of each minibatch, while statistics are gathered.
         self.fixed: tuple[np.ndarray, np.ndarray] | None = None

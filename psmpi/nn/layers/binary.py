@@ -48,7 +48,7 @@ class BinaryPart(Part):
 
     def __init__(self, stage: Stage, site: Site):
         super().__init__(stage, site)
-        self.signs = [(-1.0, 1.0)[k] for k in np.flatnonzero(stage.kept)]
+        self.signs = [(-1.0, 1.0)[k] for k in np.flatnonzero(stage.outputs)]
         self.factors, self.half = (self.ops.put(np.array(a, self.dtype)) for a in ([-0.5, 0.5], [0.5]))
 
     def forward(self, x: np.ndarray, y: np.ndarray | None, room: Any) -> tuple[np.ndarray, Any]:

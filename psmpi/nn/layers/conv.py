@@ -58,10 +58,10 @@ class Conv(Linear):
         pools = fold and bool(following) and isinstance(following[0], Pool) and following[0].kind == "mean"
         return int(pools) + super().absorbs(following[int(pools) :], fold)
 
-    def held(self, stage: Stage, batch: int, writable: bool, packed: bool) -> int:
+    def buffer_numbers(self, stage: Stage, batch: int, writable: bool, packed: bool) -> int:
         # Kernels (wider with folded mean pooling), their gradients and biases; then packed kernels, or two arrays of
         # windows for at least one row of outputs.
-        pool, units = folded_pool(stage), int(stage.kept.sum())
+        pool, units = folded_pool(stage), int(stage.outputs.sum())
         wide = (self.kernel + pool - 1) ** 2
         kernels = units * self.group_inputs * wide
         numbers = 2 * kernels + units

@@ -34,8 +34,8 @@ class Cosine(Dense):
     def absorbs(self, following: Sequence[Layer], fold: bool) -> int:
         return 0
 
-    def held(self, stage: Stage, batch: int, writable: bool, packed: bool) -> int:
-        return 2 * int(stage.kept.sum())
+    def buffer_numbers(self, stage: Stage, batch: int, writable: bool, packed: bool) -> int:
+        return 2 * int(stage.outputs.sum())
 
     def part(self, stage: Stage, site: Site) -> Part:
         return CosinePart(stage, site)

@@ -50,13 +50,13 @@ class Dense(Linear):
     def workspace_numbers(self, stage: Stage, batch: int, wanted: bool, packed: bool) -> dict[str, int]:
         numbers = super().workspace_numbers(stage, batch, wanted, packed)
         size = self.units // self.groups
-        used = int(stage.kept.reshape(self.groups, size).any(axis=1).sum())
+        used = int(stage.outputs.reshape(self.groups, size).any(axis=1).sum())
         stripes, thin = 0, True
         for first, last, users in stage.users:
             # Each single class has a run of units, and a run has a stripe in each group that it overlaps.
             share = (last - first) // users.count if isinstance(users, Each) else last - first
             starts = np.arange(first, last, share)
-            starts = starts[stage.kept[starts]]
+            starts = starts[stage.outputs[starts]]
             stripes += int((-(-(starts + share) // size) - starts // size).sum())
             thin = thin and (len(starts) == 0 or min(share, size) == 1)
         # If no stripe or several stripes of units use an input, one product cannot write the input's gradient.

@@ -47,7 +47,7 @@ class Dot(Layer):
     def macs(self) -> int:
         return self.in_shape[0]
 
-    def held(self, stage: Stage, batch: int, writable: bool, packed: bool) -> int:
+    def buffer_numbers(self, stage: Stage, batch: int, writable: bool, packed: bool) -> int:
         return 2 * self.in_shape[0] * (batch + 1)
 
     def part(self, stage: Stage, site: Site) -> Part:
@@ -60,21 +60,21 @@ class DotPart(Part):
     def __init__(self, stage: Stage, site: Site):
         super().__init__(stage, site)
         self.units = self.layer.in_shape[0]
-        self.two = self.ops.empty(0, self.dtype)
+        self.scratch = self.ops.empty(0, self.dtype)
         # A product with the first computes sums over units, a product with the second their transpose.
         self.ones = [self.ops.put(np.ones(shape, self.dtype)) for shape in ((1, 1, self.units), (1, self.units, 1))]
 
     def reserve(self, batch: int) -> None:
-        if self.two.size < 2 * self.units * batch:
-            self.two = self.ops.empty(2 * self.units * batch, self.dtype)
+        if self.scratch.size < 2 * self.units * batch:
+            self.scratch = self.ops.empty(2 * self.units * batch, self.dtype)
 
     def arrays(self) -> list[np.ndarray]:
-        return [self.two, *self.ones]
+        return [self.scratch, *self.ones]
 
     def _pair(self, batch: int) -> list[np.ndarray]:
         """Return two scratch arrays (units, batch)."""
         n = self.units * batch
-        return [self.two[at : at + n].reshape(self.units, batch) for at in (0, n)]
+        return [self.scratch[at : at + n].reshape(self.units, batch) for at in (0, n)]
 
     def forward(self, x: np.ndarray, y: np.ndarray | None, room: Any) -> tuple[np.ndarray, Any]:
         assert y is not None

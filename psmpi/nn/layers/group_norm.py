@@ -60,17 +60,17 @@ class GroupNorm(Layer):
     def absorbs(self, following: Sequence[Layer], fold: bool) -> int:
         return int(bool(following and following[0].activation))
 
-    def held(self, stage: Stage, batch: int, writable: bool, packed: bool) -> int:
+    def buffer_numbers(self, stage: Stage, batch: int, writable: bool, packed: bool) -> int:
         return (self.present_groups(stage) + (0 if writable else stage.size)) * batch
 
     def workspace_numbers(self, stage: Stage, batch: int, wanted: bool, packed: bool) -> dict[str, int]:
         groups = self.present_groups(stage) * batch
         large = dict.fromkeys(("rows", "normal rows"), stage.size * batch)
-        return {**large, "ones": groups, "sums": 2 * groups, "zeros": int(stage.kept.sum())}
+        return {**large, "ones": groups, "sums": 2 * groups, "zeros": int(stage.outputs.sum())}
 
     def present_groups(self, stage: Stage) -> int:
         """Return the number of groups that a subnetwork has."""
-        return int(stage.kept.sum()) * self.groups // self.out_shape[0]
+        return int(stage.outputs.sum()) * self.groups // self.out_shape[0]
 
     def part(self, stage: Stage, site: Site) -> Part:
         return GroupNormPart(stage, site)
@@ -85,9 +85,9 @@ class GroupNormPart(Part):
     def __init__(self, stage: Stage, site: Site):
         super().__init__(stage, site)
         assert isinstance(self.layer, GroupNorm)
-        self.units = int(stage.kept.sum())
+        self.units = int(stage.outputs.sum())
         self.groups = self.layer.present_groups(stage)
-        self.runs = affine_runs(self.layer, site.layout, site.part, stage.kept)
+        self.runs = affine_runs(self.layer, site.layout, site.part, stage.outputs)
 
     def views(self, vector: np.ndarray) -> Any:
         """Return scales and shifts of each run of units, (..., units of the run) each."""

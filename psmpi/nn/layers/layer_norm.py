@@ -61,7 +61,7 @@ class LayerNorm(Layer):
     def present(self, inputs: np.ndarray, wanted: np.ndarray) -> np.ndarray:
         return np.full(self.out_shape[0], wanted.any())
 
-    def held(self, stage: Stage, batch: int, writable: bool, packed: bool) -> int:
+    def buffer_numbers(self, stage: Stage, batch: int, writable: bool, packed: bool) -> int:
         return (prod(self.out_shape[1:]) + (0 if writable else stage.size)) * batch
 
     def part(self, stage: Stage, site: Site) -> Part:

@@ -81,8 +81,8 @@ class LinearPart(Part):
         super().__init__(stage, site)
         assert isinstance(self.layer, Linear)
         self.bias, self.group_inputs = self.layer.bias, self.layer.group_inputs
-        self.inputs, self.units = int(stage.inputs.sum()), int(stage.kept.sum())
-        self.segments = find_segments(self.layer, site.layout, site.part, stage.kept, np.cumsum(stage.inputs) - 1)
+        self.inputs, self.units = int(stage.inputs.sum()), int(stage.outputs.sum())
+        self.segments = find_segments(self.layer, site.layout, site.part, stage.outputs, np.cumsum(stage.inputs) - 1)
         # Zeros as biases of a layer without biases, and an unused array for their gradient.
         self.zero_biases = [self.ops.zeros(0 if self.bias else self.units, site.dtype) for _ in range(2)]
         # The array that `rows` was last called with, and its views.

@@ -90,7 +90,7 @@ class Recurrent(Layer):
             raise UserError(f"the units of {self.name} depend on each other and cannot be dealt out one by one")
         return super().restrict(units, in_shape)
 
-    def held(self, stage: Stage, batch: int, writable: bool, packed: bool) -> int:
+    def buffer_numbers(self, stage: Stage, batch: int, writable: bool, packed: bool) -> int:
         gates, carried, kept = CELLS[self.kind]
         # Gates and other arrays of each step for backward; states before and after a pass, and their gradient.
         numbers = ((gates + kept) * self.out_shape[1] + 3 * carried) * self.units * batch

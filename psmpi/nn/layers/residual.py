@@ -70,12 +70,12 @@ class Residual(Layer):
     def present(self, inputs: np.ndarray, wanted: np.ndarray) -> np.ndarray:
         return wanted if any(layer.linear for layer in leaves(self.layers)) else inputs
 
-    def held(self, stage: Stage, batch: int, writable: bool, packed: bool) -> int:
+    def buffer_numbers(self, stage: Stage, batch: int, writable: bool, packed: bool) -> int:
         # The block's output, unless it may overwrite the branch's output.
         spots, free = plan_buffers(stage.inner)
         numbers = 0 if free else stage.size * batch
         for stage_inside, spot in zip(stage.inner, spots, strict=True):
-            numbers += stage_inside.layer.held(stage_inside, batch, spot.writable, packed)
+            numbers += stage_inside.layer.buffer_numbers(stage_inside, batch, spot.writable, packed)
         return numbers
 
     def workspace_numbers(self, stage: Stage, batch: int, wanted: bool, packed: bool) -> dict[str, int]:

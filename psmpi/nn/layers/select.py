@@ -33,7 +33,7 @@ class SelectPart(Part):
 
     def __init__(self, stage: Stage, site: Site):
         super().__init__(stage, site)
-        at = np.flatnonzero(stage.kept[stage.inputs])
+        at = np.flatnonzero(stage.outputs[stage.inputs])
         starts = np.flatnonzero(np.diff(at, prepend=-2) != 1).tolist()
         # Runs of consecutive units: slice of the inputs, and slice of the outputs.
         self.runs = [(slice(int(at[a]), int(at[b - 1]) + 1), slice(a, b)) for a, b in pairwise([*starts, len(at)])]

@@ -124,12 +124,12 @@ class Sparse(Layer):
     def absorbs(self, following: Sequence[Layer], fold: bool) -> int:
         return int(bool(following and following[0].activation))
 
-    def held(self, stage: Stage, batch: int, writable: bool, packed: bool) -> int:
+    def buffer_numbers(self, stage: Stage, batch: int, writable: bool, packed: bool) -> int:
         """Return the numbers of the biases, and of the index unless it is the pattern's, in units of 32 bits."""
-        rows, biases = int(stage.kept.sum()), 2 * int(stage.kept.sum()) * self.bias
-        if stage.kept.all() and stage.inputs.all() and len(stage.users) == 1:
+        rows, biases = int(stage.outputs.sum()), 2 * int(stage.outputs.sum()) * self.bias
+        if stage.outputs.all() and stage.inputs.all() and len(stage.users) == 1:
             return biases
-        return biases + 4 * rows + 2 * int(stage.inputs.sum()) + 3 * int(self.pattern.fan_in[stage.kept].sum())
+        return biases + 4 * rows + 2 * int(stage.inputs.sum()) + 3 * int(self.pattern.fan_in[stage.outputs].sum())
 
     def part(self, stage: Stage, site: Site) -> Part:
         return SparsePart(stage, site)
@@ -205,16 +205,16 @@ class SparsePart(Part):
     def __init__(self, stage: Stage, site: Site):
         super().__init__(stage, site)
         assert isinstance(self.layer, Sparse)
-        layer, whole = self.layer, bool(stage.kept.all() and stage.inputs.all())
+        layer, whole = self.layer, bool(stage.outputs.all() and stage.inputs.all())
         self.pattern, firsts = layer.pattern, layer.pattern.starts[:-1]
         if not whole:
-            self.pattern, firsts = self.pattern.restricted(stage.kept, stage.inputs)
+            self.pattern, firsts = self.pattern.restricted(stage.outputs, stage.inputs)
         places = np.zeros(self.pattern.rows, np.int64)
         some = self.pattern.fan_in > 0
         places[some] = _places(site.layout, site, f"{layer.name}.weight", firsts[some])
         biases = None
         if layer.bias:
-            biases = _places(site.layout, site, f"{layer.name}.bias", np.flatnonzero(stage.kept))
+            biases = _places(site.layout, site, f"{layer.name}.bias", np.flatnonzero(stage.outputs))
         # The run of the local vector that has all weights and biases.
         self.first = min(
             int(places[some].min(initial=2**62)), 2**62 if biases is None else int(biases.min(initial=2**62))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
+from difflib import get_close_matches
 from typing import Any
 
 from psmpi.errors import UserError, nearest
@@ -104,3 +106,21 @@ class Table:
             similar = nearest(next(iter(self.settings)), sorted(self.asked_for - self.given))
             hint = f"; did you mean {similar}?" if similar else f"; it has {', '.join(sorted(self.asked_for))}"
             raise UserError(f"{self.where}: unknown setting(s) {unknown} for a {self.kind} layer{hint}")
+
+
+def similar_layer(name: str, known: Iterable[str]) -> str:
+    """Return the layer type in `known` that someone may mean by `name`; "" if none is similar.
+
+    Arguments behind the name (conv:8:3), case, hyphens, underscores and a dimension (2d) do not count.
+    """
+    plain_names = {_plain(one): one for one in known}
+    plain = _plain(re.split(r"[^\w-]", name, maxsplit=1)[0])
+    # Names in other libraries, and words of which psmpi's names are no spelling.
+    plain = {"linear": "dense", "fc": "dense", "avgpool": "meanpool", "averagepool": "meanpool"}.get(plain, plain)
+    if plain in plain_names:
+        return plain_names[plain]
+    return next((plain_names[one] for one in get_close_matches(plain, plain_names, 1, 0.7)), "")
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"(?<=\D)[123]d$", "", name.lower().replace("-", "").replace("_", ""))

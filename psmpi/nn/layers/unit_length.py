@@ -26,7 +26,7 @@ class UnitLength(Layer):
         features = self.in_shape[0]
         return stretched(grouped(uses, features), features)
 
-    def held(self, stage: Stage, batch: int, writable: bool, packed: bool) -> int:
+    def buffer_numbers(self, stage: Stage, batch: int, writable: bool, packed: bool) -> int:
         return batch
 
     def workspace_numbers(self, stage: Stage, batch: int, wanted: bool, packed: bool) -> dict[str, int]:

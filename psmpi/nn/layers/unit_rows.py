@@ -21,10 +21,10 @@ class UnitRows:
         layer, layout = stage.layer, site.layout
         parameter = next(p for p in layer.parameters() if p.name == f"{layer.name}.{name}")
         self.row, size = parameter.shape[1:], parameter.unit_size
-        number, local = layout.parameters.index(parameter), np.cumsum(stage.kept) - 1
+        number, local = layout.parameters.index(parameter), np.cumsum(stage.outputs) - 1
         self.runs: list[tuple[slice, int]] = []
         for piece in layout.pieces():
-            if piece.parameter == number and stage.kept[piece.first]:
+            if piece.parameter == number and stage.outputs[piece.first]:
                 first, count = int(local[piece.first]), piece.last - piece.first
                 at = site.part.local(piece.offset, piece.offset + count * size).start
                 self.runs.append((slice(first, first + count), at))

@@ -236,16 +236,16 @@ class Loss:
         grad: np.ndarray | None = None,
         pairs: np.ndarray | None = None,
         given: np.ndarray | None = None,
-        others: OverClasses | None = None,
+        over_classes: OverClasses | None = None,
     ) -> float:
         """Return the value of a call; a `lenient` loss returns NaN, and fills `grad` with NaN, instead of an error.
 
-        With `given`, the value is the share of some classes, without derivatives; others: sums over the ranks that have
-        the other classes.
+        With `given`, the value is the share of some classes, without derivatives; over_classes: sums over the ranks
+        that have the other classes.
         """
         try:
             if given is not None:
-                return self.partial_value(scores, targets, scale, given, others)
+                return self.partial_value(scores, targets, scale, given, over_classes)
             return self(scores, targets, scale, grad, pairs)
         except FloatingPointError:
             if not self.lenient:
@@ -255,9 +255,12 @@ class Loss:
             return np.nan
 
     def partial_value(
-        self, scores: np.ndarray, targets: np.ndarray, scale: float, given: np.ndarray, others: OverClasses | None
+        self, scores: np.ndarray, targets: np.ndarray, scale: float, given: np.ndarray, over_classes: OverClasses | None
     ) -> float:
-        """Return the share of some classes in a call's value; given as in `terms`. All ranks of `others` call this."""
+        """Return the share of some classes in a call's value; given as in `terms`.
+
+        All ranks of `over_classes` call this.
+        """
         return self.terms(scores, targets, scale, given)
 
     def diverged(self, mean: float, clipped: float, size: float = 1.0) -> bool:

@@ -125,17 +125,17 @@ class PSL(PairwiseLoss):
         return super().__call__(scores, targets, scale, grad, pairs)
 
     def partial_value(
-        self, scores: np.ndarray, targets: np.ndarray, scale: float, given: np.ndarray, others: OverClasses | None
+        self, scores: np.ndarray, targets: np.ndarray, scale: float, given: np.ndarray, over_classes: OverClasses | None
     ) -> float:
         if self.weights == "none":
-            return super().partial_value(scores, targets, scale, given, others)
+            return super().partial_value(scores, targets, scale, given, over_classes)
         grad, rest = self._buffers(scores, 3)[2], np.full(len(targets), np.nan)
         try:
             super().terms(scores, targets, 1.0, given, grad, rest)
         finally:
             # Every rank takes part in the sum, even after an error, so that no other rank waits forever.
-            if others is not None:
-                others.add(rest)
+            if over_classes is not None:
+                over_classes.add(rest)
         self.check_rest(rest)
         return scale * float(np.log1p(rest[own_labels(targets, len(scores))] / self.kappa).sum())
 

@@ -60,10 +60,31 @@ class CupyCurvature(CurvatureOps):
         self.ops.spread("mix_rows", x.dtype, x.size, *x.shape, first, x, second, y)
 
     def term_weights(
-        self, grad: Any, labels: Any, report: Any, own: int, others: Any, lost: Any, won: Any, out: Any
+        self,
+        grad: Any,
+        labels: Any,
+        report: Any,
+        own: int,
+        other_classes: Any,
+        own_label_factors: Any,
+        other_label_factors: Any,
+        out: Any,
     ) -> None:
-        shape = (len(others), grad.shape[1], out.shape[1])
-        self.ops.spread("term_weights", out.dtype, out.size, *shape, grad, labels, report, own, others, lost, won, out)
+        shape = (len(other_classes), grad.shape[1], out.shape[1])
+        self.ops.spread(
+            "term_weights",
+            out.dtype,
+            out.size,
+            *shape,
+            grad,
+            labels,
+            report,
+            own,
+            other_classes,
+            own_label_factors,
+            other_label_factors,
+            out,
+        )
 
     def moment_scale(self, g: Any, squares: Any, root: Any, beta2: float, correction: float, eps: float) -> None:
         self.ops.spread("moment_scale", g.dtype, g.size, g.size, g, squares, root, beta2, correction, eps)

@@ -96,24 +96,24 @@ class CurvatureOps:
         labels: np.ndarray,
         report: np.ndarray,
         own: int,
-        others: np.ndarray,
-        lost: np.ndarray,
-        won: np.ndarray,
+        other_classes: np.ndarray,
+        own_label_factors: np.ndarray,
+        other_label_factors: np.ndarray,
         out: np.ndarray,
     ) -> None:
         """Compute derivatives of single terms of a pairwise loss with respect to the score of class number `own`.
 
-        grad: (classes, b) float64 and report, both as in `Loss.fused`; labels: (b,); others: (terms,) int64; lost, won:
-        (terms,) of the dtype of out. Row t of out (terms, at least b) has three kinds of columns. Samples of class
-        `own`: lost[t] times the derivative with respect to the score of others[t]. Samples of class others[t]: won[t]
-        times the derivative with respect to the score of `own`. All other columns: 0. The derivatives are scaled down
-        as in `cast_scores`.
+        grad: (classes, b) float64 and report, both as in `Loss.fused`; labels: (b,); other_classes: (terms,) int64;
+        own_label_factors, other_label_factors: (terms,) of the dtype of out. Row t of out (terms, at least b) has three
+        kinds of columns. Samples of class `own`: own_label_factors[t] times the derivative with respect to the score of
+        other_classes[t]. Samples of class other_classes[t]: other_label_factors[t] times the derivative with respect to
+        the score of `own`. All other columns: 0. The derivatives are scaled down as in `cast_scores`.
         """
         b = grad.shape[1]
         small = np.ldexp(grad, -exponent_of(report[3])).astype(out.dtype)
-        np.multiply(small[others], labels == own, out=out[:, :b])
-        out[:, :b] *= lost[:, None]
-        out[:, :b] += small[own] * (labels == others[:, None]) * won[:, None]
+        np.multiply(small[other_classes], labels == own, out=out[:, :b])
+        out[:, :b] *= own_label_factors[:, None]
+        out[:, :b] += small[own] * (labels == other_classes[:, None]) * other_label_factors[:, None]
         out[:, b:] = 0
 
     def moment_scale(

@@ -51,7 +51,7 @@ class Muon(AdamW):
         edges = [0, *(edge for m in self.matrices for edge in (m.place.start, m.place.stop)), n]
         if sorted(edges) != edges:
             raise ValueError(f"matrices {self.matrices} overlap or are not inside the {n} elements of the shard")
-        self.others = [slice(a, b) for a, b in zip(edges[::2], edges[1::2], strict=True) if a < b]
+        self.outside_matrices = [slice(a, b) for a, b in zip(edges[::2], edges[1::2], strict=True) if a < b]
         self.orthogonalize = NewtonSchulz(self.matrices, self.dtype, self.ops)
         self.work = self.orthogonalize.work
 
@@ -59,7 +59,7 @@ class Muon(AdamW):
         self.check_shard(w, g)
         lr = float(lr)
         self.scalars["t"] += 1
-        for part in self.others:
+        for part in self.outside_matrices:
             self.sweep(w[part], g[part], ADAM_RATE * lr, [vector[part] for vector in self.vectors.values()])
         for matrix in self.matrices:
             self.step_matrix(w[matrix.place], g[matrix.place], lr, matrix)
