@@ -3,7 +3,7 @@
 Lian et al., "Can decentralized algorithms outperform centralized algorithms?" (2017): each rank steps a copy of the
 network, and averages it with the copies of its neighbours.
 
-Run: mpirun -n 2 python examples/dsgd.py train --method dsgd     (20 s)"""
+Run: mpirun -n 2 python examples/dsgd.py train --method dsgd"""
 
 from dataclasses import dataclass
 from typing import ClassVar

@@ -2,7 +2,7 @@
 
 A copy is rotated by up to 15 degrees, scaled by 0.9 to 1.1, shifted by up to 2 pixels, and has noise.
 
-    python examples/many_classes.py many.npz --data-dir data                # half a minute, 90 MB
+    python examples/many_classes.py many.npz --data-dir data                # writes 90 MB
     python -m psmpi.train --dataset many.npz --model head --loss nll --scale 16 --batch-size 256 --epochs 5
 """
 

@@ -1,6 +1,6 @@
 """PReLU, a layer outside the package: max(x, 0) + a min(x, 0), with a trained slope a for each unit (He et al. 2015).
 
-Run: mpirun -n 2 python examples/own_layer.py train --config examples/own_layer.toml --colocate     (10 s)"""
+Run: mpirun -n 2 python examples/own_layer.py train --config examples/own_layer.toml --colocate"""
 
 from dataclasses import dataclass
 

@@ -1,6 +1,6 @@
 """The squared hinge, a loss outside the package: sum_{j != y} max(0, gap + kappa (c_j - c_y))^2 (Tang 2013).
 
-Run: mpirun -n 2 python examples/own_loss.py train --loss squared_hinge --gap 2 --colocate     (10 s)"""
+Run: mpirun -n 2 python examples/own_loss.py train --loss squared_hinge --gap 2 --colocate"""
 
 from dataclasses import dataclass
 from typing import ClassVar

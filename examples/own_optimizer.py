@@ -1,6 +1,6 @@
 """Adagrad, an optimizer outside the package: v += g^2; w -= lr g / (sqrt(v + start) + eps) (Duchi et al. 2011).
 
-Run: mpirun -n 2 python examples/own_optimizer.py train --optimizer adagrad --colocate     (10 s)"""
+Run: mpirun -n 2 python examples/own_optimizer.py train --optimizer adagrad --colocate"""
 
 from dataclasses import dataclass
 from typing import ClassVar
