@@ -1,7 +1,7 @@
 """Decentralised SGD on a ring, as a training method outside the package.
 
 Lian et al., "Can decentralized algorithms outperform centralized algorithms?" (2017): each rank steps a copy of the
-network, and averages it with those of its neighbours.
+network, and averages it with the copies of its neighbours.
 
 Run: mpirun -n 2 python examples/dsgd.py train --method dsgd     (20 s)"""
 
@@ -30,17 +30,18 @@ class Settings:
 class RingSGD(Copies):
     """The method on one rank."""
 
-    summary = "decentralised SGD, each rank a copy that it averages with those of its neighbours on a ring"
+    summary = "decentralised SGD: each rank averages its copy with the copies of its neighbours on a ring"
     settings = (Settings,)
 
     def __init__(self, context):
         super().__init__(context)
-        size, own = context.size, context.settings(Settings).self_weight
+        size, self_weight = context.size, context.settings(Settings).self_weight
         ring = {(rank, (rank + step) % size) for rank in range(size) for step in (-1, 1) if size > 1}
         self.ring = Neighbours(self.world, ring, self.w.size, self.dtype, self.ops)
-        self.theirs = self.ops.zeros(len(self.ring.sources) * self.w.size, self.dtype).reshape(-1, self.w.size)
-        self.account.hold("buffers", self.theirs)
-        self.factors = [own, *[(1 - own) / max(1, len(self.theirs))] * len(self.theirs)] if size > 1 else [1.0]
+        sources = len(self.ring.sources)
+        self.neighbour_weights = self.ops.zeros(sources * self.w.size, self.dtype).reshape(-1, self.w.size)
+        self.account.hold("buffers", self.neighbour_weights)
+        self.factors = [self_weight, *[(1 - self_weight) / max(1, sources)] * sources] if size > 1 else [1.0]
 
     @classmethod
     def check(cls, size, network, dataset, config):
@@ -50,8 +51,8 @@ class RingSGD(Copies):
 
     def step(self, batch, lr):
         self.train(batch, lr)
-        self.ring.forward(self.w, self.theirs)
-        self.ops.combine(self.w, *zip(self.factors, [self.w, *self.theirs], strict=True))
+        self.ring.forward(self.w, self.neighbour_weights)
+        self.ops.combine(self.w, *zip(self.factors, [self.w, *self.neighbour_weights], strict=True))
 
     def messages(self, step, batch):
         return self.ring.messages(Step(batch, step))

@@ -20,7 +20,7 @@ class Settings:
     results: ClassVar[bool] = True
 
     gap: float = 1.0
-    """How far the label's score has to be above the others, times kappa."""
+    """Margin: the loss is 0 if kappa times the lead of the label's score is at least this."""
 
 
 @LOSSES.register("squared_hinge")

@@ -16,11 +16,11 @@ set -eo pipefail
 
 # shellcheck source=/dev/null
 source .venv/bin/activate
-# The launcher must speak to the MPI of this Python: srun --mpi=list shows what there is.
+# srun must use the interface of this Python's MPI: srun --mpi=list lists the interfaces.
 export SLURM_MPI_TYPE="${SLURM_MPI_TYPE:-pmi2}"
-# srun does not take --cpus-per-task over from a batch script.
+# srun does not inherit --cpus-per-task from a batch script.
 export SRUN_CPUS_PER_TASK=1
-# Locks of files are not always there on Lustre and NFS.
+# Lustre and NFS do not always have file locks.
 export HDF5_USE_FILE_LOCKING=BEST_EFFORT
 set -u
 

@@ -5,10 +5,12 @@ A program that registers classes of its own calls `main`, and has the same comma
 
 from __future__ import annotations
 
+import io
 import os
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext, redirect_stderr, suppress
 from functools import partial, wraps
 from importlib import import_module
 from inspect import Signature, signature
@@ -109,11 +111,13 @@ def with_training_options(work: Callable[..., int], default: Config, words: Sequ
     return command
 
 
-def parsed(kind: Any, words: Sequence[str], name: str, page: Callable[..., Page] | None = None) -> Any:
+def parsed(
+    kind: Any, words: Sequence[str], name: str, page: Callable[..., Page] | None = None, quiet: bool = False
+) -> Any:
     """Parse `words` for `kind`: return an instance of a dataclass, or the result of a function called with them.
 
-    name: the command's name, as `program` takes it. page(program, long=...): the help, made from `kind` if None. Raises
-    SystemExit as argparse does, with status 0 after help.
+    name: the command's name, as `program` takes it. page(program, long=...): the help, made from `kind` if None. quiet:
+    print no error. Raises SystemExit as argparse does, with status 0 after help.
     """
     from psmpi.config.help import LONG, command_page, wants_help
 
@@ -123,8 +127,33 @@ def parsed(kind: Any, words: Sequence[str], name: str, page: Callable[..., Page]
     import tyro
 
     config = (tyro.conf.OmitArgPrefixes,)
-    with wide_help():
+    # tyro prints errors in values even with console_outputs=False.
+    with wide_help(), redirect_stderr(io.StringIO()) if quiet else nullcontext():
         return tyro.cli(kind, prog=program(name), args=words, config=config)
+
+
+def training_options(start: Config, words: Sequence[str], method: str = "") -> Config:
+    """The configuration `start` with the options of a command line. method: the method of the help, "" for all.
+
+    Raises SystemExit as argparse does.
+    """
+    from psmpi.config import Config, command_line, few_options, from_command_line, from_few_options, given_names
+    from psmpi.config.help import training_page, wants_help
+    from psmpi.config.unknown import tables_of, unknown_options
+
+    if not wants_help(words):
+        # The parser of all options has the messages, but takes its time.
+        with suppress(SystemExit):
+            return from_few_options(
+                parsed(few_options(start, given_names(words, file=False)), words, "train", quiet=True), start
+            )
+    try:
+        tree = parsed(command_line(start), words, "train", partial(training_page, config=start, method=method))
+    except SystemExit as end:
+        for hint in unknown_options(words, tables_of(Config())) if end.code else ():
+            print(f"psmpi.train: {hint}", file=sys.stderr)
+        raise
+    return from_command_line(tree)
 
 
 def chosen(

@@ -43,13 +43,10 @@ def parse(argv: list[str]) -> Config:
 def _parse(argv: list[str]) -> tuple[Config, str]:
     """The configuration, and the path of the file with the settings of the resumed run; "" for a new run."""
     from dataclasses import replace
-    from functools import partial
 
-    from psmpi.command import parsed
-    from psmpi.config import Config, command_line, defaults, from_command_line, given, given_names
+    from psmpi.command import training_options
+    from psmpi.config import defaults, given, given_names
     from psmpi.config.carried import with_names, with_usual, without_unused
-    from psmpi.config.help import training_page
-    from psmpi.config.unknown import tables_of, unknown_options
     from psmpi.training.resume import own_settings
 
     start = defaults(argv)
@@ -63,14 +60,9 @@ def _parse(argv: list[str]) -> tuple[Config, str]:
             # The data set's file may have moved to --data-dir.
             own = replace(own, data=replace(own.data, dataset=Path(own.data.dataset).name))
         start = defaults(argv, own)
-    method = given(argv, "--method") or (start.parallel.method if "method" in option_names else "")
-    try:
-        tree = parsed(command_line(start), words, "train", partial(training_page, config=start, method=method))
-    except SystemExit as end:
-        for hint in unknown_options(argv, tables_of(Config())) if end.code else ():
-            print(f"psmpi.train: {hint}", file=sys.stderr)
-        raise
-    config = from_command_line(tree)
+    config = training_options(
+        start, words, given(argv, "--method") or (start.parallel.method if "method" in option_names else "")
+    )
     if base is None and config.optimization.optimizer != start.optimization.optimizer:
         # The learning rate in a TOML file belongs to the optimizer in that file.
         return without_unused(config, start, given_names(argv, file=False)), ""

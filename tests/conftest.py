@@ -12,32 +12,32 @@ from psmpi.backend.gpu import runtime
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
-    """Matrices of tests are small: several threads would only wait for each other, on cores that other tests need."""
+    """Limit linear algebra to one thread: matrices of tests are small, and other tests need the cores."""
     with threadpool_limits(1):
         yield
 
 
 @pytest.fixture
 def train(tmp_path):
-    """train(ranks, *options) runs psmpi.train to its end on ranks that are threads, and returns what it left."""
+    """train(ranks, *options): run psmpi.train on ranks that are threads, and return a `Trained`."""
     return trainer(tmp_path)
 
 
 @pytest.fixture
 def mpi_train(tmp_path):
-    """The same in processes, under mpirun where there are several ranks."""
+    """mpi_train(ranks, *options): run psmpi.train in processes, under mpirun if ranks > 1, and return a `Trained`."""
     return trainer(tmp_path, launch)
 
 
 @pytest.fixture(scope="session")
 def serial(tmp_path_factory):
-    """serial(*options): the training on one process with these options, made once."""
+    """serial(*options): train on one rank, once for each `options`, and return a `Trained`."""
     return once(tmp_path_factory.mktemp("serial"))
 
 
 @pytest.fixture
 def stand_in(monkeypatch):
-    """The stand-in for CuPy as `cupy`, and that for cuDNN as `cudnn`."""
+    """Make `import cupy` and `import cudnn` load the stand-ins of tests/fake; yield the stand-in for CuPy."""
     fakes = ("cupy", "cudnn")
     real = {name: module for name, module in sys.modules.items() if name.partition(".")[0] in fakes}
     for name in real:
@@ -47,7 +47,7 @@ def stand_in(monkeypatch):
     import cupy
 
     yield cupy
-    # What the stand-in never frees: each set of operations has its workspace.
+    # The stand-in frees no memory itself, and each set of operations has a workspace.
     cupy._memory.clear()
     runtime.stream_of.cache_clear()
     for name in [name for name in sys.modules if name.partition(".")[0] in fakes]:

@@ -24,15 +24,15 @@ def _time(argv: list[str]) -> int:
     from psmpi.bench.training import prepare
     from psmpi.comm.control import Control
     from psmpi.comm.world import start
-    from psmpi.command import parsed
-    from psmpi.config import command_line, defaults, from_command_line
+    from psmpi.command import training_options
+    from psmpi.config import defaults
     from psmpi.data import Batch
     from psmpi.training.context import Context
     from psmpi.training.usual import usual
 
     world = start()
     control = Control(world)
-    config = usual(from_command_line(parsed(command_line(defaults(argv)), argv, "bench")))
+    config = usual(training_options(defaults(argv), argv))
     kind, network, dataset, batches, rate, threads = prepare(config, world)
     with threadpool_limits(threads), np.errstate(all="ignore"):
         method = kind(Context(world, network, dataset, config, make_backend(config.parallel.backend, threads)))

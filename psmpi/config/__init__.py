@@ -13,7 +13,16 @@ from psmpi.config.ranges import Choices, Least, check_ranges, listed, option
 from psmpi.config.sections import Data, LossSettings, NetworkSettings, Optimization, Parallel, Run
 from psmpi.config.terminal import Terminal
 from psmpi.config.text import defaults, from_table, from_toml, given, parse_toml, read_file, tables_in, to_toml
-from psmpi.config.tree import Config, Settings, check, command_line, from_command_line, kinds_of_settings
+from psmpi.config.tree import (
+    Config,
+    Settings,
+    check,
+    command_line,
+    few_options,
+    from_command_line,
+    from_few_options,
+    kinds_of_settings,
+)
 from psmpi.config.usual import Numbers, usual_numbers
 
 __all__ = [
@@ -34,7 +43,9 @@ __all__ = [
     "check_ranges",
     "command_line",
     "defaults",
+    "few_options",
     "from_command_line",
+    "from_few_options",
     "from_table",
     "from_toml",
     "given",

@@ -14,7 +14,7 @@ from psmpi.training.numbers import ADVICE
 
 # A mean loss so many times the first minibatch's counts as a divergence.
 WORSE = 100.0
-# The event that counts terms of the loss beyond --exp-clip, where psl continues as its tangent.
+# The event that counts terms of the loss beyond --exp-clip, where an exponential continues as its tangent.
 CLIPPED = "psl_terms_past_exp_clip"
 
 

@@ -95,7 +95,7 @@ class ElementWorker:
             self.sums = ClassSums(group, self.loss, counts, self.dtype, NumpyOps() if host else ops)
         objective = DeviceTiledObjective if ops.on_device else TiledObjective
         self.objective = (objective if tiled else Objective)(self.loss, self.model, self.sums)
-        # The memory of --psl-weights remembered, set by the method.
+        # The samples' losses at their last visits, set by the method if the steps are divided by them.
         self.remembered: Remembered | None = None
         # Ranks whose losses need no sums over classes detect a loss that is not finite without the others.
         context.numbers.watch(self.objective, row if self.objective.others is not None else None, self.own_gradient)

@@ -67,7 +67,7 @@ class Method:
     partitioned: ClassVar[bool] = False
     # Whether `step` asks `Numbers.sound` before it changes anything, so that --on-nan skip can leave a step out.
     skips: ClassVar[bool] = False
-    # Whether --psl-weights remembered works with this method.
+    # Whether the method can divide each sample's derivatives by its loss at its last visit.
     remembers: ClassVar[bool] = False
     # Whether --class-weights works: the method multiplies the derivatives of all losses by the weights of classes.
     weighs_classes: ClassVar[bool] = False

@@ -11,9 +11,9 @@ from psmpi.config.text import Config
 
 
 def test_the_page_is_current():
-    made = subprocess.run([sys.executable, "-m", "psmpi.config"], capture_output=True, text=True, check=True).stdout
-    assert made == page()
-    assert (ROOT / "docs" / "configuration.md").read_text() == made, "python -m psmpi.config > docs/configuration.md"
+    printed = subprocess.run([sys.executable, "-m", "psmpi.config"], capture_output=True, text=True, check=True).stdout
+    assert printed == page()
+    assert (ROOT / "docs" / "configuration.md").read_text() == printed, "python -m psmpi.config > docs/configuration.md"
 
 
 def test_the_example_of_the_page_is_a_configuration():

@@ -16,7 +16,7 @@ from psmpi.checkpoint.format import HEADER, seal
 
 TEXT = Path(psmpi.checkpoint.__file__).with_name("FORMAT.md").read_text()
 MLP = ("--model", "mlp", "--widths", "12", "8")
-# What makes files that differ in what they hold: options, and ranks.
+# Options and numbers of ranks of trainings whose checkpoints hold different data sets.
 RUNS = [
     (("--optimizer", "sgd", "--batch-norm"), 1),
     (("--optimizer", "lbfgs"), 1),
@@ -36,13 +36,13 @@ RUNS = [
 
 
 def tables():
-    """The rows of FORMAT.md's tables: the names in the first column, and the other columns."""
+    """The rows of FORMAT.md's tables, as pairs (names in the first column, other columns)."""
     rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in TEXT.splitlines() if line[:3] == "| `"]
     return [(re.findall(r"`([^`]+)`", first), rest) for first, *rest in rows]
 
 
 def patterns():
-    """Of each path in the tables a pattern, by path."""
+    """The regular expression of each path in the tables, by path."""
     named = {path: [] for names, _ in tables() for path in names if path.startswith("/")}
     for path in named:
         named[path] = re.compile(re.sub("NAME|VECTOR|SPACE", "[^/]+", path))
@@ -50,16 +50,16 @@ def patterns():
 
 
 def data_sets(path):
-    found = {}
+    shapes = {}
     with h5py.File(path) as file:
-        file.visititems(lambda name, item: found.update({f"/{name}": item.shape} if hasattr(item, "shape") else {}))
-    return found
+        file.visititems(lambda name, item: shapes.update({f"/{name}": item.shape} if hasattr(item, "shape") else {}))
+    return shapes
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
 
-    made = []
+    paths = []
     (tmp_path_factory.getbasetemp() / "text.txt").write_text("to be, or not to be. " * 20)
     (tmp_path_factory.getbasetemp() / "table.csv").write_text("p,q,kind\n" + "1,2,cat\n3,4,dog\n5,6,eel\n" * 10)
     for number, (options, ranks) in enumerate(RUNS):
@@ -67,12 +67,12 @@ def files(tmp_path_factory):
         words = ("--out", out, "--max-steps", "2", *options)
         status, _, err = run(ranks, "-m", "psmpi.train", *words, cwd=tmp_path_factory.getbasetemp())
         assert status == 0, err
-        made.append(checkpoint.available(out)[-1])
-    status, _, err = run(1, "-m", "psmpi.inspect", "cut", made[0], "--classes", "3", "--out", out / "part.h5")
+        paths.append(checkpoint.available(out)[-1])
+    status, _, err = run(1, "-m", "psmpi.inspect", "cut", paths[0], "--classes", "3", "--out", out / "part.h5")
     assert status == 0, err
     with ranks_are_threads():
-        named = psmpi.fit(np.eye(6), list("abcabc"), np.eye(6), list("abcabc"), epochs=1, out=out / "named").folder
-    return [*made, out / "part.h5", checkpoint.available(named)[-1]]
+        folder = psmpi.fit(np.eye(6), list("abcabc"), np.eye(6), list("abcabc"), epochs=1, out=out / "named").folder
+    return [*paths, out / "part.h5", checkpoint.available(folder)[-1]]
 
 
 def test_every_path_of_every_file_is_in_the_tables_and_every_row_in_a_file(files):
@@ -80,7 +80,7 @@ def test_every_path_of_every_file_is_in_the_tables_and_every_row_in_a_file(files
     seen = set()
     for path in files:
         for name in data_sets(path):
-            # The last group of names is that of no method.
+            # No method writes tensors of a SPACE.
             rows = [row for row, pattern in named.items() if "SPACE" not in row and pattern.fullmatch(name)]
             assert len(rows) == 1, f"{name} of {path} is in {rows}"
             seen |= set(rows)
@@ -89,12 +89,12 @@ def test_every_path_of_every_file_is_in_the_tables_and_every_row_in_a_file(files
 
 def test_every_vector_is_in_its_table(files):
     named = {name for names, _ in tables() for name in names if not name.startswith("/")}
-    found = {vector for path in files for vector in checkpoint.read_contents(path).vectors}
-    assert {"s0" if v[0] == "s" and v[1:].isdigit() else "y0" if v[0] == "y" else v for v in found} == named
+    vectors = {vector for path in files for vector in checkpoint.read_contents(path).vectors}
+    assert {"s0" if v[0] == "s" and v[1:].isdigit() else "y0" if v[0] == "y" else v for v in vectors} == named
 
 
 def test_shapes_are_those_of_the_tables(files):
-    """Of the tables of elements and ranks: as many axes as written, and rows for elements or ranks."""
+    """Tables of elements and ranks: the number of axes, and the sizes that are named in FORMAT.md."""
     shapes = {}
     for names, rest in tables():
         if names[0].startswith(("/elements", "/rank")):
@@ -128,8 +128,8 @@ def test_texts_have_the_keys_that_are_named(files):
                 assert name != "progress" or quoted == keys.keys()
 
 
-def old(path, target):
-    """A file as psmpi wrote it before `/rank`: the tables of ranks among those of elements."""
+def in_older_format(path, target):
+    """Write a copy of a file in the older format, with the tables of ranks in `/elements`; return its path."""
     target.parent.mkdir(parents=True)
     target.write_bytes(path.read_bytes())
     with h5py.File(target, "r+") as file:
@@ -142,16 +142,16 @@ def old(path, target):
     "options", [("--method", "local_sgd"), ("--method", "data_parallel", "--compression", "dgc", "--density", "0.05")]
 )
 def test_files_with_the_tables_of_ranks_among_elements_are_read(train, tmp_path, options):
-    """And a run of two ranks goes on in the same bits."""
+    """A run of two ranks resumes from such a file bit for bit."""
     options = (*options, *MLP, "--epochs", "1", "--dtype", "float64", "--max-steps")
-    first, whole = train(2, *options, "5"), train(2, *options, "9")
+    first, uninterrupted = train(2, *options, "5"), train(2, *options, "9")
     assert any(name.startswith("rank/") for name in first.tensors())
-    before = old(first.checkpoint, tmp_path / "old" / "checkpoints" / first.checkpoint.name)
-    resumed = train(2, *options, "9", "--resume", before)
+    older_file = in_older_format(first.checkpoint, tmp_path / "old" / "checkpoints" / first.checkpoint.name)
+    resumed = train(2, *options, "9", "--resume", older_file)
     assert "does not hold" not in resumed.stdout
-    mine, theirs = whole.tensors(), resumed.tensors()
-    assert mine.keys() == theirs.keys() and all(np.array_equal(mine[k], theirs[k]) for k in mine)
-    status, out, err = run(1, "-m", "psmpi.inspect", "diff", first.checkpoint, before, "--json")
+    expected, actual = uninterrupted.tensors(), resumed.tensors()
+    assert expected.keys() == actual.keys() and all(np.array_equal(expected[k], actual[k]) for k in expected)
+    status, out, err = run(1, "-m", "psmpi.inspect", "diff", first.checkpoint, older_file, "--json")
     assert status == 0 and json.loads(out)["identical"], err
-    # On other numbers of ranks what is of ranks is lost, and told.
-    assert "the checkpoint does not hold" in train(1, *options, "6", "--resume", before).stdout
+    # Another number of ranks cannot use the tables of ranks, and says so.
+    assert "the checkpoint does not hold" in train(1, *options, "6", "--resume", older_file).stdout

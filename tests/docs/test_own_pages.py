@@ -1,4 +1,4 @@
-"""The pages on data, networks, losses and optimizers, and on pieces of one's own: what they list is what there is."""
+"""Tables of the pages on networks, losses and optimizers against the registries, and examples in docs/own_*.md."""
 
 import re
 

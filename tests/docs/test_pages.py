@@ -1,7 +1,8 @@
 """The pages: their links, the options that they name, and their commands.
 
-A block of bash after the line `<!-- run -->` is run in an empty folder, with the files of the page before it: blocks
-after a line `<!-- file: NAME -->`. Trainings end after STEPS steps. Commands of other blocks are parsed as psmpi does.
+Blocks of bash after a line `<!-- run -->` are run in a new folder, in the order of the page. A block after a line
+`<!-- file: NAME -->` is written there as file NAME. Trainings end after STEPS steps. Commands of other blocks are
+parsed as psmpi parses them.
 """
 
 import os
@@ -29,8 +30,8 @@ PAGES = sorted(
     ]
 )
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
-# The tutorial has a test of its own.
-# Other tests train by every method and option: most pages' commands are run by the sweeps alone.
+# Beginnings of the names of pages whose commands are always run. The commands of other pages are slow tests, since the
+# rest of the suite trains by every method and option. The tutorial has a test of its own.
 ALWAYS = ("docs/configuration.md", "docs/data.md", "docs/own_")
 RUN = [
     pytest.param(name, marks=[] if name.startswith(ALWAYS) else [pytest.mark.slow])
@@ -38,10 +39,10 @@ RUN = [
     if "<!-- run -->" in (ROOT / name).read_text()
 ]
 BLOCK = re.compile(r"^(?:<!-- (run|file: \S+) -->\n)?```(\w*)\n(.*?)^```$", re.M | re.S)
-# Steps of a training in a block that is run: a page's trainings are longer than a test should be.
+# Steps of a training in a block that is run.
 STEPS = 50
 # Options of other programs that the pages name.
-OTHERS = {
+OTHER_PROGRAMS = {
     "--dry-run", "--requeue", "--array", "--ntasks", "--nodes", "--ntasks-per-node", "--mem", "--cpus-per-task",
     "--gpus-per-task", "--gres", "--signal", "--mpi", "--bind-to", "--oversubscribe", "--allow-run-as-root", "--logdir",
     "--mca", "--map-by", "--use-hwthread-cpus", "--no-deps", "--strict", "--hostfile", "--host",
@@ -56,7 +57,7 @@ def blocks(name):
 
 
 def commands(text):
-    """The commands of a block of bash, as lists of words, without comments and without what they are piped into."""
+    """The commands of a block of bash, as lists of words without comments; those of a pipe are separate commands."""
     text = re.sub(r"\\\n", " ", text)
     for line in text.splitlines():
         lexer = shlex.shlex(line, posix=True, punctuation_chars="&|;<>")
@@ -71,17 +72,17 @@ def commands(text):
 
 
 def shortened(block):
-    """A block of bash whose trainings end after STEPS steps, unless they say how many they make."""
+    """A block of bash with --max-steps in its trainings; a --max-steps of the page comes later and replaces it."""
     return re.sub(r"((?:\bpsmpi[ .]|\.py )train)\b(?![^\n]*--help)", rf"\1 --max-steps {STEPS}", block)
 
 
 def of_psmpi(words):
-    """The words after `psmpi` of a command that starts psmpi, else None."""
+    """The words after `psmpi` in a command that starts psmpi, else None."""
     for at, word in enumerate(words):
         if word == "psmpi":
             return words[at + 1 :]
-        if word == "-m" and (found := re.fullmatch(r"psmpi(?:\.(\w+))?", words[at + 1] if at + 1 < len(words) else "")):
-            return [*found.groups("")[:1], *words[at + 2 :]] if found[1] else words[at + 2 :]
+        if word == "-m" and (match := re.fullmatch(r"psmpi(?:\.(\w+))?", words[at + 1] if at + 1 < len(words) else "")):
+            return [*match.groups("")[:1], *words[at + 2 :]] if match[1] else words[at + 2 :]
         if re.fullmatch(r"examples/\w+\.py", word):
             return ["train", *words[at + 1 :]] if words[at + 1 : at + 2] != ["train"] else words[at + 1 :]
     return None
@@ -96,7 +97,7 @@ def help_of(*words):
 
 @cache
 def options_of(*words):
-    """The options that the whole help of a command shows."""
+    """The options in the full help of a command."""
     return set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", help_of(*words, "--help-all")))
 
 
@@ -139,7 +140,7 @@ def test_the_readme_fits_few_screens():
 @pytest.mark.parametrize("name", NAMES)
 def test_options_that_pages_name_are_there(name):
     text = (ROOT / name).read_text()
-    known = all_options() | OTHERS
+    known = all_options() | OTHER_PROGRAMS
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*[a-z0-9]", text))
     foreign = {
         word.partition("=")[0]
@@ -154,7 +155,7 @@ def test_options_that_pages_name_are_there(name):
 
 @pytest.mark.parametrize("name", [name for name in NAMES if "```bash" in (ROOT / name).read_text()])
 def test_commands_are_parsed(name, monkeypatch, tmp_path, capsys):
-    """Options and their values, and their combination for trainings; nothing is read, run or submitted."""
+    """Options, their values, and for trainings also their combination; nothing is read, run or submitted."""
     real = command.chosen
     monkeypatch.setattr(command, "chosen", lambda *arguments: (real(*arguments), lambda: 0)[1])
     monkeypatch.chdir(tmp_path)
@@ -175,13 +176,13 @@ def test_commands_are_parsed(name, monkeypatch, tmp_path, capsys):
             else:
                 known = options_of(first, rest[0]) if first == "inspect" and rest else options_of(first)
                 until = rest.index("--") if "--" in rest else len(rest)
-                said = {word.partition("=")[0] for word in rest[:until] if word.startswith("--")}
-                assert said <= known | {"--method"} or any(word.startswith("examples/") for word in words), given
+                named = {word.partition("=")[0] for word in rest[:until] if word.startswith("--")}
+                assert named <= known | {"--method"} or any(word.startswith("examples/") for word in words), given
 
 
 @pytest.mark.parametrize("name", RUN)
 def test_commands_run(name, tmp_path):
-    """A page's commands follow one another in one folder."""
+    """The commands of a page run in their order in one folder."""
     environ = {
         **os.environ,
         "PYTHONPATH": str(ROOT),
@@ -193,22 +194,22 @@ def test_commands_run(name, tmp_path):
         if mark.startswith("file: "):
             (tmp_path / mark[len("file: ") :]).write_text(block)
         elif mark == "run":
-            done = subprocess.run(
+            result = subprocess.run(
                 ["bash", "-euo", "pipefail", "-c", shortened(block)],
                 cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=280, stdin=subprocess.DEVNULL,
             )  # fmt: skip
-            assert done.returncode == 0, (block, done.stdout[-3000:] + done.stderr[-3000:])
+            assert result.returncode == 0, (block, result.stdout[-3000:] + result.stderr[-3000:])
 
 
 def test_the_site_is_built_without_warnings(tmp_path):
     pytest.importorskip("mkdocs", reason="mkdocs of the extra docs")
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")],
         cwd=ROOT, capture_output=True, text=True, timeout=200,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    assert result.returncode == 0, result.stderr
     home = (tmp_path / "site" / "index.html").read_text()
-    # Nothing is fetched from other hosts when a page is read.
+    # Pages load no scripts or styles from other hosts.
     assert not re.findall(r'(?:src|href)="https?://(?!www\.mkdocs|github|readthedocs)[^"]*\.(?:js|css)"', home)
 
 

@@ -22,14 +22,14 @@ TABLE, NOTEBOOK = [block for kind, block in BLOCKS if kind == "python"]
 
 
 def typed(command: str) -> list[str]:
-    """The words of a command; psmpi, and mpirun, are those of this Python."""
-    beside = Path(sys.executable).parent
-    programs = {"psmpi": [sys.executable, "-m", "psmpi"], "mpirun": [str(beside / "mpirun")]}
+    """The words of a command, with psmpi and mpirun of this Python."""
+    folder = Path(sys.executable).parent
+    programs = {"psmpi": [sys.executable, "-m", "psmpi"], "mpirun": [str(folder / "mpirun")]}
     return [word for given in shlex.split(command) for word in programs.get(given, [given])]
 
 
 def test_what_is_installed_is_there_to_install():
-    """The command itself is run by the checks of every change, with more extras."""
+    """The continuous integration runs the command itself, with more extras."""
     extras = re.search(r"\[(.*)\]", INSTALL)[1].split(",")
     known = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.M)
     assert f"pip install -e '.[{','.join(extras)}]'" == INSTALL and set(extras) <= set(known)
@@ -39,31 +39,31 @@ def test_the_commands_lead_from_a_table_to_a_network(tmp_path):
     environ = {"PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
 
     def run(words: list[str]) -> str:
-        done = subprocess.run(
+        result = subprocess.run(
             words, cwd=tmp_path, env={**os.environ, **environ}, capture_output=True, text=True, timeout=200
         )
-        assert done.returncode == 0, (words, done.stderr + done.stdout)
-        return done.stdout
+        assert result.returncode == 0, (words, result.stderr + result.stdout)
+        return result.stdout
 
     run([sys.executable, "-c", TABLE])
     (tmp_path / "own.toml").write_text(NETWORK)
     output = {}
     for command in COMMANDS:
         if "--dataset flowers.csv --label species" in command:
-            # As a person types it, and Ctrl-C in its midst.
+            # Typed on a terminal, with Ctrl-C after epoch 5.
             keys = [(rb"epoch +5/300", CTRL_C, 0.0)]
             status, raw = on_terminal(typed(command), tmp_path, keys=keys, timeout=200, TERM="xterm", **environ)
-            shown = lines(raw)
-            again = next(line for line in shown if "--resume auto" in line)
-            assert status != 0 and "runs/flowers" in again, shown
-            assert any("144 training and 36 test samples" in line for line in shown), shown
+            screen = lines(raw)
+            hint = next(line for line in screen if "--resume auto" in line)
+            assert status != 0 and "runs/flowers" in hint, screen
+            assert any("144 training and 36 test samples" in line for line in screen), screen
         else:
             output[command] = run(typed(command))
     first, second = (text for command, text in output.items() if " doctor" in command)
     assert " 0 errors" in first and " 0 errors" in second and "latency" in second
     trained = next(text for command, text in output.items() if "--resume auto" in command)
-    own = next(text for command, text in output.items() if "--config own.toml --lr" in command)
-    assert "model custom: 339 parameters" in own and re.search(r"epoch 60/60 .*accuracy (9\d|100)", own)
+    own_network = next(text for command, text in output.items() if "--config own.toml --lr" in command)
+    assert "model custom: 339 parameters" in own_network and re.search(r"epoch 60/60 .*accuracy (9\d|100)", own_network)
     assert all((tmp_path / "runs" / name / "metrics.jsonl").exists() for name in ("dp", "ist"))
     assert "epoch 300/300" in trained and "best test accuracy" in trained
     assert float(re.search(r"best.* accuracy ([\d.]+) %", trained)[1]) > 90
@@ -79,5 +79,5 @@ def test_the_commands_lead_from_a_table_to_a_network(tmp_path):
     names = np.array(json.loads(metadata["classes"]))
     assert json.loads(metadata["columns"]) == ["length", "width", "area"]
     out = run([sys.executable, "-c", NOTEBOOK])
-    # The exported network is the one that Python loads.
+    # The exported network predicts the same classes as the one that Python loads.
     assert re.findall(r"'(\w+)'", out) == names[scores.argmax(1)].tolist() and float(out.split()[-1]) > 0.3

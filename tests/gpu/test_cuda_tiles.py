@@ -1,19 +1,19 @@
-"""The CUDA kernels of a head that is computed tile by tile, on the CPU, against NumPy."""
+"""CUDA kernels of a head that is computed tile by tile, on the CPU, against NumPy."""
 
 from itertools import pairwise
 
 import numpy as np
 import pytest
 from helpers import cuda_host
-from test_cuda_kernels import F64, TOLERANCE, Guarded, near, real_types, some
+from test_cuda_kernels import F64, TOLERANCE, Guarded, draw, near, real_types
 
 pytestmark = pytest.mark.skipif(cuda_host.compiler() is None, reason="no g++ to run the CUDA kernels on the CPU")
 
 CLASSES, INPUTS, BATCH = 11, 5, 33
-# Ends of tiles, and the exponents by which derivatives of their scores, and of all in the end, are scaled down.
+# Edges of tiles, and their size. Derivatives are scaled down by 2 to these exponents: in each tile, and in the end.
 TILES, TILE = (0, 4, 8, 11), 4
 EXPONENTS, LAST = (0, 30, 55), 60
-# Labels of this rank's classes, several of one, and of others' before and behind.
+# Labels among this rank's classes, with repetitions, and among classes of other ranks, before and after these.
 LABELS = np.random.default_rng(3).integers(-3, CLASSES + 3, BATCH)
 OWN = (LABELS >= 0) & (LABELS < CLASSES)
 
@@ -29,14 +29,17 @@ def report(exponent):
 
 
 def rows(device, rng, dtype, apart):
-    """Rows of weights and biases, one behind the other or `apart`, as views; and the arguments of a kernel."""
+    """Views of weights and biases, and the arguments of a kernel for them.
+
+    apart: they are two arrays, else each bias follows its row of weights in one array.
+    """
     if apart:
-        weights, biases = device.of(some(rng, dtype, CLASSES, INPUTS)), device.of(some(rng, dtype, CLASSES))
+        weights, biases = device.of(draw(rng, dtype, CLASSES, INPUTS)), device.of(draw(rng, dtype, CLASSES))
         return weights, biases, (weights, INPUTS, biases, 1)
-    table = device.of(some(rng, dtype, CLASSES, INPUTS + 1))
-    # Kernels are given where an array begins.
-    flat = table.reshape(-1)
-    return table[:, :-1], table[:, -1], (flat, INPUTS + 1, flat[INPUTS:], INPUTS + 1)
+    table = device.of(draw(rng, dtype, CLASSES, INPUTS + 1))
+    # A kernel takes the address of the first element.
+    vector = table.reshape(-1)
+    return table[:, :-1], table[:, -1], (vector, INPUTS + 1, vector[INPUTS:], INPUTS + 1)
 
 
 both_layouts = pytest.mark.parametrize("apart", [True, False])
@@ -47,7 +50,7 @@ both_layouts = pytest.mark.parametrize("apart", [True, False])
 def test_labels_have_the_scores_of_their_rows(apart, dtype, device):
     rng = np.random.default_rng(0)
     weights, biases, arguments = rows(device, rng, dtype, apart)
-    features, out = device.of(some(rng, dtype, INPUTS, BATCH)), device.array(BATCH, F64)
+    features, out = device.of(draw(rng, dtype, INPUTS, BATCH)), device.array(BATCH, F64)
     shape = (CLASSES, INPUTS, BATCH)
     device("head_labels", (2,), (16,), *shape, features, device.of(LABELS), *arguments, out)
     scores = weights.astype(F64) @ features.astype(F64) + biases[:, None]
@@ -61,8 +64,8 @@ def test_labels_have_the_scores_of_their_rows(apart, dtype, device):
 @pytest.mark.parametrize("cuts", [(0, 11), TILES, range(12)], ids=str)
 def test_normalizers_of_tiles_are_those_of_all_classes(cuts, bad, dtype, device):
     rng = np.random.default_rng(0)
-    scores = 50 * some(rng, dtype, CLASSES, BATCH)
-    # Largest scores that grow, and that shrink, from tile to tile.
+    scores = 50 * draw(rng, dtype, CLASSES, BATCH)
+    # The largest score of a tile grows from tile to tile in sample 0, and falls in sample 1.
     scores[:, 0], scores[:, 1] = np.arange(CLASSES), -np.arange(CLASSES)
     if bad is not None:
         scores[6, 2] = bad
@@ -86,29 +89,30 @@ def test_normalizers_of_tiles_are_those_of_all_classes(cuts, bad, dtype, device)
 @pytest.mark.parametrize("rests", [True, False])
 def test_what_tiles_find_is_added_up(rests, dtype, device):
     rng = np.random.default_rng(0)
-    found, terms = rng.normal(size=(3, 4)), rng.normal(size=(3, BATCH))
-    labels, own, total = device.of(LABELS), device.array(BATCH, np.int64, 0), device.array(BATCH, F64)
-    before, reports = None, [device.of(one) for one in found]
-    for one, rest, stop in zip(reports, terms, TILES[1:], strict=True):
-        given = device.of(rest) if rests else None
-        device("next_tile", (2,), (16,), stop, BATCH, labels, before, given, one, total if rests else None, own)
-        assert np.array_equal(own, LABELS - stop)
-        before = one
-    sums, largest = found.sum(axis=0), found.max(axis=0)
+    values, terms = rng.normal(size=(3, 4)), rng.normal(size=(3, BATCH))
+    labels, tile_labels, total = device.of(LABELS), device.array(BATCH, np.int64, 0), device.array(BATCH, F64)
+    previous, reports = None, [device.of(current) for current in values]
+    for current, rest, stop in zip(reports, terms, TILES[1:], strict=True):
+        tile_terms = device.of(rest) if rests else None
+        arguments = (labels, previous, tile_terms, current, total if rests else None, tile_labels)
+        device("next_tile", (2,), (16,), stop, BATCH, *arguments)
+        assert np.array_equal(tile_labels, LABELS - stop)
+        previous = current
+    sums, largest = values.sum(axis=0), values.max(axis=0)
     assert reports[-1] == pytest.approx([sums[0], largest[1], sums[2], largest[3]], rel=1e-14)
     assert np.isnan(total).all() if not rests else np.allclose(total, terms.sum(axis=0), rtol=1e-13)
-    # NaN is not lost, whichever tile has it.
+    # NaN in either report remains.
     for first, then in ((np.nan, 1.0), (1.0, np.nan)):
-        one, two = device.of(np.full(4, first)), device.of(np.full(4, then))
-        device("next_tile", (1,), (16,), 0, BATCH, labels, one, None, two, None, own)
-        assert np.isnan(two).all()
+        current, later = device.of(np.full(4, first)), device.of(np.full(4, then))
+        device("next_tile", (1,), (16,), 0, BATCH, labels, current, None, later, None, tile_labels)
+        assert np.isnan(later).all()
 
 
 @real_types
 @pytest.mark.parametrize(("before", "after"), [(0, 0), (0, 40), (40, 40), (40, 90)])
 def test_parts_are_added_as_the_largest_derivative_so_far_scales_them(before, after, dtype, device):
     rng = np.random.default_rng(0)
-    sums, part = some(rng, dtype, INPUTS, BATCH), some(rng, dtype, INPUTS, BATCH) * dtype.type(1e-9)
+    sums, part = draw(rng, dtype, INPUTS, BATCH), draw(rng, dtype, INPUTS, BATCH) * dtype.type(1e-9)
     out = device.of(sums)
     device(
         "add_part", (2,), (16,), sums.size, device.of(part), device.of(report(before)), device.of(report(after)), out
@@ -126,7 +130,7 @@ def test_the_report_of_a_head_has_the_largest_derivative_and_what_is_no_number(d
     assert np.array_equal(out, last)
     device("head_report", (1,), (256,), CLASSES, BATCH, labels, None, device.of(last), out)
     assert np.array_equal(out, last)
-    # Whoever's label it is of.
+    # An infinite term makes the loss NaN, whether the label is of this rank or of another.
     for sample in np.flatnonzero(OWN)[0], np.flatnonzero(~OWN)[0]:
         rest[sample] = np.inf
         device("head_report", (1,), (256,), CLASSES, BATCH, labels, device.of(rest), device.of(last), out)
@@ -138,27 +142,27 @@ def test_the_report_of_a_head_has_the_largest_derivative_and_what_is_no_number(d
 @both_layouts
 @pytest.mark.parametrize("bias", [True, False])
 def test_rows_of_tiles_are_scaled_alike_and_completed(bias, apart, dtype, device):
-    """Against the gradient of all scores, scaled once."""
+    """The rows have the gradient of all scores, scaled once."""
     rng = np.random.default_rng(0)
-    weights, biases, (table, row, other, step) = rows(device, rng, dtype, apart)
-    arguments = (table, row, other if bias else None, step if bias else 0)
-    features, labels, final = device.of(some(rng, dtype, INPUTS, BATCH)), device.of(LABELS), device.of(report(LAST))
+    weights, biases, (table, row, bias_rows, step) = rows(device, rng, dtype, apart)
+    arguments = (table, row, bias_rows if bias else None, step if bias else 0)
+    features, labels, final = device.of(draw(rng, dtype, INPUTS, BATCH)), device.of(LABELS), device.of(report(LAST))
     reports = device.of(np.stack([report(e) for e in EXPONENTS]))
     rest = device.of(2.0**58 * rng.normal(size=BATCH))
-    down = np.repeat(np.subtract(EXPONENTS, LAST), np.diff(TILES))
-    expected = [np.ldexp(weights, down[:, None]), np.ldexp(biases, down) if bias else biases.copy()]
+    shifts = np.repeat(np.subtract(EXPONENTS, LAST), np.diff(TILES))
+    expected = [np.ldexp(weights, shifts[:, None]), np.ldexp(biases, shifts) if bias else biases.copy()]
     device("scale_rows", (2,), (16,), CLASSES * (INPUTS + 1), INPUTS, TILE, reports, final, *arguments)
     assert np.array_equal(weights, expected[0]) and np.array_equal(biases, expected[1])
-    same = device.of(np.stack([report(LAST)] * 3))
-    device("scale_rows", (2,), (16,), CLASSES * (INPUTS + 1), INPUTS, TILE, same, final, *arguments)
+    equal_reports = device.of(np.stack([report(LAST)] * 3))
+    device("scale_rows", (2,), (16,), CLASSES * (INPUTS + 1), INPUTS, TILE, equal_reports, final, *arguments)
     assert np.array_equal(weights, expected[0])
 
     marked = (np.arange(CLASSES)[:, None] == LABELS) * np.ldexp(rest, -LAST)
     expected = [weights - marked @ features.T.astype(F64), biases - marked.sum(axis=1) * bias]
     shape = (CLASSES, INPUTS, BATCH)
     device("close_rows", (BATCH,), (4,), *shape, features, labels, rest, final, *arguments)
-    for found, wanted in zip((weights, biases), expected, strict=True):
-        near(found, wanted, TOLERANCE[dtype])
+    for actual, reference in zip((weights, biases), expected, strict=True):
+        near(actual, reference, TOLERANCE[dtype])
 
 
 @real_types
@@ -166,7 +170,7 @@ def test_rows_of_tiles_are_scaled_alike_and_completed(bias, apart, dtype, device
 def test_gradients_of_features_are_completed(apart, dtype, device):
     rng = np.random.default_rng(0)
     weights, _, (table, row, *_) = rows(device, rng, dtype, apart)
-    sums, rest = some(rng, dtype, INPUTS, BATCH), 2.0**58 * rng.normal(size=BATCH)
+    sums, rest = draw(rng, dtype, INPUTS, BATCH), 2.0**58 * rng.normal(size=BATCH)
     out, (last, final) = device.of(sums), (device.of(report(e)) for e in (EXPONENTS[-1], LAST))
     shape = (CLASSES, INPUTS, BATCH)
     device("close_features", (2,), (16,), *shape, device.of(LABELS), device.of(rest), table, row, last, final, out)

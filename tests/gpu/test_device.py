@@ -1,6 +1,6 @@
 """The GPU backend on a stand-in for CuPy, over host memory (see fake/cupy): operations, models, optimizers, exchange.
 
-Kernels by themselves are in test_cuda_kernels.py, trainings in test_device_mpi.py.
+Tests of single kernels are in test_cuda_kernels.py, of trainings in test_device_mpi.py.
 """
 
 import inspect
@@ -39,7 +39,7 @@ from psmpi.training.evaluator import Evaluator
 
 F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
 TOLERANCE = {F32: 2e-5, F64: 1e-11}
-# What the device does as the reference does: it is made of other operations.
+# Methods that the GPU backend inherits: they call other operations.
 SHARED = {
     NumpyOps: {"attention", "attention_back", "beside", "fused", "scratch", "add_shared", "sparse_steps",
                "sparse_blocks", "factor_steps", "count_rows", "deal_components"},
@@ -51,7 +51,7 @@ needs_compiler = pytest.mark.skipif(cuda_host.compiler() is None, reason="no g++
 
 @pytest.fixture(params=["stand-in", pytest.param("gpu", marks=pytest.mark.gpu)])
 def cupy(request):
-    """The stand-in, and the real CuPy where it has a GPU."""
+    """The stand-in for CuPy, and CuPy itself on a machine with a GPU."""
     if request.param == "stand-in":
         return request.getfixturevalue("stand_in")
     if not gpu.available():
@@ -59,7 +59,7 @@ def cupy(request):
     return pytest.importorskip("cupy")
 
 
-class Alone:
+class SingleRank:
     rank, size = 0, 1
 
 
@@ -71,8 +71,8 @@ def put(ops, values):
     return mirror.array
 
 
-def far(found, expected):
-    return abs(found - expected).max(initial=0.0) / max(1e-30, abs(expected).max(initial=0.0))
+def relative_error(actual, expected):
+    return abs(actual - expected).max(initial=0.0) / max(1e-30, abs(expected).max(initial=0.0))
 
 
 def public(kind):
@@ -94,8 +94,9 @@ def test_backends_have_the_same_methods(kind, backend):
     reference = public(kind)
     for name, method in public(backend).items():
         if name in reference and inspect.isfunction(method):
-            ours, theirs = (list(inspect.signature(m).parameters.values()) for m in (method, reference[name]))
-            assert [(p.name, p.kind, p.default) for p in ours] == [(p.name, p.kind, p.default) for p in theirs], name
+            signatures = (inspect.signature(m).parameters.values() for m in (method, reference[name]))
+            actual, expected = ([(p.name, p.kind, p.default) for p in parameters] for parameters in signatures)
+            assert actual == expected, name
     if backend in (CupyOps, CupyCurvature):
         inherited = {name for name, method in public(backend).items() if method is reference.get(name)}
         assert inherited == SHARED[kind]
@@ -105,9 +106,9 @@ def test_curvature_operations_are_those_of_the_backend(stand_in):
     class Other(NumpyOps):
         name = "other"
 
-    made = [curvature_ops(ops) for ops in (NumpyOps(), CompiledOps(1), CupyOps(), Other())]
-    assert [type(one) for one in made] == [CurvatureOps, CompiledCurvature, CupyCurvature, CurvatureOps]
-    assert [one.ops.name for one in made] == ["numpy", "compiled", "cupy", "other"]
+    operations = [curvature_ops(ops) for ops in (NumpyOps(), CompiledOps(1), CupyOps(), Other())]
+    assert [type(kind) for kind in operations] == [CurvatureOps, CompiledCurvature, CupyCurvature, CurvatureOps]
+    assert [kind.ops.name for kind in operations] == ["numpy", "compiled", "cupy", "other"]
 
 
 def test_the_stand_in_has_the_names_of_cupy():
@@ -135,8 +136,8 @@ for owner, names in (
 assert (runtime.memcpyHostToDevice, runtime.memcpyDeviceToHost) == (1, 2)
 assert "bytes commId" in nccl.NcclCommunicator.__doc__ and "bytes object" in nccl.get_unique_id.__doc__
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
 
 
 CUDNN = """
@@ -192,8 +193,8 @@ def test_the_stand_in_has_the_names_of_cudnn(kind):
     if kind == "real" and find_spec("cudnn") is None:
         pytest.skip("cuDNN is not installed")
     command = [sys.executable, "-c", CUDNN]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
-    assert done.returncode == 0, done.stderr
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert result.returncode == 0, result.stderr
 
 
 @needs_compiler
@@ -202,24 +203,24 @@ def test_the_stand_in_has_the_names_of_cudnn(kind):
 def test_models_are_those_of_the_reference(cupy, name, dtype):
     network = make(name)
     layout, w, x, d = random_problem(network, batch=5, dtype=dtype)
-    there = CupyOps()
+    device_ops = CupyOps()
     for classes in ([*range(network.classes)], [1], [0, 3]):
         if network.tie() is not None and len(classes) < network.classes:
             continue
         part = layout.part(classes)
         local = np.concatenate([w[a:b] for a, b in part.intervals])
-        found = []
-        for ops in (NumpyOps(), there):
+        results = []
+        for ops in (NumpyOps(), device_ops):
             g = put(ops, np.full(part.size, np.nan, dtype))
             model = Model(network, layout, put(ops, local), g, ops, classes)
-            # A larger minibatch before: what it left must not show.
+            # A larger minibatch first; the next one must not use its values.
             model.forward(put(ops, np.ones((x.shape[0], 7), dtype)))
             tape = model.forward(put(ops, x))
             scores = ops.host(tape.scores).copy()
             model.backward(tape, put(ops, d[classes]))
-            found.append((scores, ops.host(g)))
-        for ours, expected in zip(found[1], found[0], strict=True):
-            assert far(ours, expected) <= TOLERANCE[dtype]
+            results.append((scores, ops.host(g)))
+        for actual, expected in zip(results[1], results[0], strict=True):
+            assert relative_error(actual, expected) <= TOLERANCE[dtype]
 
 
 CONVOLUTIONS = [name for name in NETWORKS if "conv" in str(NETWORKS[name][1])] + ["small psnet"]
@@ -234,36 +235,36 @@ def test_convolutions_may_be_products_with_windows(cupy, name, chunk, monkeypatc
     layout, w, x, d = random_problem(network, batch=5, dtype=F32)
     part = layout.part(range(network.classes))
     w = np.concatenate([w[a:b] for a, b in part.intervals])
-    found = []
+    results = []
     for ops in (NumpyOps(), CupyOps(compute="tf32")):
         g = put(ops, np.full(part.size, np.nan, F32))
         model = Model(network, layout, put(ops, w), g, ops)
         tape = model.forward(put(ops, x))
         scores = ops.host(tape.scores).copy()
         model.backward(tape, put(ops, d))
-        found.append((scores, ops.host(g)))
-    # The stand-in computes products of float32 as they are; a GPU with 10 bits of each number.
+        results.append((scores, ops.host(g)))
+    # With tf32 the stand-in multiplies float32 numbers, and a GPU rounds them to 10 bits first.
     tolerance = 2e-5 if not gpu.available() or "fake" in str(cupy.__version__) else 1e-2
-    for ours, expected in zip(found[1], found[0], strict=True):
-        assert far(ours, expected) <= tolerance
+    for actual, expected in zip(results[1], results[0], strict=True):
+        assert relative_error(actual, expected) <= tolerance
 
 
-def both_ways(name, dtype, there, classes=None):
-    """What the reference and `there` find for a network: scores and gradients."""
+def both_ways(name, dtype, device_ops, classes=None):
+    """Scores and gradient of a network by the reference, then by `device_ops`, after a minibatch of another size."""
     network = make(name)
     layout, w, x, d = random_problem(network, batch=5, dtype=dtype)
     classes = [*range(network.classes)] if classes is None else classes
     part = layout.part(classes)
-    local, found = np.concatenate([w[a:b] for a, b in part.intervals]), []
-    for ops in (NumpyOps(), there):
+    local, results = np.concatenate([w[a:b] for a, b in part.intervals]), []
+    for ops in (NumpyOps(), device_ops):
         g = put(ops, np.full(part.size, np.nan, dtype))
         model = Model(network, layout, put(ops, local), g, ops, classes)
         model.forward(put(ops, np.ones((x.shape[0], 7), dtype)))
         tape = model.forward(put(ops, x))
         scores = ops.host(tape.scores).copy()
         model.backward(tape, put(ops, d[classes]))
-        found += [scores, ops.host(g)]
-    return found
+        results += [scores, ops.host(g)]
+    return results
 
 
 @needs_compiler
@@ -276,16 +277,16 @@ def test_convolutions_may_be_those_of_cudnn(cupy, name, dtype):
     ops = CupyOps(convolution="cudnn")
     tolerance = TOLERANCE[dtype] if fake else 10 * cudnn.TOLERANCE[str(dtype)]
     for classes in (None, [1], [0, 3]):
-        scores, g, our_scores, our_g = both_ways(name, dtype, ops, classes)
-        assert far(our_scores, scores) <= tolerance and far(our_g, g) <= tolerance
-    # Both sizes of minibatch; a GPU's cuDNN may not have all.
+        scores, g, device_scores, device_g = both_ways(name, dtype, ops, classes)
+        assert relative_error(device_scores, scores) <= tolerance and relative_error(device_g, g) <= tolerance
+    # cuDNN was tried for both sizes of minibatches.
     assert {batch for _, batch, _ in ops.cudnn.chosen} == {5, 7}
-    # The first layer's input needs no gradient, and only one minibatch went back.
+    # The minibatch of 7 samples had no backward pass.
     assert {work for _, batch, work in ops.cudnn.chosen if batch == 7} == {"output"}
     assert not fake or all(ops.cudnn.chosen.values())
 
 
-# What cuDNN calls what it is asked for.
+# psmpi's names of cuDNN's operations.
 WORK = {"fprop": "output", "wgrad": "gradient of kernels", "dgrad": "gradient of input"}
 
 
@@ -293,7 +294,7 @@ def test_groups_of_channels_are_known():
     for stripes, expected in (
         ([Stripes(1, 6, 4, 0, 0, 0)], 1),
         ([Stripes(2, 3, 2, 0, 2, 0)], 2),
-        # The same channels twice, overlapping ones, some that none sees, units that are not there, two kinds.
+        # Channels seen twice, overlapping channels, unseen channels, a missing unit, stripes of two sizes.
         ([Stripes(2, 3, 4, 0, 0, 0)], 0),
         ([Stripes(2, 3, 3, 0, 1, 0)], 0),
         ([Stripes(1, 6, 3, 1, 0, 0)], 0),
@@ -321,13 +322,13 @@ def test_a_cudnn_that_fails_is_not_used(stand_in, monkeypatch, fault, says, conv
     stand_in.cuda.clock.costs.update({"cudnn packed": 0.0, "cudnn strided": 0.0, "turn": 0.0})
     monkeypatch.setattr(library, "FAULT", fault)
     ops = CupyOps(convolution=convolution)
-    scores, g, our_scores, our_g = both_ways("mean pooling", F32, ops)
-    assert far(our_scores, scores) <= TOLERANCE[F32] and far(our_g, g) <= TOLERANCE[F32]
-    # Two minibatches forward, one back through two layers.
+    scores, g, device_scores, device_g = both_ways("mean pooling", F32, ops)
+    assert relative_error(device_scores, scores) <= TOLERANCE[F32] and relative_error(device_g, g) <= TOLERANCE[F32]
+    # Outputs of two layers for two minibatches; for one of them the gradients of two kernels and of one input.
     assert len(ops.choices) == 2 * 2 + 2 + 1
-    alone = WORK.get(fault.partition(" ")[0])
+    faulty_work = WORK.get(fault.partition(" ")[0])
     for line, (key, chosen) in zip(ops.choices, ops.cudnn.chosen.items(), strict=True):
-        if alone is None or key[-1] == alone:
+        if faulty_work is None or key[-1] == faulty_work:
             assert chosen is None and ": psmpi (" in line
             assert says in line and says.replace("cuDNN", "cuDNN on turned images") in line
         else:
@@ -360,7 +361,7 @@ def test_what_cudnn_does_not_read_as_it_lies_is_turned(stand_in, monkeypatch):
     assert all("cuDNN cannot: no engine" in line for line in ops.choices)
 
 
-OWN = {"output": "conv_forward", "gradient of kernels": "conv_weight", "gradient of input": "conv_input"}
+OWN_KERNELS = {"output": "conv_forward", "gradient of kernels": "conv_weight", "gradient of input": "conv_input"}
 
 
 @needs_compiler
@@ -372,19 +373,19 @@ OWN = {"output": "conv_forward", "gradient of kernels": "conv_weight", "gradient
         ({"cudnn packed": 2.0, "cudnn strided": 3.0, "turn": 2.0}, "cuDNN"),
     ],
 )
-@pytest.mark.parametrize("work", OWN)
+@pytest.mark.parametrize("work", OWN_KERNELS)
 def test_the_fastest_is_taken_for_each_work(stand_in, costs, taken, work):
-    stand_in.cuda.clock.costs.update({**costs, **dict.fromkeys(OWN.values(), 0.0), OWN[work]: 15.0})
+    stand_in.cuda.clock.costs.update({**costs, **dict.fromkeys(OWN_KERNELS.values(), 0.0), OWN_KERNELS[work]: 15.0})
     ops = CupyOps(convolution="measured")
-    scores, g, our_scores, our_g = both_ways("separable convolution", F32, ops)
-    assert far(our_scores, scores) <= TOLERANCE[F32] and far(our_g, g) <= TOLERANCE[F32]
-    # One minibatch forward only.
-    assert {key[-1] for key in ops.cudnn.chosen} == OWN.keys()
+    scores, g, device_scores, device_g = both_ways("separable convolution", F32, ops)
+    assert relative_error(device_scores, scores) <= TOLERANCE[F32] and relative_error(device_g, g) <= TOLERANCE[F32]
+    # All kinds of work were measured.
+    assert {key[-1] for key in ops.cudnn.chosen} == OWN_KERNELS.keys()
     for line, key in zip(ops.choices, ops.cudnn.chosen, strict=True):
         assert f": {taken if key[-1] == work else 'psmpi'} (psmpi " in line and line.count(" ms") == 3, line
     shapes = [line.partition(", minibatch")[0] for line in ops.choices]
     assert shapes[0] == "convolution 4x8x8 -> 8x3x3, kernel 4, stride 2, 4 groups, tanh, float32"
-    # Once for each shape.
+    # Each shape is measured once.
     before = len(ops.choices)
     both_ways("separable convolution", F32, ops)
     assert len(ops.choices) == before
@@ -407,17 +408,17 @@ def test_gradients_of_channels_are_sums_over_the_stripes_that_see_them(cupy, str
     rng = np.random.default_rng(0)
     shapes = ((4, 5, 5, 3), (6, 3, 3, 3), (6, stripes[0].n_in, 3, 3), (6,))
     x, dy, kernels, bias = (rng.normal(size=shape).astype(F32) for shape in shapes)
-    # One stripe after the other on the host: nothing overlaps.
+    # The host computes each stripe by itself, so that no channels overlap.
     expected = np.zeros_like(x)
     for s in stripes:
         for k in range(s.count):
             source, out = s.source + k * s.source_step, s.out + k * s.n
-            one = host.convolution([Stripes(1, s.n, s.n_in, 0, 0, 0)], (s.n_in, 5, 5), (s.n, 3, 3), 3, 1, F32)
-            one.reserve(3)
+            stripe_plan = host.convolution([Stripes(1, s.n, s.n_in, 0, 0, 0)], (s.n_in, 5, 5), (s.n, 3, 3), 3, 1, F32)
+            stripe_plan.reserve(3)
             seen, units = slice(source, source + s.n_in), slice(out, out + s.n)
-            into = np.empty((s.n_in, 5, 5, 3), F32)
-            one.backward(np.ascontiguousarray(x[seen]), dy[units], kernels[units], None, into)
-            expected[seen] += into
+            stripe_dx = np.empty((s.n_in, 5, 5, 3), F32)
+            stripe_plan.backward(np.ascontiguousarray(x[seen]), dy[units], kernels[units], None, stripe_dx)
+            expected[seen] += stripe_dx
     plan = ops.convolution(*arguments)
     plan.reserve(3)
     x, dy, kernels, bias = (put(ops, array) for array in (x, dy, kernels, bias))
@@ -425,7 +426,7 @@ def test_gradients_of_channels_are_sums_over_the_stripes_that_see_them(cupy, str
     plan.prepare(kernels)
     plan.forward(x, kernels, bias, y)
     plan.backward(x, dy, kernels, None, dx)
-    assert far(ops.host(dx), expected) <= (TOLERANCE[F32] if compute == "float32" else 5e-3)
+    assert relative_error(ops.host(dx), expected) <= (TOLERANCE[F32] if compute == "float32" else 5e-3)
 
 
 @needs_compiler
@@ -451,13 +452,13 @@ def test_psmpi_s_gradient_has_the_kernels_of_cudnn_s_output_when_that_is_played_
             mirror.host[...] = rng.normal(size=mirror.host.shape)
             mirror.push()
         recorded()
-        # Its own arguments changed: it is not played back.
+        # The backward pass is not recorded.
         plan.backward(x, dy, kernels, None, dx)
         expected = np.zeros((1, 4, 4, 3), F32)
         reference = NumpyOps().convolution([Stripes(1, 2, 1, 0, 0, 0)], (1, 4, 4), (2, 2, 2), 3, 1, F32)
         reference.reserve(3)
         reference.backward(mirrors[2].host, mirrors[4].host, mirrors[0].host, None, expected)
-        assert far(ops.host(dx), expected) <= TOLERANCE[F32], step
+        assert relative_error(ops.host(dx), expected) <= TOLERANCE[F32], step
     kinds = {work: chosen for (_, _, work), chosen in ops.cudnn.chosen.items()}
     assert kinds["output"] is not None and kinds["gradient of input"] is None
 
@@ -507,7 +508,7 @@ def test_nothing_is_tried_while_a_step_is_recorded(stand_in):
     assert not ops.cudnn.chosen and ops.allocations == before
     graph.launch(ops.stream)
     recorded = ops.host(tape.scores).copy()
-    assert far(ops.host(model.forward(images).scores), recorded) <= TOLERANCE[F32]
+    assert relative_error(ops.host(model.forward(images).scores), recorded) <= TOLERANCE[F32]
     assert all(ops.cudnn.chosen.values()) and ops.allocations > before
 
 
@@ -560,13 +561,13 @@ def test_the_loss_and_its_gradient_are_those_of_the_reference(cupy, name, dtype)
             tape = model.forward(put(ops, x))
             objective.derive(tape, tape.scores, put(ops, labels), 1 / 9, mask)
             results.append((objective.value(), ops.host(g), objective.loss.clipped))
-        (value, g, clipped), (our_value, our_g, our_clipped) = results
-        assert our_value == pytest.approx(value, rel=100 * TOLERANCE[dtype]) and our_clipped == clipped
+        (value, g, clipped), (device_value, device_g, device_clipped) = results
+        assert device_value == pytest.approx(value, rel=100 * TOLERANCE[dtype]) and device_clipped == clipped
         if abs(g).max() < GRADIENT_LIMIT[dtype]:
-            assert far(our_g, g) <= 100 * TOLERANCE[dtype]
+            assert relative_error(device_g, g) <= 100 * TOLERANCE[dtype]
         else:
-            # Scaled up by so much, rounding reaches the limit too.
-            assert name == "psl" and abs(our_g).max() == GRADIENT_LIMIT[dtype]
+            # A gradient beyond the limit is cut to it.
+            assert name == "psl" and abs(device_g).max() == GRADIENT_LIMIT[dtype]
 
 
 @needs_compiler
@@ -585,10 +586,10 @@ def test_margins_are_those_of_the_reference(cupy, name, kind, size, dtype):
         tape = model.forward(put(ops, x))
         objective.derive(tape, tape.scores, put(ops, labels), 1e6)
         results.append((objective.value(), ops.host(model.g), float(ops.host(objective.report.array)[3])))
-    (value, g, peak), (our_value, our_g, our_peak) = results
+    (value, g, peak), (device_value, device_g, device_peak) = results
     tolerance = 100 * TOLERANCE[dtype]
-    assert our_value == pytest.approx(value, rel=tolerance) and our_peak == pytest.approx(peak, rel=tolerance)
-    assert far(our_g, g) <= tolerance
+    assert device_value == pytest.approx(value, rel=tolerance) and device_peak == pytest.approx(peak, rel=tolerance)
+    assert relative_error(device_g, g) <= tolerance
 
 
 @needs_compiler
@@ -607,9 +608,11 @@ def test_the_distance_from_targets_and_its_gradient_are_those_of_the_reference(c
         objective.derive(tape, tape.scores, put(ops, labels), 1 / 9)
         results.append((objective.value(), ops.host(g), ops.host(objective.report.array)))
         assert loss.nbytes >= 8 * targets.size and (objective.fused is not None) == ops.on_device
-    (value, g, report), (our_value, our_g, our_report) = results
-    assert our_value == pytest.approx(value, rel=TOLERANCE[dtype]) and far(our_g, g) <= TOLERANCE[dtype]
-    assert our_report == pytest.approx(report, rel=TOLERANCE[dtype]) and our_report[3] > 0
+    (value, g, report), (device_value, device_g, device_report) = results
+    assert (
+        device_value == pytest.approx(value, rel=TOLERANCE[dtype]) and relative_error(device_g, g) <= TOLERANCE[dtype]
+    )
+    assert device_report == pytest.approx(report, rel=TOLERANCE[dtype]) and device_report[3] > 0
     model.w[:] = put(ops, np.full_like(w, np.nan))
     tape = model.forward(put(ops, x))
     objective.derive(tape, tape.scores, put(ops, labels), 1 / 9)
@@ -618,7 +621,7 @@ def test_the_distance_from_targets_and_its_gradient_are_those_of_the_reference(c
 
 
 class Slow(LOSSES["logistic"]):
-    """A loss that no device has in one pass."""
+    """A loss without a kernel."""
 
     name = "slow"
 
@@ -633,22 +636,22 @@ def test_a_loss_without_a_kernel_of_its_own_goes_through_host_memory_outside_of_
         model = Model(network, layout, put(ops, w), put(ops, np.zeros_like(w)), ops)
         objective = Objective(kind(F32), model)
         objective.reserve(10, 9)
-        given = put(ops, x), put(ops, labels)
+        inputs = put(ops, x), put(ops, labels)
 
-        def work(b, objective=objective, model=model, given=given):
-            tape = model.forward(given[0])
-            objective.derive(tape, tape.scores, given[1], 1 / b)
+        def work(b, objective=objective, model=model, inputs=inputs):
+            tape = model.forward(inputs[0])
+            objective.derive(tape, tape.scores, inputs[1], 1 / b)
 
         recorded, before = objective.record(work), ops.stream.launches
-        # A step is recorded the second time.
+        # The second call records.
         for _ in range(3):
             model.g.fill(0)
             recorded(9)
         results.append((objective.value(), ops.host(model.g), ops.host(objective.report.array)[[0, 3]]))
         assert (ops.stream.launches > before) == (kind is not Slow) and ops.graphs
-    (value, g, report), (our_value, our_g, our_report) = results
-    assert our_value == pytest.approx(value, rel=1e-12) and far(our_g, g) <= TOLERANCE[F32]
-    assert our_report == pytest.approx(report, rel=1e-12) and our_report[1] > 0
+    (value, g, report), (device_value, device_g, device_report) = results
+    assert device_value == pytest.approx(value, rel=1e-12) and relative_error(device_g, g) <= TOLERANCE[F32]
+    assert device_report == pytest.approx(report, rel=1e-12) and device_report[1] > 0
     model.w[:] = put(ops, np.full_like(w, np.nan))
     with np.errstate(invalid="ignore"), pytest.raises(FloatingPointError, match="the loss is not a finite number"):
         recorded(9)
@@ -668,8 +671,10 @@ def test_values_to_learn_are_those_of_the_reference(cupy, dtype):
         tape = model.forward(put(ops, x))
         objective.derive(tape, tape.scores, objective.targets(9), 1 / 9)
         results.append((objective.value(), ops.host(model.g)))
-    (value, g), (our_value, our_g) = results
-    assert our_value == pytest.approx(value, rel=TOLERANCE[dtype]) and far(our_g, g) <= TOLERANCE[dtype]
+    (value, g), (device_value, device_g) = results
+    assert (
+        device_value == pytest.approx(value, rel=TOLERANCE[dtype]) and relative_error(device_g, g) <= TOLERANCE[dtype]
+    )
 
 
 @needs_compiler
@@ -710,57 +715,57 @@ def test_recorded_work_is_played_back(stand_in):
     for k in range(1, 6):
         assert recorded(2).shape == (2,)
         assert np.array_equal(ops.host(a), np.full(4, 2.0 * k))
-    # Done once, recorded once, then played back.
+    # The first call does the work, the second one records it, and the others launch the graph.
     assert calls == [2, 2] and ops.stream.launches - before == 4
     recorded(3)
     assert calls == [2, 2, 3] and np.array_equal(ops.host(a), np.full(4, 13.0))
-    # What is done beside it has memory of its own, for sums too.
-    aside, made = ops.separate(), ops.allocations
-    assert aside.squared_norm(put(aside, np.full(9, 2.0))) == 36
-    assert ops.allocations == made and aside.buffers and not ops.buffers
+    # A separate set of operations has its own memory, also for sums.
+    separate, allocations = ops.separate(), ops.allocations
+    assert separate.squared_norm(put(separate, np.full(9, 2.0))) == 36
+    assert ops.allocations == allocations and separate.buffers and not ops.buffers
     recorded(2)
     assert calls == [2, 2, 3] and np.array_equal(ops.host(a), np.full(4, 15.0))
-    # Memory may have moved: what was recorded is done anew.
+    # Memory may have moved after an allocation, which discards recordings.
     ops.empty(1, F32)
     recorded(2)
     assert calls == [2, 2, 3, 2] and np.array_equal(ops.host(a), np.full(4, 17.0))
     for k in range(recording.KEPT + 9):
         recorded(k)
     assert len(recorded.made) == recording.KEPT
-    plain, before = CupyOps(graphs=False), ops.stream.launches
-    recorded, calls[:] = plain.record(lambda: calls.append(0)), []
+    ops_without_graphs, before = CupyOps(graphs=False), ops.stream.launches
+    recorded, calls[:] = ops_without_graphs.record(lambda: calls.append(0)), []
     for _ in range(4):
         recorded()
-    assert calls == [0] * 4 and plain.stream.launches == before
+    assert calls == [0] * 4 and ops_without_graphs.stream.launches == before
 
 
 @needs_compiler
 def test_recorded_work_is_that_of_its_arrays_memory_and_shape(stand_in):
-    ops, done = CupyOps(), []
-    one, a, b = put(ops, np.ones(1)), put(ops, np.zeros(4)), put(ops, np.zeros(4))
+    ops, works = CupyOps(), []
+    unit, a, b = put(ops, np.ones(1)), put(ops, np.zeros(4)), put(ops, np.zeros(4))
 
-    def add(into, again, times):
-        done.append((into.shape, times))
-        for array in (into, again):
+    def add(first, second, times):
+        works.append((first.shape, times))
+        for array in (first, second):
             if array is not None:
                 ops.spread(
-                    "combine", array.dtype, array.size, array.size, array, array, one, 0, 0, 1.0, times, 0.0, 0.0
+                    "combine", array.dtype, array.size, array.size, array, array, unit, 0, 0, 1.0, times, 0.0, 0.0
                 )
 
     recorded = ops.record(add)
     for k in range(1, 5):
-        # Views are made anew each time.
+        # Each call gets new views.
         recorded(a[:1], None, 1.0)
         recorded(a[1:2], None, 1.0)
         recorded(a[:1].reshape(1, 1), b[:1], 100.0)
         recorded(a[:1], None, 1000.0)
         assert ops.host(a).tolist() == [1101.0 * k, k, 0, 0] and ops.host(b).tolist() == [100.0 * k, 0, 0, 0]
-        assert len(done) == min(2, k) * 4
-    # The same memory in other steps is another array.
+        assert len(works) == min(2, k) * 4
+    # The same memory with other strides is another array.
     square = a.reshape(2, 2)
     for turned in (False, True) * 3:
         recorded(ops.view(a, 0, (2, 2), (1, 2)) if turned else square, None, 0.0)
-    assert len(done) == 8 + 4
+    assert len(works) == 8 + 4
 
 
 @needs_compiler
@@ -802,18 +807,18 @@ def test_optimizers_step_as_on_the_host(cupy, name, counted, dtype):
     rng = np.random.default_rng(1)
     n, hyper = 2101, Hyper(weight_decay=0.01, history=3)
     start, target = rng.normal(size=(2, n)).astype(dtype)
-    found = []
+    results = []
     for ops in (NumpyOps(), CupyOps()):
         w, g = put(ops, start), put(ops, np.zeros(n, dtype))
         optimizer = make_optimizer(name, n, dtype, hyper, ops, counted, (Matrix(5, 40, 20), Matrix(900, 12, 30)))
-        # All of them are where the weights are.
+        # All vectors of the optimizer are in the same kind of memory as the weights.
         sized = [a for a in (*vars(optimizer).values(), *optimizer.vectors.values()) if getattr(a, "shape", ()) == (n,)]
         assert len(sized) >= len(optimizer.vectors) and all(type(a) is type(w) for a in sized)
 
         def objective(ops=ops, w=w, g=g):
-            here = ops.host(w)
-            g[:] = put(ops, (here - target) ** 3)
-            return 0.25 * float(((here - target).astype(float) ** 4).sum())
+            host_w = ops.host(w)
+            g[:] = put(ops, (host_w - target) ** 3)
+            return 0.25 * float(((host_w - target).astype(float) ** 4).sum())
 
         for _ in range(4):
             value = objective()
@@ -821,25 +826,25 @@ def test_optimizers_step_as_on_the_host(cupy, name, counted, dtype):
             if not optimizer.needs_closure:
                 clip_by_global_norm(g, 1.0, lambda a: a, ops)
             optimizer.step(w, g, 0.1, lambda a: a, objective)
-        found.append({"w": ops.host(w), **{k: ops.host(v) for k, v in optimizer.vectors.items()}})
-        scalars = found[0].setdefault("scalars", optimizer.scalars)
+        results.append({"w": ops.host(w), **{k: ops.host(v) for k, v in optimizer.vectors.items()}})
+        scalars = results[0].setdefault("scalars", optimizer.scalars)
         assert optimizer.scalars == pytest.approx(scalars, rel=1e-3)
-    assert far(found[1]["w"], found[0]["w"]) <= 10 * TOLERANCE[dtype]
-    del found[0]["scalars"]
-    for key, vector in found[0].items():
-        assert far(found[1][key], vector) <= 1000 * TOLERANCE[dtype], key
+    assert relative_error(results[1]["w"], results[0]["w"]) <= 10 * TOLERANCE[dtype]
+    del results[0]["scalars"]
+    for key, vector in results[0].items():
+        assert relative_error(results[1][key], vector) <= 1000 * TOLERANCE[dtype], key
 
 
 @needs_compiler
 def test_counted_steps_may_have_moments_without_decay(cupy):
-    found = []
+    results = []
     for ops in (NumpyOps(), CupyOps()):
         w, g = put(ops, np.ones(3)), put(ops, np.arange(3.0))
         optimizer = make_optimizer("adam", 3, F64, Hyper(beta1=0.0, beta2=0.0), ops, counted=True)
         for _ in range(2):
             optimizer.step(w, g, 0.1, lambda a: a)
-        found.append(ops.host(w))
-    assert far(found[1], found[0]) <= 1e-15 and found[0] == pytest.approx([1, 0.8, 0.8])
+        results.append(ops.host(w))
+    assert relative_error(results[1], results[0]) <= 1e-15 and results[0] == pytest.approx([1, 0.8, 0.8])
 
 
 @needs_compiler
@@ -850,16 +855,16 @@ def test_sums_of_multiples_have_the_same_bits_on_all_backends(cupy, n, dtype):
     factors, arrays = (1, -0.3, -1, 1 / 3, 7.5, 1e-3, 1, -2), rng.normal(size=(8, n + 8)).astype(dtype)
     for count in range(1, 9):
         for inside in (False, True):
-            found = []
+            results = []
             for ops in (NumpyOps(), CompiledOps(), CupyOps()):
-                there = [put(ops, a) for a in arrays]
-                # They begin anywhere.
-                pieces = [a[k:][:n] for k, a in enumerate(there)]
+                backend_arrays = [put(ops, a) for a in arrays]
+                # Arrays start at different alignments.
+                pieces = [a[k:][:n] for k, a in enumerate(backend_arrays)]
                 out = pieces[0] if inside else put(ops, np.full(n + 1, np.nan, dtype))[1:]
                 ops.combine(out, *zip(factors[:count], pieces, strict=False))
                 ops.multiply(out, pieces[7])
-                found.append(ops.host(out).tobytes())
-            assert found[0] == found[1] == found[2]
+                results.append(ops.host(out).tobytes())
+            assert results[0] == results[1] == results[2]
 
 
 @needs_compiler
@@ -867,20 +872,20 @@ def test_sums_of_multiples_have_the_same_bits_on_all_backends(cupy, n, dtype):
 @pytest.mark.parametrize("n", [0, 1, 2001])
 def test_scalar_products_are_those_of_the_reference(cupy, n, dtype):
     ops, vectors = CupyOps(), np.random.default_rng(n).normal(size=(20, n + 20)).astype(dtype)
-    here = [a[k:][:n] for k, a in enumerate(vectors)]
-    there = [put(ops, a)[k:][:n] for k, a in enumerate(vectors)]
+    host_vectors = [a[k:][:n] for k, a in enumerate(vectors)]
+    device_vectors = [put(ops, a)[k:][:n] for k, a in enumerate(vectors)]
     for count in (0, 1, 4, 9, 200):
         which = [(k // 15, (7 * k + 1) % 20) for k in range(count)]
-        expected = NumpyOps().dots([(here[i], here[j]) for i, j in which])
-        pairs = [(there[i], there[j]) for i, j in which]
+        expected = NumpyOps().dots([(host_vectors[i], host_vectors[j]) for i, j in which])
+        pairs = [(device_vectors[i], device_vectors[j]) for i, j in which]
         first = ops.dots(pairs)
         assert first.dtype == F64 and first == pytest.approx(expected, rel=1e-12, abs=1e-12)
         before, kept = ops.allocations, first.copy()
         assert np.array_equal(ops.dots(pairs), kept) and ops.allocations == before
-        # What was returned is the caller's.
-        ops.dots([(there[19], there[19])])
+        # Later calls do not change a returned array.
+        ops.dots([(device_vectors[19], device_vectors[19])])
         assert np.array_equal(first, kept)
-    for a, b in zip(here, there, strict=True):
+    for a, b in zip(host_vectors, device_vectors, strict=True):
         assert ops.abs_sum(b) == pytest.approx(NumpyOps().abs_sum(a), rel=1e-6 if dtype == F32 else 1e-12)
         assert ops.squared_norm(b) == pytest.approx(NumpyOps().squared_norm(a), rel=1e-12)
 
@@ -935,27 +940,27 @@ def test_samples_on_the_device_are_those_that_are_there_when_they_are_taken(cupy
 
 @needs_compiler
 def test_a_test_of_shards_moves_nothing_that_is_recorded(cupy):
-    split, network, found = open_dataset("digits", "").test, make("small psnet"), []
+    split, network, scores = open_dataset("digits", "").test, make("small psnet"), []
     layout, w, _, _ = random_problem(network, batch=1, dtype=F64)
     for ops in (NumpyOps(), CupyOps()):
-        group, shard = Group(Alone(), [0], Counter()), Runs(((0, layout.size),))
+        group, shard = Group(SingleRank(), [0], Counter()), Runs(((0, layout.size),))
         weights, metric = ops.mirror(put(ops, w)), Metric(make_loss("nll", F64), 10)
         weights.host[:] = w
         evaluator = Evaluator(network, group, [shard], weights, split, metric, ops)
-        made = getattr(ops, "allocations", 0)
-        found.append(evaluator.run())
-        assert getattr(ops, "allocations", 0) == made
-    assert found[1] == pytest.approx(found[0], rel=1e-9)
+        allocations = getattr(ops, "allocations", 0)
+        scores.append(evaluator.run())
+        assert getattr(ops, "allocations", 0) == allocations
+    assert scores[1] == pytest.approx(scores[0], rel=1e-9)
 
 
 @needs_compiler
 def test_a_resident_split_may_be_on_the_device(cupy):
     split = open_dataset("digits", "").train
     ops = CupyOps()
-    here, there = (Resident(split, np.arange(50), F32, o) for o in (None, ops))
+    host_split, device_split = (Resident(split, np.arange(50), F32, split_ops) for split_ops in (None, ops))
     expected, out = np.empty((64, 7), F32), ops.empty(64 * 7, F32).reshape(64, 7)
-    here.fetch(np.arange(7) * 7, expected)
-    there.fetch(np.arange(7) * 7, out)
+    host_split.fetch(np.arange(7) * 7, expected)
+    device_split.fetch(np.arange(7) * 7, out)
     assert np.array_equal(ops.host(out), expected)
 
 
@@ -970,14 +975,14 @@ def test_products_take_all_orders_of_matrices(cupy, compute):
                 a = rng.normal(size=(count, k, m) if a_turned else (count, m, k)).astype(F32)
                 b = rng.normal(size=(count, n, k) if b_turned else (count, k, n)).astype(F32)
                 out = put(ops, np.full((count, m, n), np.nan, F32))
-                theirs = (put(ops, v).transpose(0, 2, 1) if turned else put(ops, v)
+                operands = (put(ops, v).transpose(0, 2, 1) if turned else put(ops, v)
                           for v, turned in ((a, a_turned), (b, b_turned)))  # fmt: skip
-                ops.matmul(*theirs, out)
+                ops.matmul(*operands, out)
                 a, b = (v.transpose(0, 2, 1) if t else v for v, t in ((a, a_turned), (b, b_turned)))
-                assert far(ops.host(out), a @ b) <= 1e-5
-    wide = put(ops, np.zeros((2, 4, 4), F32))
+                assert relative_error(ops.host(out), a @ b) <= 1e-5
+    blocks = put(ops, np.zeros((2, 4, 4), F32))
     with pytest.raises(ValueError, match="contiguous rows"):
-        ops.matmul(wide, wide, ops.view(wide, 0, (2, 2, 4), (16, 1, 2)))
+        ops.matmul(blocks, blocks, ops.view(blocks, 0, (2, 2, 4), (16, 1, 2)))
 
 
 @needs_compiler
@@ -985,27 +990,27 @@ def test_a_staged_array_waits_for_its_copies(cupy):
     ops = CupyOps()
     bridge = Staged(ops)
     vector = put(ops, np.arange(10.0))
-    # Begun early, changed by nobody: what is sent is what was there.
+    # Copies that begin early have the values of the vector.
     bridge.begin(vector[2:5])
     bridge.begin(vector[5:9])
     assert np.array_equal(bridge.outgoing(vector[2:5]), [2, 3, 4])
     assert np.array_equal(bridge.outgoing(vector[5:9]), [5, 6, 7, 8])
     for k in range(3):
-        into = bridge.incoming(vector)
-        into[:] = 100.0 + k
+        buffer = bridge.incoming(vector)
+        buffer[:] = 100.0 + k
         bridge.arrived(vector, [slice(1, 3), slice(8, 9)])
     expected = np.arange(10.0)
     expected[[1, 2, 8]] = 102.0
     assert np.array_equal(ops.host(vector), expected)
-    here = np.ones(3)
-    assert bridge.outgoing(here) is here and bridge.incoming(here) is here
+    host_array = np.ones(3)
+    assert bridge.outgoing(host_array) is host_array and bridge.incoming(host_array) is host_array
     assert len(bridge.mirrors) == 3
 
 
 @needs_compiler
 def test_the_probe_compares_values(cupy):
     ops = CupyOps()
-    assert probe(Alone(), ops, GpuAware(ops), size=1000)
+    assert probe(SingleRank(), ops, GpuAware(ops), size=1000)
 
     class Wrong(GpuAware):
         def outgoing(self, array, pieces=()):
@@ -1019,8 +1024,8 @@ def test_the_probe_compares_values(cupy):
     from mpi4py import MPI
 
     if MPI.COMM_WORLD.size == 1:
-        # One rank sends nothing: the values cannot be wrong. Several ranks are in test_device_mpi.py.
-        assert probe(Alone(), ops, Wrong(ops), size=1000) and probe(Alone(), ops, Forgetful(ops), size=1000)
+        # One rank sends nothing, so no value is wrong. The test with several ranks is in test_device_mpi.py.
+        assert probe(SingleRank(), ops, Wrong(ops), size=1000) and probe(SingleRank(), ops, Forgetful(ops), size=1000)
 
 
 def test_an_mpi_that_says_no_is_believed():
@@ -1029,7 +1034,7 @@ def test_an_mpi_that_says_no_is_believed():
         ask_library()
 
 
-def fails(monkeypatch, fake, fault):
+def error_of(monkeypatch, fake, fault):
     monkeypatch.setattr(fake.cuda, "FAULT", fault)
     with pytest.raises(UserError) as caught:
         make_backend("cupy")
@@ -1038,13 +1043,13 @@ def fails(monkeypatch, fake, fault):
 
 
 def test_without_a_device_the_error_says_what_to_do(stand_in, monkeypatch):
-    said = fails(monkeypatch, stand_in, "driver")
-    assert "no NVIDIA driver" in said and "--backend compiled" in said
-    said = fails(monkeypatch, stand_in, "old driver")
-    assert "supports CUDA 12.4" in said and "built for CUDA 13:" in said and "cupy-cuda12x" in said
+    error = error_of(monkeypatch, stand_in, "driver")
+    assert "no NVIDIA driver" in error and "--backend compiled" in error
+    error = error_of(monkeypatch, stand_in, "old driver")
+    assert "supports CUDA 12.4" in error and "built for CUDA 13:" in error and "cupy-cuda12x" in error
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    said = fails(monkeypatch, stand_in, "device")
-    assert "cudaErrorNoDevice" in said and "CUDA_VISIBLE_DEVICES is ''" in said
+    error = error_of(monkeypatch, stand_in, "device")
+    assert "cudaErrorNoDevice" in error and "CUDA_VISIBLE_DEVICES is ''" in error
 
 
 @needs_compiler

@@ -1,4 +1,4 @@
-"""Trainings under mpirun with the GPU backend on a stand-in for CuPy: the weights are those of the host."""
+"""Trainings with the GPU backend on a stand-in for CuPy: they end with the weights of trainings on the host."""
 
 import json
 import os
@@ -19,7 +19,7 @@ EXACT = ("--dtype", "float64", "--max-steps", "8", "--epochs", "10", "--batch-si
 
 @pytest.fixture(autouse=True)
 def fake(monkeypatch, stand_in):
-    """The stand-in as `cupy` here, and in the processes that are started."""
+    """The stand-in for CuPy in this process, and in the processes that it starts."""
     for real in ("float", "double"):
         cuda_host.load(real)
     monkeypatch.setenv("PYTHONPATH", str(FAKE), prepend=os.pathsep)
@@ -27,7 +27,7 @@ def fake(monkeypatch, stand_in):
 
 @pytest.fixture(scope="module")
 def host(tmp_path_factory):
-    """A run on one process and on the host, by options."""
+    """host(*options): train on one rank on the host, once for each `options`, and return a `Trained`."""
     return once(tmp_path_factory.mktemp("host"), "--backend", "numpy")
 
 
@@ -50,13 +50,13 @@ GRIDS = {
 )
 def test_weights_and_bytes_are_those_of_the_host(train, host, name):
     ranks, options = GRIDS[name]
-    here = train(ranks, "--backend", "numpy", *EXACT, *options)
-    there = train(ranks, "--backend", "cupy", *EXACT, *options)
-    assert distance(host(*EXACT).tensors(), there.tensors()) <= 1e-10
+    host_run = train(ranks, "--backend", "numpy", *EXACT, *options)
+    device_run = train(ranks, "--backend", "cupy", *EXACT, *options)
+    assert distance(host(*EXACT).tensors(), device_run.tensors()) <= 1e-10
     for key in ("test_accuracy", "bytes_sent_by_rank", "bytes_received_by_rank"):
-        assert there.rows[-1][key] == here.rows[-1][key]
-    assert there.rows[-1]["train_loss"] == pytest.approx(here.rows[-1]["train_loss"], rel=1e-10)
-    assert "backend cupy (host memory as a device, device 0)" in there.stdout
+        assert device_run.rows[-1][key] == host_run.rows[-1][key]
+    assert device_run.rows[-1]["train_loss"] == pytest.approx(host_run.rows[-1]["train_loss"], rel=1e-10)
+    assert "backend cupy (host memory as a device, device 0)" in device_run.stdout
 
 
 def test_statistics_of_slices_are_not_summed_from_a_device():
@@ -68,11 +68,11 @@ def test_statistics_of_slices_are_not_summed_from_a_device():
 def test_cosines_with_margins_on_devices_have_the_weights_of_the_host(train, kind, loss):
     options = (*EXACT, "--model", "head", "--widths", "20", "--scale", "8", "--loss", loss, "--margin", "0.4")
     options = (*options, "--margin-kind", kind)
-    whole = train(1, "--backend", "numpy", *options)
+    host_run = train(1, "--backend", "numpy", *options)
     for ranks in (1, 3):
-        found = train(ranks, "--backend", "cupy", *options, "--colocate")
-        assert distance(whole.tensors(), found.tensors()) <= 1e-10
-        assert found.rows[-1]["test_accuracy"] == whole.rows[-1]["test_accuracy"]
+        device_run = train(ranks, "--backend", "cupy", *options, "--colocate")
+        assert distance(host_run.tensors(), device_run.tensors()) <= 1e-10
+        assert device_run.rows[-1]["test_accuracy"] == host_run.rows[-1]["test_accuracy"]
 
 
 @pytest.mark.parametrize(
@@ -130,12 +130,11 @@ def test_cosines_with_margins_on_devices_have_the_weights_of_the_host(train, kin
 )
 def test_replicas_on_devices_have_the_weights_of_the_host(train, mpi_train, options, monkeypatch):
     monkeypatch.setenv("FAKE_CUDA", "alone")
-    there = (mpi_train if "--nccl" in options else train)(3, "--backend", "cupy", *EXACT, *options).tensors()
-    here = train(3, "--backend", "numpy", *EXACT, *(o for o in options if o != "--nccl")).tensors()
-    assert distance(here, there) <= 1e-9
+    device_tensors = (mpi_train if "--nccl" in options else train)(3, "--backend", "cupy", *EXACT, *options).tensors()
+    host_tensors = train(3, "--backend", "numpy", *EXACT, *(o for o in options if o != "--nccl")).tensors()
+    assert distance(host_tensors, device_tensors) <= 1e-9
 
 
-# Adam makes noise of the gradients of biases of keys, which are 0.
 SPANN = (*EXACT, "--max-steps", "3", "--method", "spann", "--loss", "nll", "--optimizer", "momentum", "--clip", "0")
 
 
@@ -148,11 +147,12 @@ SPANN = (*EXACT, "--max-steps", "3", "--method", "spann", "--loss", "nll", "--op
     ],
 )
 def test_parts_of_layers_train_on_the_device_as_on_the_host(train, options):
-    """The halos are packed and added by its kernels, and go through pinned memory."""
-    here, there = (train(3, "--backend", backend, *SPANN, *options) for backend in ("numpy", "cupy"))
-    assert distance(here.tensors(), there.tensors()) <= 1e-10
+    """Kernels pack and add the halos, which move through pinned memory."""
+    host_run, device_run = (train(3, "--backend", backend, *SPANN, *options) for backend in ("numpy", "cupy"))
+    assert distance(host_run.tensors(), device_run.tensors()) <= 1e-10
 
 
+# The gradients of biases of keys are 0 up to rounding, which Adam would scale up to steps.
 TENSOR = (*EXACT, "--max-steps", "3", "--method", "tensor", "--loss", "nll", "--optimizer", "momentum")
 ATTENTIVE = ("--dataset", "digits:rows", "--model", "transformer", "--widths", "12", "--heads", "4", "--blocks", "1")
 
@@ -168,10 +168,10 @@ ATTENTIVE = ("--dataset", "digits:rows", "--model", "transformer", "--widths", "
     ids=str,
 )
 def test_tiles_on_devices_have_the_weights_and_bytes_of_the_host(train, ranks, options):
-    here, there = (train(ranks, "--backend", backend, *TENSOR, *options) for backend in ("numpy", "cupy"))
-    assert distance(here.tensors(), there.tensors()) <= 1e-10
+    host_run, device_run = (train(ranks, "--backend", backend, *TENSOR, *options) for backend in ("numpy", "cupy"))
+    assert distance(host_run.tensors(), device_run.tensors()) <= 1e-10
     for key in ("test_accuracy", "bytes_sent_by_rank", "bytes_received_by_rank"):
-        assert there.rows[-1][key] == here.rows[-1][key]
+        assert device_run.rows[-1][key] == host_run.rows[-1][key]
 
 
 DFA = (*EXACT, "--method", "dfa", "--loss", "nll")
@@ -200,31 +200,31 @@ PARTS = {
 )
 def test_parts_of_layers_on_devices_have_the_weights_and_bytes_of_the_host(train, name):
     ranks, options = PARTS[name]
-    here, there = (train(ranks, "--backend", backend, *options) for backend in ("numpy", "cupy"))
-    assert distance(here.tensors(), there.tensors()) <= 1e-9
-    assert "backend cupy" in there.stdout
-    for ours, expected in zip(there.rows, here.rows, strict=True):
+    host_run, device_run = (train(ranks, "--backend", backend, *options) for backend in ("numpy", "cupy"))
+    assert distance(host_run.tensors(), device_run.tensors()) <= 1e-9
+    assert "backend cupy" in device_run.stdout
+    for row, expected in zip(device_run.rows, host_run.rows, strict=True):
         for key in ("test_accuracy", "bytes_sent_by_rank", "bytes_received_by_rank", "macs", "dead_units"):
-            assert ours.get(key) == expected.get(key)
+            assert row.get(key) == expected.get(key)
         for key in expected.keys() & {"train_loss", "test_loss", "target_distance", "nearest_accuracy", "alignment"}:
-            # Cosines are rounded.
-            assert ours[key] == pytest.approx(expected[key], rel=1e-9, abs=2e-6 if key == "alignment" else 0)
+            # Rows have rounded cosines.
+            assert row[key] == pytest.approx(expected[key], rel=1e-9, abs=2e-6 if key == "alignment" else 0)
 
 
 @pytest.mark.slow
 def test_the_rows_of_a_part_sum_by_nccl(mpi_train, monkeypatch):
     monkeypatch.setenv("FAKE_CUDA", "alone")
     ranks, options = PARTS["sil stored, two rows"]
-    here, there = (mpi_train(ranks, *options, "--backend", *way) for way in (("numpy",), ("cupy", "--nccl")))
-    assert distance(here.tensors(), there.tensors()) <= 1e-9
+    host_run, device_run = (mpi_train(ranks, *options, "--backend", *way) for way in (("numpy",), ("cupy", "--nccl")))
+    assert distance(host_run.tensors(), device_run.tensors()) <= 1e-9
 
 
 def test_what_was_handed_over_is_made_anew_on_the_other_kind_of_memory(train, tmp_path):
-    """At the hand-over, twice in the part after it, and in the recovery."""
-    out, options = tmp_path / "begun", (*SIL, *DEEP, "--recovery-epochs", "2", "--max-steps")
-    train(2, "--backend", "numpy", *options, "6", out=out)
+    """The run changes its backend at the hand-over, twice in the part after it, and in the recovery."""
+    folder, options = tmp_path / "begun", (*SIL, *DEEP, "--recovery-epochs", "2", "--max-steps")
+    train(2, "--backend", "numpy", *options, "6", out=folder)
     for backend, end in (("cupy", "8"), ("numpy", "10"), ("cupy", "14"), ("numpy", "18")):
-        result = train(2, "--backend", backend, *options, end, "--resume", "auto", out=out)
+        result = train(2, "--backend", backend, *options, end, "--resume", "auto", out=folder)
     assert distance(train(2, "--backend", "numpy", *options, "18").tensors(), result.tensors()) <= 1e-9
 
 
@@ -238,9 +238,9 @@ def test_what_was_handed_over_is_made_anew_on_the_other_kind_of_memory(train, tm
     ids=["dfa", "sil stored", "sil stale"],
 )
 def test_parts_go_on_on_a_device_bit_for_bit(train, tmp_path, ranks, end, options):
-    out, options = tmp_path / "begun", ("--backend", "cupy", *options, "--max-steps")
-    train(ranks, *options, end, out=out)
-    result = train(ranks, *options, "18", "--resume", "auto", out=out)
+    folder, options = tmp_path / "begun", ("--backend", "cupy", *options, "--max-steps")
+    train(ranks, *options, end, out=folder)
+    result = train(ranks, *options, "18", "--resume", "auto", out=folder)
     assert distance(train(ranks, *options, "18").tensors(), result.tensors()) == 0
 
 
@@ -266,12 +266,13 @@ def test_optimizers_step_on_the_device(train, host, monkeypatch, stand_in, optim
 
 def test_float32_and_without_graphs_too(train, host):
     options = ("--max-steps", "8", "--batch-size", "32")
-    for more in (("--no-cuda-graphs",), ("--compute", "bfloat16")):
-        assert distance(host(*options).tensors(), train(2, "--backend", "cupy", *options, *more).tensors()) <= 1e-5
+    for extra_options in (("--no-cuda-graphs",), ("--compute", "bfloat16")):
+        device_run = train(2, "--backend", "cupy", *options, *extra_options)
+        assert distance(host(*options).tensors(), device_run.tensors()) <= 1e-5
     for method in ("dfa", "sil"):
-        more = (*options, "--method", method, "--optimizer", "momentum", "--epochs", "4")
-        there = train(2, "--backend", "cupy", "--compute", "tf32", *more)
-        assert distance(host(*more).tensors(), there.tensors()) <= 1e-5
+        extra_options = (*options, "--method", method, "--optimizer", "momentum", "--epochs", "4")
+        device_run = train(2, "--backend", "cupy", "--compute", "tf32", *extra_options)
+        assert distance(host(*extra_options).tensors(), device_run.tensors()) <= 1e-5
 
 
 NEWTON = ("--partition", "pairs", "--dtype", "float64", "--batch-size", "50")
@@ -284,30 +285,32 @@ RULES = {
 }
 
 
-def apart(first, second):
-    """The distance of what is not an ill-conditioned function of the rest: rounding grows tenfold and more a step."""
-    kept = [{k: v for k, v in run.tensors().items() if "weights/" in k or "pairs" in k} for run in (first, second)]
-    assert len(kept[0]) > 8
-    return distance(*kept)
+def pair_distance(first, second):
+    """The distance of weights and pairs. Other tensors are ill-conditioned functions of these, and amplify rounding."""
+    tensors = [{k: v for k, v in run.tensors().items() if "weights/" in k or "pairs" in k} for run in (first, second)]
+    assert len(tensors[0]) > 8
+    return distance(*tensors)
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "plsr1")) for n in RULES])
 def test_partitioned_quasi_newton_on_devices_has_the_weights_of_the_host(train, name):
     ranks, options = RULES[name]
-    here, there = (train(ranks, "--backend", b, *NEWTON, "--max-steps", "2", *options) for b in ("numpy", "cupy"))
-    assert apart(here, there) <= 1e-9
-    assert "backend cupy (host memory as a device, device 0)" in there.stdout
-    assert there.rows[-1]["bytes_sent_by_rank"] == here.rows[-1]["bytes_sent_by_rank"]
+    host_run, device_run = (
+        train(ranks, "--backend", b, *NEWTON, "--max-steps", "2", *options) for b in ("numpy", "cupy")
+    )
+    assert pair_distance(host_run, device_run) <= 1e-9
+    assert "backend cupy (host memory as a device, device 0)" in device_run.stdout
+    assert device_run.rows[-1]["bytes_sent_by_rank"] == host_run.rows[-1]["bytes_sent_by_rank"]
 
 
 def test_curvature_goes_on_on_the_other_kind_of_memory(train, tmp_path):
     options = (*NEWTON, "--scaling", "moments", "--optimizer", "plse", "--extrapolation", "adaptive")
-    whole = train(1, "--backend", "numpy", *options, "--max-steps", "2")
+    host_run = train(1, "--backend", "numpy", *options, "--max-steps", "2")
     for first, then in (("cupy", "numpy"), ("numpy", "cupy")):
-        begun = tmp_path / first
-        train(3, "--backend", first, *options, "--max-steps", "1", out=begun)
-        result = train(2, "--backend", then, *options, "--max-steps", "2", "--resume", "auto", out=begun)
-        assert apart(whole, result) <= 1e-9
+        folder = tmp_path / first
+        train(3, "--backend", first, *options, "--max-steps", "1", out=folder)
+        result = train(2, "--backend", then, *options, "--max-steps", "2", "--resume", "auto", out=folder)
+        assert pair_distance(host_run, result) <= 1e-9
 
 
 @pytest.mark.parametrize("ranks", [1, 3])
@@ -315,9 +318,10 @@ def test_convolutions_by_cudnn_give_the_weights_of_the_host(train, host, ranks):
     result = train(ranks, "--backend", "cupy", "--convolution", "cudnn", *EXACT)
     assert distance(host(*EXACT).tensors(), result.tensors()) <= 1e-10
     assert "convolutions by cuDNN 9.12)" in result.stdout
-    # Whichever rank computes it, a size is told of once.
-    told = [line for line in result.stdout.splitlines() if line.startswith("convolution ")]
-    assert told and len(told) == len(set(told)) and all(line.endswith(": cuDNN on turned images") for line in told)
+    # Each size is reported once, whichever ranks compute it.
+    reports = [line for line in result.stdout.splitlines() if line.startswith("convolution ")]
+    assert reports and len(reports) == len(set(reports))
+    assert all(line.endswith(": cuDNN on turned images") for line in reports)
 
 
 def test_without_cudnn_nothing_is_measured(mpi_train, host, monkeypatch):
@@ -346,7 +350,8 @@ def test_the_passes_of_parts_are_recorded(tmp_path, way):
     options = (*SIL, *DEEP, "--parts", "4", "--backend", "cupy", "--hand-over", way, "--out", tmp_path / "run")
     status, stdout, stderr = launch(1, program, *options)
     assert status == 0, stderr
-    # Eighteen steps of one part after the other, or of all, with minibatches of two sizes that are done first.
+    # 18 steps of one part after the other (stored), or of all four parts (labels). The first steps of each part and of
+    # each size of minibatches launch no graph.
     assert int(stdout.split()[-1]) >= (18 - 4 * 4 if way == "stored" else 4 * (18 - 6))
 
 
@@ -360,9 +365,9 @@ LBFGS = ("--optimizer", "lbfgs", "--lr", "1", "--history", "4")
     ids=str,
 )
 def test_a_run_goes_on_on_the_other_kind_of_memory(train, host, tmp_path, first, then, options, tolerance):
-    begun, options = tmp_path / "begun", (*EXACT, *options)
-    train(3, "--backend", first, *options[:3], "4", *options[4:], out=begun)
-    result = train(2, "--backend", then, *options, "--resume", "auto", out=begun)
+    folder, options = tmp_path / "begun", (*EXACT, *options)
+    train(3, "--backend", first, *options[:3], "4", *options[4:], out=folder)
+    result = train(2, "--backend", then, *options, "--resume", "auto", out=folder)
     assert distance(host(*options).tensors(), result.tensors()) <= tolerance
 
 
@@ -385,7 +390,7 @@ def test_without_a_compiler_auto_computes_on_the_host(mpi_train, monkeypatch):
 @pytest.mark.parametrize("seen", ["all", "one"])
 def test_nccl_exchanges_scores_and_sums_replicas(mpi_train, host, monkeypatch, seen):
     options = ("--nccl", "--placement", "owner", "--replicas", "2")
-    # All devices for every rank to see, or its own alone.
+    # A rank sees all devices, or only its own.
     monkeypatch.setenv("FAKE_CUDA_DEVICES" if seen == "all" else "FAKE_CUDA", "5" if seen == "all" else "alone")
     result = mpi_train(5, "--backend", "cupy", *EXACT, *options, timeout=240)
     assert distance(host(*EXACT).tensors(), result.tensors()) <= 1e-10
@@ -433,9 +438,9 @@ class Lost(GpuAware):
         return np.zeros(array.shape, array.dtype) if world.rank == 1 else array
 
 
-found = [probe(world, ops, kind(ops), size=999) for kind in (GpuAware, Staged, Early, Lost)]
+results = [probe(world, ops, kind(ops), size=999) for kind in (GpuAware, Staged, Early, Lost)]
 if world.rank == 0:
-    print(json.dumps(found))
+    print(json.dumps(results))
 """
 
 
@@ -467,15 +472,15 @@ def test_a_gpu_aware_mpi_gives_the_same_weights(host, tmp_path):
         assert distance(host(*EXACT).tensors(), Trained(out / str(ranks), stdout).tensors()) <= 1e-10
     for name in ("dfa", "sil stored, two rows"):
         ranks, options = PARTS[name]
-        found = []
+        tensors = []
         for command in (("-m", "psmpi.train", "--backend", "numpy"), (program, "--backend", "cupy", "--gpu-aware")):
-            here = out / name / command[-1]
-            how = run if command[0] == "-m" else launch
-            status, stdout, stderr = how(ranks, *command, *options, "--out", here)
+            folder = out / name / command[-1]
+            launcher = run if command[0] == "-m" else launch
+            status, stdout, stderr = launcher(ranks, *command, *options, "--out", folder)
             assert status == 0, stderr
-            found.append(Trained(here, stdout).tensors())
-        assert distance(*found) <= 1e-9
-    # What is compressed goes over the host.
+            tensors.append(Trained(folder, stdout).tensors())
+        assert distance(*tensors) <= 1e-9
+    # Compressed gradients go through host memory.
     topk = ("--method", "data_parallel", "--compression", "topk", "--max-steps", "3")
     status, _, stderr = launch(2, program, "--backend", "cupy", "--gpu-aware", *EXACT, *topk, "--out", out / "topk")
     assert status == 0, stderr
@@ -503,8 +508,8 @@ def test_a_gpu_aware_mpi_gives_the_same_weights(host, tmp_path):
 def test_what_cannot_be_is_said_once_and_ends_the_job(monkeypatch, tmp_path, options, environment, says):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    how = launch if environment else run
-    status, _, err = how(3, "-m", "psmpi.train", "--out", tmp_path / "run", "--max-steps", "2", *options)
+    launcher = launch if environment else run
+    status, _, err = launcher(3, "-m", "psmpi.train", "--out", tmp_path / "run", "--max-steps", "2", *options)
     assert status != 0 and err.count(says) == 1, err
     assert "Traceback" not in err
 
@@ -519,7 +524,7 @@ def test_a_run_that_diverges_says_so_once(tmp_path):
 @pytest.mark.gpu
 def test_several_ranks_share_a_gpu(mpi_train, host, monkeypatch):
     monkeypatch.delenv("PYTHONPATH")
-    # In a process without the stand-in.
+    # A process without the stand-in looks for a GPU.
     if "True" not in launch(1, "-c", "from psmpi.backend import gpu; print(gpu.available())")[1]:
         pytest.skip("no GPU here, or no CuPy for it")
     for ranks, options in ((1, ()), (3, ()), (3, ("--placement", "owner", "--colocate"))):

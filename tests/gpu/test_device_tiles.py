@@ -1,4 +1,4 @@
-"""The pass over tiles of classes on the stand-in for a GPU: as all scores at once on the host, and without waiting."""
+"""The pass over tiles of classes on a stand-in for CuPy: it has the results of all scores at once, and never waits."""
 
 import os
 
@@ -44,7 +44,7 @@ def linear(network, w):
 
 
 def places(network):
-    """Where in the flat vector each dense layer's weights and biases are."""
+    """For each dense layer, the positions of its weights and biases in the flat vector."""
     numbers = np.arange(network.layout().size, dtype=F64)
     return [np.concatenate([one.reshape(-1) for one in part]).astype(int) for part in linear(network, numbers)]
 
@@ -52,11 +52,11 @@ def places(network):
 class Step:
     """A loss and its gradient, of all scores on the host or by tiles on the device."""
 
-    def __init__(self, network, w, loss, ops, batch, classes=None, others=None):
+    def __init__(self, network, w, loss, ops, batch, classes=None, class_sums=None):
         self.ops, self.tiled = ops, ops.on_device
         self.g = ops.put(np.full_like(w, np.nan))
         self.model = Model(network, network.layout(), ops.put(w), self.g, ops, classes, tiled=self.tiled)
-        self.objective = (DeviceTiledObjective if self.tiled else Objective)(loss, self.model, others)
+        self.objective = (DeviceTiledObjective if self.tiled else Objective)(loss, self.model, class_sums)
         self.objective.reserve(len(self.model.classes), batch)
 
     def __call__(self, x, labels, scale=SCALE):
@@ -66,14 +66,14 @@ class Step:
         objective.losses(self.tape.scores, objective.targets(len(labels)), scale)
         objective.backward(self.tape)
 
-    def found(self):
+    def results(self):
         return self.objective.value(), self.ops.host(self.g).copy(), self.objective.loss.clipped
 
 
 def derive(ops, network, w, x, labels, loss):
     step = Step(network, w, loss, ops, len(labels))
     step(ops.put(x), labels)
-    return step.found()
+    return step.results()
 
 
 def both(name, dtype, problem, **settings):
@@ -94,49 +94,49 @@ def tile(monkeypatch, stand_in):
 def test_loss_and_gradient_are_those_of_all_scores_at_once_on_the_host(name, dtype, tolerance, size, tile):
     tile(size)
     for kind in KINDS.values():
-        (value, g, _), (found, ours, _) = both(name, dtype, problem(dtype, *kind))
-        assert found == pytest.approx(value, rel=tolerance)
-        assert abs(ours - g).max() <= tolerance * abs(g).max()
+        (value, g, _), (device_value, device_g, _) = both(name, dtype, problem(dtype, *kind))
+        assert device_value == pytest.approx(value, rel=tolerance)
+        assert abs(device_g - g).max() <= tolerance * abs(g).max()
 
 
 @pytest.mark.parametrize("dtype", [F64, F32], ids=str)
 @pytest.mark.parametrize(("name", "size"), [("psl", 10), ("psl", 40), ("psl", 400), ("squared", 1e6), ("squared", 1e8)])
 def test_very_large_derivatives_are_scaled_tile_by_tile(name, size, dtype, tile):
-    """The largest are not in the first tile, nor the same in all."""
+    """The largest derivatives differ from tile to tile, and those of the first tile are small."""
     tile(4)
-    given = problem(dtype, trunk=False, size=size)
-    for values in linear(*given[:2])[-1]:
+    arguments = problem(dtype, trunk=False, size=size)
+    for values in linear(*arguments[:2])[-1]:
         values[0][:4] /= 50
-    (value, g, clipped), (found, ours, ours_clipped) = both(name, dtype, given)
+    (value, g, clipped), (device_value, device_g, device_clipped) = both(name, dtype, arguments)
     tolerance = 1e-3 if dtype == F32 else 1e-10
-    assert found == pytest.approx(value, rel=tolerance) and ours_clipped == clipped
-    assert abs(ours - g).max() <= tolerance * abs(g).max() and abs(ours).max() <= GRADIENT_LIMIT[dtype]
+    assert device_value == pytest.approx(value, rel=tolerance) and device_clipped == clipped
+    assert abs(device_g - g).max() <= tolerance * abs(g).max() and abs(device_g).max() <= GRADIENT_LIMIT[dtype]
 
 
 @pytest.mark.parametrize("label", [2, 12])
 @pytest.mark.parametrize(("dtype", "bias"), [(F32, 12.0), (F32, 16.0), (F64, 12.0), (F64, 150.0)], ids=str)
 def test_very_large_derivatives_of_one_class_go_on_into_the_layers_before(dtype, bias, label, tile):
-    """Those of tiles before it, and what labels add, are scaled like its own."""
+    """Derivatives of earlier tiles and the labels' terms are scaled by the same power of two as those of the class."""
     tile(4)
     network, w, x, labels = problem(dtype)
     linear(network, w)[-1][1][0][9] = bias
     labels[:] = label
-    # Samples with small derivatives beside those with large ones.
+    # Every second sample has small derivatives.
     labels[::2] = 9
-    (value, g, _), (found, ours, _) = both("psl", dtype, (network, w, x, labels))
+    (value, g, _), (device_value, device_g, _) = both("psl", dtype, (network, w, x, labels))
     tolerance = 1e-5 if dtype == F32 else 1e-10
-    assert found == pytest.approx(value, rel=tolerance) and abs(g).max() < GRADIENT_LIMIT[dtype]
+    assert device_value == pytest.approx(value, rel=tolerance) and abs(g).max() < GRADIENT_LIMIT[dtype]
     for at in places(network):
-        assert abs(ours - g)[at].max() <= tolerance * abs(g[at]).max()
+        assert abs(device_g - g)[at].max() <= tolerance * abs(g[at]).max()
 
 
 @pytest.mark.parametrize("name", FUSED)
 def test_a_recorded_step_is_played_back_and_its_gradient_made_again(name, tile):
-    """Whatever other minibatch has been recorded in between."""
+    """Minibatches of two sizes take turns."""
     tile(4)
     network, w, x, labels = problem(F64, size=4.0)
     ops = CupyOps()
-    step, whole = (Step(network, w, make_loss(name, F64, outputs=CLASSES), o, 33) for o in (ops, NumpyOps()))
+    step, host_step = (Step(network, w, make_loss(name, F64, outputs=CLASSES), o, 33) for o in (ops, NumpyOps()))
     inputs = {b: (ops.put(np.ascontiguousarray(x[:, :b])), x[:, :b], labels[:b]) for b in (33, 17)}
     step.objective.bring(labels)
 
@@ -149,8 +149,8 @@ def test_a_recorded_step_is_played_back_and_its_gradient_made_again(name, tile):
     recorded, before = step.objective.record(work), ops.stream.launches
     for b in (33, 17) * 4:
         tape = recorded(b, 1 / b)
-        whole(*inputs[b][1:], 1 / b)
-        value, g, clipped = whole.found()
+        host_step(*inputs[b][1:], 1 / b)
+        value, g, clipped = host_step.results()
         for again in (False, True):
             if again:
                 step.g.fill(np.nan)
@@ -158,39 +158,39 @@ def test_a_recorded_step_is_played_back_and_its_gradient_made_again(name, tile):
             assert np.allclose(ops.host(step.g), g, rtol=1e-10, atol=1e-10 * abs(g).max())
         assert step.objective.value() == pytest.approx(value, rel=1e-10)
         assert step.objective.loss.clipped == clipped
-    # The first time makes room.
+    # Three calls launch no graph: the first one allocates memory, then each size has one call before it is recorded.
     assert ops.graphs and ops.stream.launches - before == 5
 
 
 @pytest.fixture
-def asked(monkeypatch):
-    """The elements of all arrays that are asked for from now on."""
-    found = []
+def allocated_sizes(monkeypatch):
+    """A list that receives the size, in elements, of each device array that is allocated from now on."""
+    sizes = []
     for name in ("empty", "zeros"):
-        plain = getattr(CupyOps, name)
+        allocate = getattr(CupyOps, name)
 
-        def counted(self, size, dtype, plain=plain):
-            found.append(size)
-            return plain(self, size, dtype)
+        def counted(self, size, dtype, allocate=allocate):
+            sizes.append(size)
+            return allocate(self, size, dtype)
 
         monkeypatch.setattr(CupyOps, name, counted)
-    return found
+    return sizes
 
 
-def test_a_step_does_not_wait_and_has_no_array_of_all_scores(tile, asked):
+def test_a_step_does_not_wait_and_has_no_array_of_all_scores(tile, allocated_sizes):
     tile(4)
     batch = 1000
     network, w, x, labels = problem(F32, batch=batch)
     ops = CupyOps()
     for name in FUSED:
-        step, x_there = Step(network, w, make_loss(name, F32, outputs=CLASSES), ops, batch), ops.put(x)
+        step, device_x = Step(network, w, make_loss(name, F32, outputs=CLASSES), ops, batch), ops.put(x)
         ops.synchronize()
-        # The stand-in does nothing until something waits.
+        # The queue of the stand-in keeps its first entry until something waits.
         ops.stream.enqueue(first := lambda: None)
-        step(x_there, labels)
+        step(device_x, labels)
         assert ops.stream.queue[0] is first
-        assert np.isfinite(step.found()[0])
-    assert 4 * batch < max(asked) <= 7 * batch < CLASSES * batch
+        assert np.isfinite(step.results()[0])
+    assert 4 * batch < max(allocated_sizes) <= 7 * batch < CLASSES * batch
 
 
 @pytest.mark.parametrize("lenient", [False, True])
@@ -221,21 +221,21 @@ def test_tests_count_as_with_all_scores_at_once(name, tile, monkeypatch):
     ops, metric = CupyOps(), Metric(make_loss(name, F32, outputs=CLASSES), CLASSES)
     expected = metric.sums(Model(network, network.layout(), w, None, NumpyOps()).forward(x).scores, labels)
     model = Model(network, network.layout(), ops.put(w), None, ops, tiled=True)
-    found = metric.sums_by_tiles(DeviceHead(model), model.forward(ops.put(x)).scores, labels, np.arange(CLASSES))
-    assert found[0] == pytest.approx(expected[0], rel=1e-6) and np.array_equal(found[1:], expected[1:])
+    sums = metric.sums_by_tiles(DeviceHead(model), model.forward(ops.put(x)).scores, labels, np.arange(CLASSES))
+    assert sums[0] == pytest.approx(expected[0], rel=1e-6) and np.array_equal(sums[1:], expected[1:])
 
 
 def test_only_losses_that_the_device_computes_go_by_tiles_there(tile):
     tile(4)
     network, ops = problem(F32)[0], CupyOps()
-    found = [name for name in LOSSES if has_device_tiles(network, CLASSES, 33, make_loss(name, F32), ops)]
-    assert found == FUSED and "hinge" not in found
+    tiled = [name for name in LOSSES if has_device_tiles(network, CLASSES, 33, make_loss(name, F32), ops)]
+    assert tiled == FUSED and "hinge" not in tiled
     assert not has_device_tiles(network, 4, 33, make_loss("nll", F32), ops)
 
 
 @pytest.fixture
-def many(train, tmp_path, monkeypatch, tile):
-    """many(ranks, backend, *options): a training of a head of 37 classes, on the device in tiles of 5."""
+def train_head(train, tmp_path, monkeypatch, tile):
+    """train_head(ranks, backend, *options): train a head of 37 classes, on the device in tiles of 5."""
     for real in ("float", "double"):
         cuda_host.load(real)
     monkeypatch.setenv("PYTHONPATH", str(FAKE), prepend=os.pathsep)
@@ -253,67 +253,68 @@ def many(train, tmp_path, monkeypatch, tile):
 
 
 @pytest.fixture
-def made(monkeypatch):
-    """The objectives that are made from now on."""
-    found, begin = [], DeviceTiledObjective.__init__
+def objectives(monkeypatch):
+    """A list that receives each `DeviceTiledObjective` that is constructed from now on."""
+    created, construct = [], DeviceTiledObjective.__init__
 
     def counted(self, *args):
-        found.append(self)
-        begin(self, *args)
+        created.append(self)
+        construct(self, *args)
 
     monkeypatch.setattr(DeviceTiledObjective, "__init__", counted)
-    return found
+    return created
 
 
 @pytest.mark.parametrize("name", FUSED)
-def test_trainings_by_tiles_have_the_weights_and_bytes_of_the_host(name, many, made):
-    """With minibatches of two sizes, recorded and not."""
+def test_trainings_by_tiles_have_the_weights_and_bytes_of_the_host(name, train_head, objectives):
+    """Minibatches have two sizes. One loss is also trained without CUDA graphs."""
     for ranks in (1, 3):
-        here = many(ranks, "numpy", "--loss", name)
-        assert not made
-        there = many(ranks, "cupy", "--loss", name)
-        assert len(made) == ranks
-        for objective in made:
-            # What lies between two exchanges is played back.
+        host_run = train_head(ranks, "numpy", "--loss", name)
+        assert not objectives
+        device_run = train_head(ranks, "cupy", "--loss", name)
+        assert len(objectives) == ranks
+        for objective in objectives:
+            # The work between two exchanges is played back.
             works = (objective.make, objective.finish) if objective.others is not None else ()
             assert all(any(work.made.values()) for work in works)
-        made.clear()
-        assert distance(here.tensors(), there.tensors()) <= 1e-10
-        for ours, expected in zip(there.rows, here.rows, strict=True):
+        objectives.clear()
+        assert distance(host_run.tensors(), device_run.tensors()) <= 1e-10
+        for row, expected in zip(device_run.rows, host_run.rows, strict=True):
             for key in ("test_accuracy", "test_top5", "bytes_sent_by_rank", "bytes_received_by_rank"):
-                assert ours.get(key) == expected.get(key)
+                assert row.get(key) == expected.get(key)
             for key in expected.keys() & {"train_loss", "test_loss"}:
-                assert ours[key] == pytest.approx(expected[key], rel=1e-10)
+                assert row[key] == pytest.approx(expected[key], rel=1e-10)
     if name == "nll":
-        assert distance(here.tensors(), many(3, "cupy", "--loss", name, "--no-cuda-graphs").tensors()) <= 1e-10
+        device_run = train_head(3, "cupy", "--loss", name, "--no-cuda-graphs")
+        assert distance(host_run.tensors(), device_run.tensors()) <= 1e-10
 
 
 @pytest.mark.parametrize("name", ["psl", "nll", "bce"])
-def test_the_layers_before_may_be_computed_on_slices(name, many):
-    here, there = (many(3, backend, "--loss", name, "--trunk", "split") for backend in ("numpy", "cupy"))
-    assert distance(here.tensors(), there.tensors()) <= 1e-10
-    assert there.rows[-1]["bytes_sent_by_rank"] == here.rows[-1]["bytes_sent_by_rank"]
+def test_the_layers_before_may_be_computed_on_slices(name, train_head):
+    host_run, device_run = (train_head(3, backend, "--loss", name, "--trunk", "split") for backend in ("numpy", "cupy"))
+    assert distance(host_run.tensors(), device_run.tensors()) <= 1e-10
+    assert device_run.rows[-1]["bytes_sent_by_rank"] == host_run.rows[-1]["bytes_sent_by_rank"]
 
 
-def test_cosines_are_made_all_at_once(many, made):
+def test_cosines_are_made_all_at_once(train_head, objectives):
     options = ("--loss", "nll", "--scale", "8", "--margin", "0.3")
-    here, there = (many(3, backend, *options) for backend in ("numpy", "cupy"))
-    assert not made and distance(here.tensors(), there.tensors()) <= 1e-10
+    host_run, device_run = (train_head(3, backend, *options) for backend in ("numpy", "cupy"))
+    assert not objectives and distance(host_run.tensors(), device_run.tensors()) <= 1e-10
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_trainings_and_their_tests_have_no_array_of_all_scores(ranks, many, asked, monkeypatch):
+def test_trainings_and_their_tests_have_no_array_of_all_scores(ranks, train_head, allocated_sizes, monkeypatch):
     monkeypatch.setattr("psmpi.nn.tail.tile_size", lambda batch: 5)
-    many(ranks, "cupy", "--loss", "nll", "--batch-size", "75", "--epochs", "2")
-    # Outputs of the trunk are the most.
-    assert max(asked) == 75 * 9 < 75 * (37 // ranks)
+    train_head(ranks, "cupy", "--loss", "nll", "--batch-size", "75", "--epochs", "2")
+    # The largest array has the outputs of the trunk.
+    assert max(allocated_sizes) == 75 * 9 < 75 * (37 // ranks)
 
 
 @pytest.mark.parametrize("mode", ["stop", "skip"])
 @pytest.mark.parametrize("ranks", [1, 3])
 @pytest.mark.parametrize("name", ["psl", "nll"])
-def test_what_is_no_number_is_said_and_skipped_as_on_the_host(name, ranks, mode, many, tmp_path, monkeypatch):
-    """A sample with scores beyond float32, and a gradient of the last rank, which is made again to be named."""
+def test_what_is_no_number_is_said_and_skipped_as_on_the_host(name, ranks, mode, train_head, tmp_path, monkeypatch):
+    """A sample has scores beyond float32, or the last rank's gradient has NaN, and the message names a layer."""
     monkeypatch.setattr("psmpi.nn.tail.tile_size", lambda batch: 5)
     rng = np.random.default_rng(0)
     x, y = rng.random((150, 6)).astype(np.float32), np.arange(150) % 37
@@ -324,21 +325,22 @@ def test_what_is_no_number_is_said_and_skipped_as_on_the_host(name, ranks, mode,
         runs = []
         for backend in ("numpy", "cupy"):
             out = tmp_path / f"{backend} {bad}"
-            words = (*many.options, "--loss", name, *options, "--on-nan", mode, "--backend", backend, "--out", out)
-            # Not in a step that is recorded.
+            words = (*train_head.options, "--loss", name, *options, "--on-nan", mode)
+            words = (*words, "--backend", backend, "--out", out)
+            # Step 1 is not recorded.
             with poisoned(lambda rank, step, bad=bad: (rank, step) == (bad, 1)):
-                status, told, said = run(ranks, "-m", "psmpi.train", *words)
-            assert status == (mode == "stop") and "Traceback" not in said, said
-            text = said if mode == "stop" else told
+                status, stdout, stderr = run(ranks, "-m", "psmpi.train", *words)
+            assert status == (mode == "stop") and "Traceback" not in stderr, stderr
+            text = stderr if mode == "stop" else stdout
             at = text.index("is not a finite number" if mode == "stop" else "skipped, ")
-            # Names run over the ends of lines.
+            # A line of the message may end within a name.
             runs.append((" ".join(text[at:].split())[:180], out))
         assert runs[0][0] == runs[1][0]
         assert ("dense1" if bad is None else "dense") in runs[0][0]
         if mode == "skip":
-            here, there = (Trained(out, "") for _, out in runs)
-            assert distance(here.tensors(), there.tensors()) <= (1e-5 if bad is None else 1e-10)
-            skipped = [run.rows[-1]["events"]["steps_skipped"] for run in (here, there)]
+            host_run, device_run = (Trained(out, "") for _, out in runs)
+            assert distance(host_run.tensors(), device_run.tensors()) <= (1e-5 if bad is None else 1e-10)
+            skipped = [run.rows[-1]["events"]["steps_skipped"] for run in (host_run, device_run)]
             assert skipped == [3 if bad is None else 1] * 2
 
 
@@ -355,7 +357,7 @@ def test_what_is_no_number_is_said_and_skipped_as_on_the_host(name, ranks, mode,
     ids=str,
 )
 def test_large_terms_of_another_rank_scale_what_labels_add_down(trunk, dtype, bias, tile):
-    """All labels on one rank and the large scores on the other: limited as on one rank."""
+    """All labels are on one rank and the large scores on the other; the gradient is limited as on one rank."""
     tile(4)
     network, w, x, labels = problem(dtype, trunk)
     layout, labels = network.layout(), labels % 6
@@ -365,17 +367,17 @@ def test_large_terms_of_another_rank_scale_what_labels_add_down(trunk, dtype, bi
     def part(world):
         ops, (first, stop) = CupyOps(), ((0, 6), (6, CLASSES))[world.rank]
         runs = layout.part(range(first, stop))
-        mine = np.concatenate([w[a:b] for a, b in runs.intervals])
+        own_weights = np.concatenate([w[a:b] for a, b in runs.intervals])
         sums = ClassSums(Group(world, range(2), Counter(), Staged(ops)), loss(), (6, CLASSES - 6), dtype, ops)
-        step = Step(network, mine, loss(), ops, len(labels), range(first, stop), sums)
+        step = Step(network, own_weights, loss(), ops, len(labels), range(first, stop), sums)
         step(ops.put(x), labels - first)
-        whole, g, at = np.zeros(len(w)), step.found()[1], 0
+        own_gradient, g, at = np.zeros(len(w)), step.results()[1], 0
         for a, b in runs.intervals:
-            whole[a:b], at = g[at : at + b - a], at + b - a
-        return whole
+            own_gradient[a:b], at = g[at : at + b - a], at + b - a
+        return own_gradient
 
-    _, whole, _ = derive(NumpyOps(), network, w, x, labels, loss())
-    found = sum(run_ranks(2, part))
+    _, expected, _ = derive(NumpyOps(), network, w, x, labels, loss())
+    actual = sum(run_ranks(2, part))
     for at in places(network):
-        assert abs(found - whole)[at].max() <= 1e-4 * abs(whole[at]).max()
-    assert abs(found).max() <= GRADIENT_LIMIT[dtype]
+        assert abs(actual - expected)[at].max() <= 1e-4 * abs(expected[at]).max()
+    assert abs(actual).max() <= GRADIENT_LIMIT[dtype]

@@ -12,7 +12,7 @@ _own = threading.local()
 
 @contextmanager
 def ranks_are_threads():
-    """Within the block, psmpi.comm.world.start returns the communicator of the thread, or one of a single rank."""
+    """Within the block, psmpi.comm.world.start returns the communicator of the thread, else one of a single rank."""
     from psmpi.testing.communicator import Comm
     from psmpi.testing.hub import Hub
     from psmpi.testing.shared import Shared

@@ -26,15 +26,15 @@ def _of_groups(users, size, count):
 
 
 def _inputs(layer, users):
-    """For each input unit of a layer, the set of classes that depend on it. users: that of each output unit."""
+    """For each input unit of a layer, the set of classes that depend on it. users: such a set for each output unit."""
     if isinstance(layer, Linear):
         groups = _of_groups(users, layer.units // layer.groups, layer.groups)
-        users_of_inputs = [of for of in groups for _ in range(layer.group_inputs)]
+        users_of_inputs = [group for group in groups for _ in range(layer.group_inputs)]
         return users_of_inputs + [frozenset()] * (layer.in_shape[0] - len(users_of_inputs))
     if isinstance(layer, Recurrent | Embedding | LayerNorm | Binary | Dot):
         return _of_groups(users, len(users), 1) * layer.in_shape[0]
     if isinstance(layer, Attention):
-        return [of for of in _of_groups(users, layer.size, layer.heads) for _ in range(3 * layer.size)]
+        return [group for group in _of_groups(users, layer.size, layer.heads) for _ in range(3 * layer.size)]
     if isinstance(layer, Sparse):
         rows, columns = layer.pattern.row_numbers, layer.pattern.columns
         return [frozenset().union(*(users[r] for r in rows[columns == c])) for c in range(layer.in_shape[0])]
@@ -42,25 +42,25 @@ def _inputs(layer, users):
         return _of_groups(users, prod(layer.in_shape[1:]), layer.in_shape[0])
     if isinstance(layer, GroupNorm):
         size = len(users) // layer.groups
-        return [of for of in _of_groups(users, size, layer.groups) for _ in range(size)]
+        return [group for group in _of_groups(users, size, layer.groups) for _ in range(size)]
     for inner in reversed(layer.inner):
         users = _inputs(inner, users)
     return users
 
 
 def _parameters(layers, users):
-    """Pairs of a parameter and the sets of classes that use each of its units, in the order of the layers."""
+    """Pairs (parameter, for each of its units the set of classes that use it), in the order of the layers."""
     parameters = []
     for layer in reversed(layers):
-        before = _inputs(layer, users)
-        own = before if isinstance(layer, GroupNorm | LayerNorm) else users
-        pairs = [(p, own) for p in layer.parameters()]
+        input_users = _inputs(layer, users)
+        own_users = input_users if isinstance(layer, GroupNorm | LayerNorm) else users
+        pairs = [(p, own_users) for p in layer.parameters()]
         if isinstance(layer, Recurrent | Embedding | Slab):
             pairs = [(p, _of_groups(users, len(users), 1) * p.units) for p in layer.parameters()]
         if isinstance(layer, Sparse):
             pairs[0] = pairs[0][0], [users[r] for r in layer.pattern.row_numbers]
         parameters = (_parameters(layer.inner, users) if layer.inner else pairs) + parameters
-        users = before
+        users = input_users
     return parameters
 
 
@@ -72,22 +72,22 @@ def blocks_by_unit(network):
     classes, members = network.classes, {}
     pairs = _parameters(network.layers, [frozenset([c]) for c in range(classes)])
     for k, (_, users) in enumerate(pairs):
-        for of, units in groupby(range(len(users)), key=users.__getitem__):
+        for used_by, units in groupby(range(len(users)), key=users.__getitem__):
             numbers = list(units)
-            members.setdefault(of, []).append((k, numbers[0], numbers[-1] + 1))
+            members.setdefault(used_by, []).append((k, numbers[0], numbers[-1] + 1))
 
-    def order(of):
-        if len(of) in (0, classes):
-            return (0,) if of else (2,)
-        return 1, min(of), max(of), sorted(of)
+    def order(used_by):
+        if len(used_by) in (0, classes):
+            return (0,) if used_by else (2,)
+        return 1, min(used_by), max(used_by), sorted(used_by)
 
     blocks, offset = [], 0
-    for of in sorted(members, key=order):
+    for used_by in sorted(members, key=order):
         start, pieces = offset, []
-        for k, first, last in members[of]:
+        for k, first, last in members[used_by]:
             pieces.append((k, first, last, offset))
             offset += (last - first) * pairs[k][0].unit_size
-        blocks.append((of, start, offset, tuple(pieces)))
+        blocks.append((used_by, start, offset, tuple(pieces)))
     return blocks
 
 

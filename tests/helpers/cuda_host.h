@@ -18,7 +18,7 @@
 #define __device__
 #define __forceinline__ inline
 #define __align__(n) __attribute__((aligned(n)))
-/* Shared memory is a separate section, for whose ends the linker defines symbols. */
+/* Shared memory is a section of its own. The linker defines symbols for its start and its end. */
 #define __shared__ static __attribute__((section("cuda_shared")))
 #define __syncthreads() host::barrier(__FILE__, __LINE__)
 
@@ -32,10 +32,10 @@ static host_index threadIdx, blockIdx, blockDim, gridDim;
 
 namespace host {
 
-enum { STACK = 1 << 17, MOST = 1024 };
+enum { STACK = 1 << 17, MAX_THREADS = 1024 };
 
 struct Fiber {
-    jmp_buf where;
+    jmp_buf context;
     host_index thread;
     /* The barrier at which the thread waits. */
     const char *file;
@@ -45,8 +45,8 @@ struct Fiber {
     ucontext_t first;
 };
 
-static Fiber fibers[MOST];
-static Fiber *current, *waiting[MOST], *idle[MOST];
+static Fiber fibers[MAX_THREADS];
+static Fiber *current, *waiting[MAX_THREADS], *idle[MAX_THREADS];
 static int waiters, idlers, next_thread, thread_count;
 static bool backwards;
 static jmp_buf scheduler;
@@ -65,7 +65,7 @@ static void work()
             body(arguments);
         }
         idle[idlers++] = current;
-        if (!_setjmp(current->where))
+        if (!_setjmp(current->context))
             _longjmp(scheduler, 1);
     }
 }
@@ -78,7 +78,7 @@ __attribute__((noinline)) static void barrier(const char *file, int line)
     self->file = file;
     self->line = line;
     waiting[waiters++] = self;
-    if (!_setjmp(self->where))
+    if (!_setjmp(self->context))
         _longjmp(scheduler, 1);
     threadIdx = self->thread;
 }
@@ -90,7 +90,7 @@ static void resume(Fiber *fiber)
     if (_setjmp(scheduler))
         return;
     if (fiber->started)
-        _longjmp(fiber->where, 1);
+        _longjmp(fiber->context, 1);
     fiber->started = true;
     getcontext(&fiber->first);
     fiber->first.uc_stack.ss_sp = fiber->stack;
@@ -114,17 +114,17 @@ static bool block(char *stacks, int &used)
         }
         resume(idle[--idlers]);
     }
-    static Fiber *now[MOST];
+    static Fiber *released[MAX_THREADS];
     while (waiters) {
         const int count = waiters;
         waiters = 0;
         for (int k = 0; k < count; k++) {
-            now[k] = waiting[k];
-            if (now[k]->file != now[0]->file || now[k]->line != now[0]->line)
+            released[k] = waiting[k];
+            if (released[k]->file != released[0]->file || released[k]->line != released[0]->line)
                 return false;
         }
         for (int k = 0; k < count; k++)
-            resume(now[k]);
+            resume(released[k]);
     }
     return true;
 }
@@ -135,11 +135,11 @@ static int launch(void (*kernel)(void **), const unsigned *shape, void **args, i
     static char *stacks;
     static int used;
     if (!stacks) {
-        void *room = mmap(0, (size_t)MOST * STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
-                          -1, 0);
-        if (room == MAP_FAILED)
+        const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+        void *memory = mmap(0, (size_t)MAX_THREADS * STACK, PROT_READ | PROT_WRITE, flags, -1, 0);
+        if (memory == MAP_FAILED)
             return 2;
-        stacks = (char *)room;
+        stacks = (char *)memory;
     }
     gridDim = {shape[0], shape[1], shape[2]};
     blockDim = {shape[3], shape[4], shape[5]};

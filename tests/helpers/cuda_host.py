@@ -1,8 +1,8 @@
 """Compile the CUDA kernels with g++ and run them on the CPU, for tests without a GPU; needs NumPy and g++ only.
 
 `load("float")` or `load("double")` compiles all kernels for this REAL, once for each version of their sources, and
-returns `Kernels`. Its method `launch` checks arguments that CUDA would accept silently or crash on. See cuda_host.h for
-the way in which threads run.
+returns `Kernels`. Its method `launch` checks arguments that CUDA would accept silently or crash on. For the order of
+threads see cuda_host.h.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class Kernels:
 
 
 def _value(name: str, position: int, kind: str, value: object) -> ctypes._SimpleCData:
-    """Convert an argument to the C type `kind`; TypeError or ValueError if it does not fit."""
+    """Convert an argument to the C type `kind`; raise TypeError or ValueError if it does not fit."""
     if kind.endswith("*"):
         if value is None or type(value) is Address:
             return ctypes.c_void_p(value)
@@ -117,7 +117,7 @@ def _shape(name: str, what: str, dimensions: tuple[int, ...]) -> tuple[int, ...]
     ):
         raise TypeError(f"{name}: {what} {dimensions!r} is no tuple of one to three integers")
     full = dimensions + (1,) * (3 - len(dimensions))
-    if any(not 1 <= d <= most for d, most in zip(full, LIMITS[what], strict=True)):
+    if any(not 1 <= d <= limit for d, limit in zip(full, LIMITS[what], strict=True)):
         raise ValueError(f"{name}: {what} {dimensions} is not within 1 and {LIMITS[what]}")
     if what == "block" and prod(full) > THREADS:
         raise ValueError(f"{name}: block {dimensions} has more than {THREADS} threads")
@@ -147,7 +147,10 @@ def _directory() -> Path:
 
 
 def library(name: str, source: str) -> str:
-    """Compile C++ `source` to a library, once for each version; return its path. CompileError if g++ refuses it."""
+    """Compile C++ `source` to a library, once for each version; return its path.
+
+    Raise CompileError if g++ is missing or refuses the source.
+    """
     tool = compiler()
     if tool is None:
         raise CompileError("there is no g++")
@@ -166,7 +169,7 @@ def library(name: str, source: str) -> str:
 
 @cache
 def load(real: str) -> Kernels:
-    """Compile the kernels for REAL `real`, float or double. CompileError if g++ is missing or refuses them."""
+    """Compile the kernels for REAL `real`, float or double. Raise CompileError if g++ is missing or refuses them."""
     if real not in ("float", "double"):
         raise ValueError(f"REAL is float or double, not {real}")
     tool = compiler()
@@ -181,8 +184,8 @@ def load(real: str) -> Kernels:
     shim = HERE / "cuda_host.h"
     key = crc32("\0".join([*FLAGS, tool, source, *texts.values(), shim.read_text()]).encode())
     directory = _directory()
-    library = directory / f"kernels-{real}-{key:08x}.so"
-    if not library.exists():
+    library_path = directory / f"kernels-{real}-{key:08x}.so"
+    if not library_path.exists():
         # Several processes may compile this: each uses its own folder, and os.replace is atomic.
         with tempfile.TemporaryDirectory(dir=directory) as folder:
             main, shared_object = Path(folder) / "kernels.cpp", Path(folder) / "kernels.so"
@@ -191,5 +194,5 @@ def load(real: str) -> Kernels:
             result = subprocess.run([*command, "-o", str(shared_object), "-lm"], capture_output=True, text=True)
             if result.returncode or "warning" in result.stderr:
                 raise CompileError(f"g++ on the CUDA kernels:\n{result.stderr}")
-            os.replace(shared_object, library)
-    return Kernels(library, kernels)
+            os.replace(shared_object, library_path)
+    return Kernels(library_path, kernels)

@@ -29,7 +29,7 @@ def make_cifar(folder: Path, counts: tuple[int, ...] = (3, 1, 4, 2, 5, 6)) -> li
 
 
 def real(name: str) -> Path:
-    """A directory with the real files of a data set; skips the test if there is none."""
+    """A directory with the real files of a data set; skip the test if there is none."""
     places = [ROOT.parent / "shared" / "data"]
     if "PSMPI_TEST_DATA" in os.environ:
         places.insert(0, Path(os.environ["PSMPI_TEST_DATA"]))

@@ -165,9 +165,9 @@ def has(layers, *kinds):
     return any(f"'{kind}'" in str(layers) for kind in kinds)
 
 
-# The networks in which scores and gradients of a sample do not depend on other samples, and whose backward pass may run
-# more than once.
-APART = [name for name, (_, layers, _) in NETWORKS.items() if not has(layers, "batch_norm", "rnn", "gru", "lstm")]
+# Networks with scores and gradients of a sample that do not depend on other samples, and with a backward pass that may
+# run more than once.
+INDEPENDENT = [name for name, (_, layers, _) in NETWORKS.items() if not has(layers, "batch_norm", "rnn", "gru", "lstm")]
 
 
 def make(name):

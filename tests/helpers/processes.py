@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-# The note that psmpi prints at a start if a killed job, such as one of another test, left shared memory on this host.
+# psmpi's note at the start of a job, if a killed job, such as one of another test, left shared memory on this host.
 NOTE = re.compile(r"^psmpi: note: removed \d+ segment\(s\) .* that killed jobs left on .*\n", re.MULTILINE)
 
 
@@ -20,9 +20,9 @@ def without_note(stderr):
 
 
 def launcher():
-    """The path of mpirun: the one beside this Python, else the one on the path, or None."""
-    beside = Path(sys.executable).with_name("mpirun")
-    return str(beside) if beside.exists() else shutil.which("mpirun")
+    """The path of mpirun: in the folder of this Python, else on PATH; None without one."""
+    own_mpirun = Path(sys.executable).with_name("mpirun")
+    return str(own_mpirun) if own_mpirun.exists() else shutil.which("mpirun")
 
 
 def mpi_environment():

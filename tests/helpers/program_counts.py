@@ -1,4 +1,4 @@
-"""Count what each rank sends, receives and holds in a few steps of psl on random images; as a program, prints JSON."""
+"""Count the bytes that each rank sends, receives and holds in a few steps of psl on random images; print JSON."""
 
 import argparse
 import hashlib
@@ -39,14 +39,14 @@ def parse(words):
     return parser.parse_args(words)
 
 
-def made(shape, n=200):
+def random_split(shape, n=200):
     """A split of `n` random samples with equally frequent classes."""
     values = np.random.default_rng(0).integers(0, 256, (n, int(np.prod(shape))), np.uint8)
     return Split(frozen(np.arange(n) % 10), shape, 1 / 255, ArrayRows(values))
 
 
 def count(world, words):
-    """Train some steps; return what each rank sent, received and held, on rank 0, and None elsewhere."""
+    """Train some steps; return on rank 0 the bytes that each rank sent, received and held, and None elsewhere."""
     options = parse(words)
     shape = {"mnist": (1, 28, 28), "cifar": (3, 32, 32), "wide": (20,)}[options.network]
     if options.network == "wide":
@@ -64,7 +64,7 @@ def count(world, words):
     )
     config = config.changed(Settings, partition=options.partition, replicas=options.replicas)
     config = config.changed(Masters, placement=options.placement, masters=options.masters)
-    dataset = Dataset(name="made", outputs=10, shape=shape, train=made(shape), test=made(shape))
+    dataset = Dataset(name="made", outputs=10, shape=shape, train=random_split(shape), test=random_split(shape))
     if options.trace:
         tracemalloc.start()
     method = find_method("psl")(Context(world, network, dataset, config, make_backend("numpy")))
@@ -82,7 +82,7 @@ def count(world, words):
 
     for owner, name in ((method.exchange, "forward"), (method.exchange, "backward"), (method.world, "agree")):
         counted(owner, name)
-    # The counter does not include sums of control data: it counts the transfers of a step only.
+    # The counter counts the transfers of a step, and no sums of control data.
     before = method.counter.sent, method.counter.received
     for _ in range(options.steps):
         method.step(Batch(np.arange(100)), 1e-3)
@@ -93,9 +93,9 @@ def count(world, words):
         tracemalloc.start()
         method.step(Batch(np.arange(100)), 1e-3)
         tracemalloc.reset_peak()
-        low = tracemalloc.get_traced_memory()[0]
+        bytes_before = tracemalloc.get_traced_memory()[0]
         method.step(Batch(np.arange(100)), 1e-3)
-        step_peak = tracemalloc.get_traced_memory()[1] - low
+        step_peak = tracemalloc.get_traced_memory()[1] - bytes_before
     arrays = [method.w_part, method.g_part, *method.optimizer.vectors.values()]
     if method.exchange.inside is None:
         arrays += [method.w, method.g]
@@ -103,15 +103,15 @@ def count(world, words):
     figures = {
         "sent": sent, "received": received, "vectors": sum(a.nbytes for a in arrays), "peak": peak, "private": private
     }  # fmt: skip
-    everyone = bare(world).gather(figures)
+    figures_by_rank = bare(world).gather(figures)
     if world.rank == 0:
-        table = {key: [row[key] for row in everyone] for key in figures}
-        more = {"calls": calls, **{name: method.scalars.get(name, 0) for name in ("products", "trials")}}
-        return {**table, "size": method.layout.size, "step_peak": step_peak, **more}
+        table = {key: [row[key] for row in figures_by_rank] for key in figures}
+        own_counts = {"calls": calls, **{name: method.scalars.get(name, 0) for name in ("products", "trials")}}
+        return {**table, "size": method.layout.size, "step_peak": step_peak, **own_counts}
     return None
 
 
 if __name__ == "__main__":
-    found = count(start(), sys.argv[1:])
-    if found is not None:
-        print(json.dumps(found))
+    counts = count(start(), sys.argv[1:])
+    if counts is not None:
+        print(json.dumps(counts))

@@ -12,11 +12,11 @@ from psmpi.methods.dni.block import Block
 RNG, LEARN = np.random.default_rng(os.getpid()), Block.learn
 
 
-def late(self, *words):
+def delayed_learn(self, *arguments):
     time.sleep(float(RNG.uniform(0, 0.005)))
-    return LEARN(self, *words)
+    return LEARN(self, *arguments)
 
 
 if __name__ == "__main__":
-    Block.learn = late
+    Block.learn = delayed_learn
     sys.exit(psmpi.train.main())

@@ -1,7 +1,8 @@
-"""Replay a schedule in the GOAL format with SimGrid: program_simgrid.py FILE LATENCY BANDWIDTH; prints its seconds.
+"""Replay a schedule in the GOAL format with SimGrid: program_simgrid.py FILE LATENCY BANDWIDTH; print its seconds.
 
 Every rank has a host with a link to a switch, of LATENCY / 2 seconds and BANDWIDTH bytes a second in each direction.
-Ranks run their tasks in the order of the file, each after those that it requires. Needs only SimGrid's Python bindings.
+A rank runs its tasks in the order of the file, and a task after the tasks that it requires. The program needs SimGrid's
+Python bindings and no psmpi.
 """
 
 import sys
@@ -27,7 +28,7 @@ def read(path):
     return ranks
 
 
-def named(ranks):
+def message_names(ranks):
     """For each rank, the names of its messages by task. The k-th send with a tag matches the k-th receive with it."""
     names_by_rank = []
     for rank, tasks in enumerate(ranks):
@@ -42,21 +43,21 @@ def named(ranks):
     return names_by_rank
 
 
-def work(rank, tasks, names, hosts, left, flows):
+def work(rank, tasks, names, hosts, sent, flows):
     """Run the tasks of a rank, as an actor.
 
-    left: a semaphore for each message, released when it is sent. flows: the messages under way, by name.
+    sent: by name, a semaphore for each message, released when the message is sent. flows: by name, the sent messages.
     """
-    coming = set()
+    receives = set()
 
     def wait(task):
-        if task in coming:
-            coming.remove(task)
-            left[names[task]].acquire()
+        if task in receives:
+            receives.remove(task)
+            sent[names[task]].acquire()
             flows[names[task]].wait()
 
-    for number, (kind, size, peer, _, before) in enumerate(tasks):
-        for task in before:
+    for number, (kind, size, peer, _, required) in enumerate(tasks):
+        for task in required:
             wait(task)
         if kind == "calc":
             if size:
@@ -64,33 +65,33 @@ def work(rank, tasks, names, hosts, left, flows):
         elif kind == "send":
             # As with TCP, a send does not wait for its receiver.
             flows[names[number]] = Comm.sendto_async(hosts[rank], hosts[peer], size)
-            left[names[number]].release()
+            sent[names[number]].release()
         else:
-            coming.add(number)
-    for task in list(coming):
+            receives.add(number)
+    for task in list(receives):
         wait(task)
 
 
 def main():
     path, latency, bandwidth = sys.argv[1], float(sys.argv[2]), float(sys.argv[3])
-    # Links with exactly this latency and bandwidth, without the overhead of protocols.
-    plain = ("network/model:CM02", "network/TCP-gamma:0", "network/crosstraffic:0")
-    engine = Engine([sys.argv[0], *(f"--cfg={one}" for one in plain), "--log=root.t:error"])
+    # Links have exactly this latency and bandwidth, without the overhead of protocols.
+    settings = ("network/model:CM02", "network/TCP-gamma:0", "network/crosstraffic:0")
+    engine = Engine([sys.argv[0], *(f"--cfg={setting}" for setting in settings), "--log=root.t:error"])
     ranks = read(path)
     zone = NetZone.create_star_zone("cluster")
     hosts = []
     for rank in range(len(ranks)):
         host = zone.create_host(f"host {rank}", 1e9).seal()
-        out, into = (
+        uplink, downlink = (
             LinkInRoute(zone.create_link(f"{way} {rank}", bandwidth).set_latency(latency / 2).seal())
             for way in ("out", "into")
         )
-        zone.add_route(host.netpoint, None, None, None, [out], False)
-        zone.add_route(None, host.netpoint, None, None, [into], False)
+        zone.add_route(host.netpoint, None, None, None, [uplink], False)
+        zone.add_route(None, host.netpoint, None, None, [downlink], False)
         hosts.append(host)
     zone.seal()
-    names = named(ranks)
-    left = {
+    names = message_names(ranks)
+    sent = {
         name: Semaphore(0)
         for tasks, own in zip(ranks, names, strict=True)
         for number, name in own.items()
@@ -98,7 +99,7 @@ def main():
     }
     flows = {}
     for rank, tasks in enumerate(ranks):
-        Actor.create(f"rank {rank}", hosts[rank], work, rank, tasks, names[rank], hosts, left, flows)
+        Actor.create(f"rank {rank}", hosts[rank], work, rank, tasks, names[rank], hosts, sent, flows)
     engine.run()
     print(Engine.clock)
 

@@ -21,16 +21,16 @@ def sums(world, names):
             vector = np.random.default_rng([size, world.rank]).normal(size=size)
             expected = sum(np.random.default_rng([size, rank]).normal(size=size) for rank in range(world.size))
             ALGORITHMS[name](group, vector)
-            apart = float(abs(vector - expected).max())
+            error = float(abs(vector - expected).max())
             bits = bare(world).gather(vector.tobytes())
-            far, sent = bare(world).gather(apart), bare(world).gather(counter.sent // 8)
+            errors, sent = bare(world).gather(error), bare(world).gather(counter.sent // 8)
             if world.rank == 0:
-                rows.append([name, size, max(far), len(set(bits)), sent])
+                rows.append([name, size, max(errors), len(set(bits)), sent])
     return rows
 
 
 if __name__ == "__main__":
     world = start()
-    found = sums(world, sys.argv[1:])
+    rows_of_sums = sums(world, sys.argv[1:])
     if world.rank == 0:
-        print(json.dumps(found))
+        print(json.dumps(rows_of_sums))

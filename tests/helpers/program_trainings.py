@@ -1,4 +1,4 @@
-"""Run several trainings one after the other in the same processes. An argument has the options of one, as JSON."""
+"""Run several trainings one after the other in the same processes. Each argument: a training's options, a JSON list."""
 
 import json
 import sys

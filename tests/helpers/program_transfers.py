@@ -43,8 +43,8 @@ PATIENCE = 20
 class Case:
     """A transfer, and for each rank the indices in w of its src (owners) and dst (users), or None.
 
-    whole: backward writes all elements of src, not only those that are moved. shared: the part of dst that is src, on
-    this rank. pairs: the messages are point-to-point, with tags by the number of the minibatch.
+    writes_all: backward writes all elements of src, not only those that are moved. shared: the slice of dst that is src
+    on this rank, or None. pairs: the messages are point-to-point, with tags by the number of the minibatch.
     """
 
     transfer: object
@@ -52,7 +52,7 @@ class Case:
     users: list
     shapes: tuple = ((-1,), (-1,))
     step: Step = field(default_factory=Step)
-    whole: bool = False
+    writes_all: bool = False
     shared: slice | None = None
     pairs: bool = False
 
@@ -63,20 +63,20 @@ def ranks_of(world, rng, least=1):
     return rng.permutation(world.size)[:count].tolist()
 
 
-def on(world, ranks, each):
-    """For every rank of the job, its entry of `each`, which is by number in the group `ranks`; else None."""
-    return [each[ranks.index(r)] if r in ranks else None for r in range(world.size)]
+def by_rank(world, ranks, entries):
+    """For every rank of the job its entry, or None outside the group `ranks`. entries: one a rank of the group."""
+    return [entries[ranks.index(r)] if r in ranks else None for r in range(world.size)]
 
 
 def spread(world, counter, rng, dtype):
     ranks, n, b = ranks_of(world, rng), int(rng.integers(1, 9)), int(rng.integers(1, 4))
-    root, apart = int(rng.integers(len(ranks))), bool(rng.integers(2))
+    root, separate = int(rng.integers(len(ranks))), bool(rng.integers(2))
     transfer = Spread(Group(world, ranks, counter), n, dtype, root, per_sample=True)
-    every = np.arange(n * b)
-    owners = on(world, ranks, [every if k == root else None for k in range(len(ranks))])
+    elements = np.arange(n * b)
+    owners = by_rank(world, ranks, [elements if k == root else None for k in range(len(ranks))])
     at_root = world.rank == ranks[root]
-    case = Case(transfer, owners, on(world, ranks, [every] * len(ranks)), step=Step(b), whole=True)
-    return case if apart or not at_root else replace(case, shared=slice(0, n * b))
+    case = Case(transfer, owners, by_rank(world, ranks, [elements] * len(ranks)), step=Step(b), writes_all=True)
+    return case if separate or not at_root else replace(case, shared=slice(0, n * b))
 
 
 def deal(world, counter, rng, dtype):
@@ -89,13 +89,15 @@ def deal(world, counter, rng, dtype):
         starts[k], at = at, at + counts[k]
     transfer = Deal(Group(world, ranks, counter), counts, starts, dtype)
     owners = [np.arange(at + 2) if r == ranks[0] else None for r in range(world.size)]
-    return Case(transfer, owners, on(world, ranks, [np.arange(a, a + n) for a, n in zip(starts, counts, strict=True)]))
+    return Case(
+        transfer, owners, by_rank(world, ranks, [np.arange(a, a + n) for a, n in zip(starts, counts, strict=True)])
+    )
 
 
 def total(world, counter, rng, dtype):
     ranks, n = ranks_of(world, rng), int(rng.integers(1, 9))
-    every = on(world, ranks, [np.arange(n)] * len(ranks))
-    return Case(Sum(Group(world, ranks, counter), n, dtype), every, every, whole=True)
+    elements = by_rank(world, ranks, [np.arange(n)] * len(ranks))
+    return Case(Sum(Group(world, ranks, counter), n, dtype), elements, elements, writes_all=True)
 
 
 def random_runs(rng, size, kept):
@@ -110,7 +112,7 @@ def indices(runs):
 def roles_of(world, rng):
     """The roles of a plan of psl, or random roles.
 
-    In random roles a run has one owner and some users, or several owners, which may use it.
+    In random roles a run has one owner and some users, or it has several owners, and only owners use it.
     """
     ranks = range(world.size)
     layout = make_network("psnet", (1, 8, 8), 10).layout()
@@ -136,37 +138,44 @@ def exchange(world, counter, rng, dtype):
     roles = roles_of(world, rng)
     transfer = Exchange(world, roles, counter, dtype)
     owners, users = ([indices(runs) for runs in of] for of in (roles.shards, roles.parts))
-    return Case(transfer, owners, users, whole=True, shared=transfer.inside)
+    return Case(transfer, owners, users, writes_all=True, shared=transfer.inside)
 
 
 def row_exchange(world, counter, rng, dtype):
     ranks, b = ranks_of(world, rng), int(rng.integers(1, 4))
     counts = rng.integers(1, 4, len(ranks)).tolist()
     ends = np.cumsum([0, *counts]) * b
-    own = [np.arange(ends[k], ends[k + 1]) for k in range(len(ranks))]
-    every = on(world, ranks, [np.arange(ends[-1])] * len(ranks))
+    own_elements = [np.arange(ends[k], ends[k + 1]) for k in range(len(ranks))]
+    elements = by_rank(world, ranks, [np.arange(ends[-1])] * len(ranks))
     transfer = RowExchange(Group(world, ranks, counter), counts, dtype)
-    return Case(transfer, on(world, ranks, own), every, ((-1, b), (-1, b)), Step(b), whole=True)
+    return Case(transfer, by_rank(world, ranks, own_elements), elements, ((-1, b), (-1, b)), Step(b), writes_all=True)
 
 
 def slices(world, counter, rng, dtype):
-    """Slices of a minibatch, of which some ranks may have no sample."""
+    """Slices of a minibatch; some ranks may have no sample."""
     ranks, units, b = ranks_of(world, rng), int(rng.integers(1, 5)), int(rng.integers(1, 8))
     transfer = Slices(Group(world, ranks, counter), units, dtype)
-    every = np.arange(units * b).reshape(units, b)
-    own = [every[:, columns].reshape(-1) for columns in np.array_split(np.arange(b), len(ranks))]
+    elements = np.arange(units * b).reshape(units, b)
+    own_elements = [elements[:, columns].reshape(-1) for columns in np.array_split(np.arange(b), len(ranks))]
     own_samples = len(np.array_split(np.arange(b), len(ranks))[ranks.index(world.rank)]) if world.rank in ranks else 0
-    users = on(world, ranks, [every.reshape(-1)] * len(ranks))
-    return Case(transfer, on(world, ranks, own), users, ((units, own_samples), (units, b)), Step(b), whole=True)
+    users = by_rank(world, ranks, [elements.reshape(-1)] * len(ranks))
+    return Case(
+        transfer,
+        by_rank(world, ranks, own_elements),
+        users,
+        ((units, own_samples), (units, b)),
+        Step(b),
+        writes_all=True,
+    )
 
 
 def boundary(world, counter, rng, dtype):
     ranks, units, b = ranks_of(world, rng), int(rng.integers(1, 6)), int(rng.integers(1, 4))
     source, target = rng.integers(0, len(ranks), 2).tolist()
     transfer = Boundary(Group(world, ranks, counter), source, target, units, dtype)
-    every = np.arange(units * b)
-    owners, users = ([every if r == ranks[k] else None for r in range(world.size)] for k in (source, target))
-    return Case(transfer, owners, users, ((units, b), (units, b)), Step(b), whole=True, pairs=True)
+    elements = np.arange(units * b)
+    owners, users = ([elements if r == ranks[k] else None for r in range(world.size)] for k in (source, target))
+    return Case(transfer, owners, users, ((units, b), (units, b)), Step(b), writes_all=True, pairs=True)
 
 
 def gather(world, counter, rng, dtype):
@@ -180,35 +189,52 @@ def gather(world, counter, rng, dtype):
         shards = [Runs.union(s for s, k in zip(spans, of, strict=False) if k == r) for r in range(len(ranks))]
     runs = random_runs(rng, size, lambda k: k == 0 or rng.integers(4))
     transfer = Gather(Group(world, ranks, counter), shards, runs, dtype)
-    return Case(transfer, on(world, ranks, list(map(indices, shards))), on(world, ranks, [indices(runs)] * len(ranks)))
+    return Case(
+        transfer, by_rank(world, ranks, list(map(indices, shards))), by_rank(world, ranks, [indices(runs)] * len(ranks))
+    )
 
 
 def neighbours(world, counter, rng, dtype):
-    """Random places on ranks, some of which may have none, and a plan that is replaced once."""
+    """Random places on ranks, of which some may have none; the first plan is replaced by a second one."""
     ranks, n = ranks_of(world, rng), int(rng.integers(1, 6))
     owners = sorted(rng.integers(0, len(ranks), rng.integers(1, 8)).tolist())
     places = range(len(owners))
     draws = [[(a, b) for a in places for b in places if a != b and rng.integers(2)] for _ in range(2)]
     transfer = Neighbours(Group(world, ranks, counter), draws[0], n, dtype, owners=owners)
     transfer.plan(draws[1])
-    into = [sorted({a for a, b in draws[1] if owners[b] == k != owners[a]}) for k in range(len(ranks))]
-    held = [[a for a in places if owners[a] == k] for k in range(len(ranks))]
-    users, owns = ([(np.array(of, int)[:, None] * n + np.arange(n)).reshape(-1) for of in x] for x in (into, held))
-    return Case(transfer, on(world, ranks, owns), on(world, ranks, users), ((-1, n), (-1, n)), whole=True, pairs=True)
+    needed = [sorted({a for a, b in draws[1] if owners[b] == k != owners[a]}) for k in range(len(ranks))]
+    owned = [[a for a in places if owners[a] == k] for k in range(len(ranks))]
+    users, owns = ([(np.array(of, int)[:, None] * n + np.arange(n)).reshape(-1) for of in x] for x in (needed, owned))
+    return Case(
+        transfer,
+        by_rank(world, ranks, owns),
+        by_rank(world, ranks, users),
+        ((-1, n), (-1, n)),
+        writes_all=True,
+        pairs=True,
+    )
 
 
 def halo(world, counter, rng, dtype):
-    """Random units on ranks, some of which may have none, and the units that each rank needs."""
+    """Random units on ranks, of which some may have none; each rank needs random units."""
     ranks, b, units = ranks_of(world, rng), int(rng.integers(1, 4)), int(rng.integers(1, 20))
     owners = rng.integers(0, len(ranks), units)
     if rng.integers(2):
         owners.sort()
     needs = [np.flatnonzero(rng.random(units) < rng.choice([0.0, 0.4, 1.0])) for _ in ranks]
     transfer = Halo(Group(world, ranks, counter), owners, needs, dtype)
-    held = [np.flatnonzero(owners == k) for k in range(len(ranks))]
-    users, owns = ([(of[:, None] * b + np.arange(b)).reshape(-1) for of in x] for x in (needs, held))
+    owned = [np.flatnonzero(owners == k) for k in range(len(ranks))]
+    users, owns = ([(of[:, None] * b + np.arange(b)).reshape(-1) for of in x] for x in (needs, owned))
     shapes = (-1, b), (-1, b)
-    return Case(transfer, on(world, ranks, owns), on(world, ranks, users), shapes, Step(b), whole=True, pairs=True)
+    return Case(
+        transfer,
+        by_rank(world, ranks, owns),
+        by_rank(world, ranks, users),
+        shapes,
+        Step(b),
+        writes_all=True,
+        pairs=True,
+    )
 
 
 def matrices(layout, values):
@@ -222,7 +248,7 @@ def matrices(layout, values):
 
 
 def subnets(world, counter, rng, dtype):
-    """Random holders and workers; subnetworks by units, or by blocks, some of which have several owners."""
+    """Random holders and workers, with subnetworks by units or by blocks; several workers may have the same block."""
     ranks = list(range(world.size))
     holders = ranks[: rng.integers(1, world.size + 1)]
     workers = ranks[rng.integers(0, len(holders) + 1) if len(holders) < world.size else 0 :]
@@ -235,11 +261,11 @@ def subnets(world, counter, rng, dtype):
     layout, number = network.layout(), int(rng.integers(9))
     transfer = Subnets(Group(world, ranks, counter), holders, workers, layout, dealer.layouts, dealer.deal, dtype)
     transfer.plan(number)
-    whole, users = matrices(layout, np.arange(layout.size)), [None] * world.size
+    positions, users = matrices(layout, np.arange(layout.size)), [None] * world.size
     for worker, own, shares in zip(workers, dealer.layouts, dealer.deal(number), strict=True):
         places, users[worker] = matrices(own, np.arange(own.size)), np.full(own.size, -1)
         for name, share in shares.items():
-            source = whole[share.source]
+            source = positions[share.source]
             rows, columns = (
                 np.arange(n) if which is None else which
                 for n, which in zip(source.shape, (share.rows, share.columns), strict=True)
@@ -259,8 +285,8 @@ class Trial:
 
     def __init__(self, world, case, dtype, seed):
         self.world, self.case, self.dtype, self.rng = world, case, dtype, np.random.default_rng([seed, 77])
-        held, used = (np.concatenate([np.arange(0), *there(of)]) for of in (case.owners, case.users))
-        self.size = 1 + int(np.concatenate([held, used]).max(initial=-1))
+        owned, used = (np.concatenate([np.arange(0), *present(of)]) for of in (case.owners, case.users))
+        self.size = 1 + int(np.concatenate([owned, used]).max(initial=-1))
         self.moved = np.zeros(self.size, bool)
         self.moved[used] = True
         self.own, self.used = case.owners[world.rank], case.users[world.rank]
@@ -288,24 +314,24 @@ class Trial:
                 np.add.at(sums, index, y[rank])
         return y[self.world.rank], None if self.own is None else sums[self.own]
 
-    def dot(self, a, b, record=None):
-        """The scalar product of a and b, summed over all ranks; record: the elements of a and b that count."""
+    def dot(self, a, b, mask=None):
+        """The scalar product of a and b, summed over all ranks. mask: the elements of a and b that count, None: all."""
         product = 0.0
         if a is not None:
             a, b = a.reshape(-1).astype(float), b.reshape(-1).astype(float)
-            product = float((a * b if record is None else (a * b)[record]).sum())
+            product = float((a * b if mask is None else (a * b)[mask]).sum())
         return bare(self.world).allreduce(product)
 
-    def record(self):
-        """Mask of the elements of src that this rank counts: those that are moved, and that no lower rank owns."""
+    def counted_elements(self):
+        """The mask of moved elements of src that no lower rank owns, so that the ranks together count each once."""
         if self.own is None:
             return None
-        before = np.concatenate([np.arange(0), *there(self.case.owners[: self.world.rank])])
+        before = np.concatenate([np.arange(0), *present(self.case.owners[: self.world.rank])])
         return self.moved[self.own] & ~np.isin(self.own, before)
 
 
-def there(of):
-    return [index for index in of if index is not None]
+def present(entries):
+    return [index for index in entries if index is not None]
 
 
 def fill(vector, values):
@@ -313,12 +339,12 @@ def fill(vector, values):
         vector.reshape(-1)[:] = values
 
 
-def far(vector, expected):
+def largest_error(vector, expected):
     return 0.0 if vector is None else float(np.abs(vector.reshape(-1) - expected).max(initial=0.0))
 
 
 def check(world, case, counter, dtype, seed, failed):
-    """Check both directions of a case, and add failures to `failed` by claim."""
+    """Check forward and backward of a case; add a text for each failure to its claim in `failed`."""
     trial, tolerance = Trial(world, case, dtype, seed), 1e-12 if dtype == np.float64 else 1e-4
     transfer, rank = case.transfer, world.rank
     src, dst = trial.vectors()
@@ -328,7 +354,7 @@ def check(world, case, counter, dtype, seed, failed):
     before = counter.sent, counter.received
     if trial.part:
         transfer.forward(src, dst)
-    if far(dst, expected) != 0:
+    if largest_error(dst, expected) != 0:
         failed["forward"].append("dst")
     counted = counter.sent - before[0], counter.received - before[1]
     if counted != totals(transfer.messages(case.step), rank):
@@ -337,7 +363,7 @@ def check(world, case, counter, dtype, seed, failed):
 
     y, expected = trial.backward_values()
     if src is not None:
-        src[...] = np.nan if case.whole else 7
+        src[...] = np.nan if case.writes_all else 7
     fill(dst, y)
     before = counter.sent, counter.received
     if trial.part:
@@ -345,25 +371,25 @@ def check(world, case, counter, dtype, seed, failed):
     counted = counter.sent - before[0], counter.received - before[1]
     if counted != totals(transfer.messages(case.step, back=True), rank):
         failed["bytes"].append(f"backward {counted}")
-    if src is not None and not case.whole:
+    if src is not None and not case.writes_all:
         expected = np.where(trial.moved[trial.own], expected, 7)
     # The comparison also fails if an element is still NaN.
-    if not far(src, expected) <= tolerance:
+    if not largest_error(src, expected) <= tolerance:
         failed["backward"].append("src")
-    record = trial.record()
-    left, right = trial.dot(fx, y), trial.dot(x, src, record)
+    mask = trial.counted_elements()
+    left, right = trial.dot(fx, y), trial.dot(x, src, mask)
     if not abs(left - right) <= tolerance * max(1.0, abs(left)):
         failed["adjoint"].append(f"{left} {right}")
 
 
 def check_overlap(world, case, counter, dtype, seed, failed):
-    """Check three transfers in flight at once, which end in another order than they begin."""
+    """Check three transfers in flight at once that end in another order than they begin."""
     trials = [Trial(world, case, dtype, 100 * seed + k) for k in range(3)]
     if not trials[0].part:
         return
-    # Backward twice: the second time the buffers already exist.
+    # Backward runs twice: at the second time the buffers exist.
     for back in (False, True, True):
-        begun, order = {}, [0, 1, 2]
+        in_flight, order = {}, [0, 1, 2]
         if case.pairs and world.rank % 2:
             order.reverse()
         vectors = [trial.vectors() for trial in trials]
@@ -373,23 +399,23 @@ def check_overlap(world, case, counter, dtype, seed, failed):
             src, dst = vectors[k]
             fill(dst if back else src, values[k][0])
             begin = case.transfer.begin_back if back else case.transfer.begin
-            begun[k] = begin(*((dst, src) if back else (src, dst)), 40_000 + k)
+            in_flight[k] = begin(*((dst, src) if back else (src, dst)), 40_000 + k)
         end = time.monotonic() + PATIENCE
-        while not begun[1].poll():
+        while not in_flight[1].poll():
             assert time.monotonic() < end, "a message that was begun never comes"
         for k in (2, 0, 1):
-            begun[k].finish()
-            assert begun[k].poll()
+            in_flight[k].finish()
+            assert in_flight[k].poll()
         counted = counter.sent - before[0], counter.received - before[1]
         if counted != tuple(3 * n for n in totals(case.transfer.messages(case.step, back), world.rank)):
             failed["bytes"].append(f"in flight {counted}")
         for (src, dst), (_, expected) in zip(vectors, values, strict=True):
-            if not far(src if back else dst, expected) <= 1e-12:
+            if not largest_error(src if back else dst, expected) <= 1e-12:
                 failed["in flight"].append("back" if back else "forward")
 
 
 def trials(world):
-    """Check all transfers on all ranks of a world. Returns their names, the failures [claim, text], and the bytes."""
+    """Check all transfers on all ranks of a world; return their names, the failures [claim, text], and the bytes."""
     counter = Counter()
     wrong, tried = [], []
     for name, make in TRANSFERS.items():
@@ -400,8 +426,8 @@ def trials(world):
                 check(world, case, counter, dtype, seed, failed)
                 if isinstance(case.transfer, Overlapping) and dtype == np.float64:
                     check_overlap(world, case, counter, dtype, seed, failed)
-                both = json.dumps([case.transfer.messages(case.step, back) for back in (False, True)])
-                if len(set(bare(world).allgather(both))) > 1:
+                messages_json = json.dumps([case.transfer.messages(case.step, back) for back in (False, True)])
+                if len(set(bare(world).allgather(messages_json))) > 1:
                     failed["messages"].append("not the same on all ranks")
                 for rank, failures in enumerate(bare(world).allgather(failed)):
                     where = f"{name}, seed {seed}, {dtype}, rank {rank}"
@@ -412,6 +438,6 @@ def trials(world):
 
 if __name__ == "__main__":
     world = start()
-    found = trials(world)
+    results = trials(world)
     if world.rank == 0:
-        print(json.dumps(found))
+        print(json.dumps(results))

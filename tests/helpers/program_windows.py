@@ -1,4 +1,4 @@
-"""Checks of one-sided windows, on ranks that are threads or processes. Each returns figures for a test to compare."""
+"""Checks of one-sided windows on ranks that are threads or processes. A check returns figures for a test to compare."""
 
 import json
 import os
@@ -24,23 +24,26 @@ def edges_of(world, n=ELEMENTS):
 
 
 def sums(world):
-    """Every rank adds ones to all elements, and to some; returns the fault, and whether all values are as expected."""
+    """Add ones to all elements and to some, from every rank.
+
+    Return the fault of the windows, and for each dtype whether the values read and the rank's own values are right.
+    """
     checks = [windows_of(world).fault()]
     for name in ("int64", "float32", "float64"):
         window = windows_of(world).sharded(edges_of(world), np.dtype(name), Counter())
-        some = np.arange(world.rank, ELEMENTS, 7)
+        strided = np.arange(world.rank, ELEMENTS, 7)
         for _ in range(TIMES):
             window.add(np.ones(ELEMENTS, name))
-            window.add_at(some, np.ones(len(some), name))
+            window.add_at(strided, np.ones(len(strided), name))
         window.flush()
         world.Barrier()
-        out, expected = np.empty(ELEMENTS, name), np.full(ELEMENTS, TIMES * world.size)
-        window.read(out)
+        values, expected = np.empty(ELEMENTS, name), np.full(ELEMENTS, TIMES * world.size)
+        window.read(values)
         for rank in range(world.size):
             expected[rank::7] += TIMES
-        part = np.empty(len(some), name)
-        window.read_at(some, part)
-        checks.append(bool((out == expected).all() and (part == expected[some]).all()))
+        own_values = np.empty(len(strided), name)
+        window.read_at(strided, own_values)
+        checks.append(bool((values == expected).all() and (own_values == expected[strided]).all()))
         window.sync()
         own = slice(*edges_of(world)[world.rank : world.rank + 2])
         checks.append(bool((window.own == expected[own]).all()))
@@ -50,7 +53,7 @@ def sums(world):
 
 
 def shared(world, times=20_000):
-    """Increment 16 shared elements; returns the expected sum, and those by atomic additions and by plain stores."""
+    """Increment 16 shared elements; return the expected sum, the sum by atomic additions, and that by plain stores."""
     ops, ones, results = CompiledOps(), np.ones(16), [16 * times * world.size]
     for atomic in (True, False):
         memory = windows_of(world).memory(128)
@@ -69,7 +72,7 @@ def shared(world, times=20_000):
 
 
 def tickets(world, count=100):
-    """The minibatches that all ranks together have taken, before and after a restart, sorted."""
+    """Take minibatches by tickets; return the numbers that all ranks took before and after a restart, each sorted."""
     turns, own = Tickets(world.rank, world.size, windows_of(world).counters(1), world), []
     for turn in range(count):
         if turns.takes(turn):
@@ -78,23 +81,23 @@ def tickets(world, count=100):
     world.Barrier()
     turns.restart(count + 5, world.Barrier)
     later = [turn for turn in range(count + 5, count + 20) if turns.takes(turn) and not turns.end()]
-    everyone = bare(world).allgather([own, later])
+    turns_by_rank = bare(world).allgather([own, later])
     turns.counters.free()
-    return sorted(t for one, _ in everyone for t in one), sorted(t for _, one in everyone for t in one)
+    return sorted(t for one, _ in turns_by_rank for t in one), sorted(t for _, one in turns_by_rank for t in one)
 
 
 def bounded(world, bound, rounds=25):
     """Run ranks that sleep, rank 1 longest, with bounded staleness.
 
-    Returns the largest lead of a rank when it began a turn, the largest difference of clocks, and the number of missed
-    updates, which a rank should have seen.
+    Return the largest lead of a rank at the start of a turn, the largest difference of clocks, and the largest number
+    of values in which a rank missed updates that the bound promises.
     """
     windows = windows_of(world)
     turns = Turns(world.rank, world.size, bound, windows.counters(world.size), world)
     window = windows.sharded(edges_of(world, world.size), np.dtype(np.int64), Counter())
     rng, values, own = random.Random(world.rank), np.empty(world.size, np.int64), np.zeros(world.size, np.int64)
     own[world.rank] = 1
-    apart = missed = 0
+    difference = missed = 0
     for clock in range(rounds):
         turns.begin()
         window.read(values)
@@ -106,16 +109,16 @@ def bounded(world, bound, rounds=25):
         window.flush()
         turns.end()
         turns.counters.read(turns.clocks)
-        apart = max(apart, int(turns.clocks.max() - turns.clocks.min()))
+        difference = max(difference, int(turns.clocks.max() - turns.clocks.min()))
     world.Barrier()
-    everyone = bare(world).allgather([turns.lead, apart, missed])
+    figures_by_rank = bare(world).allgather([turns.lead, difference, missed])
     window.free()
     turns.counters.free()
-    return [max(column) for column in zip(*everyone, strict=True)]
+    return [max(column) for column in zip(*figures_by_rank, strict=True)]
 
 
 def cycles(world, times=100):
-    """Allocate and free windows `times` times; returns the growth of this process in MB after the first fifth."""
+    """Allocate and free windows `times` times; return the growth of this process in MB after the first fifth."""
     before = 0
     for k in range(times):
         windows = windows_of(world)
@@ -139,7 +142,10 @@ def resident():
 
 
 def stopped(world, bound, folder, seconds=20.0):
-    """Ranks count and write their counts to files, while the test stops one of their processes."""
+    """Count turns and write the counts to files, while the test stops the process of a rank.
+
+    Return the shared count, and the sum of the ranks' own counts. bound: a negative number is no bound.
+    """
     bound = None if bound < 0 else bound
     windows = windows_of(world)
     turns = Turns(world.rank, world.size, bound, windows.counters(world.size), world)
@@ -169,6 +175,6 @@ CHECKS = {check.__name__: check for check in (sums, shared, tickets, bounded, cy
 
 if __name__ == "__main__":
     world = start()
-    found = CHECKS[sys.argv[1]](world, *map(json.loads, sys.argv[2:]))
+    figures = CHECKS[sys.argv[1]](world, *map(json.loads, sys.argv[2:]))
     if world.rank == 0:
-        print(json.dumps(found))
+        print(json.dumps(figures))

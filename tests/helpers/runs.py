@@ -14,8 +14,8 @@ from psmpi.testing.conformance import tensors
 def run(ranks, option, module, *arguments, timeout=120, cwd=None):
     """Run `mpirun -n ranks python -m module arguments` on threads; return (status, stdout, stderr)."""
     assert option == "-m"
-    ended = run_program(ranks, module, arguments, timeout=timeout, cwd=cwd)
-    return ended.status, ended.stdout, ended.stderr
+    result = run_program(ranks, module, arguments, timeout=timeout, cwd=cwd)
+    return result.status, result.stdout, result.stderr
 
 
 class Trained:
@@ -31,12 +31,12 @@ class Trained:
         return tensors(self.checkpoint)
 
 
-# Options of trainings in tests that do not give them.
+# Default options of trainings in tests.
 NUMBERS = {"--epochs": "10", "--batch-size": "100", "--lr": "0.001"}
 
 
-def said(options):
-    """The options of NUMBERS that are not among `options`; none if a file or a checkpoint has them."""
+def default_options(options):
+    """The options of NUMBERS that are not among `options`; none with --config or --resume."""
     if {"--config", "--resume"} & set(map(str, options)):
         return []
     return [word for name, number in NUMBERS.items() if name not in options for word in (name, number)]
@@ -48,14 +48,14 @@ def usual_config():
     return from_table(numbers, Config(), "tests")
 
 
-def trainer(folder, how=run):
-    """Return train(ranks, *options), which runs psmpi.train to its end by `run` or `launch`, and returns `Trained`."""
+def trainer(folder, launcher=run):
+    """Return train(ranks, *options): run psmpi.train by `launcher`, `run` or `launch`, and return a `Trained`."""
     count = iter(range(1000))
 
     def call(ranks, *options, out=None, timeout=120):
-        out = out or folder / f"{how.__name__}{next(count)}"
-        status, stdout, stderr = how(
-            ranks, "-m", "psmpi.train", "--out", out, *said(options), *options, timeout=timeout, cwd=folder
+        out = out or folder / f"{launcher.__name__}{next(count)}"
+        status, stdout, stderr = launcher(
+            ranks, "-m", "psmpi.train", "--out", out, *default_options(options), *options, timeout=timeout, cwd=folder
         )
         assert status == 0, stderr + stdout
         return Trained(out, stdout)
@@ -64,7 +64,7 @@ def trainer(folder, how=run):
 
 
 def once(folder, *fixed):
-    """Return serial(*options), which trains on one rank with `fixed` and `options`, once for each `options`."""
+    """Return serial(*options): train on one rank with `fixed` and `options`, once for each `options`."""
     trainings, train = {}, trainer(folder)
 
     def call(*options):
@@ -96,5 +96,5 @@ def save_many(folder):
 def same_run(first, second):
     """Whether two runs end with the same weights, losses and scores, up to rounding."""
     keys = ("train_loss", "test_loss", "test_accuracy", "test_top5")
-    near = all(second.rows[-1][key] == pytest.approx(first.rows[-1][key], rel=1e-10) for key in keys)
-    return near and distance(first.tensors(), second.tensors()) <= 1e-10
+    equal = all(second.rows[-1][key] == pytest.approx(first.rows[-1][key], rel=1e-10) for key in keys)
+    return equal and distance(first.tensors(), second.tensors()) <= 1e-10

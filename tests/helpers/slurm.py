@@ -17,14 +17,14 @@ ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEM
 
 
 def missing():
-    """The reason why no SLURM can be started here, or ""."""
+    """The reason why no SLURM can be started on this machine, or ""."""
     if os.getuid() != 0:
         return "a SLURM of its own needs root"
-    lacks = [name for name in (*DAEMONS, "sbatch", "srun", "scontrol") if found(name) is None]
-    return f"no {', '.join(lacks)}: install slurm-wlm and munge" if lacks else ""
+    absent = [name for name in (*DAEMONS, "sbatch", "srun", "scontrol") if program_path(name) is None]
+    return f"no {', '.join(absent)}: install slurm-wlm and munge" if absent else ""
 
 
-def found(name):
+def program_path(name):
     return shutil.which(name) or shutil.which(name, path="/usr/sbin:/usr/bin")
 
 
@@ -35,7 +35,7 @@ def free_port():
 
 
 class Cluster:
-    """The daemons of SLURM and munge, with all their files in one folder; a context manager that runs them."""
+    """A context manager that runs the daemons of SLURM and munge, with all their files in one folder."""
 
     def __init__(self):
         # Not pytest's folder: paths of sockets must be short, and munge must own every parent folder.
@@ -94,7 +94,7 @@ class Cluster:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _start(self, name, *arguments):
-        command = [found(name), *arguments]
+        command = [program_path(name), *arguments]
         with open(self.folder / f"{name}.log", "wb") as log:
             process = subprocess.Popen(
                 command, env=self.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
@@ -108,11 +108,16 @@ class Cluster:
             time.sleep(0.1)
 
     def run(self, *command, cwd=None, timeout=60, **environment):
-        """Run a command of SLURM to its end, and return it."""
+        """Run a command of SLURM to its end; return the completed process."""
         return subprocess.run(
-            [found(command[0]) or command[0], *map(str, command[1:])], env={**self.environment, **environment}, cwd=cwd,
-            text=True, capture_output=True, timeout=timeout, check=False,
-        )  # fmt: skip
+            [program_path(command[0]) or command[0], *map(str, command[1:])],
+            env={**self.environment, **environment},
+            cwd=cwd,
+            text=True,
+            capture_output=True,
+            timeout=timeout,
+            check=False,
+        )
 
     def show(self, job, name):
         """The value of a field of a job, from `scontrol show job`."""
@@ -130,7 +135,7 @@ class Cluster:
     def again(self, job):
         """Start a requeued job at once; SLURM would wait two minutes."""
         self.wait(job, 60, ("PENDING",))
-        # slurmd confuses a job that starts in the second in which it was killed with its previous start.
+        # slurmd takes a job that starts in the second in which it was killed for the killed one.
         time.sleep(2)
         end = time.monotonic() + 60
         while self.show(job, "JobState") == "PENDING":

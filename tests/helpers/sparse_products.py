@@ -1,4 +1,4 @@
-"""Sparse patterns with empty rows and columns, and weights whose rows are in random order in a vector."""
+"""Sparse patterns with empty rows and columns, and vectors that hold the rows of weights in random order."""
 
 import numpy as np
 from scipy import sparse
@@ -9,9 +9,9 @@ from psmpi.layout import Pattern
 
 def some_pattern(rows, inputs, density, seed=0):
     """A random pattern with an empty row and an empty column."""
-    there = np.random.default_rng(seed).random((rows, inputs)) < density
-    there[rows // 2], there[:, inputs // 3], there[0, 0] = False, False, True
-    matrix = sparse.csr_array(there)
+    mask = np.random.default_rng(seed).random((rows, inputs)) < density
+    mask[rows // 2], mask[:, inputs // 3], mask[0, 0] = False, False, True
+    matrix = sparse.csr_array(mask)
     return Pattern.of(matrix.indptr, matrix.indices, inputs)
 
 
@@ -23,10 +23,10 @@ def index_of(pattern, rng, bias):
     places[order] = np.cumsum(pattern.fan_in[order] + 3) - pattern.fan_in[order]
     end = int((places + pattern.fan_in).max())
     biases = end + rng.permutation(pattern.rows) if bias else None
-    back = pattern.transposed
-    back_places = (places - pattern.starts[:-1])[back.rows] + back.entries
+    transposed = pattern.transposed
+    transposed_places = (places - pattern.starts[:-1])[transposed.rows] + transposed.entries
     index = SparseIndex(
-        pattern.inputs, pattern.starts, pattern.columns, places, biases, back.starts, back.rows,
-        back_places.astype(np.int32),
+        pattern.inputs, pattern.starts, pattern.columns, places, biases, transposed.starts, transposed.rows,
+        transposed_places.astype(np.int32),
     )  # fmt: skip
     return index, end + pattern.rows * bias

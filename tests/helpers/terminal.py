@@ -1,4 +1,4 @@
-"""Run programs on a pseudo-terminal, with their output as on a screen and with keys typed."""
+"""Run programs on a pseudo-terminal, and type keys."""
 
 import fcntl
 import os
@@ -11,7 +11,7 @@ import sys
 import termios
 import time
 
-# A program that makes the terminal the controlling one, so that keys send signals, and then runs its arguments.
+# A program that makes the terminal its controlling terminal, so that keys send signals, and then runs its arguments.
 TAKE = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execvp(sys.argv[1], sys.argv[1:])"
 CTRL_C = b"\x03"
 # Prefixes of the environment variables that launchers of MPI set.
@@ -21,8 +21,8 @@ LAUNCHERS = ("OMPI_", "PMI_", "PMIX_", "SLURM_")
 def on_terminal(words, cwd, *, keys=(), columns=80, timeout=90, **environ):
     """Run a command on a terminal; return its status, and the bytes that it and its children print.
 
-    keys: a sequence of (text, keys, seconds). After `text` has appeared, behind the text of the previous entry, the
-    keys are typed after `seconds` seconds.
+    keys: a sequence of (text, keys, seconds). `keys` are typed `seconds` seconds after the output matches the regular
+    expression `text`, from the end of the previous entry's match on.
     """
     master, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 30, columns, 0, 0))

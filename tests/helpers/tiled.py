@@ -17,13 +17,16 @@ def make_ops(name):
 
 
 def derive(network, w, x, labels, loss, ops, tiled, scale=0.125):
-    """Compute the loss, the gradient of the flat vector, and the number of clipped terms. tiled: by tiles."""
-    g = np.full_like(w, np.nan)
-    model = Model(network, network.layout(), w, g, ops, tiled=tiled)
+    """Return the loss, its gradient with respect to the flat vector, and the number of clipped terms.
+
+    tiled: compute by tiles of classes.
+    """
+    gradient = np.full_like(w, np.nan)
+    model = Model(network, network.layout(), w, gradient, ops, tiled=tiled)
     objective = (TiledObjective if tiled else Objective)(loss, model)
     objective.reserve(network.classes, len(labels))
     objective.bring(labels)
     tape = model.forward(x)
     objective.losses(tape.scores.reshape(-1, len(labels)), objective.targets(len(labels)), scale)
     objective.backward(tape)
-    return objective.value(), g, loss.clipped
+    return objective.value(), gradient, loss.clipped

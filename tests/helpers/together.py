@@ -1,12 +1,12 @@
-"""Sums over the threads of a test, in place of sums over ranks that layers need."""
+"""Sums over the threads of a test, in place of the sums over ranks that layers need."""
 
 import threading
 
 
 class Together:
-    """Sums of arrays over `count` threads. Thread k gets its function from total(k), and all threads call it together.
+    """Sums of arrays over `count` threads. Thread k sums its array in place by total(k); all threads must call theirs.
 
-    numbers: how many elements each thread has summed.
+    numbers: the number of elements that each thread has summed.
     """
 
     def __init__(self, count):

@@ -15,11 +15,11 @@ def train_steps(ranks, options, steps=20, method="data_parallel"):
     """Train `steps` steps on `ranks` ranks; return the flat vector, the losses of the steps, and the test scores."""
     network, dataset, config = Case(method, ".", options).problem()
     batches, _, _ = plan_steps(dataset, config)
-    kind = find_method(method)
-    kind.check(ranks, network, dataset, config)
+    method_class = find_method(method)
+    method_class.check(ranks, network, dataset, config)
 
     def work(world):
-        trained = kind(Context(world, network, dataset, config, make_backend("auto")))
+        trained = method_class(Context(world, network, dataset, config, make_backend("auto")))
         losses = []
         for step in range(steps):
             epoch, at = divmod(step, batches.steps_per_epoch)
@@ -31,23 +31,23 @@ def train_steps(ranks, options, steps=20, method="data_parallel"):
         return shard, trained.state.vectors["weights"].copy(), np.array(losses), trained.test()
 
     layout = network.layout()
-    whole = np.full(layout.size, np.nan)
+    weights = np.full(layout.size, np.nan)
     results = run_ranks(ranks, work, timeout=120)
     for shard, values, *_ in results:
         for (a, b), at in zip(shard.intervals, shard.offsets.tolist(), strict=False):
-            values_so_far, values_here = whole[a:b], values[at : at + b - a]
-            there = ~np.isnan(values_so_far)
-            assert np.allclose(values_so_far[there], values_here[there])
-            whole[a:b] = values_here
-    assert not np.isnan(whole).any()
+            values_so_far, values_here = weights[a:b], values[at : at + b - a]
+            known = ~np.isnan(values_so_far)
+            assert np.allclose(values_so_far[known], values_here[known])
+            weights[a:b] = values_here
+    assert not np.isnan(weights).any()
     assert all(one[3] == results[0][3] for one in results)
-    return whole, sum(one[2] for one in results), results[0][3]
+    return weights, sum(one[2] for one in results), results[0][3]
 
 
 def same(actual, expected, tolerance=1e-10):
     """Raise AssertionError unless two results of `train_steps` are equal up to rounding."""
-    for one, other in zip(actual[:2], expected[:2], strict=True):
-        assert np.linalg.norm(one - other) <= tolerance * np.linalg.norm(other)
+    for value, reference in zip(actual[:2], expected[:2], strict=True):
+        assert np.linalg.norm(value - reference) <= tolerance * np.linalg.norm(reference)
     assert actual[2].keys() == expected[2].keys()
     for name, value in expected[2].items():
         assert abs(actual[2][name] - value) <= 1e-6 * max(1.0, abs(value))

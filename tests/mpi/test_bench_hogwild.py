@@ -1,4 +1,4 @@
-"""The measurement of updates a second: all ways are there, and end with the loss of one process."""
+"""The measurement of Hogwild's update rates: the report has every way to update, and losses near a single process's."""
 
 import json
 
@@ -29,15 +29,15 @@ def test_updates_are_counted_in_all_ways(tmp_path):
     path = tmp_path / "found.json"
     status, out, err = launch(1, "-m", "psmpi.bench", "hogwild", *SMALL, "--json", path, "--plot", tmp_path / "a.png")
     assert status == 0, err
-    found = json.loads(path.read_text())
+    report = json.loads(path.read_text())
     ways = ("raw", "atomic", "blocks", "ticket", "mutex", "mpi", "cyclades")
-    assert list(found["rates"]) == [f"{way} {workers}" for way in ways for workers in (1, 2)]
-    assert all(len(each) == 2 and min(each) > 0 for each in found["rates"].values())
-    losses = {name: loss for name, (loss, _) in found["scores"].items()}
+    assert list(report["rates"]) == [f"{way} {workers}" for way in ways for workers in (1, 2)]
+    assert all(len(rates) == 2 and min(rates) > 0 for rates in report["rates"].values())
+    losses = {name: loss for name, (loss, _) in report["scores"].items()}
     for name in ("atomic 1", "cyclades 1", "cyclades 2"):
         assert losses[name] == losses["raw 1"]
     assert all(loss <= 1.05 * losses["raw 1"] for loss in losses.values())
-    assert all(0 <= share < 1 for share in found["lost"].values())
+    assert all(0 <= share < 1 for share in report["lost"].values())
     assert "ticket lock" in out and "lost by plain stores of 2 workers" in out
 
 

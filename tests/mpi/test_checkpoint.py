@@ -1,4 +1,4 @@
-"""Checkpoints: what they hold, going on from them on any ranks, and damaged or foreign ones."""
+"""Checkpoints: contents, resuming on any number of ranks, and damaged or foreign files."""
 
 import json
 import os
@@ -35,17 +35,20 @@ LAYOUTS = [
 
 
 @pytest.mark.parametrize(
-    ("ranks", "layout"), [pytest.param(*one, marks=[pytest.mark.slow] * (one[0] > 6)) for one in LAYOUTS]
+    ("ranks", "layout"), [pytest.param(*case, marks=[pytest.mark.slow] * (case[0] > 6)) for case in LAYOUTS]
 )
 def test_a_resumed_run_ends_in_the_same_bits(train, ranks, layout):
-    """Interrupted inside an epoch and resumed at the same N; metrics too, but for times."""
+    """Stop inside an epoch and resume on as many ranks: the weights have the same bits, and metrics agree but for
+    times."""
     options = (*STEPS, *layout)
-    whole = train(ranks, *options)
+    full_run = train(ranks, *options)
     first = train(ranks, *options, "--max-steps", "22", "--checkpoint-every", "11")
     resumed = train(ranks, *options, "--resume", "auto", out=first.out)
-    mine, theirs = whole.tensors(), resumed.tensors()
-    assert mine.keys() == theirs.keys() and all(np.array_equal(mine[k], theirs[k]) for k in mine)
-    for a, b in zip(whole.rows, resumed.rows, strict=True):
+    full_tensors, resumed_tensors = full_run.tensors(), resumed.tensors()
+    assert full_tensors.keys() == resumed_tensors.keys() and all(
+        np.array_equal(full_tensors[k], resumed_tensors[k]) for k in full_tensors
+    )
+    for a, b in zip(full_run.rows, resumed.rows, strict=True):
         for key in ("epoch", "step", "test_loss", "test_accuracy"):
             assert a[key] == b[key]
         assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-14)
@@ -54,43 +57,43 @@ def test_a_resumed_run_ends_in_the_same_bits(train, ranks, layout):
 @pytest.mark.parametrize("optimizer", ["adam", pytest.param("lbfgs", marks=pytest.mark.slow)])
 def test_a_run_goes_on_at_any_ranks_masters_and_placement(train, optimizer):
     options = (*STEPS, "--optimizer", optimizer, "--lr", {"adam": "1e-3", "lbfgs": "1"}[optimizer], "--max-steps")
-    whole = train(1, *options, "40")
-    start = train(11, *options, "25", "--placement", "owner", "--masters", "2")
+    full_run = train(1, *options, "40")
+    first_run = train(11, *options, "25", "--placement", "owner", "--masters", "2")
     for ranks, layout in LAYOUTS[1::2] if optimizer == "adam" else LAYOUTS[2:4]:
-        resumed = train(ranks, *options, "40", *layout, "--resume", start.checkpoint)
-        assert distance(whole.tensors(), resumed.tensors()) <= (1e-9 if optimizer == "adam" else 1e-7)
+        resumed = train(ranks, *options, "40", *layout, "--resume", first_run.checkpoint)
+        assert distance(full_run.tensors(), resumed.tensors()) <= (1e-9 if optimizer == "adam" else 1e-7)
 
 
 @pytest.mark.slow
 def test_a_run_of_eleven_ranks_goes_on_on_any_others(train):
-    """N = 1, 3, 4 and 7, 1 and 3 masters, either placement."""
-    whole = train(1, *STEPS, "--max-steps", "40")
-    begun = train(11, *STEPS, "--max-steps", "25").checkpoint
+    """Resume on 1, 3, 4 and 7 ranks, with 1 or 3 masters and either placement."""
+    full_run = train(1, *STEPS, "--max-steps", "40")
+    first_checkpoint = train(11, *STEPS, "--max-steps", "25").checkpoint
     for ranks in (1, 3, 4, 7):
         for masters in (1, 3) if ranks > 1 else (1,):
             for placement in ("master", "owner"):
                 layout = ["--masters", str(masters), "--placement", placement]
                 # Three masters of three ranks have to compute as well.
                 layout += ["--colocate"] if masters == ranks else []
-                resumed = train(ranks, *STEPS, "--max-steps", "40", *layout, "--resume", begun)
-                assert distance(whole.tensors(), resumed.tensors()) <= 1e-9
+                resumed = train(ranks, *STEPS, "--max-steps", "40", *layout, "--resume", first_checkpoint)
+                assert distance(full_run.tensors(), resumed.tensors()) <= 1e-9
 
 
 def test_loading_gives_every_rank_the_saved_bits_of_its_shard(train):
-    """Weights and moments saved from 7 ranks under owner, read back by pieces and whole."""
-    run_ = train(7, "--max-steps", "5", "--placement", "owner", "--masters", "2")
+    """Save weights and moments from 7 ranks with --placement owner; read them back shard by shard and in one piece."""
+    trained = train(7, "--max-steps", "5", "--placement", "owner", "--masters", "2")
     layout = make_network("psnet", (1, 8, 8), 10).layout()
 
     def load(runs):
         vectors = {name: np.empty(runs.size, np.float32) for name in ("weights", "m", "v")}
-        checkpoint.load(run_.checkpoint, layout, runs, vectors)
+        checkpoint.load(trained.checkpoint, layout, runs, vectors)
         return vectors
 
-    whole = load(Runs(((0, layout.size),)))
+    full_vectors = load(Runs(((0, layout.size),)))
     for shard in Runs(((0, layout.size),)).split(7):
         for name, vector in load(shard).items():
-            assert np.array_equal(vector, np.concatenate([whole[name][a:b] for a, b in shard.intervals]))
-    tensors = run_.tensors()
+            assert np.array_equal(vector, np.concatenate([full_vectors[name][a:b] for a, b in shard.intervals]))
+    tensors = trained.tensors()
     assert sum(t.size for name, t in tensors.items() if name.startswith("weights/")) == layout.size
     assert {name: tensors[f"weights/{name}"].shape for name in ("conv1.weight", "dense1.weight")} == {
         p.name: p.shape for p in layout.parameters if p.name in ("conv1.weight", "dense1.weight")
@@ -98,30 +101,30 @@ def test_loading_gives_every_rank_the_saved_bits_of_its_shard(train):
 
 
 def tensors_of(item):
-    """The data sets of numbers in a group."""
-    found = []
+    """Return the HDF5 data sets of a group and its subgroups; none for a data set."""
+    datasets = []
     if isinstance(item, h5py.Group):
-        item.visititems(lambda name, each: found.append(each) if isinstance(each, h5py.Dataset) else None)
-    return found
+        item.visititems(lambda name, child: datasets.append(child) if isinstance(child, h5py.Dataset) else None)
+    return datasets
 
 
 def test_checkpoints_hold_names_shapes_progress_and_configuration(train):
-    run_ = train(3, "--epochs", "2", "--seed", "5")
-    with h5py.File(run_.checkpoint) as file:
+    trained = train(3, "--epochs", "2", "--seed", "5")
+    with h5py.File(trained.checkpoint) as file:
         assert file["weights/conv1.weight"].shape == (12, 1, 3, 3)
         assert file["weights/dense1.weight"].shape == (10, 10, 12)
         assert set(file["optimizer"]) == {"m", "v"}
         assert json.loads(file["scalars"].asstr()[0]) == {"t": 30}
         assert all(item.fletcher32 and item.chunks for group in file.values() for item in tensors_of(group))
-    contents = checkpoint.read_contents(run_.checkpoint)
+    contents = checkpoint.read_contents(trained.checkpoint)
     progress = contents.progress
-    assert (progress.step, progress.epoch, progress.cursor, progress.rows) == (30, 2, 0, tuple(run_.rows))
+    assert (progress.step, progress.epoch, progress.cursor, progress.rows) == (30, 2, 0, tuple(trained.rows))
     assert "seed = 5" in contents.config
     assert contents.layout == make_network("psnet", (1, 8, 8), 10).layout()
     assert contents.random["seed"] == 5
     assert contents.placement["masters"] == 1 and len(contents.placement["ranks"]) == 3
     assert contents.provenance["ranks"] == 3 and contents.provenance["versions"]["numpy"] == np.__version__
-    assert "seed = 5" in (run_.out / "config.toml").read_text()
+    assert "seed = 5" in (trained.out / "config.toml").read_text()
 
 
 def test_only_the_newest_checkpoints_are_kept(train):
@@ -131,10 +134,10 @@ def test_only_the_newest_checkpoints_are_kept(train):
 
 
 def test_auto_passes_over_a_damaged_checkpoint(train):
-    run_ = train(1, "--epochs", "3")
-    newest = checkpoint.available(run_.out)[-1]
+    trained = train(1, "--epochs", "3")
+    newest = checkpoint.available(trained.out)[-1]
     newest.write_bytes(newest.read_bytes()[:1000])
-    resumed = train(1, "--epochs", "3", "--resume", "auto", out=run_.out)
+    resumed = train(1, "--epochs", "3", "--resume", "auto", out=trained.out)
     assert "step-000000030.h5, step 30" in " ".join(resumed.stdout.split())
     assert newest.with_name(newest.name + ".damaged").exists()
     assert [row["epoch"] for row in resumed.rows] == [1, 2, 3]
@@ -154,7 +157,7 @@ def refusal(tmp_path, *options):
 
 
 def test_foreign_and_damaged_files_are_named(train, tmp_path):
-    made = train(1, "--epochs", "1").checkpoint
+    good_file = train(1, "--epochs", "1").checkpoint
     assert "there is no such checkpoint" in refusal(tmp_path, "--resume", tmp_path / "none.h5")
     text = tmp_path / "text.h5"
     text.write_text("not HDF5")
@@ -163,23 +166,23 @@ def test_foreign_and_damaged_files_are_named(train, tmp_path):
         file["x"] = np.zeros(3)
     assert "HDF5 but not a psmpi checkpoint" in refusal(tmp_path, "--resume", tmp_path / "plain.h5")
     newer = tmp_path / "newer.h5"
-    newer.write_bytes(made.read_bytes().replace(b"psmpi checkpoint 2", b"psmpi checkpoint 3", 1))
+    newer.write_bytes(good_file.read_bytes().replace(b"psmpi checkpoint 2", b"psmpi checkpoint 3", 1))
     assert "has format 3" in refusal(tmp_path, "--resume", newer)
-    other = tmp_path / "shape.h5"
-    shutil.copy(made, other)
-    with h5py.File(other, "r+") as file:
+    changed_file = tmp_path / "shape.h5"
+    shutil.copy(good_file, changed_file)
+    with h5py.File(changed_file, "r+") as file:
         del file["weights/dense1.weight"]
         file["weights/dense1.weight"] = np.zeros((2, 3))
-    assert "is damaged" in refusal(tmp_path, "--resume", other)
-    seal(other)
-    message = refusal(tmp_path, "--resume", other)
+    assert "is damaged" in refusal(tmp_path, "--resume", changed_file)
+    seal(changed_file)
+    message = refusal(tmp_path, "--resume", changed_file)
     assert "weights/dense1.weight" in message and "(2, 3)" in message and "its layout says (10, 10, 12)" in message
-    missing = refusal(tmp_path, "--resume", made, "--model", "mlp", "--widths", "8")
+    missing = refusal(tmp_path, "--resume", good_file, "--model", "mlp", "--widths", "8")
     assert "has no weights/" in missing or "in the model" in missing
 
 
 def test_another_optimizer_takes_the_weights_alone(train):
-    """Adam's second moments are not the velocity of momentum, though both are called v."""
+    """Adam's second moments and momentum's velocity are different vectors, though both are called v."""
     first = train(1, "--epochs", "1")
     options = ("--epochs", "2", "--optimizer", "momentum", "--resume", first.checkpoint)
     resumed = train(3, *options)
@@ -187,42 +190,44 @@ def test_another_optimizer_takes_the_weights_alone(train):
 
 
 def test_a_run_does_not_go_on_among_later_checkpoints(train, tmp_path):
-    """They would pass for its own newer ones."""
-    made = train(1, "--epochs", "3")
-    early = checkpoint.available(made.out)[0]
-    status, _, err = run(1, "-m", "psmpi.train", "--out", made.out, "--resume", early, "--epochs", "2", cwd=tmp_path)
+    """Later checkpoints in the folder would be mistaken for newer ones of the resumed run."""
+    first_run = train(1, "--epochs", "3")
+    early = checkpoint.available(first_run.out)[0]
+    status, _, err = run(
+        1, "-m", "psmpi.train", "--out", first_run.out, "--resume", early, "--epochs", "2", cwd=tmp_path
+    )
     assert status == 1 and "holds checkpoints of later steps than 15, up to step-000000045.h5" in " ".join(err.split())
-    for path in checkpoint.available(made.out):
+    for path in checkpoint.available(first_run.out):
         path.write_bytes(path.read_bytes()[:-1])
-    options = ("-m", "psmpi.train", "--out", made.out, "--resume", "auto")
+    options = ("-m", "psmpi.train", "--out", first_run.out, "--resume", "auto")
     status, _, err = run(1, *options, cwd=tmp_path)
     assert status == 1 and "are all damaged" in " ".join(err.split())
-    assert len(checkpoint.available(made.out)) == 3
+    assert len(checkpoint.available(first_run.out)) == 3
 
 
 def test_inside_an_epoch_the_order_of_samples_is_fixed(train, tmp_path):
-    """Another order or number of samples would repeat some and leave out others."""
+    """Resuming with another order or number of samples would repeat some samples and skip others."""
     half = train(1, "--epochs", "1", "--max-steps", "8").checkpoint
     assert "--seed 0" in refusal(tmp_path, "--resume", half, "--seed", "1")
     assert "8 steps into epoch 1" in refusal(tmp_path, "--resume", half, "--no-shuffle")
     rng = np.random.default_rng(0)
     np.savez(tmp_path / "few.npz", x=rng.random((500, 8, 8)), y=np.arange(500) % 10)
-    other = refusal(tmp_path, "--resume", half, "--dataset", tmp_path / "few.npz", "--new-data")
-    assert "1,438 training samples, there 400" in other and "8 steps into epoch 1" in other
+    message = refusal(tmp_path, "--resume", half, "--dataset", tmp_path / "few.npz", "--new-data")
+    assert "1,438 training samples, there 400" in message and "8 steps into epoch 1" in message
     assert "--batch-size 100" in refusal(tmp_path, "--resume", half, "--batch-size", "50")
 
 
 @pytest.mark.parametrize(("ranks", "layout"), [(1, ()), (4, ("--replicas", "3")), (4, ("--partition", "pairs"))])
 def test_a_resumed_run_of_larger_images_ends_in_the_same_bits(train, tmp_path, ranks, layout):
-    """Convolutions are computed in chunks there, whose number must not depend on what was computed before."""
+    """Convolutions of larger images run in chunks; the number of chunks must not depend on earlier computations."""
     rng = np.random.default_rng(0)
     np.savez(tmp_path / "x.npz", x=rng.integers(0, 256, (400, 28, 28)).astype(np.uint8), y=np.arange(400) % 10)
     options = ("--dataset", tmp_path / "x.npz", "--batch-size", "20", "--epochs", "3", *layout)
-    whole = train(ranks, *options)
+    full_run = train(ranks, *options)
     first = train(ranks, *options, "--max-steps", "21")
     resumed = train(ranks, *options, "--resume", "auto", out=first.out)
-    mine, theirs = whole.tensors(), resumed.tensors()
-    assert all(np.array_equal(mine[k], theirs[k]) for k in mine)
+    full_tensors, resumed_tensors = full_run.tensors(), resumed.tensors()
+    assert all(np.array_equal(full_tensors[k], resumed_tensors[k]) for k in full_tensors)
 
 
 def test_a_run_is_not_overwritten_by_another(train, tmp_path):
@@ -244,13 +249,14 @@ def test_resuming_tells_what_differs_and_what_cannot(train, tmp_path):
     changed = train(1, "--epochs", "3", "--lr", "0.01", "--resume", first.checkpoint)
     assert "note: lr is 0.01, in the checkpoint it was 0.001" in changed.stdout
     assert [row["epoch"] for row in changed.rows] == [1, 2, 3]
-    again = train(1, "--epochs", "2", "--resume", "auto", out=first.out)
-    assert "nothing left to do" in again.stdout and again.rows == first.rows
+    resumed = train(1, "--epochs", "2", "--resume", "auto", out=first.out)
+    assert "nothing left to do" in resumed.stdout and resumed.rows == first.rows
 
 
 @pytest.fixture
 def alone(tmp_path):
-    """alone(...) makes a writer on one rank, of the small PSNet's layout or another's, and vectors for it."""
+    """alone(network, **options): a checkpoint writer on one rank, of the small PSNet by default, and random vectors for
+    it."""
     writers = []
 
     class Alone:
@@ -268,13 +274,13 @@ def alone(tmp_path):
 
     yield call
     for writer in writers:
-        # A test that fails may leave a process that is stopped.
+        # A failed test may leave its writing process stopped.
         writer.spool.kill()
         writer.close()
 
 
 def test_long_runs_keep_their_metrics(alone, tmp_path):
-    """HDF5 attributes end at 64 kB; the rows of a thousand epochs do not."""
+    """The rows of a thousand epochs exceed 64 kB, the limit of an HDF5 attribute."""
     writer, vectors = alone()
     progress = checkpoint.Progress(step=1000, rows=tuple({"epoch": k, "note": "x" * 200} for k in range(1000)))
     writer.write(vectors, {}, progress)
@@ -293,9 +299,9 @@ def test_the_newest_of_a_folder_is_found(train):
 
 def read_back(path, vectors):
     layout = checkpoint.read_contents(path).layout
-    found = {name: np.empty_like(vector) for name, vector in vectors.items()}
-    checkpoint.load(path, layout, Runs(((0, layout.size),)), found)
-    return found
+    loaded = {name: np.empty_like(vector) for name, vector in vectors.items()}
+    checkpoint.load(path, layout, Runs(((0, layout.size),)), loaded)
+    return loaded
 
 
 @pytest.mark.parametrize("gzip", [0, 4])
@@ -309,8 +315,8 @@ def test_what_is_saved_is_the_state_of_that_step(alone, tmp_path, gzip):
     writer.close()
     path = checkpoint.available(tmp_path)[0]
     checkpoint.check_file(path)
-    found = read_back(path, vectors)
-    assert all(np.array_equal(found[name], saved[name]) for name in saved)
+    loaded = read_back(path, vectors)
+    assert all(np.array_equal(loaded[name], saved[name]) for name in saved)
     assert checkpoint.read_contents(path).scalars == {"t": 3}
     with h5py.File(path) as file:
         assert file["weights/dense1.weight"].compression == ("gzip" if gzip else None)
@@ -355,7 +361,7 @@ def test_a_killed_writing_process_is_told_and_replaced(alone, tmp_path):
     assert writer.last_failed
     writer.write(vectors, {}, checkpoint.Progress(step=3))
     writer.finish()
-    # Between two checkpoints its end does no harm.
+    # Killed between two checkpoints, the writing process loses nothing.
     writer.spool.process.kill()
     writer.spool.process.wait()
     writer.write(vectors, {}, checkpoint.Progress(step=4))
@@ -371,12 +377,12 @@ def test_a_writing_process_that_hangs_costs_checkpoints_not_training(alone, monk
     monkeypatch.setattr("psmpi.checkpoint.writer.PATIENCE", 0.2)
     monkeypatch.setattr("psmpi.checkpoint.writer.LAST_PATIENCE", 0.5)
     os.kill(writer.spool.process.pid, signal.SIGSTOP)
-    begun = time.monotonic()
+    start_time = time.monotonic()
     for step in range(2, 12):
         writer.write(vectors, {}, checkpoint.Progress(step=step))
-    assert time.monotonic() - begun < 5
-    told = writer.troubles()
-    assert len(told) == 9 and "step-000000002.h5 is still being written" in told[0]
+    assert time.monotonic() - start_time < 5
+    troubles = writer.troubles()
+    assert len(troubles) == 9 and "step-000000002.h5 is still being written" in troubles[0]
     writer.finish(0.1)
     writer.close()
     assert "was not written within" in writer.troubles()[0] and writer.last_failed
@@ -419,10 +425,10 @@ def test_a_file_under_a_wrong_name_is_no_checkpoint_of_the_run(train):
 
 @pytest.mark.parametrize(
     ("room", "gzip"),
-    [(40_000, 0), (100_000, 1), *(pytest.param(*both, marks=pytest.mark.slow) for both in ((40_000, 1), (100_000, 0)))],
+    [(40_000, 0), (100_000, 1), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((40_000, 1), (100_000, 0)))],
 )
 def test_a_full_disk_stops_no_training(tmp_path, room, gzip):
-    """On a small file system: full while the vectors are copied, or while the file is made, by a process of its own."""
+    """A small file system is full while the vectors are copied, or while the writing process makes the file."""
     place = tmp_path / "small"
     place.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", place]
@@ -441,60 +447,61 @@ def test_a_full_disk_stops_no_training(tmp_path, room, gzip):
         ballast.unlink()
         status, out, err = launch(1, "-m", "psmpi.train", *options, "15", "--resume", "auto", cwd=tmp_path)
         assert status == 0, err
-        (whole,) = checkpoint.available(place / "run")
-        checkpoint.check_file(whole)
+        (written_file,) = checkpoint.available(place / "run")
+        checkpoint.check_file(written_file)
     finally:
         subprocess.run(["umount", place], check=True)
 
 
 def test_a_thousand_damaged_files_are_refused(train, tmp_path):
-    """Cut short anywhere, or one byte changed: `check` refuses each, with one line that names the file."""
-    whole = train(1, "--epochs", "1").checkpoint.read_bytes()
+    """Cut a file anywhere, or change one byte: check_file refuses it in one line that names the file."""
+    good_bytes = train(1, "--epochs", "1").checkpoint.read_bytes()
     rng, path = np.random.default_rng(0), tmp_path / "damaged.h5"
     for trial in range(1000):
-        data = bytearray(whole)
+        data = bytearray(good_bytes)
         if trial % 4 == 0:
             data = data[: rng.integers(len(data))]
         else:
-            # The header is short and must be hit as well.
-            at = rng.integers(512 if trial % 4 == 1 else len(data))
-            data[at] ^= rng.integers(1, 256)
+            # Every fourth trial hits the short header.
+            position = rng.integers(512 if trial % 4 == 1 else len(data))
+            data[position] ^= rng.integers(1, 256)
         path.write_bytes(data)
-        with pytest.raises(UserError, match=r"damaged\.h5") as found:
+        with pytest.raises(UserError, match=r"damaged\.h5") as caught:
             checkpoint.check_file(path)
-        assert "\n" not in str(found.value)
+        assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("moments", [10, pytest.param(100, marks=pytest.mark.slow)])
 def test_a_writing_process_killed_at_any_moment_leaves_whole_files(alone, tmp_path, moments):
-    """SIGKILL at moments of saves that take tens of milliseconds: what is there is whole, and is one of two."""
+    """Kill the writing process at random moments of saves that take tens of milliseconds: every file is complete, and
+    the newest is of the killed save or of the one before."""
     writer, vectors = alone(make_network("mlp", (256,), 10, widths=(256, 256)), keep=2)
     for step in (1, 2):
-        start = time.perf_counter()
+        start_time = time.perf_counter()
         writer.write(vectors, {}, checkpoint.Progress(step=step))
         writer.finish()
-        duration = time.perf_counter() - start
+        duration = time.perf_counter() - start_time
     rng, survived, last, reach = np.random.default_rng(0), 0, 2, duration
     for step in range(3, 3 + 2 * moments, 2):
         writer.write(vectors, {}, checkpoint.Progress(step=step))
         time.sleep(rng.uniform(0, reach))
         helper = writer.spool.process
         helper.kill()
-        # Else the next save may find it still ending.
+        # Without the wait, the next save may find the killed process still ending.
         helper.wait()
         writer.finish()
-        found = checkpoint.available(tmp_path)
-        for path in found:
+        files = checkpoint.available(tmp_path)
+        for path in files:
             checkpoint.check_file(path)
-        told = writer.troubles()
-        assert told == [] or "SIGKILL" in told[0]
-        # A process that is killed between the renaming and its answer has done its work all the same.
-        last, done = (step, True) if int(found[-1].stem[5:]) == step else (last, False)
-        assert int(found[-1].stem[5:]) == last and (done or told)
-        survived += done
-        # However fast the machine is now: about half of the saves are to end before the process does.
-        reach *= 0.9 if done else 1.1
-        # A new process needs a moment to start, in which there is nothing to kill.
+        troubles = writer.troubles()
+        assert troubles == [] or "SIGKILL" in troubles[0]
+        # A process killed after renaming the file and before answering has written the file.
+        last, saved = (step, True) if int(files[-1].stem[5:]) == step else (last, False)
+        assert int(files[-1].stem[5:]) == last and (saved or troubles)
+        survived += saved
+        # Adapt to the speed of the machine, so that about half of the saves finish before the kill.
+        reach *= 0.9 if saved else 1.1
+        # Let a new writing process start with an undisturbed save.
         writer.write(vectors, {}, checkpoint.Progress(step=step + 1))
         writer.finish()
         assert writer.troubles() == []
@@ -504,7 +511,7 @@ def test_a_writing_process_killed_at_any_moment_leaves_whole_files(alone, tmp_pa
 
 
 def test_a_run_killed_at_any_moment_goes_on(tmp_path):
-    """SIGKILL of all ranks while every step is saved: what `list` calls whole is whole, and the run goes on."""
+    """Kill all ranks while every step is saved: files that `list` calls whole pass `verify`, and the run goes on."""
     out, rng = tmp_path / "run", np.random.default_rng(1)
     options = ("-m", "psmpi.train", "--out", out, "--epochs", "40", "--checkpoint-every", "1", "--resume", "auto")
     steps = []
@@ -521,11 +528,11 @@ def test_a_run_killed_at_any_moment_goes_on(tmp_path):
         time.sleep(rng.uniform(0, 0.5))
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
-        # The writing process may outlive the ranks by the checkpoint in its hands, and then holds their lock.
+        # The writing process may outlive the ranks until its checkpoint is written, and holds their lock until then.
         time.sleep(0.3)
-        status, listed, err = run(1, "-m", "psmpi.inspect", "list", out, "--json")
+        status, listing, err = run(1, "-m", "psmpi.inspect", "list", out, "--json")
         assert status == 0, err
-        rows = json.loads(listed)
+        rows = json.loads(listing)
         for row in rows:
             assert run(1, "-m", "psmpi.inspect", "verify", row["file"])[0] == 0 and row["state"] == "whole"
         steps.append(rows[-1]["step"])
@@ -540,14 +547,14 @@ def test_the_measurement_of_the_pause_runs(ranks, placement, classes, tmp_path):
     options += ("--classes", str(classes))
     status, out, err = launch(ranks, "-m", "psmpi.bench", "checkpoint", *options)
     assert status == 0, err
-    found = json.loads(out)
-    assert found["megabytes"] == pytest.approx(5, rel=0.1) and 0 < found["pause_seconds"] < found["written_seconds"]
-    assert found["plain_seconds"] > 0 and found["speed"] > 0
+    report = json.loads(out)
+    assert report["megabytes"] == pytest.approx(5, rel=0.1) and 0 < report["pause_seconds"] < report["written_seconds"]
+    assert report["plain_seconds"] > 0 and report["speed"] > 0
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_checkpoint_costs_rank_0_one_buffer_of_memory(alone):
-    """However large the vectors: they are 16 times the buffer here."""
+    """The vectors have over 100 MB, and a save allocates less than 1 MB in Python."""
     writer, vectors = alone(make_network("mlp", (1024,), 10, widths=(4096, 1024)))
     assert sum(v.nbytes for v in vectors.values()) > 100e6
     writer.write(vectors, {}, checkpoint.Progress(step=1))
@@ -564,13 +571,15 @@ def test_a_checkpoint_costs_rank_0_one_buffer_of_memory(alone):
 @pytest.mark.parametrize("layout", [("--masters", "3"), ("--placement", "owner"), ()])
 def test_ranks_write_the_same_file_together(train, layout, gzip):
     options = ("--epochs", "2", "--checkpoint-gzip", str(gzip), *layout)
-    alone, together = train(4, *options), train(4, *options, "--checkpoint-parallel")
-    mine, theirs = alone.tensors(), together.tensors()
-    assert mine.keys() == theirs.keys() and all(np.array_equal(mine[k], theirs[k]) for k in mine)
-    checkpoint.check_file(together.checkpoint)
-    contents = checkpoint.read_contents(together.checkpoint)
-    assert contents.progress.rows == tuple(together.rows)
-    resumed = train(4, *options, "--epochs", "3", "--resume", "auto", "--checkpoint-parallel", out=together.out)
+    serial_run, parallel_run = train(4, *options), train(4, *options, "--checkpoint-parallel")
+    serial_tensors, parallel_tensors = serial_run.tensors(), parallel_run.tensors()
+    assert serial_tensors.keys() == parallel_tensors.keys() and all(
+        np.array_equal(serial_tensors[k], parallel_tensors[k]) for k in serial_tensors
+    )
+    checkpoint.check_file(parallel_run.checkpoint)
+    contents = checkpoint.read_contents(parallel_run.checkpoint)
+    assert contents.progress.rows == tuple(parallel_run.rows)
+    resumed = train(4, *options, "--epochs", "3", "--resume", "auto", "--checkpoint-parallel", out=parallel_run.out)
     assert [row["epoch"] for row in resumed.rows] == [1, 2, 3]
 
 
@@ -580,13 +589,14 @@ def test_writing_together_needs_parallel_hdf5(tmp_path):
 
 
 def test_a_vector_of_another_optimizer_is_not_taken_for_one_of_the_same_name(train, tmp_path):
-    """RMSprop begins with its own v, whether the checkpoint is of momentum, which has a v, or of plain descent."""
-    ends = []
+    """RMSprop starts its v afresh, both from a checkpoint of momentum, which has a vector v, and from one of sgd, which
+    has none."""
+    final_tensors = []
     for first in ("momentum", "sgd"):
-        # The weights do not move: both checkpoints have the same.
-        begun = train(1, "--optimizer", first, "--lr", "1e-30", "--max-steps", "3", "--dtype", "float64")
+        # At this rate no weight moves: both checkpoints have the same weights.
+        first_run = train(1, "--optimizer", first, "--lr", "1e-30", "--max-steps", "3", "--dtype", "float64")
         options = ("--optimizer", "rmsprop", "--lr", "0.01", "--max-steps", "6", "--dtype", "float64")
-        end = train(1, *options, "--resume", begun.checkpoint)
-        assert f"the checkpoint is of {first}, not of rmsprop: the optimizer starts afresh" in end.stdout
-        ends.append(end.tensors())
-    assert all(np.array_equal(tensor, ends[1][name]) for name, tensor in ends[0].items())
+        resumed = train(1, *options, "--resume", first_run.checkpoint)
+        assert f"the checkpoint is of {first}, not of rmsprop: the optimizer starts afresh" in resumed.stdout
+        final_tensors.append(resumed.tensors())
+    assert all(np.array_equal(tensor, final_tensors[1][name]) for name, tensor in final_tensors[0].items())

@@ -1,4 +1,4 @@
-"""Losses and tests of scores that ranks have some classes of each: what they tell each other, and what follows."""
+"""Losses and tests of scores that are split by class over ranks: the exchanged sums, derivatives and test scores."""
 
 from functools import partial
 
@@ -26,40 +26,41 @@ from psmpi.testing import run_ranks
 from psmpi.training.class_sums import ClassSums
 
 F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
-# Words a sample that the sums have, a float64 counting two of float32: of three classes a rank and more.
+# Float32 words a sample in the exchanged sums, a float64 counting two, for three or more classes a rank.
 WORDS = {"psl": 3, "logistic": 3, "hinge": 3, "nll": 3, "squared": 0, "bce": 0}
 
 
 class Scores:
-    """In the place of a model: derivatives of scores are all that is wanted."""
+    """Stand-in for a model without weights, enough for derivatives of scores."""
 
     def __init__(self, classes, dtype):
         self.ops, self.size, self.steps, self.dtype, self.w, self.g = NumpyOps(), classes, 0, dtype, None, None
 
 
 def spread(world, classes):
-    """The classes of each rank, and the first of this one."""
-    counts = [len(some) for some in np.array_split(np.arange(classes), world.size)]
+    """Return the number of classes of each rank, and the first class of this rank."""
+    counts = [len(part) for part in np.array_split(np.arange(classes), world.size)]
     return counts, sum(counts[: world.rank])
 
 
 def derivatives(world, name, scores, labels, lenient=False):
-    """Value, derivatives and bytes of this rank's classes; the messages that the sums say they make."""
+    """Return the value, the derivatives of this rank's scores, (bytes sent, received), and the bytes that the sums
+    declare; or an error message and None."""
     counts, first = spread(world, len(scores))
     counter, loss = Counter(), make_loss(name, scores.dtype, outputs=len(scores))
     loss.lenient = lenient
     sums = ClassSums(Group(world, range(world.size), counter), loss, counts, scores.dtype, NumpyOps())
     objective = Objective(loss, Scores(counts[world.rank], scores.dtype), sums if world.size > 1 else None)
     objective.reserve(counts[world.rank], scores.shape[1])
-    mine = scores[first : first + counts[world.rank]].copy()
+    own_scores = scores[first : first + counts[world.rank]].copy()
     try:
         with np.errstate(all="ignore"):
-            grad = objective.losses(mine, labels - first, 0.25).copy()
+            grad = objective.losses(own_scores, labels - first, 0.25).copy()
             value = objective.value()
     except FloatingPointError as error:
         return str(error), None, None, None
-    said = totals(sums.messages(Step(len(labels))), world.rank)
-    return value, grad, (counter.sent, counter.received), said
+    declared = totals(sums.messages(Step(len(labels))), world.rank)
+    return value, grad, (counter.sent, counter.received), declared
 
 
 def problem(classes, batch=30, dtype=F64, levels=0):
@@ -72,11 +73,13 @@ def problem(classes, batch=30, dtype=F64, levels=0):
 @pytest.mark.parametrize("name", LOSSES)
 def test_derivatives_are_those_of_all_scores_at_once(name, ranks):
     scores, labels = problem(7)
-    whole = np.empty(scores.shape)
-    value = make_loss(name, F64)(scores, labels, 0.25, whole)
-    found = run_ranks(ranks, lambda world: derivatives(world, name, scores, labels))
-    assert sum(one[0] for one in found) == pytest.approx(value, rel=1e-13)
-    np.testing.assert_allclose(np.concatenate([one[1] for one in found]), whole, rtol=1e-12, atol=1e-14)
+    full_derivatives = np.empty(scores.shape)
+    value = make_loss(name, F64)(scores, labels, 0.25, full_derivatives)
+    by_rank = run_ranks(ranks, lambda world: derivatives(world, name, scores, labels))
+    assert sum(result[0] for result in by_rank) == pytest.approx(value, rel=1e-13)
+    np.testing.assert_allclose(
+        np.concatenate([result[1] for result in by_rank]), full_derivatives, rtol=1e-12, atol=1e-14
+    )
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -84,15 +87,15 @@ def test_what_ranks_tell_each_other_does_not_grow_with_the_classes(name):
     batch, size = 30, 3
     for classes in (7, 60, 3000):
         scores, labels = problem(classes, batch, F32)
-        found = run_ranks(size, partial(derivatives, name=name, scores=scores, labels=labels))
-        assert all(sent == said for _, _, sent, said in found)
-        # As a ring sums, or as one gathers: what others have is received once.
+        by_rank = run_ranks(size, partial(derivatives, name=name, scores=scores, labels=labels))
+        assert all(sent == declared for _, _, sent, declared in by_rank)
+        # A ring all-reduce moves 2 (n - 1) / n of the words, an all-gather receives n - 1 times a rank's words.
         share = 2 * (size - 1) / size if not LOSSES[name].gathers else size - 1
         words = WORDS[name] * (classes > 7 or not LOSSES[name].gathers)
-        assert words == 0 or all(one[2][1] == 4 * words * share * batch for one in found)
+        assert words == 0 or all(result[2][1] == 4 * words * share * batch for result in by_rank)
         if classes == 7 and LOSSES[name].gathers:
-            # Two classes or fewer are their scores: 3, 2 and 2 of them.
-            assert [one[2][1] for one in found] == [4 * n * batch for n in (4, 5, 5)]
+            # Ranks with fewer than three classes send their scores: 3, 2 and 2 words a sample.
+            assert [result[2][1] for result in by_rank] == [4 * n * batch for n in (4, 5, 5)]
 
 
 @pytest.mark.parametrize("lenient", [False, True])
@@ -100,14 +103,14 @@ def test_what_ranks_tell_each_other_does_not_grow_with_the_classes(name):
 @pytest.mark.parametrize("where", ["label", "other"])
 @pytest.mark.parametrize("name", [name for name, loss in LOSSES.items() if loss.sums])
 def test_all_ranks_learn_of_a_score_that_is_no_number(name, where, bad, lenient):
-    """So that all of them go the same way."""
+    """Every rank gets the same error, or NaN if the loss is lenient, so all ranks take the same branch."""
     scores, labels = problem(9)
     scores[labels[4] if where == "label" else (labels[4] + 1) % 9, 4] = bad
-    found = run_ranks(3, lambda world: derivatives(world, name, scores, labels, lenient))
-    wrong = [isinstance(one[0], str) if not lenient else not np.isfinite(one[0]) for one in found]
-    # Nothing is lost where the label's score is infinite, but to psl, whose margins are to be numbers, and nll.
+    by_rank = run_ranks(3, lambda world: derivatives(world, name, scores, labels, lenient))
+    failed = [isinstance(result[0], str) if not lenient else not np.isfinite(result[0]) for result in by_rank]
+    # An infinite score of the label is an error for psl and nll, not for logistic and hinge.
     fine = bad == np.inf and where == "label" and name in ("logistic", "hinge")
-    assert wrong == [not fine] * 3
+    assert failed == [not fine] * 3
 
 
 def test_all_ranks_say_that_clipping_is_off():
@@ -129,7 +132,7 @@ def test_all_ranks_say_that_clipping_is_off():
 
 @pytest.mark.parametrize(("dtype", "bias"), [(F32, 40.0), (F32, 80.0), (F32, 100.0), (F64, 640.0)])
 def test_large_terms_of_another_rank_scale_the_gradient_of_the_label_down(dtype, bias, monkeypatch):
-    """All labels on one rank and the large scores on the other: limited as on one rank."""
+    """One rank has all labels and the other the large scores; the gradient is limited as on one rank."""
     monkeypatch.setattr("psmpi.nn.tail.tile_size", lambda batch: 4)
     network = build("head", (5,), [{"type": "dense", "units": 12}], 12)
     layout, rng = network.layout(), np.random.default_rng(0)
@@ -140,9 +143,15 @@ def test_large_terms_of_another_rank_scale_the_gradient_of_the_label_down(dtype,
     def gradient(world, tiled):
         counts, first = spread(world, 12)
         part = layout.part(range(first, first + counts[world.rank]))
-        mine = np.concatenate([w[a:b] for a, b in part.intervals])
+        own_weights = np.concatenate([w[a:b] for a, b in part.intervals])
         model = Model(
-            network, layout, mine, np.empty_like(mine), NumpyOps(), range(first, first + len(mine) // 6), tiled=tiled
+            network,
+            layout,
+            own_weights,
+            np.empty_like(own_weights),
+            NumpyOps(),
+            range(first, first + len(own_weights) // 6),
+            tiled=tiled,
         )
         loss = make_loss("psl", dtype)
         sums = ClassSums(Group(world, range(world.size), Counter()), loss, counts, dtype, NumpyOps())
@@ -153,16 +162,19 @@ def test_large_terms_of_another_rank_scale_the_gradient_of_the_label_down(dtype,
         objective.backward(tape)
         return model.g
 
-    whole = gradient(run_ranks(1, lambda world: world)[0], False)
-    found = np.concatenate(run_ranks(2, lambda world: gradient(world, True)))
-    assert abs(found - whole).max() <= 1e-4 * abs(whole).max() and abs(found).max() <= GRADIENT_LIMIT[dtype]
+    full_gradient = gradient(run_ranks(1, lambda world: world)[0], False)
+    split_gradient = np.concatenate(run_ranks(2, lambda world: gradient(world, True)))
+    assert (
+        abs(split_gradient - full_gradient).max() <= 1e-4 * abs(full_gradient).max()
+        and abs(split_gradient).max() <= GRADIENT_LIMIT[dtype]
+    )
 
 
 @pytest.mark.parametrize("levels", [3, 1000])
 @pytest.mark.parametrize("ranks", [2, 3, 7])
 @pytest.mark.parametrize("name", LOSSES)
 def test_ranks_test_as_one_that_has_all_scores(name, ranks, levels):
-    """Ties of equal scores on several ranks included."""
+    """The integer scores include ties between ranks."""
     scores, labels = problem(12, 100, F32, levels)
 
     def share(world):
@@ -173,18 +185,18 @@ def test_ranks_test_as_one_that_has_all_scores(name, ranks, levels):
         part = ScorePart(classes, np.arange(12) - first, sums, world.rank == 0)
         return metric.sums(scores[classes], labels, part)
 
-    found, whole = sum(run_ranks(ranks, share)), Metric(make_loss(name, F32), 12).sums(scores, labels)
-    assert np.array_equal(found[1:], whole[1:]) and found[0] == pytest.approx(whole[0], rel=1e-6)
+    summed, expected = sum(run_ranks(ranks, share)), Metric(make_loss(name, F32), 12).sums(scores, labels)
+    assert np.array_equal(summed[1:], expected[1:]) and summed[0] == pytest.approx(expected[0], rel=1e-6)
 
 
 @pytest.mark.parametrize("name", ["bce", "nll", "squared"])
 def test_weights_do_not_depend_on_the_ranks_but_through_rounding(name, train):
     options = ("--dtype", "float64", "--loss", name, "--max-steps", "10", "--batch-size", "20", "--placement", "owner")
-    found = [train(ranks, "--colocate", *options) for ranks in (1, 2, 4, 7)]
-    for one in found[1:]:
-        assert distance(found[0].tensors(), one.tensors()) <= 1e-10
+    runs = [train(ranks, "--colocate", *options) for ranks in (1, 2, 4, 7)]
+    for other_run in runs[1:]:
+        assert distance(runs[0].tensors(), other_run.tensors()) <= 1e-10
         for key in ("train_loss", "test_loss", "test_accuracy", "test_top5"):
-            assert one.rows[-1][key] == pytest.approx(found[0].rows[-1][key], rel=1e-10)
+            assert other_run.rows[-1][key] == pytest.approx(runs[0].rows[-1][key], rel=1e-10)
 
 
 # Derivatives of the mean loss with respect to scores (b, classes), of targets (b, classes) of ones and zeros.
@@ -197,7 +209,7 @@ SLOPES = {
 @pytest.mark.parametrize("ranks", [1, 3])
 @pytest.mark.parametrize("name", SLOPES)
 def test_a_linear_network_steps_as_regression_does(name, ranks, train, tmp_path):
-    """20 steps of Adam on all samples, against its formulas written out with SciPy's softmax and logistic function."""
+    """Compare 20 full-batch steps of Adam with its formulas, on SciPy's softmax and logistic function."""
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(50, 6)), np.arange(50) % 5
     np.savez(tmp_path / "data.npz", x=x, y=y, x_test=x[:5], y_test=y[:5])
@@ -224,28 +236,28 @@ def test_a_linear_network_steps_as_regression_does(name, ranks, train, tmp_path)
             moments[2 + k] += 0.001 * (g * g - moments[2 + k])
             rate = 0.01 * np.sqrt(1 - 0.999**step) / (1 - 0.9**step)
             values -= rate * moments[k] / (np.sqrt(moments[2 + k]) + 1e-8 * np.sqrt(1 - 0.999**step))
-        found = {1: first, 20: last}.get(step)
-        if found is not None:
+        tensors = {1: first, 20: last}.get(step)
+        if tensors is not None:
             for key, values in ((layout.parameters[0].name, w), (layout.parameters[1].name, b)):
-                np.testing.assert_allclose(found[f"weights/{key}"], values, rtol=1e-10, atol=1e-12)
+                np.testing.assert_allclose(tensors[f"weights/{key}"], values, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_tiles_of_classes_on_any_ranks_make_the_steps_of_all_scores_on_one(name, train, tmp_path, monkeypatch):
-    """A trunk that all ranks compute and rows of classes, 37 of them; trained and tested."""
+    """Train and test a head of 37 classes whose hidden layer every rank computes."""
     options = (*save_many(tmp_path), "--loss", name)
-    whole = train(1, *options)
+    untiled = train(1, *options)
     monkeypatch.setattr("psmpi.nn.tail.tile_size", lambda batch: 5)
     for ranks in (1, 3, 4):
-        found = train(ranks, *options, "--colocate", *(("--placement", "owner") if ranks > 3 else ()))
-        assert same_run(whole, found)
+        tiled = train(ranks, *options, "--colocate", *(("--placement", "owner") if ranks > 3 else ()))
+        assert same_run(untiled, tiled)
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 @pytest.mark.parametrize("name", [name for name, loss in LOSSES.items() if loss.immediate])
 def test_rows_that_are_stepped_in_their_tiles_step_as_others(name, optimizer, train, tmp_path, monkeypatch):
     options = (*save_many(tmp_path), "--loss", name, "--clip", "0", "--optimizer", optimizer, "--weight-decay", "0.01")
-    whole, pieces = train(1, *options), []
+    untiled, pieces = train(1, *options), []
     step_piece = FirstOrder.step_piece
 
     def counted(self, w, g, lr, at):
@@ -254,11 +266,13 @@ def test_rows_that_are_stepped_in_their_tiles_step_as_others(name, optimizer, tr
 
     monkeypatch.setattr(FirstOrder, "step_piece", counted)
     monkeypatch.setattr("psmpi.nn.tail.tile_size", lambda batch: 5)
-    for more, seen in (
+    for arguments, by_tile in (
         ((1,), True),
         ((3, "--placement", "owner"), True),
         ((3,), False),
         ((1, "--on-nan", "skip"), False),
     ):
         pieces.clear()
-        assert same_run(whole, train(more[0], *options, "--colocate", *more[1:])) and bool(pieces) == seen
+        assert (
+            same_run(untiled, train(arguments[0], *options, "--colocate", *arguments[1:])) and bool(pieces) == by_tile
+        )

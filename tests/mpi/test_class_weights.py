@@ -1,4 +1,4 @@
-"""Weights of classes: trainings with them against trainings on samples that are there several times."""
+"""Class weights: training with them against training on repeated samples."""
 
 import re
 from dataclasses import replace
@@ -20,7 +20,7 @@ from psmpi.nn.objective import Objective
 from psmpi.training.class_weights import class_weights
 
 F64 = np.dtype(np.float64)
-# By class: samples, and times that each is there.
+# Samples of each class, and the weight of each class: how often its samples are repeated.
 COUNTS, WEIGHTS = (3, 7, 2, 4, 5, 3), (1, 2, 3, 1, 2, 1)
 GIVEN = ("--class-weights", ",".join(map(str, WEIGHTS)))
 LR = 0.01
@@ -29,27 +29,29 @@ PLAIN = ("--dtype", "float64", "--optimizer", "sgd", "--clip", "0", "--epochs", 
 
 @pytest.fixture(scope="module")
 def several(tmp_path_factory):
-    """Options for a data set, and for one with each of its samples as many times as its class weighs, by full steps.
+    """Options of two full-batch trainings: one on a data set, one on the same set with each sample repeated as often as
+    its class weighs.
 
-    Steps along the mean gradient of all samples; of the second one's the rate makes up for their number.
+    The gradient is a mean over samples, so the second rate is larger by the ratio of their numbers.
     """
     folder, rng = tmp_path_factory.mktemp("several"), np.random.default_rng(0)
     y = rng.permutation(np.repeat(np.arange(6), COUNTS))
     x = rng.normal(size=(len(y), 12))
-    found = []
+    option_sets = []
     for name, times in (("once", np.ones(6, int)), ("several", np.array(WEIGHTS))):
-        at = np.repeat(np.arange(len(y)), times[y])
-        np.savez(folder / f"{name}.npz", x=x[at], y=y[at], x_test=x, y_test=y)
-        rate = LR * len(at) / len(y)
-        found.append(("--dataset", folder / f"{name}.npz", "--batch-size", len(at), "--lr", repr(rate), *PLAIN))
-    return found
+        ids = np.repeat(np.arange(len(y)), times[y])
+        np.savez(folder / f"{name}.npz", x=x[ids], y=y[ids], x_test=x, y_test=y)
+        rate = LR * len(ids) / len(y)
+        option_sets.append(("--dataset", folder / f"{name}.npz", "--batch-size", len(ids), "--lr", repr(rate), *PLAIN))
+    return option_sets
 
 
 def both(several, train, ranks, *options, spread=()):
-    """The distance of weights with class weights on some ranks, so spread, to those of repeated samples on one."""
+    """Return the distance between the weights of class-weighted training on `ranks` ranks and of repeated samples on
+    one rank."""
     once, repeated = several
-    expected, found = train(1, *repeated, *options), train(ranks, *once, *GIVEN, *options, *spread)
-    return distance(expected.tensors(), found.tensors())
+    expected, weighted = train(1, *repeated, *options), train(ranks, *once, *GIVEN, *options, *spread)
+    return distance(expected.tensors(), weighted.tensors())
 
 
 COLOCATED, ROWS = ("--colocate",), ("--colocate", "--replicas", "2")
@@ -86,8 +88,8 @@ def test_sequences_with_one_label_each_are_weighed(several, train, tmp_path):
     rows = []
     for options in several:
         path = tmp_path / options[1].name
-        with np.load(options[1]) as held:
-            arrays = {key: held[key].reshape(-1, 4, 3) if key[0] == "x" else held[key] for key in held}
+        with np.load(options[1]) as file:
+            arrays = {key: file[key].reshape(-1, 4, 3) if key[0] == "x" else file[key] for key in file}
         lengths = {f"lengths{end}": np.full(len(arrays[f"x{end}"]), 4) for end in ("", "_test")}
         np.savez(path, **arrays, **lengths)
         rows.append(("--dataset", path, *options[2:]))
@@ -97,16 +99,16 @@ def test_sequences_with_one_label_each_are_weighed(several, train, tmp_path):
 
 def test_what_psl_remembers_is_of_the_loss_without_weights(several, train):
     once, repeated = several
-    more = ("--psl-weights", "remembered", "--colocate")
-    expected, found = train(1, *repeated, *more).tensors(), train(3, *once, *GIVEN, *more).tensors()
-    weights = [name for name in found if name.startswith("weights/")]
-    assert distance({n: expected[n] for n in weights}, {n: found[n] for n in weights}) <= 1e-12
+    psl_options = ("--psl-weights", "remembered", "--colocate")
+    expected, weighted = train(1, *repeated, *psl_options).tensors(), train(3, *once, *GIVEN, *psl_options).tensors()
+    weights = [name for name in weighted if name.startswith("weights/")]
+    assert distance({n: expected[n] for n in weights}, {n: weighted[n] for n in weights}) <= 1e-12
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("weights", ["none", "current"])
 def test_a_device_weighs_as_the_host_does(weights, ranks, several, train, stand_in):
-    """In one pass on the device, or by NumPy in host memory."""
+    """The weights multiply derivatives in a kernel on the device, or in host memory by NumPy."""
     options = ("--backend", "cupy", "--psl-weights", weights)
     assert both(several, train, ranks, *options, spread=COLOCATED) <= 1e-12
 
@@ -126,10 +128,10 @@ def test_the_backward_pass_hears_of_derivatives_as_large_as_weights_make_them(ba
     objective.reserve(3, 2)
     labels, scores = np.array([1, 0]), np.random.default_rng(0).normal(size=(3, 2))
     objective.bring(labels, loss.sample_weights(labels))
-    found, plain = objective.losses(scores, objective.targets(2), 0.5), np.empty((3, 2))
+    weighted, plain = objective.losses(scores, objective.targets(2), 0.5), np.empty((3, 2))
     make_loss("psl", F64)(scores, labels, 0.5, plain)
-    np.testing.assert_allclose(found, plain * [1e5, 1], rtol=1e-12)
-    assert objective.report.host[3] >= abs(found).max()
+    np.testing.assert_allclose(weighted, plain * [1e5, 1], rtol=1e-12)
+    assert objective.report.host[3] >= abs(weighted).max()
 
 
 def test_losses_that_are_printed_are_without_weights(several, train):
@@ -144,23 +146,23 @@ def dataset_of(several):
 
 
 def test_balanced_classes_weigh_the_same_together(several):
-    """As compute_class_weight of scikit-learn 1.5 has them for these labels."""
-    found = class_weights("balanced", dataset_of(several))
-    np.testing.assert_allclose(found, [4 / 3, 4 / 7, 2, 1, 0.8, 4 / 3], rtol=1e-15)
-    np.testing.assert_allclose(found * COUNTS, 4)
+    """The expected numbers are those of scikit-learn 1.5's compute_class_weight for these labels."""
+    weights = class_weights("balanced", dataset_of(several))
+    np.testing.assert_allclose(weights, [4 / 3, 4 / 7, 2, 1, 0.8, 4 / 3], rtol=1e-15)
+    np.testing.assert_allclose(weights * COUNTS, 4)
 
 
 def test_classes_without_training_samples_are_not_counted(tmp_path):
     y = np.array([0, 2, 2, 2])
     np.savez(tmp_path / "gap.npz", x=np.ones((4, 2)), y=y, x_test=np.ones((3, 2)), y_test=np.arange(3))
-    found = class_weights("balanced", open_dataset(str(tmp_path / "gap.npz"), *Config().data.source[1:]))
-    np.testing.assert_allclose(found, [2, 1, 2 / 3])
+    weights = class_weights("balanced", open_dataset(str(tmp_path / "gap.npz"), *Config().data.source[1:]))
+    np.testing.assert_allclose(weights, [2, 1, 2 / 3])
 
 
 def test_names_of_classes_have_weights_in_their_order(tmp_path, several, train):
     once, _ = several
-    with np.load(once[1]) as held:
-        arrays = {key: np.array(list("abcdef"))[held[key]] if key[0] == "y" else held[key] for key in held}
+    with np.load(once[1]) as file:
+        arrays = {key: np.array(list("abcdef"))[file[key]] if key[0] == "y" else file[key] for key in file}
     np.savez(tmp_path / "named.npz", **arrays)
     named, fewer = ("--dataset", tmp_path / "named.npz", *once[2:]), ("--class-weights", "1,2")
     assert distance(train(1, *once, *GIVEN).tensors(), train(1, *named, *GIVEN).tensors()) == 0
@@ -170,13 +172,13 @@ def test_names_of_classes_have_weights_in_their_order(tmp_path, several, train):
 @pytest.mark.parametrize(("method", "goes_on"), [("data_parallel", "balanced"), ("dfa", "")])
 def test_a_run_goes_on_with_its_weights_where_the_method_has_them(method, goes_on):
     base = replace(Config(), objective=replace(Config().objective, class_weights="balanced"))
-    other = replace(base, parallel=replace(base.parallel, method=method))
-    assert without_unused(other, base, ()).objective.class_weights == goes_on
-    assert without_unused(other, base, {"class_weights"}).objective.class_weights == "balanced"
+    with_method = replace(base, parallel=replace(base.parallel, method=method))
+    assert without_unused(with_method, base, ()).objective.class_weights == goes_on
+    assert without_unused(with_method, base, {"class_weights"}).objective.class_weights == "balanced"
 
 
 def refused(*words):
-    """What a start that is refused says."""
+    """Return the error message of a training that is refused."""
     status, _, err = run(1, "-m", "psmpi.train", *words)
     assert status == 1 and "Traceback" not in err, err
     return err

@@ -1,4 +1,4 @@
-"""What a person types and sees: help, configuration, errors, and ranks that fail."""
+"""The command line: help, configuration, error messages, and ranks that fail."""
 
 import contextlib
 import os
@@ -41,7 +41,8 @@ def test_only_the_world_module_names_comm_world():
 
 
 def test_only_comm_speaks_to_mpi():
-    """No other room imports mpi4py or makes a communicator's own calls, but for the one that stands in for it."""
+    """Only psmpi.comm, and psmpi.testing, whose communicator replaces MPI's, import mpi4py or call methods of a
+    communicator."""
     for path in (ROOT / "psmpi").rglob("*.py"):
         if not {"comm", "testing"} & set(path.parts):
             text = path.read_text()
@@ -50,7 +51,8 @@ def test_only_comm_speaks_to_mpi():
 
 
 def test_modules_import_from_floors_below_only():
-    """Floors: backend and layout, then nn, optim and data, config, comm, checkpoint, training, methods, commands."""
+    """`floors` lists the layers of the package from the lowest up; a module imports from lower layers and its own
+    folder only."""
     floors = [("errors", "metrics", "launcher"), ("output", "files"), ("registry",), ("backend",), ("layout",),
               ("nn", "optim", "data", "track"), ("config",), ("comm",), ("checkpoint",), ("training",), ("methods",),
               ("cost",), ("command",), ("train", "plan", "bench", "inspect", "predict", "plot", "doctor"),
@@ -74,31 +76,25 @@ def test_methods_do_not_import_each_other():
             assert name == own, f"{path.name} imports psmpi.methods.{name}"
 
 
-# Files that name losses, one of which has the name of a method.
+# Files of losses: psl is the name of a loss too.
 LOSS_NAMES = (("config", "sections.py"), ("gpu", "losses.py"), ("compiled", "losses.py"))
-
-
-# How methods are named whose names mean other things too.
+# Patterns for methods whose names are also other words.
 WORDS = {"next": r"""["']next["']|method next""", "tensor": r"""method(?: |["' =]+)tensor\b"""}
 
 
 def test_only_a_method_and_the_registry_and_benchmarks_name_it():
-    """Outside its own file or folder; one loss has the name of a method, and is chosen and computed by that name."""
+    """No file outside a method's module names it. psl is also the name of a loss, and files of losses may name it."""
     root = ROOT / "psmpi"
     for path in root.rglob("*.py"):
         parts = path.relative_to(root).parts
-        named = (
-            {"psl"}
-            if parts[-2:] in (("config", "sections.py"), ("gpu", "losses.py"), ("compiled", "losses.py"))
-            else set()
-        )
+        allowed = {"psl"} if parts[-2:] in LOSS_NAMES else set()
         if parts[0] in ("registry.py", "bench") or parts[:2] == ("nn", "losses"):
             continue
-        for name in BUILTIN.keys() - named:
+        for name in BUILTIN.keys() - allowed:
             if parts[0] != "methods" or parts[1].removesuffix(".py") != name:
-                word = WORDS.get(name, rf"\b{name}\b")
-                found = re.search(word, path.read_text())
-                assert not found, f"{path.relative_to(root)} names the method {name}"
+                pattern = WORDS.get(name, rf"\b{name}\b")
+                match = re.search(pattern, path.read_text())
+                assert not match, f"{path.relative_to(root)} names the method {name}"
 
 
 def test_no_file_is_longer_than_a_few_screens():
@@ -233,21 +229,21 @@ def test_the_default_configuration_survives_toml():
     ],
 )
 def test_a_wrong_setting_is_one_message_that_names_the_fix(tmp_path, ranks, options, says):
-    begun = time.monotonic()
+    start_time = time.monotonic()
     (tmp_path / "file").write_text("")
     out = () if "--out" in options else ("--out", tmp_path / "run")
     status, stdout, stderr = run(ranks, *TRAIN, *out, *options, cwd=tmp_path)
-    told = " ".join(stderr.split())
+    message = " ".join(stderr.split())
     assert status == 1, stdout
-    assert says in told and "Traceback" not in told, told
-    assert told.count("error:") == 1, told
-    assert time.monotonic() - begun < 20
+    assert says in message and "Traceback" not in message, message
+    assert message.count("error:") == 1, message
+    assert time.monotonic() - start_time < 20
 
 
 def test_a_missing_module_is_named_with_the_python_that_lacks_it():
     code = "import sys; sys.modules['{0}'] = None; from psmpi.command import main; sys.exit(main({1!r}))"
-    for module, words in (("tyro", ["train"]), ("numpy", ["predict", "x"]), ("h5py", ["inspect", "list", "x"])):
-        status, _, err = launch(1, "-c", code.format(module, words))
+    for module, arguments in (("tyro", ["train"]), ("numpy", ["predict", "x"]), ("h5py", ["inspect", "list", "x"])):
+        status, _, err = launch(1, "-c", code.format(module, arguments))
         assert status == 1 and f"{sys.executable} has no module {module}" in err and "Traceback" not in err, err
 
 
@@ -265,7 +261,7 @@ def test_a_missing_module_is_named_with_the_python_that_lacks_it():
     ],
 )
 def test_places_that_cannot_be_looked_into_are_named(tmp_path, module, words):
-    """A name that is too long stands for all that a system refuses, such as another user's folder."""
+    """A name that is too long stands in for any path that the system refuses, such as another user's folder."""
     place = "x" * 300
     status, _, err = run(1, "-m", f"psmpi.{module}", *words, place, cwd=tmp_path)
     assert status == 1 and place in err and "File name too long" in err and "Traceback" not in err, err
@@ -306,9 +302,9 @@ sys.exit(run(program))
     ],
 )
 def test_a_rank_that_fails_ends_the_job(failure, says):
-    begun = time.monotonic()
+    start_time = time.monotonic()
     status, _, err = launch(3, "-c", FAILING.format(failure=failure), timeout=30)
-    assert status != 0 and time.monotonic() - begun < 12
+    assert status != 0 and time.monotonic() - start_time < 12
     assert says in err
     if says:
         assert "rank 1 of 3" in err
@@ -325,9 +321,9 @@ def test_a_rank_killed_in_training_ends_the_job(tmp_path, victim):
         ranks = [p for p in children(process.pid) if b"psmpi.train" in command(p) and b"mpirun" not in command(p)]
         ranks.sort()
         os.kill(ranks[victim], signal.SIGKILL)
-        begun = time.monotonic()
+        start_time = time.monotonic()
         status, _, _ = finish(process, 20)
-        assert status != 0 and time.monotonic() - begun < 10
+        assert status != 0 and time.monotonic() - start_time < 10
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
@@ -341,14 +337,14 @@ def command(pid):
 
 
 def children(pid):
-    """All descendants of a process."""
-    found = []
+    """Return the ids of all descendants of a process."""
+    descendants = []
     for task in Path(f"/proc/{pid}/task").glob("*/children"):
         # A thread may have ended since.
         with contextlib.suppress(OSError):
             for child in task.read_text().split():
-                found += [int(child), *children(int(child))]
-    return found
+                descendants += [int(child), *children(int(child))]
+    return descendants
 
 
 def test_a_launcher_of_another_mpi_is_explained():
@@ -366,7 +362,7 @@ def test_a_launcher_of_another_mpi_is_explained():
     [
         ("MPICH", {"OMPI_COMM_WORLD_SIZE": "1", "PMIX_NAMESPACE": "p"}, False, "the launcher is Open MPI's"),
         ("MPICH", {"PMIX_NAMESPACE": "p", "SLURM_PROCID": "0"}, False, "the launcher is one that speaks PMIx"),
-        # MPICH with PMIx, MPICH told otherwise, MPICH's launcher in a job of Open MPI's.
+        # MPICH with PMIx, MPICH told to use PMI 1, MPICH's launcher in a job of Open MPI's.
         ("MPICH", {"PMIX_NAMESPACE": "p"}, True, ""),
         ("MPICH", {"PMIX_NAMESPACE": "p", "MPIR_CVAR_PMI_VERSION": "1"}, False, ""),
         ("MPICH", {"PMIX_NAMESPACE": "p", "PMI_FD": "9", "HYDI_CONTROL_FD": "7"}, False, ""),
@@ -374,7 +370,7 @@ def test_a_launcher_of_another_mpi_is_explained():
         ("MPICH", {}, False, ""),
         ("Open MPI", {"PMI_FD": "9", "HYDI_CONTROL_FD": "7"}, False, "the launcher is MPICH's"),
         ("Open MPI", {"OMPI_COMM_WORLD_SIZE": "2", "PMIX_NAMESPACE": "p"}, False, ""),
-        # SLURM's, which some builds of Open MPI take.
+        # SLURM's launcher, which some builds of Open MPI accept.
         ("Open MPI", {"PMI_FD": "9", "SLURM_PROCID": "0"}, False, ""),
         ("Intel MPI", {"PMIX_NAMESPACE": "p"}, False, ""),
     ],
@@ -394,23 +390,23 @@ def test_a_lack_of_shared_memory_is_told_before_mpi_starts(tmp_path):
 
 
 def test_singletons_of_another_launcher_stop_with_that_explanation(tmp_path):
-    # As many launchers as there are MPIs; this one is of no library's own protocol.
+    # PALS announces a size, and check_protocol does not know it.
     environment = {**os.environ, "PALS_SIZE": "3"}
-    done = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, *TRAIN, "--out", str(tmp_path / "run")], env=environment, capture_output=True, text=True,
         timeout=60, cwd=tmp_path,
     )  # fmt: skip
-    assert done.returncode == 1 and "belongs to another MPI" in done.stderr
-    # One of them speaks for all.
-    done = subprocess.run(
+    assert completed.returncode == 1 and "belongs to another MPI" in completed.stderr
+    # Only the process that the launcher calls rank 0 prints the message.
+    completed = subprocess.run(
         [sys.executable, *TRAIN], env={**environment, "PALS_RANKID": "2"}, capture_output=True, text=True,
         timeout=60, cwd=tmp_path,
     )  # fmt: skip
-    assert done.returncode == 1 and not without_note(done.stderr)
+    assert completed.returncode == 1 and not without_note(completed.stderr)
 
 
 def test_what_several_ranks_meet_is_told_once(tmp_path):
-    """A compressed file whose damage shows when its samples are read."""
+    """The damage of a compressed file shows when ranks read their samples."""
     rng = np.random.default_rng(0)
     path = tmp_path / "x.npz"
     np.savez_compressed(path, x=rng.integers(0, 256, (400, 8, 8)).astype(np.uint8), y=np.arange(400) % 10)
@@ -448,7 +444,7 @@ def test_a_layer_that_is_no_table_is_named(tmp_path):
 
 
 def test_more_threads_than_cores_are_told(train):
-    """Not so few that the machine of the tests has them."""
+    """600 threads are more than any machine of the tests has cores."""
     assert "2 rank(s) of 600 thread(s)" in train(2, "--max-steps", "1", "--threads", "600").stdout
     assert "thread(s)" not in train(1, "--max-steps", "1", "--threads", "1").stdout
 
@@ -491,11 +487,11 @@ def test_a_wrong_layer_is_told_with_its_file(tmp_path, ranks):
     file = tmp_path / "net.toml"
     branch = '[[model.layers]]\ntype = "residual"\nlayers = [{type = "relu"}, {type = "dense", unit = 7}]\n'
     file.write_text(f'[model]\nmodel = "custom"\n[[model.layers]]\ntype = "flatten"\n{branch}')
-    said = f"{file}: [[model.layers]] entry 2, entry 2 of its layers (dense1): a dense layer needs 'units'"
+    message = f"{file}: [[model.layers]] entry 2, entry 2 of its layers (dense1): a dense layer needs 'units'"
     for module in ("psmpi.train", "psmpi.bench")[: 3 - ranks]:
         command = ("memory",) if module == "psmpi.bench" else ("--out", tmp_path / "run")
         status, _, err = run(ranks, "-m", module, *command, "--config", file)
-        assert status == 1 and said in err, err
+        assert status == 1 and message in err, err
 
 
 UNUSED = [
@@ -522,12 +518,12 @@ def test_files_and_runs_that_go_on_may_list_what_nothing_uses(train, tmp_path):
     file = tmp_path / "all.toml"
     file.write_text("[optimization]\nmomentum = 0.9\ngamma = 0.1\nsigma = 0.0\n[replicated]\nlocal_steps = 20\n")
     train(1, "--config", file, "--max-steps", "1")
-    begun = train(1, "--optimizer", "momentum", "--momentum", "0.9", "--kappa", "2", "--max-steps", "1")
-    again = ("--resume", "auto", "--max-steps", "2", "--optimizer", "adam", "--loss", "nll")
-    train(1, *again, out=begun.out)
-    status, _, err = run(1, "-m", "psmpi.train", "--out", begun.out, *again, "--momentum", "0.9")
+    first_run = train(1, "--optimizer", "momentum", "--momentum", "0.9", "--kappa", "2", "--max-steps", "1")
+    resume_options = ("--resume", "auto", "--max-steps", "2", "--optimizer", "adam", "--loss", "nll")
+    train(1, *resume_options, out=first_run.out)
+    status, _, err = run(1, "-m", "psmpi.train", "--out", first_run.out, *resume_options, "--momentum", "0.9")
     assert status == 1 and "--momentum is of --optimizer momentum" in err
-    # What the method uses is used, whatever the optimizer.
+    # --compression dgc uses --momentum, whatever the optimizer.
     train(2, "--method", "data_parallel", "--compression", "dgc", "--momentum", "0.9", "--max-steps", "1")
 
 

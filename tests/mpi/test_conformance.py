@@ -1,4 +1,4 @@
-"""The conformance suite over all registered training methods, and over the one of the examples."""
+"""The conformance suite on all registered training methods and on the example's method."""
 
 import importlib
 import sys
@@ -11,7 +11,7 @@ from psmpi.testing.conformance import CHECKS, Case
 
 
 def example(monkeypatch):
-    """The example's method, registered while the test runs."""
+    """Register the example's method while the test runs, and return its name."""
     monkeypatch.setattr(METHODS, "registered", {})
     monkeypatch.delitem(sys.modules, "dsgd", raising=False)
     monkeypatch.syspath_prepend(ROOT / "examples")

@@ -1,4 +1,4 @@
-"""Data parallelism: buckets, sums over ranks, and whole runs against the serial one."""
+"""Data parallelism: buckets, sums over ranks, and trainings against the serial one."""
 
 import json
 import threading
@@ -54,18 +54,18 @@ def test_a_bucket_is_whole_when_it_is_said_to_be(name):
     model = Model(network, layout, np.concatenate([w[a:b] for a, b in part.intervals]), g, NumpyOps())
     buckets = plan_buckets(model.filled(), part.size, 5)
     assert not any(b.last == NEVER for b in buckets)
-    seen, order = {}, []
+    copies, order = {}, []
 
     def finished(step):
         order.append(step)
         for bucket in buckets:
-            if bucket.last >= step and bucket not in seen:
-                seen[bucket] = g[bucket.start : bucket.stop].copy()
+            if bucket.last >= step and bucket not in copies:
+                copies[bucket] = g[bucket.start : bucket.stop].copy()
 
     model.finished = finished
     model.backward(model.forward(x), d)
-    assert order == sorted(order, reverse=True) and len(seen) == len(buckets)
-    for bucket, values in seen.items():
+    assert order == sorted(order, reverse=True) and len(copies) == len(buckets)
+    for bucket, values in copies.items():
         assert np.array_equal(values, g[bucket.start : bucket.stop]) and np.isfinite(values).all()
 
 
@@ -75,14 +75,14 @@ def test_a_bucket_is_whole_when_it_is_said_to_be(name):
 def test_our_own_sums_are_sums_and_send_what_the_formulas_say(kind, ranks):
     names = ["ring"] if ranks in (3, 5) else ["ring", "doubling", "halving"]
     if kind == "threads":
-        found = run_ranks(ranks, lambda world: program_sums.sums(world, names))[0]
+        rows = run_ranks(ranks, lambda world: program_sums.sums(world, names))[0]
     else:
         status, out, err = launch(ranks, TESTS / "helpers" / "program_sums.py", *names)
         assert status == 0, err
-        found = json.loads(out)
-    for name, size, apart, different, sent in found:
-        assert apart <= 1e-13 * ranks
-        assert different == 1, (name, size)
+        rows = json.loads(out)
+    for name, size, error, distinct_results, sent in rows:
+        assert error <= 1e-13 * ranks
+        assert distinct_results == 1, (name, size)
         if size % ranks == 0:
             words = size * int(np.log2(ranks)) if name == "doubling" else 2 * size * (ranks - 1) // ranks
             assert sent == [words] * ranks, (name, size)
@@ -128,21 +128,21 @@ def test_networks_that_cannot_be_partitioned_are_replicated(train, serial, loss)
 
 @pytest.fixture
 def another_processor(monkeypatch):
-    """another_processor("dots", ...) has rank 1 compute these otherwise than the others: what it returns, or fills."""
+    """another_processor(*names): multiply rank 1's results of these methods of `Vectors` by 1 + 1e-10."""
 
     def change(*names):
         for name in names:
-            plain = getattr(Vectors, name)
+            original = getattr(Vectors, name)
 
-            def other(self, first, *rest, plain=plain):
-                found = plain(self, first, *rest)
+            def changed(self, first, *rest, original=original):
+                returned = original(self, first, *rest)
                 factor = 1 + 1e-10 * (threading.current_thread().name == "rank 1")
-                if found is None:
+                if returned is None:
                     first *= factor
                     return None
-                return found * factor
+                return returned * factor
 
-            monkeypatch.setattr(Vectors, name, other)
+            monkeypatch.setattr(Vectors, name, changed)
 
     return change
 
@@ -173,7 +173,7 @@ def test_ranks_that_part_are_told_why_and_what_helps(another_processor, tmp_path
     status, _, err = run(2, "-m", "psmpi.train", *DATA, *options, "--out", tmp_path / "run")
     assert status == 1 and f"the ranks no longer hold the same weights: they {says}" in err and "Traceback" not in err
     if len(changed) > 1:
-        # What the message offers: one kind for all, and copies that may differ.
+        # The message offers processors of one kind, or copies that may differ: --method local_sgd.
         options = ("--method", "local_sgd", "--dtype", "float64", "--epochs", "1", "--backend", "numpy")
         assert run(2, "-m", "psmpi.train", *options, "--out", tmp_path / "other")[0] == 0
 
@@ -182,11 +182,13 @@ def test_ranks_that_part_are_told_why_and_what_helps(another_processor, tmp_path
 def test_overlap_and_buckets_change_rounding_only(train):
     options = (*DATA, "--dtype", "float64", "--max-steps", "20", "--model", "mlp", "--widths", "60", "40")
     small = ("--bucket-megabytes", "0.005")
-    whole = train(4, *options)
-    for how in ("mpi", "ring", "halving"):
-        base, alone = (train(4, *options, *small, "--allreduce", how, *more) for more in ((), ("--no-overlap",)))
-        assert distance(base.tensors(), alone.tensors()) == 0
-        assert distance(base.tensors(), whole.tensors()) <= 1e-12
+    large_buckets = train(4, *options)
+    for algorithm in ("mpi", "ring", "halving"):
+        overlapped, in_turn = (
+            train(4, *options, *small, "--allreduce", algorithm, *more) for more in ((), ("--no-overlap",))
+        )
+        assert distance(overlapped.tensors(), in_turn.tensors()) == 0
+        assert distance(overlapped.tensors(), large_buckets.tensors()) <= 1e-12
 
 
 def test_large_buckets_go_round_in_rings_between_hosts():
@@ -199,12 +201,14 @@ def test_large_buckets_go_round_in_rings_between_hosts():
         ("auto", True, [Ring, Whole]), ("auto", False, [Whole] * 2), ("mpi", True, [Whole] * 2),
         ("ring", False, [Ring] * 2), ("halving", True, [Blocking] * 2),
     ):  # fmt: skip
-        assert [type(one) for one in Buckets(Four(), Four(), vector, buckets, how, across).sums] == expected
+        assert [
+            type(bucket_sum) for bucket_sum in Buckets(Four(), Four(), vector, buckets, how, across).sums
+        ] == expected
 
 
 @pytest.mark.parametrize("allreduce", ["auto", "mpi", "ring", "doubling", "halving"])
 def test_a_step_sends_what_a_ring_sends(train, allreduce):
-    # 10 epochs of two steps: the global sums of control data are not counted.
+    # Sums of control data are not counted.
     result = train(4, *DATA, "--epochs", "1", "--max-steps", "5", "--allreduce", allreduce)
     size = sum(np.prod(t.shape, dtype=int) for name, t in result.tensors().items() if name.startswith("weights/"))
     words = size * 2 if allreduce == "doubling" else 2 * size * 3 // 4
@@ -225,11 +229,11 @@ def test_a_run_goes_on_on_any_number_of_ranks(train, serial, tmp_path, optimizer
     out = tmp_path / "begun"
     train(first, *DATA, *options, "--max-steps", "7", out=out)
     result = train(then, *DATA, *options, "--max-steps", "12", "--resume", "auto", out=out)
-    whole = serial(*options, "--max-steps", "12")
-    assert distance(whole.tensors(), result.tensors()) <= (1e-6 if optimizer == "lbfgs" else 1e-11)
+    serial_run = serial(*options, "--max-steps", "12")
+    assert distance(serial_run.tensors(), result.tensors()) <= (1e-6 if optimizer == "lbfgs" else 1e-11)
     if first == then:
-        again = train(first, *DATA, *options, "--max-steps", "12")
-        assert distance(again.tensors(), result.tensors()) == 0
+        full_run = train(first, *DATA, *options, "--max-steps", "12")
+        assert distance(full_run.tensors(), result.tensors()) == 0
 
 
 DEAD = """
@@ -250,7 +254,7 @@ groups = 10
 
 
 def test_units_that_no_score_depends_on_change_nothing(train, serial, tmp_path_factory):
-    # Three of thirteen units are dead; weight decay is theirs alone.
+    # No score depends on three of the thirteen units; only weight decay changes their weights.
     config = tmp_path_factory.mktemp("dead") / "net.toml"
     config.write_text(DEAD)
     options = ("--config", config, "--backend", "numpy", "--dtype", "float64", "--optimizer", "sgd", "--lr", "0.1",
@@ -260,7 +264,7 @@ def test_units_that_no_score_depends_on_change_nothing(train, serial, tmp_path_f
 
 @pytest.mark.parametrize("how", ["mpi", "ring", "doubling", "halving"])
 def test_bytes_are_those_of_the_messages(tmp_path, how):
-    """Of a gradient that ranks cannot cut evenly."""
+    """The number of weights is no multiple of the number of ranks."""
     counters_equal_messages(Case("data_parallel", tmp_path, ("--allreduce", how, "--model", "mlp", "--widths", "7")))
 
 
@@ -269,10 +273,10 @@ def test_compression_may_be_turned_on_and_off(train, tmp_path):
     out = tmp_path / "begun"
     train(3, *options, "--max-steps", "5", out=out)
     topk = ("--compression", "topk", "--density", "0.05")
-    with_it = train(3, *options, *topk, "--max-steps", "9", "--resume", "auto", out=out)
-    assert "the checkpoint has no left: these start afresh" in with_it.stdout
-    without = train(3, *options, "--max-steps", "12", "--resume", "auto", out=out)
-    assert "afresh" not in without.stdout and "the optimizer starts" not in with_it.stdout
+    compressed = train(3, *options, *topk, "--max-steps", "9", "--resume", "auto", out=out)
+    assert "the checkpoint has no left: these start afresh" in compressed.stdout
+    uncompressed = train(3, *options, "--max-steps", "12", "--resume", "auto", out=out)
+    assert "afresh" not in uncompressed.stdout and "the optimizer starts" not in compressed.stdout
 
 
 def test_methods_take_up_each_other_s_checkpoints(train, serial, tmp_path):

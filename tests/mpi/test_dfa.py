@@ -1,4 +1,4 @@
-"""Direct feedback alignment: against backward passes, against itself on other numbers of ranks, and what it learns."""
+"""Direct feedback alignment: against backward passes, on several numbers of ranks, and its accuracy."""
 
 import json
 from dataclasses import replace
@@ -43,37 +43,37 @@ def method(net, **settings):
     return find_method("dfa")(Context(Alone(), net, open_dataset("digits", ""), config, make_backend("auto")))
 
 
-def gradients(one, ids):
-    """What a step of dfa, and what a backward pass, writes into g; the layers' (weight, bias) gradients of each."""
-    found = []
-    parts = [part for part in one.model.parts if part.layer.linear]
-    one.step(Batch(ids), 0.0)
-    found.append([[view.copy() for pair in part.g for view in pair] for part in parts])
-    one.g.fill(np.nan)
-    error = one.error[: 10 * len(ids)].reshape(10, -1).copy()
-    one.model.backward(one.tape, error)
-    found.append([[view.copy() for pair in part.g for view in pair] for part in parts])
-    return found
+def gradients(trainer, ids):
+    """Return the (weight, bias) gradients of each layer after a step of dfa, and after a backward pass."""
+    by_method = []
+    parts = [part for part in trainer.model.parts if part.layer.linear]
+    trainer.step(Batch(ids), 0.0)
+    by_method.append([[view.copy() for pair in part.g for view in pair] for part in parts])
+    trainer.g.fill(np.nan)
+    error = trainer.error[: 10 * len(ids)].reshape(10, -1).copy()
+    trainer.model.backward(trainer.tape, error)
+    by_method.append([[view.copy() for pair in part.g for view in pair] for part in parts])
+    return by_method
 
 
 def test_the_last_layer_s_gradient_is_that_of_backward_to_the_bit():
     feedback_g, backward_g = gradients(method(network(30, 20)), np.arange(40))
-    for ours, theirs in zip(feedback_g[-1], backward_g[-1], strict=True):
-        assert np.array_equal(ours, theirs)
+    for feedback_part, backward_part in zip(feedback_g[-1], backward_g[-1], strict=True):
+        assert np.array_equal(feedback_part, backward_part)
     assert not np.allclose(feedback_g[0][0], backward_g[0][0])
     # A single layer has no feedback at all.
-    for ours, theirs in zip(*gradients(method(network()), np.arange(40)), strict=True):
-        assert all(np.array_equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    for feedback_part, backward_part in zip(*gradients(method(network()), np.arange(40)), strict=True):
+        assert all(np.array_equal(a, b) for a, b in zip(feedback_part, backward_part, strict=True))
 
 
 def test_with_the_products_of_the_weights_for_feedback_linear_layers_have_the_gradient():
-    one = method(network(30, 20, activation="identity"))
-    parts = [part for part in one.model.parts if part.layer.linear]
+    trainer = method(network(30, 20, activation="identity"))
+    parts = [part for part in trainer.model.parts if part.layer.linear]
     matrices = [part.w[0][0][0] if len(part.w) == 1 else np.concatenate([w[0] for w, _ in part.w]) for part in parts]
     last = matrices[-1].reshape(10, 20)
-    one.back = [matrices[1].reshape(20, 30).T @ last.T, last.T.copy()]
-    for ours, theirs in zip(*gradients(one, np.arange(40)), strict=True):
-        for a, b in zip(ours, theirs, strict=True):
+    trainer.back = [matrices[1].reshape(20, 30).T @ last.T, last.T.copy()]
+    for feedback_part, backward_part in zip(*gradients(trainer, np.arange(40)), strict=True):
+        for a, b in zip(feedback_part, backward_part, strict=True):
             assert abs(a - b).max() <= 1e-12 * abs(b).max()
 
 
@@ -82,16 +82,16 @@ def test_layers_on_many_ranks_learn_as_on_one(train, ranks, optimizer):
     # Without clipping: a norm over all layers is summed rank by rank.
     options = (*DFA, "--widths", "40", "30", "20", "--dtype", "float64", "--max-steps", "50", "--epochs", "10",
                "--optimizer", optimizer, "--lr", "0.05", "--clip", "0")  # fmt: skip
-    alone, many = train(1, *options), train(ranks, *options)
-    assert distance(alone.tensors(), many.tensors()) <= 1e-12
-    assert many.rows[-1]["alignment"] == pytest.approx(alone.rows[-1]["alignment"], abs=2e-6)
-    assert many.rows[-1]["test_loss"] == pytest.approx(alone.rows[-1]["test_loss"], rel=1e-12)
+    one_rank, many_ranks = train(1, *options), train(ranks, *options)
+    assert distance(one_rank.tensors(), many_ranks.tensors()) <= 1e-12
+    assert many_ranks.rows[-1]["alignment"] == pytest.approx(one_rank.rows[-1]["alignment"], abs=2e-6)
+    assert many_ranks.rows[-1]["test_loss"] == pytest.approx(one_rank.rows[-1]["test_loss"], rel=1e-12)
 
 
 def test_activations_go_forward_one_error_comes_back(train):
     options = (*DFA, "--widths", "40", "30", "--max-steps", "10", "--epochs", "1")
     last = train(3, *options).rows[-1]
-    # 10 steps of 100 samples, float32; the broadcast is counted at its root, once for each of the others.
+    # 10 steps of 100 samples, float32; a broadcast counts at its root, once for each receiver.
     assert last["bytes_sent_by_rank"] == [10 * 4 * 100 * 40, 10 * 4 * 100 * 30, 10 * 4 * 100 * 10 * 2]
     assert last["bytes_received_by_rank"] == [10 * 4 * 1000, 10 * 4 * (4000 + 1000), 10 * 4 * 3000]
 
@@ -120,9 +120,9 @@ def test_layers_are_dealt_whole():
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_convolutions_learn_with_a_warning(train, ranks):
     options = ("--method", "dfa", "--model", "psnet", "--max-steps", "20", "--epochs", "5", "--dtype", "float64")
-    alone, many = train(1, *options), train(ranks, *options)
-    assert distance(alone.tensors(), many.tensors()) <= 1e-12
-    assert "convolutions learn poorly by direct feedback" in many.stdout
+    one_rank, many_ranks = train(1, *options), train(ranks, *options)
+    assert distance(one_rank.tensors(), many_ranks.tensors()) <= 1e-12
+    assert "convolutions learn poorly by direct feedback" in many_ranks.stdout
 
 
 def test_a_narrow_layer_is_warned_of(train):
@@ -183,24 +183,25 @@ units = 10
 
 @pytest.mark.slow
 def test_mnist_aligns_and_is_learned(train, tmp_path):
-    """Accuracies and angles as they were found in small runs of these settings, and the controls."""
+    """Bounds on accuracy and alignment from small runs of these settings, with back-propagation and nearly fixed hidden
+    layers as controls."""
     folder = real("mnist") / "mnist"
     config = tmp_path / "net.toml"
     config.write_text(TANH.format(units=256))
     setting = ("--config", config, "--dataset", "mnist", "--data-dir", folder, "--loss", "nll", "--batch-size", "128",
                "--optimizer", "momentum", "--clip", "0", "--epochs", "3", "--threads", "1")  # fmt: skip
     aligned = train(2, "--method", "dfa", *setting, "--lr", "0.1")
-    wrong = 1 - aligned.rows[-1]["test_accuracy"]
-    backward = 1 - train(1, "--method", "data_parallel", *setting, "--lr", "0.05").rows[-1]["test_accuracy"]
+    error = 1 - aligned.rows[-1]["test_accuracy"]
+    backward_error = 1 - train(1, "--method", "data_parallel", *setting, "--lr", "0.05").rows[-1]["test_accuracy"]
     assert all(cosine >= 0.2 for cosine in aligned.rows[0]["alignment"])
-    assert wrong <= 0.06 and wrong <= backward + 0.03
+    assert error <= 0.06 and error <= backward_error + 0.03
     # Hidden layers that hardly move learn less.
     frozen = train(1, "--method", "dfa", *setting, "--lr", "0.1", "--feedback-scale", "1e-9")
-    assert 1 - frozen.rows[-1]["test_accuracy"] >= wrong + 0.03
+    assert 1 - frozen.rows[-1]["test_accuracy"] >= error + 0.03
 
 
 def test_nothing_is_aligned_at_first():
-    one = method(network(200, 150))
-    found = one.diagnostics()["alignment"]
-    assert len(found) == 2 and all(abs(cosine) <= 0.1 for cosine in found)
-    assert json.dumps(found)
+    trainer = method(network(200, 150))
+    cosines = trainer.diagnostics()["alignment"]
+    assert len(cosines) == 2 and all(abs(cosine) <= 0.1 for cosine in cosines)
+    assert json.dumps(cosines)

@@ -1,4 +1,4 @@
-"""Hosts a long way from each other, made here: MPI's collectives between them end when the cost model says."""
+"""MPI's collectives between emulated distant hosts end at the times that the cost model predicts."""
 
 import json
 import sys
@@ -14,7 +14,7 @@ from psmpi.errors import UserError
 
 SECONDS, MEGABITS = 0.1, 100.0
 ONE_SIZE = ("Bcast", "Reduce", "Allreduce", "Barrier")
-# None of more than a first window of TCP.
+# No message exceeds the first window of TCP.
 WORDS = ("Barrier:0", "Bcast:8000", "Reduce:2048", "Reduce:8000", "Allreduce:8", "Allreduce:512", "Allgather:800",
          "Reduce_scatter:800")  # fmt: skip
 
@@ -23,18 +23,18 @@ def predicted(size, word):
     name, nbytes = word.split(":")
     sizes = (int(nbytes),) if name in ONE_SIZE else (int(nbytes),) * size
     peer = 0 if name in ("Bcast", "Reduce") else -1
-    one = Call(0.0, name, "all", tuple(range(size)), 0, peer, sizes)
+    call = Call(0.0, name, "all", tuple(range(size)), 0, peer, sizes)
     link = Link.of(SECONDS, MEGABITS * 1e6 / 8)
     times = simulate(
-        make_schedule([Program([one], [1], [0.0]) for _ in range(size)]), Network(tuple(range(size)), link, link)
+        make_schedule([Program([call], [1], [0.0]) for _ in range(size)]), Network(tuple(range(size)), link, link)
     )
     return [ends[-1] for ends in times.ends]
 
 
-# Five ranks wait on two cores: not beside other tests.
+# Five ranks wait on two cores, so this test does not run beside others.
 @pytest.mark.parametrize("size", [2, pytest.param(5, marks=[pytest.mark.slow, pytest.mark.repeated])])
 def test_collectives_end_when_the_cost_model_says(size):
-    """In latencies between two hosts: the rounds of each algorithm, and when MPICH takes which."""
+    """The times, in latencies between two hosts, show the rounds of each algorithm, and which algorithm MPICH takes."""
     if "MPICH" not in library():
         pytest.skip("other MPIs have other algorithms")
     try:
@@ -43,7 +43,7 @@ def test_collectives_end_when_the_cost_model_says(size):
             out = run_program([launcher(), "-n", str(size), *wrapper(hosts), *program], True, 120)
     except UserError as error:
         pytest.skip(f"no such hosts here: {error}")
-    found = json.loads(out.splitlines()[-1])
+    seconds = json.loads(out.splitlines()[-1])
     for word in WORDS:
         expected = predicted(size, word)
-        assert found[word] == pytest.approx(expected, abs=0.4 * SECONDS), word
+        assert seconds[word] == pytest.approx(expected, abs=0.4 * SECONDS), word

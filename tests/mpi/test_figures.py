@@ -1,4 +1,4 @@
-"""The figures of the documents: their file, the page made of it, pages that name them, and one figure made again."""
+"""The recorded figures: their file, the page made of it, pages that name them, and one figure made again."""
 
 import inspect
 import re
@@ -22,7 +22,7 @@ TRAINS = ("memory", "optimizer", "recorder", "scale", "step")
 
 
 def options_of(words):
-    """The names of the options that a command of psmpi knows, None where it is no command of psmpi."""
+    """Return the names of the options of a psmpi command."""
     if words[0] == "train":
         return TRAINING
     if words[0] == "plan":
@@ -46,8 +46,8 @@ def test_every_command_has_options_that_exist():
                 words = words[3:]
             if words[0] == "psmpi":
                 known = options_of(words[1:])
-                given = {name.removeprefix("no_") for name in given_names(words[1:], file=False)}
-                assert given - known == set(), figure.id
+                used = {name.removeprefix("no_") for name in given_names(words[1:], file=False)}
+                assert used - known == set(), figure.id
             else:
                 assert words[0] in ("python", "chrt", "/usr/bin/python3"), figure.id
 
@@ -61,12 +61,12 @@ def test_files_that_commands_name_exist():
 
 def test_pages_exist():
     pages = {figure.page for figure in KNOWN.figures}
-    there = {page for page in pages if (ROOT / ("" if page == "README.md" else "docs") / page).is_file()}
-    assert pages - there == set()
+    existing = {page for page in pages if (ROOT / ("" if page == "README.md" else "docs") / page).is_file()}
+    assert pages - existing == set()
 
 
 def test_the_page_of_figures_is_current():
-    """If not: psmpi bench figures --write docs/figures.md."""
+    """If this fails, run psmpi bench figures --write docs/figures.md."""
     assert (ROOT / "docs" / "figures.md").read_text(encoding="utf-8") == recorded.page(KNOWN)
 
 
@@ -89,11 +89,12 @@ def test_the_file_is_as_the_command_writes_it(tmp_path):
 
 @pytest.fixture
 def small(tmp_path):
-    """A file with the first epoch of the embedded digits, as it is recorded and 5 points lower."""
-    one = next(figure for figure in KNOWN.figures if figure.id == "digits-first-epoch")
-    low = replace(one, id="low", value=(one.value[0] - 5, one.value[1]))
+    """A file with two figures of the first epoch on the embedded digits: as recorded, and with an accuracy 5 points
+    lower."""
+    first_epoch = next(figure for figure in KNOWN.figures if figure.id == "digits-first-epoch")
+    low = replace(first_epoch, id="low", value=(first_epoch.value[0] - 5, first_epoch.value[1]))
     file = tmp_path / "figures.toml"
-    recorded.save(file, replace(KNOWN, figures=(one, low)))
+    recorded.save(file, replace(KNOWN, figures=(first_epoch, low)))
     return file
 
 

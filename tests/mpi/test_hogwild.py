@@ -1,4 +1,5 @@
-"""Hogwild: alone it is serial descent to the bit, in components too; on several ranks it ends as well as that."""
+"""Hogwild: one rank, and components on any ranks, take the steps of serial descent to the bit; several ranks end near
+its loss."""
 
 import json
 from itertools import combinations
@@ -29,7 +30,7 @@ PLAIN = ("--optimizer", "sgd", "--lr", "0.1", "--dtype", "float64", "--batch-siz
 LINEAR = ("--dataset", "sparse", "--model", "linear", "--loss", "logistic", "--optimizer", "sgd", "--clip", "0", "--lr",
           "0.3", "--schedule", "step", "--step-size", "160", "--gamma", "0.8", "--batch-size", "50", "--epochs", "10",
           "--threads", "1")  # fmt: skip
-# Without a bias, which all samples would have in common.
+# No bias, because all samples would share it.
 UNBIASED = """
 [model]
 model = "custom"
@@ -50,15 +51,15 @@ needs_kernels = pytest.mark.skipif(not compiled.level(), reason="no compiled ker
 @pytest.mark.parametrize("optimizer", ["sgd", "momentum"])
 def test_one_rank_is_serial_descent_to_the_bit(train, kind, optimizer):
     options = (*MLP, *PLAIN, "--optimizer", optimizer, "--weight-decay", "1e-3", "--epochs", "2")
-    found = train(1, "--method", "hogwild", "--updates", kind, *options).tensors()
+    tensors = train(1, "--method", "hogwild", "--updates", kind, *options).tensors()
     expected = train(1, "--method", "data_parallel", *options).tensors()
     for name, tensor in expected.items():
         if name.startswith("weights/"):
-            assert np.array_equal(found[name], tensor), name
+            assert np.array_equal(tensors[name], tensor), name
 
 
 def serial(options, epochs, scale=1.0, kind="logistic", penalty=0.0):
-    """The weights of the kernel alone, sample after sample in the order of the run; features, and the bias."""
+    """Return (w, samples, dataset) after the sparse kernel's steps, sample after sample in the order of a run."""
     case = Case("hogwild", None)
     case.words = lambda *more: ["--method", "hogwild", *map(str, options), *more]
     network, dataset, config = case.problem()
@@ -75,19 +76,19 @@ def serial(options, epochs, scale=1.0, kind="logistic", penalty=0.0):
     ops, bias = make_backend("auto"), w[rows.features :]
     for step in range(epochs * batches.steps_per_epoch):
         ids = batches.ids(*divmod(step, batches.steps_per_epoch))
-        how = Descent(rate(step), penalty, config.optimization.clip, kind, scale)
-        ops.sparse_steps(ids, samples, w[: rows.features], bias if bias.size else None, how, False)
+        descent = Descent(rate(step), penalty, config.optimization.clip, kind, scale)
+        ops.sparse_steps(ids, samples, w[: rows.features], bias if bias.size else None, descent, False)
     return w, samples, dataset
 
 
 def weights_of(trained):
-    found = trained.tensors()
-    names = sorted((name for name in found if name.startswith("weights/")), reverse=True)
-    return np.concatenate([found[name].reshape(-1) for name in names])
+    tensors = trained.tensors()
+    names = sorted((name for name in tensors if name.startswith("weights/")), reverse=True)
+    return np.concatenate([tensors[name].reshape(-1) for name in names])
 
 
 def loss_of(w, samples):
-    """The mean logistic loss over compressed rows, from the definition, in float64."""
+    """Return the mean logistic loss over compressed rows by its definition, in float64."""
     margins = np.add.reduceat(samples.values.astype(np.float64) * w[samples.columns], samples.starts[:-1])
     return float(np.logaddexp(0, -samples.targets * (margins + w[-1])).mean())
 
@@ -95,8 +96,8 @@ def loss_of(w, samples):
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_rank_takes_sparse_samples_one_after_the_other(train, kind):
     expected, _, _ = serial((*LINEAR, "--epochs", "2"), 2)
-    found = train(1, "--method", "hogwild", "--updates", kind, *LINEAR, "--epochs", "2")
-    assert np.array_equal(weights_of(found), expected)
+    trained = train(1, "--method", "hogwild", "--updates", kind, *LINEAR, "--epochs", "2")
+    assert np.array_equal(weights_of(trained), expected)
 
 
 @pytest.mark.parametrize(("loss", "kind", "scale"), [("hinge", "hinge", 1), ("squared", "squared", 0.5)])
@@ -108,28 +109,28 @@ def test_other_losses_and_the_penalty_of_support_vector_machines(train, loss, ki
 
 @pytest.mark.parametrize("loss", ["logistic", "hinge", "squared", "nll"])
 def test_kernels_and_networks_make_the_same_steps(train, loss):
-    """A minibatch of one sample, by the kernel and by the network's own passes."""
+    """In minibatches of one sample, the kernel steps as the network's forward and backward passes do."""
     options = (*LINEAR, "--loss", loss, "--batch-size", "1", "--max-steps", "300", "--dtype", "float64", "--lr", "0.05")
-    found = train(1, "--method", "hogwild", *options)
+    trained = train(1, "--method", "hogwild", *options)
     expected = train(1, "--method", "data_parallel", *options)
-    assert np.allclose(weights_of(found), weights_of(expected), rtol=0, atol=1e-12)
-    assert found.rows[-1]["train_loss"] == pytest.approx(expected.rows[-1]["train_loss"], rel=1e-9)
+    assert np.allclose(weights_of(trained), weights_of(expected), rtol=0, atol=1e-12)
+    assert trained.rows[-1]["train_loss"] == pytest.approx(expected.rows[-1]["train_loss"], rel=1e-9)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_four_ranks_end_as_one_does_on_sparse_samples(train, kind):
     w, samples, _ = serial(LINEAR, 10)
     best = loss_of(w, samples)
-    found = loss_of(weights_of(train(4, "--method", "hogwild", "--updates", kind, *LINEAR)), samples)
-    print(f"{kind}: {found:.5f}, serial {best:.5f}")
-    assert found <= 1.01 * best
+    loss = loss_of(weights_of(train(4, "--method", "hogwild", "--updates", kind, *LINEAR)), samples)
+    print(f"{kind}: {loss:.5f}, serial {best:.5f}")
+    assert loss <= 1.01 * best
 
 
 @pytest.mark.parametrize("kind", ["raw", "accumulate", "server"])
 def test_blocks_of_samples_end_as_one_rank_does(train, kind):
     w, samples, _ = serial(LINEAR, 10)
-    found = train(4, "--method", "hogwild", "--updates", kind, "--update-samples", "20", *LINEAR)
-    assert loss_of(weights_of(found), samples) <= 1.01 * loss_of(w, samples)
+    trained = train(4, "--method", "hogwild", "--updates", kind, "--update-samples", "20", *LINEAR)
+    assert loss_of(weights_of(trained), samples) <= 1.01 * loss_of(w, samples)
 
 
 @needs_kernels
@@ -139,13 +140,13 @@ def test_components_make_the_weights_of_one_rank_to_the_bit(train, tmp_path, mod
     linear = ("--config", tmp_path / "one.toml", *LINEAR[:2], *LINEAR[4:], "--epochs", "2")
     options = {"unbiased": linear, "biased": (*LINEAR, "--epochs", "2"), "mlp": (*MLP, *PLAIN, "--epochs", "2")}[model]
     options = (*options, "--batch-size", "12") if model == "unbiased" else options
-    one = weights_of(train(1, "--method", "hogwild", *options))
+    one_rank = weights_of(train(1, "--method", "hogwild", *options))
     for ranks in (1, 2, 4):
-        found = train(ranks, "--method", "hogwild", "--updates", "cyclades", *options)
-        assert np.array_equal(weights_of(found), one), ranks
+        trained = train(ranks, "--method", "hogwild", "--updates", "cyclades", *options)
+        assert np.array_equal(weights_of(trained), one_rank), ranks
     if model == "unbiased":
         expected, _, _ = serial(options, 2)
-        assert np.array_equal(one, expected)
+        assert np.array_equal(one_rank, expected)
 
 
 def problem(*options):
@@ -155,7 +156,7 @@ def problem(*options):
 
 
 def test_one_clock_at_a_time_is_synchronous_descent():
-    """With a barrier between reads and additions of a clock: weights move along the sum of all ranks' gradients."""
+    """A barrier separates a clock's reads from its additions: weights move along the sum of all ranks' gradients."""
     ranks, rounds = 3, 4
     network, dataset, config = problem(
         *MLP, *PLAIN, "--updates", "accumulate", "--staleness", "0", "--epochs", "1", "--clip", "0"
@@ -174,7 +175,7 @@ def test_one_clock_at_a_time_is_synchronous_descent():
         method.store.settle()
         return method.store.w.copy()
 
-    def alone(world):
+    def serial_descent(world):
         method = Hogwild(Context(world, network, dataset, config, NumpyOps()))
         w, updates = method.store.w, method.updates
         for first in range(0, rounds * ranks, ranks):
@@ -185,11 +186,11 @@ def test_one_clock_at_a_time_is_synchronous_descent():
             w -= 0.1 * total
         return w.copy()
 
-    # Threads have one class in common.
+    # The ranks are threads, so one patch of the class is for all of them.
     with mock.patch.object(WindowStore, "read", reads):
-        found = run_ranks(ranks, work, timeout=60)
-    (expected,) = run_ranks(1, alone, timeout=60)
-    for w in found:
+        by_rank = run_ranks(ranks, work, timeout=60)
+    (expected,) = run_ranks(1, serial_descent, timeout=60)
+    for w in by_rank:
         assert np.linalg.norm(w - expected) <= 1e-12 * np.linalg.norm(expected)
 
 
@@ -221,14 +222,14 @@ def test_the_server_adds_all_that_is_sent(tmp_path, ranks):
     histogram = rows[-1]["staleness"]
     assert sum(histogram) == sum(sent) > 0 and not sent[0]
     assert all(n > 0 for n in sent[1:])
-    # Ahead of the slowest by 4 minibatches of 3 updates at most, as were all others.
+    # A rank is at most 4 minibatches, of 3 updates each, ahead of the slowest.
     assert len(histogram) - 1 <= 3 * (2 * 4 + 2) * (ranks - 2) or ranks == 2
     if ranks == 2:
         assert len(histogram) == 1
 
 
 def broken(self, values):
-    """An addition that is lost."""
+    """Lose the addition."""
 
 
 def fails(self, number, by=1):
@@ -288,23 +289,25 @@ def test_tickets_train_every_minibatch_once(tmp_path):
 
     def work(world):
         method = Hogwild(Context(world, network, dataset, config, make_backend("auto")))
-        taken, update = [], method.updates.run
-        method.updates.run = lambda ids, lr: (taken.append(int(ids[0])), update(ids, lr))[1]
+        trained, update = [], method.updates.run
+        method.updates.run = lambda ids, lr: (trained.append(int(ids[0])), update(ids, lr))[1]
         for step in range(steps):
             method.step(Batch(batches.ids(*divmod(step, batches.steps_per_epoch))), rate(step))
-        return taken
+        return trained
 
-    found = sorted(first for taken in run_ranks(4, work, timeout=60) for first in taken)
-    per = batches.steps_per_epoch
-    assert found == sorted(int(batches.ids(*divmod(step, per))[0]) for step in range(2 * per))
+    first_ids = sorted(first for trained in run_ranks(4, work, timeout=60) for first in trained)
+    steps_per_epoch = batches.steps_per_epoch
+    assert first_ids == sorted(
+        int(batches.ids(*divmod(step, steps_per_epoch))[0]) for step in range(2 * steps_per_epoch)
+    )
 
 
 def test_with_nothing_said_it_trains_on_generated_data(tmp_path):
     status, out, err = run(2, "-m", "psmpi.train", "--method", "hogwild", "--out", tmp_path / "run")
     assert status == 0, err
-    told = " ".join(out.split())
-    assert "--dataset sparse" in told and "give --dataset and --model for your own" in told
-    assert "Omega 10, Delta 0.1" in told
+    message = " ".join(out.split())
+    assert "--dataset sparse" in message and "give --dataset and --model for your own" in message
+    assert "Omega 10, Delta 0.1" in message
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["test_accuracy"] > 0.75
 
@@ -313,13 +316,13 @@ def test_omega_delta_and_rho_are_those_of_the_definition():
     rng = np.random.default_rng(0)
     sets = [set(rng.choice(25, rng.integers(1, 5), replace=False).tolist()) for _ in range(60)]
     starts = np.cumsum([0, *map(len, sets)])
-    columns = np.concatenate([sorted(one) for one in sets])
-    found = of_rows(starts, columns, 25, 0)
-    assert found.omega == max(map(len, sets)) and found.sampled == 0
-    assert found.delta == max(sum(v in one for one in sets) for v in range(25)) / 60
-    assert found.rho == max(sum(bool(one & other) for other in sets) for one in sets) / 60
-    drawn = of_rows(starts, columns, 25, 0, most=20)
-    assert drawn.sampled == 20 and drawn.rho <= found.rho
+    columns = np.concatenate([sorted(row) for row in sets])
+    sparsity = of_rows(starts, columns, 25, 0)
+    assert sparsity.omega == max(map(len, sets)) and sparsity.sampled == 0
+    assert sparsity.delta == max(sum(v in row for row in sets) for v in range(25)) / 60
+    assert sparsity.rho == max(sum(bool(row & other_row) for other_row in sets) for row in sets) / 60
+    sampled = of_rows(starts, columns, 25, 0, most=20)
+    assert sampled.sampled == 20 and sampled.rho <= sparsity.rho
 
 
 @pytest.mark.parametrize(
@@ -368,11 +371,13 @@ def test_other_updates_pass_the_suite(kind, check, tmp_path):
 
 def test_resumed_on_one_rank_it_goes_on_to_the_bit(train, tmp_path):
     options = ("--method", "hogwild", *MLP, *PLAIN, "--optimizer", "adam", "--lr", "0.01", "--epochs", "2")
-    whole = train(1, *options, "--max-steps", "40")
-    part = train(1, *options, "--max-steps", "17", out=tmp_path / "part")
+    full_run = train(1, *options, "--max-steps", "40")
+    cut_run = train(1, *options, "--max-steps", "17", out=tmp_path / "part")
     train(1, *options, "--max-steps", "40", "--resume", "auto", out=tmp_path / "part")
-    first, second = whole.tensors(), tensors(max((part.out / "checkpoints").glob("step-*.h5")))
-    assert first.keys() == second.keys() and all(np.array_equal(first[k], second[k]) for k in first)
+    full_tensors, resumed_tensors = full_run.tensors(), tensors(max((cut_run.out / "checkpoints").glob("step-*.h5")))
+    assert full_tensors.keys() == resumed_tensors.keys() and all(
+        np.array_equal(full_tensors[k], resumed_tensors[k]) for k in full_tensors
+    )
 
 
 PAIRS = ("--dataset", "digits", "--model", "psnet", "--loss", "logistic", "--elements", *PLAIN, "--clip", "0")
@@ -380,7 +385,8 @@ PAIRS = ("--dataset", "digits", "--model", "psnet", "--loss", "logistic", "--ele
 
 @pytest.mark.parametrize("loss", ["psl", "logistic"])
 def test_updates_of_elements_are_the_gradient_and_of_two_classes_each(loss):
-    """Made at the same weights, those of all pairs add up to the gradient of the minibatch, by finite sums alone."""
+    """The updates of all pairs, at the same weights, add up to the minibatch's gradient; each changes weights of its
+    element only."""
     network, dataset, config = problem(*PAIRS, "--loss", loss)
     batches, _, _ = plan_steps(dataset, config)
 
@@ -388,27 +394,27 @@ def test_updates_of_elements_are_the_gradient_and_of_two_classes_each(loss):
         method = Hogwild(Context(world, network, dataset, config, NumpyOps()))
         ids, w = batches.ids(0, 0), method.store.w
         expected = method.worker.element_losses(Batch(ids), Batch(ids))
-        whole, found, updates = method.g.copy(), np.zeros_like(w), []
+        full_gradient, summed, updates = method.g.copy(), np.zeros_like(w), []
 
         def keep(part, g, factor):
             change = np.zeros_like(w)
-            at = 0
+            position = 0
             for start, stop in part.intervals:
-                change[start:stop] = g[at : at + stop - start]
-                at += stop - start
-            found[...] += change
+                change[start:stop] = g[position : position + stop - start]
+                position += stop - start
+            summed[...] += change
             updates.append(np.flatnonzero(change))
 
         method.updates._add = keep
         total = method.updates.run(ids, 1.0)
-        return total / len(ids), expected, found, whole, updates, method.updates.parts
+        return total / len(ids), expected, summed, full_gradient, updates, method.updates.parts
 
-    ((total, expected, found, whole, updates, parts),) = run_ranks(1, work)
+    ((total, expected, summed, full_gradient, updates, parts),) = run_ranks(1, work)
     assert total == pytest.approx(expected, rel=1e-12)
-    assert np.abs(found - whole).max() <= 1e-12 * np.abs(whole).max()
+    assert np.abs(summed - full_gradient).max() <= 1e-12 * np.abs(full_gradient).max()
     assert len(updates) == len(parts) == 45
     for places, part in zip(updates, parts, strict=True):
-        inside = np.zeros(whole.size, bool)
+        inside = np.zeros(full_gradient.size, bool)
         for start, stop in part.intervals:
             inside[start:stop] = True
         assert inside[places].all() and not inside.all()
@@ -417,20 +423,20 @@ def test_updates_of_elements_are_the_gradient_and_of_two_classes_each(loss):
 def test_pairs_without_shared_weights_meet_where_they_have_a_class_in_common():
     tables = [{"type": "flatten"}, {"type": "dense", "units": 10}]
     layout = build("rows", (1, 8, 8), tables, 10).layout()
-    found = of_pairs(layout, list(combinations(range(10), 2)))
-    assert found.omega == 2 * 65 and found.sampled == 0
-    # A class is of 9 of the 45 pairs; two classes of 17.
-    assert found.delta == 9 / 45 and found.rho == 17 / 45
+    sparsity = of_pairs(layout, list(combinations(range(10), 2)))
+    assert sparsity.omega == 2 * 65 and sparsity.sampled == 0
+    # 9 of the 45 pairs have a given class, and 17 have one of two given classes.
+    assert sparsity.delta == 9 / 45 and sparsity.rho == 17 / 45
 
 
 @pytest.mark.parametrize("kind", ["raw", "accumulate", "server"])
 def test_elements_train_as_whole_minibatches_do(train, kind):
     options = (*PAIRS, "--lr", "0.3", "--epochs", "8", "--clip", "1")
-    found = train(3, "--method", "hogwild", "--updates", kind, *options)
-    alone = train(1, "--method", "hogwild", *options)
-    assert "Omega 1,056, Delta 1, rho 1" in " ".join(found.stdout.split())
-    assert found.rows[-1]["test_accuracy"] >= alone.rows[-1]["test_accuracy"] - 0.05
-    assert alone.rows[-1]["test_accuracy"] > 0.5
+    elements = train(3, "--method", "hogwild", "--updates", kind, *options)
+    one_rank = train(1, "--method", "hogwild", *options)
+    assert "Omega 1,056, Delta 1, rho 1" in " ".join(elements.stdout.split())
+    assert elements.rows[-1]["test_accuracy"] >= one_rank.rows[-1]["test_accuracy"] - 0.05
+    assert one_rank.rows[-1]["test_accuracy"] > 0.5
 
 
 @pytest.mark.parametrize(
@@ -453,26 +459,26 @@ RATINGS = ("--dataset", "ratings:200", "--model", "factors", "--widths", "5", "-
 
 def test_kernels_of_factors_and_networks_make_the_same_steps(train):
     options = (*RATINGS, "--batch-size", "1", "--max-steps", "400", "--dtype", "float64")
-    found = train(1, "--method", "hogwild", *options)
+    trained = train(1, "--method", "hogwild", *options)
     expected = train(1, "--method", "data_parallel", *options)
-    assert np.allclose(weights_of(found), weights_of(expected), rtol=0, atol=1e-12)
-    assert found.rows[-1]["train_loss"] == pytest.approx(expected.rows[-1]["train_loss"], rel=1e-9)
+    assert np.allclose(weights_of(trained), weights_of(expected), rtol=0, atol=1e-12)
+    assert trained.rows[-1]["train_loss"] == pytest.approx(expected.rows[-1]["train_loss"], rel=1e-9)
 
 
 @needs_kernels
 def test_factors_in_components_are_those_of_one_rank_and_learn_the_matrix(train, tmp_path):
     options = (*RATINGS, "--batch-size", "50", "--epochs", "30")
-    one = train(1, "--method", "hogwild", *options)
+    one_rank = train(1, "--method", "hogwild", *options)
     for ranks in (2, 4):
-        found = train(ranks, "--method", "hogwild", "--updates", "cyclades", *options)
-        assert np.array_equal(weights_of(found), weights_of(one))
+        components = train(ranks, "--method", "hogwild", "--updates", "cyclades", *options)
+        assert np.array_equal(weights_of(components), weights_of(one_rank))
     raw = train(4, "--method", "hogwild", *options)
     assert "(--updates raw)" in " ".join(raw.stdout.split())
-    # Of values with the variance 1.
-    assert one.rows[-1]["test_rmse"] < 0.6 and raw.rows[-1]["test_rmse"] <= 1.05 * one.rows[-1]["test_rmse"]
+    # The values have variance 1.
+    assert one_rank.rows[-1]["test_rmse"] < 0.6 and raw.rows[-1]["test_rmse"] <= 1.05 * one_rank.rows[-1]["test_rmse"]
     windows = train(3, "--method", "hogwild", "--updates", "accumulate", *options, "--epochs", "2")
     assert windows.rows[-1]["train_loss"] < 1.2
-    status, out, err = run(1, "-m", "psmpi.inspect", "export", one.checkpoint, "--out", tmp_path / "factors.onnx")
+    status, out, err = run(1, "-m", "psmpi.inspect", "export", one_rank.checkpoint, "--out", tmp_path / "factors.onnx")
     assert status == 0 and "onnxruntime's scores differ" in out, err
 
 

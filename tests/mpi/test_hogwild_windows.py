@@ -1,4 +1,5 @@
-"""Windows of MPI and of worlds of threads: nothing is lost, tickets are drawn once, and nobody is too far ahead."""
+"""Windows of MPI and of ranks that are threads: no addition is lost, each ticket is drawn once, and no rank is too far
+ahead."""
 
 import json
 import os
@@ -18,7 +19,7 @@ KINDS = [("threads", 1), ("threads", 4), ("mpirun", 3), ("mpirun", 4)]
 
 
 def results(kind, ranks, check, *arguments):
-    """What the check returns on rank 0."""
+    """Return rank 0's result of a check of program_windows.py."""
     if kind == "threads":
         return run_ranks(ranks, lambda world: program_windows.CHECKS[check](world, *arguments), timeout=60)[0]
     status, out, err = launch(ranks, PROGRAM, check, *map(json.dumps, arguments))
@@ -50,9 +51,9 @@ def test_every_ticket_is_drawn_once(kind, ranks):
 @pytest.mark.parametrize("bound", [0, 2, 4])
 @pytest.mark.parametrize(("kind", "ranks"), [("threads", 4), ("mpirun", 4)])
 def test_nobody_begins_too_far_ahead(kind, ranks, bound):
-    lead, apart, missed = results(kind, ranks, "bounded", bound)
+    lead, difference, missed = results(kind, ranks, "bounded", bound)
     assert lead <= bound
-    assert apart <= bound + 1
+    assert difference <= bound + 1
     assert missed == 0
 
 
@@ -86,7 +87,7 @@ def test_a_stopped_rank_stops_others_at_the_bound_alone(tmp_path, bound):
     assert status == 0, err
     total, clocks = json.loads(out)
     assert total == clocks
-    # The stopped one's count may be ahead of its file by the one that it was in.
+    # The stopped rank may have counted a clock that it had not written to its file.
     assert after[1] - before[1] <= 1
     for rank in (0, 2):
         if bound < 0:

@@ -1,4 +1,4 @@
-"""The checkpoint tools: what they show, what they find, and what they write."""
+"""psmpi.inspect: its reports, the damage that it finds, and the files that it writes."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from psmpi.checkpoint.format import seal
 from psmpi.inspect.export import make_model
 from psmpi.inspect.opened import Opened
 
-# Two hidden layers of one kind, all the others in between; groups that do not line up with the classes' own.
+# Several kinds of layers; the 2 groups of the second convolution do not line up with the 10 classes.
 LAYERS = """
 [model]
 model = "custom"
@@ -43,14 +43,14 @@ def inspect(*arguments, cwd=None):
     return status, out, err
 
 
-def done(*arguments):
+def output_of(*arguments):
     status, out, err = inspect(*arguments)
     assert status == 0, err
     return out
 
 
-def asked(*arguments):
-    return json.loads(done(*arguments, "--json"))
+def report_of(*arguments):
+    return json.loads(output_of(*arguments, "--json"))
 
 
 def refused(*arguments):
@@ -73,7 +73,7 @@ def trained(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def odd(tmp_path_factory):
-    """A run of a network with every kind of layer."""
+    """A run of the network of LAYERS."""
     folder = tmp_path_factory.mktemp("odd")
     (folder / "model.toml").write_text(LAYERS)
     status, _, err = run(1, "-m", "psmpi.train", "--config", folder / "model.toml", "--out", folder / "run", "--max-steps", "5")  # fmt: skip  # noqa: E501
@@ -101,17 +101,17 @@ def test_no_tool_starts_mpi(trained):
 
 def test_show_tells_tensors_settings_and_score(trained):
     newest = files(trained)[-1]
-    found = asked("show", trained)
+    report = report_of("show", trained)
     accuracy = json.loads((trained / "metrics.jsonl").read_text().splitlines()[-1])["test_accuracy"]
-    assert (found["file"], found["step"], found["epoch"], found["accuracy"]) == (str(newest), 45, 3, accuracy)
-    assert set(found["tensors"]) == {"weights", "m", "v"}
-    for row in found["tensors"]["weights"]:
+    assert (report["file"], report["step"], report["epoch"], report["accuracy"]) == (str(newest), 45, 3, accuracy)
+    assert set(report["tensors"]) == {"weights", "m", "v"}
+    for row in report["tensors"]["weights"]:
         values = tensors(newest)[row["name"]]
         assert (tuple(row["shape"]), row["bytes"]) == (values.shape, values.nbytes)
         assert row["norm"] == pytest.approx(np.linalg.norm(values.ravel()))
-    assert found["config"]["masters.placement"] == "owner" and found["provenance"]["ranks"] == 4
-    text = done("show", newest)
-    assert found["data"]["train"]["samples"] == 1438 and "1,438 training samples and 359 test samples" in text
+    assert report["config"]["masters.placement"] == "owner" and report["provenance"]["ranks"] == 4
+    text = output_of("show", newest)
+    assert report["data"]["train"]["samples"] == 1438 and "1,438 training samples and 359 test samples" in text
     assert "step 45, epoch 3" in text and f"{100 * accuracy:.2f} %" in text
     assert "conv2.weight  float32 30 x 12 x 3 x 3" in text and "placement = 'owner'" in text
 
@@ -121,33 +121,33 @@ def test_list_and_verify_tell_whole_from_damaged(trained, tmp_path):
     folder.mkdir(parents=True)
     for path in files(trained):
         (folder / path.name).write_bytes(path.read_bytes())
-    whole, cut, changed = files(tmp_path / "run")
+    good, cut, changed = files(tmp_path / "run")
     cut.write_bytes(cut.read_bytes()[:-1])
     data = bytearray(changed.read_bytes())
     with h5py.File(changed) as file:
-        at = file["weights/dense1.weight"].id.get_chunk_info(0).byte_offset
-    data[at + 5] ^= 1
+        offset = file["weights/dense1.weight"].id.get_chunk_info(0).byte_offset
+    data[offset + 5] ^= 1
     changed.write_bytes(data)
 
-    rows = asked("list", tmp_path / "run")
+    rows = report_of("list", tmp_path / "run")
     assert [row["step"] for row in rows] == [15, 30, 45]
     assert [row["epoch"] for row in rows] == [1, None, None]
     assert [row["state"] for row in rows] == ["whole", "damaged", "damaged"]
-    assert [row["bytes"] for row in rows] == [path.stat().st_size for path in (whole, cut, changed)]
-    assert done("list", tmp_path / "run").count("damaged") == 2
+    assert [row["bytes"] for row in rows] == [path.stat().st_size for path in (good, cut, changed)]
+    assert output_of("list", tmp_path / "run").count("damaged") == 2
 
-    assert inspect("verify", whole)[0] == 0
+    assert inspect("verify", good)[0] == 0
     status, out, _ = inspect("verify", tmp_path / "run")
-    assert status == 1 and f"{whole}: whole" in out and "cut short" in out
+    assert status == 1 and f"{good}: whole" in out and "cut short" in out
     assert "SHA-256" in out and "weights/dense1.weight" in out.splitlines()[-1]
-    status, out, _ = inspect("verify", whole, changed, "--json")
+    status, out, _ = inspect("verify", good, changed, "--json")
     assert status == 1 and [row["state"] for row in json.loads(out)] == ["whole", "damaged"]
     assert inspect("verify", tmp_path / "none.h5")[0] == 1
     assert "at least one" in refused("verify")
 
 
 def test_a_tensor_that_is_gone_is_damage(trained, tmp_path):
-    """A file whose digest is right and whose contents are not what its layout says."""
+    """The digest of the file is right, but a tensor of its layout is missing."""
     path = tmp_path / "less.h5"
     path.write_bytes(files(trained)[0].read_bytes())
     with h5py.File(path, "r+") as file:
@@ -158,7 +158,7 @@ def test_a_tensor_that_is_gone_is_damage(trained, tmp_path):
 
 
 def altered(path, target, change):
-    """A copy with other contents and a digest that fits them."""
+    """Write a changed copy of a checkpoint with a digest that fits; return its path."""
     target.write_bytes(path.read_bytes())
     with h5py.File(target, "r+") as file:
         change(file)
@@ -182,7 +182,7 @@ def tensor(file, shape, dtype):
 
 
 def broken(file, name):
-    """Change a chunk behind the back of its checksum."""
+    """Change a byte of a chunk without its checksum."""
     filters, data = file[name].id.read_direct_chunk((0,) * file[name].ndim)
     file[name].id.write_direct_chunk((0,) * file[name].ndim, bytes([data[0] ^ 1]) + data[1:], filters)
 
@@ -223,7 +223,7 @@ def broken(file, name):
     ids=range(14),
 )
 def test_contents_that_make_no_sense_are_damage(trained, tmp_path, change, says):
-    """Whatever the digest says: every tool names it, and --resume auto goes on from the one before."""
+    """The digest fits; every tool names the file, and --resume auto goes on from the checkpoint before it."""
     folder = tmp_path / "run" / "checkpoints"
     folder.mkdir(parents=True)
     first, second = files(trained)[:2]
@@ -231,7 +231,7 @@ def test_contents_that_make_no_sense_are_damage(trained, tmp_path, change, says)
     path = altered(second, folder / second.name, change)
     status, out, _ = inspect("verify", path)
     assert status == 1 and says in out
-    assert [row["state"] for row in asked("list", tmp_path / "run")] == ["whole", "damaged"]
+    assert [row["state"] for row in report_of("list", tmp_path / "run")] == ["whole", "damaged"]
     for command in ("show", "stats"):
         assert str(path) in refused(command, path)
     if "dense1" not in says:
@@ -243,8 +243,8 @@ def test_contents_that_make_no_sense_are_damage(trained, tmp_path, change, says)
 def test_a_damaged_text_is_named(trained, tmp_path):
     path = tmp_path / "x.h5"
     data = bytearray(files(trained)[0].read_bytes())
-    at = data.index(b"[optimization]")
-    data[at + 3] ^= 4
+    offset = data.index(b"[optimization]")
+    data[offset + 3] ^= 4
     path.write_bytes(data)
     status, out, _ = inspect("verify", path)
     assert status == 1 and "config" in out.splitlines()[-1]
@@ -253,15 +253,15 @@ def test_a_damaged_text_is_named(trained, tmp_path):
 
 
 def test_a_file_of_a_newer_format_is_left_alone(trained, tmp_path):
-    """It may be fine, if not for this psmpi: nothing renames or removes it."""
+    """A newer psmpi may read the file, so no command renames or removes it."""
     folder = tmp_path / "run" / "checkpoints"
     folder.mkdir(parents=True)
     for path in files(trained):
         (folder / path.name).write_bytes(path.read_bytes())
     newest = files(tmp_path / "run")[-1]
     newest.write_bytes(newest.read_bytes().replace(b"psmpi checkpoint 2", b"psmpi checkpoint 3", 1))
-    assert [row["state"] for row in asked("list", tmp_path / "run")] == ["whole", "whole", "unreadable"]
-    assert "removed" in done("prune", tmp_path / "run", "--keep", "1")
+    assert [row["state"] for row in report_of("list", tmp_path / "run")] == ["whole", "whole", "unreadable"]
+    assert "removed" in output_of("prune", tmp_path / "run", "--keep", "1")
     assert [path.name for path in files(tmp_path / "run")] == ["step-000000030.h5", "step-000000045.h5"]
     status, _, err = run(1, "-m", "psmpi.train", "--out", tmp_path / "run", "--resume", "auto")
     assert status == 1 and "install a newer psmpi" in err
@@ -270,14 +270,14 @@ def test_a_file_of_a_newer_format_is_left_alone(trained, tmp_path):
 
 def test_the_folder_of_checkpoints_stands_for_its_run(trained):
     folder = trained / "checkpoints"
-    assert asked("show", folder)["step"] == 45 and len(asked("list", folder)) == 3
-    assert done("verify", folder).count("whole") == 3
+    assert report_of("show", folder)["step"] == 45 and len(report_of("list", folder)) == 3
+    assert output_of("verify", folder).count("whole") == 3
 
 
 def test_stats_are_those_of_numpy(trained, tmp_path):
     newest = files(trained)[-1]
-    found = asked("stats", trained)
-    for row in found["tensors"]:
+    report = report_of("stats", trained)
+    for row in report["tensors"]:
         values = tensors(newest)[row["name"]].astype(float)
         counts, edges = np.histogram(values, bins=24)
         assert row["mean"] == pytest.approx(values.mean()) and row["spread"] == pytest.approx(values.std())
@@ -288,17 +288,17 @@ def test_stats_are_those_of_numpy(trained, tmp_path):
     w = np.empty(layout.size, np.float32)
     checkpoint.load(newest, layout, layout.part(range(10)), {"weights": w})
     blocks = {"shared by all" if len(b.classes) == 10 else f"class {min(b.classes)}": w[b.start : b.stop] for b in layout.blocks}  # fmt: skip  # noqa: E501
-    assert [row["name"] for row in found["parts"]] == list(blocks)
-    for row in found["parts"]:
+    assert [row["name"] for row in report["parts"]] == list(blocks)
+    for row in report["parts"]:
         assert row["count"] == blocks[row["name"]].size
         assert row["norm"] == pytest.approx(np.linalg.norm(blocks[row["name"]].astype(float)))
     assert "choose one of weights, m, v" in refused("stats", trained, "--vector", "nothing")
-    done("stats", trained, "--vector", "m", "--plot", tmp_path / "picture.png")
+    output_of("stats", trained, "--vector", "m", "--plot", tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_stats_of_many_classes_show_few_and_count_all(tmp_path):
-    """With 60 classes, one of which has a weight that is no number; the JSON has them all."""
+    """Of 60 classes the text shows three, and the one with a NaN; the JSON has all."""
     x, y = np.random.default_rng(0).random((120, 5)), np.arange(120) % 60
     np.savez(tmp_path / "many.npz", x=x, y=y, x_test=x[:60], y_test=y[:60])
     options = ("--dataset", tmp_path / "many.npz", "--model", "head", "--widths", "4", "--epochs", "1")
@@ -308,18 +308,18 @@ def test_stats_of_many_classes_show_few_and_count_all(tmp_path):
     with h5py.File(path, "r+") as file:
         file["weights/dense2.bias"][17] = np.nan
     seal(path)
-    found, w = asked("stats", path)["parts"], tensors(path)
+    parts, w = report_of("stats", path)["parts"], tensors(path)
     rows = np.column_stack([w["dense2.weight"], w["dense2.bias"]]).astype(float)
     rows[17, 4] = 0
     norms = np.linalg.norm(rows, axis=1)
-    assert [row["name"] for row in found] == ["shared by all", *(f"class {c}" for c in range(60))]
-    assert [row["norm"] for row in found[1:]] == pytest.approx(norms.tolist())
-    assert [row["nan"] for row in found] == [0] * 18 + [1] + [0] * 42
-    said = " ".join(done("stats", path).split())
+    assert [row["name"] for row in parts] == ["shared by all", *(f"class {c}" for c in range(60))]
+    assert [row["norm"] for row in parts[1:]] == pytest.approx(norms.tolist())
+    assert [row["nan"] for row in parts] == [0] * 18 + [1] + [0] * 42
+    summary = " ".join(output_of("stats", path).split())
     order = np.argsort(norms)
     for which, c in (("least", order[0]), ("median", order[30]), ("largest", order[-1])):
-        assert f"class {c}, the {which} norm of 60 classes" in said
-    assert set(re.findall(r"class (\d+)", said)) == {"17", *(str(order[k]) for k in (0, 30, -1))}
+        assert f"class {c}, the {which} norm of 60 classes" in summary
+    assert set(re.findall(r"class (\d+)", summary)) == {"17", *(str(order[k]) for k in (0, 30, -1))}
 
 
 def test_stats_count_what_is_not_a_number(trained, tmp_path):
@@ -328,7 +328,7 @@ def test_stats_count_what_is_not_a_number(trained, tmp_path):
     with h5py.File(path, "r+") as file:
         file["weights/conv1.bias"][:3] = [np.nan, np.inf, -np.inf]
     seal(path)
-    row = next(row for row in asked("stats", path)["tensors"] if row["name"] == "conv1.bias")
+    row = next(row for row in report_of("stats", path)["tensors"] if row["name"] == "conv1.bias")
     values = tensors(path)["conv1.bias"]
     assert (row["nan"], row["infinite"]) == (1, 2)
     assert row["mean"] == pytest.approx(values[3:].mean())
@@ -336,22 +336,22 @@ def test_stats_count_what_is_not_a_number(trained, tmp_path):
 
 def test_diff_orders_tensors_and_names_settings(trained, odd):
     first, _, last = files(trained)
-    found = asked("diff", first, last)
-    distances = [row["distance"] for row in found["tensors"]]
-    assert distances == sorted(distances, reverse=True) and not found["identical"] and not found["unmatched"]
+    report = report_of("diff", first, last)
+    distances = [row["distance"] for row in report["tensors"]]
+    assert distances == sorted(distances, reverse=True) and not report["identical"] and not report["unmatched"]
     a, b = tensors(first)["conv2.weight"], tensors(last)["conv2.weight"]
-    row = next(row for row in found["tensors"] if row["name"] == "weights/conv2.weight")
+    row = next(row for row in report["tensors"] if row["name"] == "weights/conv2.weight")
     assert row["distance"] == pytest.approx(np.linalg.norm((a - b).ravel()) / np.linalg.norm(a.ravel()), rel=1e-5)
     assert row["largest"] == pytest.approx(abs(a - b).max())
-    assert asked("diff", last, last)["identical"]
-    other = asked("diff", trained, odd)
-    assert other["config"]["model.model"] == ["psnet", "custom"]
-    assert {"name": "weights/dense3.weight", "first": None, "second": [10, 1, 3]} in other["unmatched"]
-    assert "model.model: 'psnet' in the first, 'custom' in the second" in done("diff", trained, odd)
+    assert report_of("diff", last, last)["identical"]
+    other_report = report_of("diff", trained, odd)
+    assert other_report["config"]["model.model"] == ["psnet", "custom"]
+    assert {"name": "weights/dense3.weight", "first": None, "second": [10, 1, 3]} in other_report["unmatched"]
+    assert "model.model: 'psnet' in the first, 'custom' in the second" in output_of("diff", trained, odd)
 
 
 def scores_by_scipy(weights, x):
-    """The network of LAYERS on x (b, 1, 8, 8), from named tensors, with SciPy's correlation."""
+    """Return the scores of the network of LAYERS for x (b, 1, 8, 8), from tensors by name, with SciPy's correlation."""
 
     def conv(x, name, groups):
         w, bias = weights[f"{name}.weight"], weights[f"{name}.bias"]
@@ -374,16 +374,18 @@ def scores_by_scipy(weights, x):
 
 
 def test_exports_compute_the_same_scores_elsewhere(odd, tmp_path):
-    """SciPy on the .npz, onnxruntime on the .onnx, both against psmpi's own forward pass."""
+    """Compare SciPy on the .npz and onnxruntime on the .onnx with psmpi's forward pass."""
     onnxruntime = pytest.importorskip("onnxruntime")
     x = np.random.default_rng(0).random((7, 1, 8, 8), np.float32)
-    ours = make_model(Opened(odd), np.dtype(np.float32)).forward(np.ascontiguousarray(x.reshape(7, -1).T)).scores.T
-    done("export", odd, "--out", tmp_path / "w.npz")
-    theirs = scores_by_scipy(dict(np.load(tmp_path / "w.npz")), x)
-    assert abs(theirs - ours).max() <= 1e-5 * abs(ours).max()
-    assert "differ from psmpi's by" in done("export", odd, "--out", tmp_path / "net.onnx")
-    theirs = onnxruntime.InferenceSession(tmp_path / "net.onnx").run(None, {"x": x})[0]
-    assert abs(theirs - ours).max() <= 1e-5 * abs(ours).max()
+    own_scores = (
+        make_model(Opened(odd), np.dtype(np.float32)).forward(np.ascontiguousarray(x.reshape(7, -1).T)).scores.T
+    )
+    output_of("export", odd, "--out", tmp_path / "w.npz")
+    scores = scores_by_scipy(dict(np.load(tmp_path / "w.npz")), x)
+    assert abs(scores - own_scores).max() <= 1e-5 * abs(own_scores).max()
+    assert "differ from psmpi's by" in output_of("export", odd, "--out", tmp_path / "net.onnx")
+    scores = onnxruntime.InferenceSession(tmp_path / "net.onnx").run(None, {"x": x})[0]
+    assert abs(scores - own_scores).max() <= 1e-5 * abs(own_scores).max()
 
 
 @pytest.mark.parametrize("classes", [(3,), (0, 9), (2, 3, 7)])
@@ -392,19 +394,21 @@ def test_a_part_scores_its_classes_as_the_whole_does(request, tmp_path, which, c
     onnxruntime = pytest.importorskip("onnxruntime")
     out = request.getfixturevalue(which)
     x = np.random.default_rng(0).random((7, 1, 8, 8), np.float32)
-    ours = make_model(Opened(out), np.dtype(np.float32)).forward(np.ascontiguousarray(x.reshape(7, -1).T)).scores.T
-    done("cut", out, "--classes", *map(str, classes), "--out", tmp_path / "part.h5", "--weights-only")
-    done("export", tmp_path / "part.h5", "--out", tmp_path / "part.onnx")
-    theirs = onnxruntime.InferenceSession(tmp_path / "part.onnx").run(None, {"x": x})[0]
-    assert abs(theirs - ours[:, list(classes)]).max() <= 1e-5 * abs(ours).max()
-    held = sum(t.size for t in tensors(tmp_path / "part.h5").values())
-    assert held <= checkpoint.read_contents(files(out)[-1]).layout.part(classes).size
+    own_scores = (
+        make_model(Opened(out), np.dtype(np.float32)).forward(np.ascontiguousarray(x.reshape(7, -1).T)).scores.T
+    )
+    output_of("cut", out, "--classes", *map(str, classes), "--out", tmp_path / "part.h5", "--weights-only")
+    output_of("export", tmp_path / "part.h5", "--out", tmp_path / "part.onnx")
+    part_scores = onnxruntime.InferenceSession(tmp_path / "part.onnx").run(None, {"x": x})[0]
+    assert abs(part_scores - own_scores[:, list(classes)]).max() <= 1e-5 * abs(own_scores).max()
+    part_size = sum(t.size for t in tensors(tmp_path / "part.h5").values())
+    assert part_size <= checkpoint.read_contents(files(out)[-1]).layout.part(classes).size
 
 
 def test_exports_match_pytorch(trained, tmp_path):
     torch = pytest.importorskip("torch")
     functional = torch.nn.functional
-    done("export", trained, "--out", tmp_path / "w.npz")
+    output_of("export", trained, "--out", tmp_path / "w.npz")
     w = {name: torch.from_numpy(values) for name, values in np.load(tmp_path / "w.npz").items()}
     x = torch.rand(9, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     y = torch.sigmoid(functional.conv2d(x, w["conv1.weight"], w["conv1.bias"]))
@@ -415,34 +419,34 @@ def test_exports_match_pytorch(trained, tmp_path):
         # A block-diagonal layer is a grouped 1 x 1 convolution.
         y = functional.conv2d(y[:, :, None, None], weight.reshape(-1, inputs, 1, 1), w[f"{name}.bias"], groups=groups)
         y = torch.sigmoid(y.flatten(1)) if name == "dense1" else y.flatten(1)
-    ours = (
+    own_scores = (
         make_model(Opened(trained), np.dtype(np.float32))
         .forward(np.ascontiguousarray(x.reshape(9, -1).numpy().T))
         .scores
     )
-    assert abs(y.numpy() - ours.T).max() <= 1e-5 * abs(ours).max()
+    assert abs(y.numpy() - own_scores.T).max() <= 1e-5 * abs(own_scores).max()
 
 
 def test_safetensors_hold_the_same_bits(trained, tmp_path):
     safetensors = pytest.importorskip("safetensors.numpy")
-    done("export", trained, "--out", tmp_path / "w.safetensors")
-    found = safetensors.load_file(tmp_path / "w.safetensors")
+    output_of("export", trained, "--out", tmp_path / "w.safetensors")
+    loaded = safetensors.load_file(tmp_path / "w.safetensors")
     expected = tensors(files(trained)[-1])
-    assert found.keys() == expected.keys()
-    assert all(np.array_equal(found[name], expected[name]) for name in expected)
+    assert loaded.keys() == expected.keys()
+    assert all(np.array_equal(loaded[name], expected[name]) for name in expected)
 
 
 def test_parts_make_the_whole_file_again(trained, tmp_path):
     newest = files(trained)[-1]
     groups = ((0, 1), (2,), (3, 4, 5), (6, 7), (8, 9), (9,))
     for k, classes in enumerate(groups):
-        done("cut", newest, "--classes", *map(str, classes), "--out", tmp_path / f"{k}.h5")
+        output_of("cut", newest, "--classes", *map(str, classes), "--out", tmp_path / f"{k}.h5")
     parts = [tmp_path / f"{k}.h5" for k in range(len(groups))]
-    done("join", *parts, "--out", tmp_path / "all.h5")
+    output_of("join", *parts, "--out", tmp_path / "all.h5")
     assert (tmp_path / "all.h5").read_bytes() == newest.read_bytes()
     assert "the part of the classes 2 is not among" in refused("join", parts[0], *parts[2:], "--out", tmp_path / "x.h5")
     assert "is there already" in refused("join", *parts, "--out", tmp_path / "all.h5")
-    done("cut", files(trained)[0], "--classes", "2", "--out", tmp_path / "old.h5")
+    output_of("cut", files(trained)[0], "--classes", "2", "--out", tmp_path / "old.h5")
     message = refused("join", parts[0], tmp_path / "old.h5", *parts[2:], "--out", tmp_path / "x.h5")
     assert "parts of different checkpoints" in message
     assert "has 2" in refused("cut", parts[1], "--classes", "3", "--out", tmp_path / "x.h5")
@@ -451,7 +455,7 @@ def test_parts_make_the_whole_file_again(trained, tmp_path):
 
 
 def test_what_no_class_uses_survives_cutting(tmp_path):
-    """Ten groups of 12 use 120 of 128 flattened values: the last channels feed no score."""
+    """Ten groups of 12 inputs use 120 of 128 flattened values, so the last channels feed no score."""
     model = LAYERS.replace("channels = 20, kernel = 2, groups = 2", "channels = 16, kernel = 2, groups = 1").replace(
         '  {type = "dense", units = 40},\n  {type = "sigmoid"},\n', ""
     )
@@ -459,22 +463,22 @@ def test_what_no_class_uses_survives_cutting(tmp_path):
     options = ("--config", tmp_path / "model.toml", "--out", tmp_path / "run", "--max-steps", "2")
     status, _, err = run(1, "-m", "psmpi.train", *options)
     assert status == 0, err
-    (whole,) = files(tmp_path / "run")
-    assert checkpoint.read_contents(whole).layout.dead.size > 0
+    (full_file,) = files(tmp_path / "run")
+    assert checkpoint.read_contents(full_file).layout.dead.size > 0
     for c in range(10):
-        done("cut", whole, "--classes", str(c), "--out", tmp_path / f"{c}.h5")
-    done("join", *(tmp_path / f"{c}.h5" for c in range(10)), "--out", tmp_path / "all.h5")
-    assert (tmp_path / "all.h5").read_bytes() == whole.read_bytes()
+        output_of("cut", full_file, "--classes", str(c), "--out", tmp_path / f"{c}.h5")
+    output_of("join", *(tmp_path / f"{c}.h5" for c in range(10)), "--out", tmp_path / "all.h5")
+    assert (tmp_path / "all.h5").read_bytes() == full_file.read_bytes()
 
 
 def test_average_is_the_mean_of_weights_alone(trained, odd, tmp_path):
     paths = files(trained)
-    done("average", *paths, "--out", tmp_path / "mean.h5")
+    output_of("average", *paths, "--out", tmp_path / "mean.h5")
     mean = tensors(tmp_path / "mean.h5")
     for name, values in mean.items():
         assert np.allclose(values, np.mean([tensors(p)[name].astype(float) for p in paths], axis=0), rtol=1e-6)
-    found = asked("show", tmp_path / "mean.h5")
-    assert list(found["tensors"]) == ["weights"] and found["provenance"]["average_of"] == [str(p) for p in paths]
+    report = report_of("show", tmp_path / "mean.h5")
+    assert list(report["tensors"]) == ["weights"] and report["provenance"]["average_of"] == [str(p) for p in paths]
     assert inspect("verify", tmp_path / "mean.h5")[0] == 0
     assert "are of different networks" in refused("average", paths[0], odd, "--out", tmp_path / "x.h5")
     options = ("--resume", tmp_path / "mean.h5", "--out", tmp_path / "run", "--epochs", "4")
@@ -487,13 +491,13 @@ def test_average_is_the_mean_of_weights_alone(trained, odd, tmp_path):
 def test_what_does_not_belong_together_is_refused(trained, tmp_path):
     paths = [tmp_path / f"{c}.h5" for c in (0, 3)]
     for path, c in zip(paths, (0, 3), strict=True):
-        done("cut", trained, "--classes", str(c), "--out", path)
+        output_of("cut", trained, "--classes", str(c), "--out", path)
     assert "the parts of different classes" in refused("average", *paths, "--out", tmp_path / "x.h5")
-    unmatched = {row["name"]: row["second"] for row in asked("diff", *paths)["unmatched"]}
+    unmatched = {row["name"]: row["second"] for row in report_of("diff", *paths)["unmatched"]}
     assert unmatched["weights/conv2.weight"] == "of the classes 3" and "weights/conv1.weight" not in unmatched
-    done("average", *files(trained), "--out", tmp_path / "mean.h5")
-    done("cut", files(trained)[-1], "--classes", *"01234", "--out", tmp_path / "low.h5", "--weights-only")
-    done("cut", tmp_path / "mean.h5", "--classes", *"56789", "--out", tmp_path / "high.h5")
+    output_of("average", *files(trained), "--out", tmp_path / "mean.h5")
+    output_of("cut", files(trained)[-1], "--classes", *"01234", "--out", tmp_path / "low.h5", "--weights-only")
+    output_of("cut", tmp_path / "mean.h5", "--classes", *"56789", "--out", tmp_path / "high.h5")
     message = refused("join", tmp_path / "low.h5", tmp_path / "high.h5", "--out", tmp_path / "x.h5")
     assert "parts of different checkpoints" in message
     inside = trained / "checkpoints" / "step-000000099.h5"
@@ -502,11 +506,11 @@ def test_what_does_not_belong_together_is_refused(trained, tmp_path):
 
 def test_a_part_of_a_part_joins_the_whole(trained, tmp_path):
     newest = files(trained)[-1]
-    done("cut", newest, "--classes", *"01234", "--out", tmp_path / "low.h5")
-    done("cut", newest, "--classes", *"56789", "--out", tmp_path / "high.h5")
+    output_of("cut", newest, "--classes", *"01234", "--out", tmp_path / "low.h5")
+    output_of("cut", newest, "--classes", *"56789", "--out", tmp_path / "high.h5")
     for c in "01234":
-        done("cut", tmp_path / "low.h5", "--classes", c, "--out", tmp_path / f"{c}.h5")
-    done("join", tmp_path / "high.h5", *(tmp_path / f"{c}.h5" for c in "01234"), "--out", tmp_path / "all.h5")
+        output_of("cut", tmp_path / "low.h5", "--classes", c, "--out", tmp_path / f"{c}.h5")
+    output_of("join", tmp_path / "high.h5", *(tmp_path / f"{c}.h5" for c in "01234"), "--out", tmp_path / "all.h5")
     assert (tmp_path / "all.h5").read_bytes() == newest.read_bytes()
 
 
@@ -516,14 +520,14 @@ def test_extreme_values_are_measured(trained, tmp_path):
         file["weights/dense2.bias"][...] = -0.0
 
     huge = altered(files(trained)[0], tmp_path / "huge.h5", change)
-    row = next(row for row in asked("stats", huge)["tensors"] if row["name"] == "conv1.bias")
+    row = next(row for row in report_of("stats", huge)["tensors"] if row["name"] == "conv1.bias")
     assert row["norm"] == pytest.approx(3e38 * 2**0.5)
     zero = altered(
         huge, tmp_path / "zero.h5", lambda file: file["weights/dense2.bias"].write_direct(np.zeros(10, "f4"))
     )
-    found = asked("diff", huge, zero)
-    row = next(row for row in found["tensors"] if row["name"] == "weights/dense2.bias")
-    assert (row["distance"], row["identical"], found["identical"]) == (0.0, False, False)
+    report = report_of("diff", huge, zero)
+    row = next(row for row in report["tensors"] if row["name"] == "weights/dense2.bias")
+    assert (row["distance"], row["identical"], report["identical"]) == (0.0, False, False)
 
 
 def test_prune_keeps_the_newest_whole_ones(trained, tmp_path):
@@ -533,9 +537,9 @@ def test_prune_keeps_the_newest_whole_ones(trained, tmp_path):
         (folder / path.name).write_bytes(path.read_bytes())
     newest = files(tmp_path / "run")[-1]
     newest.write_bytes(newest.read_bytes()[:-1])
-    assert done("prune", tmp_path / "run", "--keep", "1", "--dry-run").count("would remove") == 2
+    assert output_of("prune", tmp_path / "run", "--keep", "1", "--dry-run").count("would remove") == 2
     assert len(files(tmp_path / "run")) == 3
-    done("prune", tmp_path / "run", "--keep", "1")
+    output_of("prune", tmp_path / "run", "--keep", "1")
     assert [path.name for path in files(tmp_path / "run")] == ["step-000000030.h5"]
     path = files(tmp_path / "run")[0]
     path.write_bytes(path.read_bytes()[:-1])

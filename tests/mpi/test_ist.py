@@ -1,4 +1,4 @@
-"""Independent subnet training: what is dealt to whom, what a round changes, what moves, and what is learnt."""
+"""Independent subnet training: dealt units, the changes of a round, bytes, and accuracy."""
 
 from dataclasses import replace
 from itertools import pairwise
@@ -46,7 +46,7 @@ NETWORKS = {
     "uneven widths": lambda: mlp(10, 7, 9),
     "normalized": lambda: mlp(10, 8, batch_norm=True),
     "lenet": lambda: make_network("lenet", (1, 28, 28), 10, batch_norm=True),
-    # Its separable layers are everybody's.
+    # All workers have its separable layers.
     "psnet": lambda: make_network("psnet", (1, 8, 8), 10),
     "normalized after flattening": lambda: build(
         "odd",
@@ -66,17 +66,17 @@ NETWORKS = {
 
 
 def tensors(layout, w):
-    """The parameters in a flat vector by name, (units, weights of a unit) each: copies."""
-    found = {p.name: np.full((p.units, p.unit_size), np.nan) for p in layout.parameters}
+    """Return copies of the parameters of a flat vector by name, of shape (units, weights of a unit)."""
+    parameters = {p.name: np.full((p.units, p.unit_size), np.nan) for p in layout.parameters}
     for piece in layout.pieces():
         p = layout.parameters[piece.parameter]
         size = (piece.last - piece.first) * p.unit_size
-        found[p.name][piece.first : piece.last] = w[piece.offset : piece.offset + size].reshape(-1, p.unit_size)
-    return found
+        parameters[p.name][piece.first : piece.last] = w[piece.offset : piece.offset + size].reshape(-1, p.unit_size)
+    return parameters
 
 
 def method(net, **settings):
-    base, every = usual_config(), settings.pop("every", 20)
+    base, local_steps = usual_config(), settings.pop("every", 20)
     config = replace(
         base,
         model=replace(base.model, dtype="float32"),
@@ -84,33 +84,33 @@ def method(net, **settings):
         optimization=replace(base.optimization, optimizer=settings.pop("optimizer", "sgd"), lr=0.1, clip=0.0),
         parallel=replace(base.parallel, method=settings.pop("method", "ist")),
     )
-    config = config.changed(Rounds, local_steps=every).changed(Settings, **settings)
+    config = config.changed(Rounds, local_steps=local_steps).changed(Settings, **settings)
     context = Context(Alone(), net, open_dataset("digits", ""), config, make_backend("auto"))
     return find_method(config.parallel.method)(context)
 
 
-# What is dealt.
+# Deals.
 
 
 @pytest.mark.parametrize("strata", [False, True])
 @pytest.mark.parametrize(("count", "workers"), [(16, 4), (18, 4), (11, 3), (25, 5)])
 def test_groups_are_disjoint_cover_all_and_are_drawn_anew(count, workers, strata):
     net = mlp(count, count)
-    first, again = (Dealer(net, workers, 7, strata=strata) for _ in range(2))
+    dealer, same_dealer = (Dealer(net, workers, 7, strata=strata) for _ in range(2))
     layers = sorted(dealt_layers(net))
-    seen = []
+    drawn = []
     for number in range(4):
         for layer in layers:
-            groups = first.groups(number, layer)
+            groups = dealer.groups(number, layer)
             assert sorted(np.concatenate(groups)) == list(range(count))
             assert all((np.diff(group) > 0).all() for group in groups)
-            # The same shapes in every round: buffers stay where they are.
-            assert [len(group) for group in groups] == [len(group) for group in first.groups(0, layer)]
-            assert all(np.array_equal(a, b) for a, b in zip(groups, again.groups(number, layer), strict=True))
-            seen.append(np.concatenate(groups).tolist())
-    assert len({str(groups) for groups in seen}) == len(seen)
-    others = Dealer(net, workers, 8, strata=strata).groups(0, layers[0])
-    assert not all(np.array_equal(a, b) for a, b in zip(others, first.groups(0, layers[0]), strict=True))
+            # Sizes are the same in every round, so that buffers are reused.
+            assert [len(group) for group in groups] == [len(group) for group in dealer.groups(0, layer)]
+            assert all(np.array_equal(a, b) for a, b in zip(groups, same_dealer.groups(number, layer), strict=True))
+            drawn.append(np.concatenate(groups).tolist())
+    assert len({str(groups) for groups in drawn}) == len(drawn)
+    other_groups = Dealer(net, workers, 8, strata=strata).groups(0, layers[0])
+    assert not all(np.array_equal(a, b) for a, b in zip(other_groups, dealer.groups(0, layers[0]), strict=True))
 
 
 @pytest.mark.parametrize(("count", "workers", "share"), [(12, 4, 1 / 4), (10, 4, 0.26), (16, 2, 1 / 2)])
@@ -121,10 +121,10 @@ def test_of_a_hidden_matrix_a_part_is_trained_and_of_the_outer_ones_all(count, w
     for name, part in (("dense1.weight", 1.0), ("dense2.weight", share), ("dense3.weight", 1.0)):
         hits = np.zeros(shapes[name], int)
         for shares in deal:
-            one = shares[name]
-            assert len(one.owners) == 1
-            rows = np.arange(shapes[name][0]) if one.rows is None else one.rows
-            columns = np.arange(shapes[name][1]) if one.columns is None else one.columns
+            dealt = shares[name]
+            assert len(dealt.owners) == 1
+            rows = np.arange(shapes[name][0]) if dealt.rows is None else dealt.rows
+            columns = np.arange(shapes[name][1]) if dealt.columns is None else dealt.columns
             hits[np.ix_(rows, columns)] += 1
         assert hits.max() == 1 and hits.mean() == pytest.approx(part, abs=1e-12)
 
@@ -133,7 +133,7 @@ def test_of_a_hidden_matrix_a_part_is_trained_and_of_the_outer_ones_all(count, w
 @pytest.mark.parametrize("workers", [1, 2, 3])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_round_changes_what_was_dealt_and_nothing_else(name, workers, holders):
-    """Against indexing of named matrices: out, each worker adds numbers of its own, and back."""
+    """Compare with indexing of named matrices: send the subnets, add random numbers to each, and put them back."""
     net = NETWORKS[name]()
     layout, rng = net.layout(), np.random.default_rng(0)
     w = rng.standard_normal(layout.size)
@@ -157,22 +157,22 @@ def test_a_round_changes_what_was_dealt_and_nothing_else(name, workers, holders)
             for strip in strips:
                 vector[strip.into : strip.into + strip.size] = message[strip.at : strip.at + strip.size]
         assert not np.isnan(vector).any()
-        mine = tensors(own, vector)
+        own_tensors = tensors(own, vector)
         for key, share in shares.items():
-            everything = before[share.source]
-            rows = np.arange(len(everything)) if share.rows is None else share.rows
-            columns = np.arange(everything.shape[1]) if share.columns is None else share.columns
-            assert np.array_equal(mine[key], everything[np.ix_(rows, columns)]), key
+            source_values = before[share.source]
+            rows = np.arange(len(source_values)) if share.rows is None else share.rows
+            columns = np.arange(source_values.shape[1]) if share.columns is None else share.columns
+            assert np.array_equal(own_tensors[key], source_values[np.ix_(rows, columns)]), key
         vector += rng.standard_normal(vector.size)
-        mine = tensors(own, vector)
+        own_tensors = tensors(own, vector)
         for key, share in shares.items():
             source = share.source
             rows = np.arange(len(after[source])) if share.rows is None else share.rows
             columns = np.arange(after[source].shape[1]) if share.columns is None else share.columns
             if len(share.owners) == 1:
-                after[source][np.ix_(rows, columns)] = mine[key]
+                after[source][np.ix_(rows, columns)] = own_tensors[key]
             else:
-                sums[source] += mine[key] / len(share.owners)
+                sums[source] += own_tensors[key] / len(share.owners)
                 after[source] = sums[source]
         returned.append((plans, vector))
     for plans, vector in returned:
@@ -182,11 +182,11 @@ def test_a_round_changes_what_was_dealt_and_nothing_else(name, workers, holders)
                 message[strip.at : strip.at + strip.size] = vector[strip.into : strip.into + strip.size]
             for strip in strips:
                 strip.put(message, shard)
-    found = np.full(layout.size, np.nan)
+    result = np.full(layout.size, np.nan)
     for shard, values in zip(shards, held, strict=True):
         for a, b in shard.intervals:
-            found[a:b] = values[shard.local(a, b)]
-    for key, values in tensors(layout, found).items():
+            result[a:b] = values[shard.local(a, b)]
+    for key, values in tensors(layout, result).items():
         shared = any(len(s.owners) > 1 and s.source == key for shares in deal for s in shares.values())
         assert np.allclose(values, after[key], rtol=1e-15, atol=1e-15) if shared else np.array_equal(values, after[key])
         if workers > 1 and len(deal[0]) == len(before):
@@ -194,12 +194,12 @@ def test_a_round_changes_what_was_dealt_and_nothing_else(name, workers, holders)
 
 
 def test_nothing_trained_nothing_changed():
-    one = method(mlp(16, 16, inputs=64, classes=10))
-    before = one.w.host.copy()
-    one._begin()
-    one.steps = 1
-    one.drain()
-    assert np.array_equal(before, one.w.host) and one.scalars["rounds"] == 1
+    trainer = method(mlp(16, 16, inputs=64, classes=10))
+    before = trainer.w.host.copy()
+    trainer._begin()
+    trainer.steps = 1
+    trainer.drain()
+    assert np.array_equal(before, trainer.w.host) and trainer.scalars["rounds"] == 1
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ def test_nothing_trained_nothing_changed():
     ],
 )
 def test_messages_have_the_sizes_of_the_formula(widths, inputs, classes, sizes):
-    """S(P) = d H/P + (L - 2) (H/P)^2 + K H/P + 2 (L - 1) H/P floats to a worker."""
+    """A worker receives S(P) = d H/P + (L - 2) (H/P)^2 + K H/P + 2 (L - 1) H/P numbers."""
     net = mlp(*widths, inputs=inputs, classes=classes, batch_norm=True)
     layers, width = len(widths) + 1, widths[0]
     for workers, size in sizes.items():
@@ -232,17 +232,17 @@ def test_messages_have_the_sizes_of_the_formula(widths, inputs, classes, sizes):
 
 @pytest.mark.parametrize("options", [("--colocate",), ("--placement", "owner", "--strata")])
 def test_the_counted_bytes_are_those_of_the_formula(train, options):
-    # A round of two steps, and one more at the end.
+    # A round of two steps, and a round of one.
     options = (*IST, "--widths", "40", "40", "--batch-norm", "--local-steps", "2", "--max-steps", "3", "--epochs", "1",
                *options)  # fmt: skip
     last = train(2, *options).rows[-1]
     size = 64 * 20 + 20 * 20 + 10 * 20 + 4 * 20
     rounds, item = 2, 8
     if "--colocate" in options:
-        # Only rank 0 holds: the other worker's subnet goes out and comes back.
+        # Only rank 0 holds weights: the other worker's subnet goes out and comes back.
         assert last["bytes_sent_by_rank"] == last["bytes_received_by_rank"] == [rounds * size * item] * 2
     else:
-        # (P - 1) / P of a subnet each way and direction.
+        # A rank sends (P - 1) / P of a subnet as a holder and as a worker, and receives as much.
         assert last["bytes_sent_by_rank"] == last["bytes_received_by_rank"] == [2 * rounds * size * item // 2] * 2
     assert last["rounds"] == rounds
 
@@ -253,7 +253,7 @@ def test_a_master_that_does_not_train_sends_every_subnet(train):
     assert last["bytes_sent_by_rank"] == last["bytes_received_by_rank"] == [2 * size, size, size]
 
 
-# What is trained.
+# Training.
 
 
 def test_one_worker_trains_as_without_subnets_to_the_bit(train):
@@ -276,21 +276,21 @@ def test_every_step_reaches_the_network(steps, every, rounds):
         plain.step(Batch(ids), 0.01)
     subnets.collect()
     assert np.array_equal(subnets.w.host, plain.w) and subnets.scalars["rounds"] == rounds
-    # Nothing is left to put back.
+    # A second call has nothing to put back.
     subnets.collect()
     assert subnets.scalars["rounds"] == rounds
 
 
 def test_each_worker_learns_from_its_own_slice_of_a_minibatch(train):
-    """A round of two workers, against two plain networks, each trained on its half of the minibatches."""
+    """Compare a round of two workers with two plain networks, each trained on its half of the minibatches."""
     options = (*IST, "--widths", "8", "--max-steps", "3", "--epochs", "1", "--clip", "0", "--lr", "0.5")
-    found = train(2, *options, "--colocate")
+    result = train(2, *options, "--colocate")
     data = open_dataset("digits", "")
     net = make_network("mlp", data.shape, 10, widths=(8,))
     layout, dealer = net.layout(), Dealer(net, 2, 0)
     w = np.empty(layout.size)
-    whole = Runs(((0, layout.size),))
-    initial_weights(net, layout, whole, w, seed=0)
+    full_range = Runs(((0, layout.size),))
+    initial_weights(net, layout, full_range, w, seed=0)
     batches, resident = Minibatches(data.train.n, 100, 0, True), Resident(data.train, np.arange(data.train.n), w.dtype)
     loss, ops = make_loss("nll", w.dtype), make_backend("numpy")
     shares = dealer.deal(0)
@@ -298,7 +298,7 @@ def test_each_worker_learns_from_its_own_slice_of_a_minibatch(train):
     for worker, share in enumerate(shares):
         own = dealer.layouts[worker]
         part, g = np.empty(own.size), np.empty(own.size)
-        strips = find_strips(layout, whole, (0, 1), own, share, worker)
+        strips = find_strips(layout, full_range, (0, 1), own, share, worker)
         for strip in strips:
             strip.take(w, part)
         model = Model(dealer.networks[worker], own, part, g, ops)
@@ -315,24 +315,24 @@ def test_each_worker_learns_from_its_own_slice_of_a_minibatch(train):
         for strip in strips:
             strip.put(part, w)
     for name, tensor in tensors(layout, w).items():
-        theirs = found.tensors()[f"weights/{name}"].reshape(tensor.shape)
-        assert np.linalg.norm(tensor - theirs) <= 1e-12 * np.linalg.norm(tensor), name
+        result_tensor = result.tensors()[f"weights/{name}"].reshape(tensor.shape)
+        assert np.linalg.norm(tensor - result_tensor) <= 1e-12 * np.linalg.norm(tensor), name
 
 
 @pytest.mark.slow
 def test_holders_and_masters_train_alike(train):
     options = (*IST, "--widths", "26", "21", "--local-steps", "4", "--max-steps", "40", "--epochs", "3", "--batch-norm")
-    found = [
+    runs = [
         train(4, *options, *more)
         for more in (("--colocate",), ("--colocate", "--masters", "2"), ("--placement", "owner"))
     ]
-    found.append(train(5, *options))
-    for other in found[1:]:
-        for name, tensor in found[0].tensors().items():
-            assert np.array_equal(tensor, other.tensors()[name]), name
-        assert other.rows[-1]["test_accuracy"] == found[0].rows[-1]["test_accuracy"]
-        assert other.rows[-1]["test_loss"] == pytest.approx(found[0].rows[-1]["test_loss"], rel=1e-12)
-        assert other.rows[-1]["train_loss"] == pytest.approx(found[0].rows[-1]["train_loss"], rel=1e-12)
+    runs.append(train(5, *options))
+    for other_run in runs[1:]:
+        for name, tensor in runs[0].tensors().items():
+            assert np.array_equal(tensor, other_run.tensors()[name]), name
+        assert other_run.rows[-1]["test_accuracy"] == runs[0].rows[-1]["test_accuracy"]
+        assert other_run.rows[-1]["test_loss"] == pytest.approx(runs[0].rows[-1]["test_loss"], rel=1e-12)
+        assert other_run.rows[-1]["train_loss"] == pytest.approx(runs[0].rows[-1]["train_loss"], rel=1e-12)
 
 
 @pytest.mark.parametrize("model", ["psnet", "resnet", "resnet-blocks"])
@@ -343,10 +343,10 @@ def test_convolutions_and_blocks_on_any_holders(train, model):
         options += ["--widths", "4", "6", "--blocks", "1", "3"]
     if "blocks" in model:
         options += ["--deal", "blocks"]
-    found = train(3, *options, "--placement", "owner")
-    other = train(3, *options, "--colocate")
-    assert distance(found.tensors(), other.tensors()) <= 1e-12
-    assert found.rows[-1]["test_loss"] == pytest.approx(other.rows[-1]["test_loss"], rel=1e-12)
+    owner_run = train(3, *options, "--placement", "owner")
+    colocated_run = train(3, *options, "--colocate")
+    assert distance(owner_run.tensors(), colocated_run.tensors()) <= 1e-12
+    assert owner_run.rows[-1]["test_loss"] == pytest.approx(colocated_run.rows[-1]["test_loss"], rel=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -358,39 +358,39 @@ def test_convolutions_and_blocks_on_any_holders(train, model):
     ],
 )
 def test_a_restart_goes_on_to_the_bit(train, tmp_path, ranks, options):
-    # Checkpoints in the middle of epochs, and of what would be rounds.
+    # Checkpoints fall inside epochs and inside rounds.
     options = (*IST, "--widths", "24", "16", "--batch-norm", "--epochs", "2", "--checkpoint-every", "7",
                "--local-steps", "5", *options)  # fmt: skip
-    whole = train(ranks, *options)
+    full_run = train(ranks, *options)
     out = tmp_path / "cut"
     train(ranks, *options, "--max-steps", "21", out=out)
-    cut = train(ranks, *options, "--resume", "auto", out=out)
-    for name, tensor in whole.tensors().items():
-        assert np.array_equal(tensor, cut.tensors()[name]), name
+    resumed = train(ranks, *options, "--resume", "auto", out=out)
+    for name, tensor in full_run.tensors().items():
+        assert np.array_equal(tensor, resumed.tensors()[name]), name
     for key in ("test_loss", "test_accuracy", "bytes_sent", "rounds"):
-        assert cut.rows[-1][key] == whole.rows[-1][key]
-    assert cut.rows[-1]["train_loss"] == pytest.approx(whole.rows[-1]["train_loss"], rel=1e-12)
+        assert resumed.rows[-1][key] == full_run.rows[-1][key]
+    assert resumed.rows[-1]["train_loss"] == pytest.approx(full_run.rows[-1]["train_loss"], rel=1e-12)
 
 
 def test_rounds_are_counted_on_with_another_optimizer(train, tmp_path):
     options = (*IST, "--widths", "16", "--epochs", "4", "--local-steps", "3", "--colocate")
     out = tmp_path / "run"
     train(2, *options, "--max-steps", "15", out=out)
-    more = train(
+    resumed = train(
         2, *options, "--max-steps", "30", "--resume", "auto", "--optimizer", "adam", "--subnet-seed", "1", out=out
     )
-    assert more.rows[-1]["rounds"] == 10 and "subnet_seed is 1" in more.stdout
+    assert resumed.rows[-1]["rounds"] == 10 and "subnet_seed is 1" in resumed.stdout
 
 
 def test_a_checkpoint_goes_on_on_other_ranks_and_by_other_methods(train, tmp_path):
     options = (*IST, "--widths", "24", "16", "--batch-norm", "--epochs", "4")
     out = tmp_path / "run"
     train(3, *options, "--max-steps", "15", out=out)
-    more = train(4, *options, "--max-steps", "30", "--resume", "auto", "--placement", "owner", out=out)
-    assert more.rows[-1]["step"] == 30 and more.rows[-1]["test_loss"] < more.rows[0]["test_loss"]
+    resumed = train(4, *options, "--max-steps", "30", "--resume", "auto", "--placement", "owner", out=out)
+    assert resumed.rows[-1]["step"] == 30 and resumed.rows[-1]["test_loss"] < resumed.rows[0]["test_loss"]
     options = ("--method", "data_parallel", *options[2:])
     last = train(2, *options, "--resume", "auto", out=out).rows[-1]
-    assert last["test_loss"] < more.rows[-1]["test_loss"]
+    assert last["test_loss"] < resumed.rows[-1]["test_loss"]
 
 
 def test_the_state_of_the_optimizer_travels_with_the_weights(train):
@@ -401,11 +401,11 @@ def test_the_state_of_the_optimizer_travels_with_the_weights(train):
     assert np.array_equal(travels.tensors()["weights/dense2.weight"], plain.tensors()["weights/dense2.weight"])
     assert np.array_equal(travels.tensors()["optimizer/v/dense2.weight"], plain.tensors()["optimizer/v/dense2.weight"])
     assert not np.array_equal(fresh.tensors()["weights/dense2.weight"], plain.tensors()["weights/dense2.weight"])
-    both = [train(4, *options, "--optimizer-state", "travel", *more)
-            for more in (("--colocate",), ("--placement", "owner"))]  # fmt: skip
-    for name, tensor in both[0].tensors().items():
-        assert np.array_equal(tensor, both[1].tensors()[name]), name
-    # Of the middle matrix much has not been trained yet in the first round, and has no momentum.
+    by_placement = [train(4, *options, "--optimizer-state", "travel", *more)
+                    for more in (("--colocate",), ("--placement", "owner"))]  # fmt: skip
+    for name, tensor in by_placement[0].tensors().items():
+        assert np.array_equal(tensor, by_placement[1].tensors()[name]), name
+    # After the first round most of the middle matrix is untrained and has no momentum.
     first = train(4, *options[:-1], "20", "--max-steps", "2", "--optimizer-state", "travel", "--colocate")
     assert np.mean(first.tensors()["optimizer/v/dense2.weight"] == 0) >= 0.75
 
@@ -418,7 +418,7 @@ def test_adam_s_counts_travel_too(train):
     for name in (name for name in plain if not name.startswith("rank/")):
         tensor = plain[name]
         assert np.linalg.norm(travels[name] - tensor) <= 1e-10 * np.linalg.norm(tensor), name
-    # How often each weight was stepped: all in the first layer, of the middle one a quarter each round.
+    # The vector t counts each weight's steps: a round steps all outer weights, and a quarter of the middle ones.
     last = train(4, *options, "--max-steps", "3", "--optimizer-state", "travel", "--colocate").tensors()
     assert (last["optimizer/t/dense1.weight"] == 3).all() and (last["optimizer/t/dense3.bias"] == 3).all()
     middle = last["optimizer/t/dense2.weight"]
@@ -429,7 +429,7 @@ def test_adam_s_counts_travel_too(train):
 
 
 def test_without_normalization_the_mean_subnet_sees_what_the_network_sees():
-    """Over all ways to deal, the mean of what a unit adds up in a subnet is what it adds up in the whole network."""
+    """The mean of the subnets' scores is the scores of the whole network."""
     net = mlp(8, inputs=6)
     layout, rng = net.layout(), np.random.default_rng(0)
     w = rng.standard_normal(layout.size)
@@ -444,7 +444,7 @@ def test_without_normalization_the_mean_subnet_sees_what_the_network_sees():
             for strip in find_strips(layout, Runs(((0, layout.size),)), (0, 1), own, shares, worker):
                 strip.take(w, vector)
             total += Model(dealer.networks[worker], own, vector, None, make_backend("numpy")).forward(x).scores
-    # The four subnets of a round have every hidden unit once: exact, not on average.
+    # The four subnets of a round have every hidden unit once, so the mean is exact.
     assert np.allclose(total / (4 * rounds), scores, rtol=1e-12)
 
 
@@ -471,18 +471,18 @@ def test_where_normalization_follows_nothing_is_scaled():
     assert "Scale" not in kinds
     kinds = [type(layer).__name__ for layer in Dealer(mlp(8, 8), 4, 0).networks[0].layers]
     assert kinds.count("Scale") == 2
-    # Nor is what is brought to unit length.
+    # Vectors of unit length are not scaled either.
     net = make_network("head", (5,), 4, widths=(8, 8), scale=16.0)
     kinds = [type(layer).__name__ for layer in Dealer(net, 4, 0).networks[0].layers]
     assert kinds.count("Scale") == 1 and kinds[-2:] == ["UnitLength", "Cosine"]
-    # What goes past a residual block is not normalized in its branch.
+    # Normalization in a residual branch does not normalize the skip connection.
     past = [{"type": "dense", "units": 8}, {"type": "dense", "units": 6},
             {"type": "residual", "layers": [{"type": "batch_norm"}]}, {"type": "dense", "units": 4}]  # fmt: skip
     kinds = [type(layer).__name__ for layer in Dealer(build("past", (5,), past, 4), 4, 0).networks[0].layers]
     assert kinds.count("Scale") == 1
 
 
-# By residual blocks.
+# Deals of residual blocks.
 
 
 def test_blocks_of_the_longest_section_are_dealt_but_its_first():
@@ -500,7 +500,7 @@ def test_blocks_of_the_longest_section_are_dealt_but_its_first():
             for shares in deal:
                 for share in shares.values():
                     assert share.owners == tuple(k for k in range(workers) if share.source in names[k])
-    # A subnet's dealt blocks make up for those that it has not; the others are as they were.
+    # Dealt blocks are scaled up for the blocks that a subnet lacks; the others keep their scale.
     scales = [layer.scale for layer in Dealer(net, 2, 1, "blocks").networks[0].layers if isinstance(layer, Residual)]
     assert scales == [1, 1, 1, 2, 2, 1]
 
@@ -509,8 +509,8 @@ def test_networks_are_cut_between_residual_blocks():
     net = make_network("resnet", (1, 8, 8), 10, widths=(4, 6), blocks=(1, 2))
     stages = cut_stages(net)
     assert stages[0][0] == 0 and stages[-1][1] == len(net.layers) and all(a[1] == b[0] for a, b in pairwise(stages))
-    for first, behind in stages:
-        kinds = [type(layer).__name__ for layer in net.layers[first:behind]]
+    for first, stop in stages:
+        kinds = [type(layer).__name__ for layer in net.layers[first:stop]]
         assert kinds.count("Residual") + kinds.count("Conv") + kinds.count("Dense") == 1
 
 
@@ -521,7 +521,7 @@ def test_the_gradient_of_batch_normalization_is_exact():
     net = mlp(6, 5, inputs=7, batch_norm=True)
     layout = net.layout()
     names = {p.name for p in layout.parameters}
-    # That of the scores has no parameters, and there are no running statistics.
+    # The normalization of the scores has no parameters, and none has running statistics.
     assert names == {"dense1.weight", "dense2.weight", "dense3.weight", *(f"batch_norm{k}.{kind}" for k in (1, 2)
                      for kind in ("weight", "bias"))}  # fmt: skip
     rng = np.random.default_rng(0)
@@ -585,18 +585,18 @@ def test_settings_of_this_method_are_refused_by_others():
                     {"type": "separable_dense", "units": 4, "groups": 4}], 4)  # fmt: skip
     with pytest.raises(UserError, match="no layer whose units the next layer reads as a whole"):
         Dealer(grouped, 2, 0)
-    # Where units are normalized together, all have to be there.
+    # Layer normalization needs all units of its layer, so the layer is not dealt.
     layers = [{"type": "dense", "units": 8}, {"type": "layer_norm"}, {"type": "dense", "units": 6}]
-    together = build("together", (8,), [*layers, {"type": "gelu"}, {"type": "dense", "units": 4}], 4)
-    assert Dealer(together, 2, 0).layers == {2: 4}
+    normalized = build("together", (8,), [*layers, {"type": "gelu"}, {"type": "dense", "units": 4}], 4)
+    assert Dealer(normalized, 2, 0).layers == {2: 4}
 
 
-# What is learnt.
+# Accuracy.
 
 
 @pytest.mark.slow
 def test_subnets_of_mnist_learn_as_they_should(train):
-    """784-512-512-10 with batch normalization, 128 samples a worker, 2,340 steps: 94.55 +- 0.17 % (4 workers)."""
+    """784-512-512-10 with batch normalization, 4 workers with 128 samples each, 2,340 steps: 94.55 +- 0.17 %."""
     options = ("--method", "ist", "--model", "mlp", "--widths", "512", "512", "--batch-norm", "--loss", "nll",
                "--init", "pytorch", "--optimizer", "sgd", "--lr", "0.01", "--clip", "0", "--dataset", "mnist",
                "--data-dir", real("mnist"), "--batch-size", "512", "--epochs", "20", "--max-steps", "2340",

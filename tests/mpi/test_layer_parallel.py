@@ -40,30 +40,30 @@ IMAGES = ("--model", "deep-conv", "--widths", "2", "--depth", "16")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Three classes of points, three of images, and a network of residual layers of two layers each."""
-    made, rng = tmp_path_factory.mktemp("layers"), np.random.default_rng(3)
+    """A folder with points and images of three classes, and a network of 16 residual layers."""
+    path, rng = tmp_path_factory.mktemp("layers"), np.random.default_rng(3)
     for name, shape in (("points", (FEATURES,)), ("images", (1, 6, 6))):
         x = rng.normal(size=(SAMPLES + 12, *shape))
         y = (x.reshape(len(x), -1) @ rng.normal(size=(np.prod(shape), CLASSES))).argmax(axis=1)
-        np.savez(made / f"{name}.npz", x=x[:SAMPLES], y=y[:SAMPLES], x_test=x[SAMPLES:], y_test=y[SAMPLES:])
-    one = '[[model.layers]]\ntype = "dense"\nunits = 6\n[[model.layers]]\ntype = "tanh"\n'
+        np.savez(path / f"{name}.npz", x=x[:SAMPLES], y=y[:SAMPLES], x_test=x[SAMPLES:], y_test=y[SAMPLES:])
+    first_layers = '[[model.layers]]\ntype = "dense"\nunits = 6\n[[model.layers]]\ntype = "tanh"\n'
     branch = (
         '{type = "group_norm", groups = 2}, {type = "dense", units = 9}, {type = "tanh"}, {type = "dense", units = 6}'
     )
     residual = f'[[model.layers]]\ntype = "residual"\nscale = 0.1\nlayers = [{branch}]\n' * 16
     last = f'[[model.layers]]\ntype = "dense"\nunits = {CLASSES}\n'
-    (made / "net.toml").write_text(f'[model]\nmodel = "custom"\n{one}{residual}{last}')
-    return made
+    (path / "net.toml").write_text(f'[model]\nmodel = "custom"\n{first_layers}{residual}{last}')
+    return path
 
 
-def flat(method_found, layout):
-    """The flat vector of shards, (runs, values) each."""
-    found = np.full(layout.size, np.nan)
-    for runs, values in method_found:
+def flat(shards, layout):
+    """Join shards, pairs of runs and values, to a flat vector."""
+    vector = np.full(layout.size, np.nan)
+    for runs, values in shards:
         for a, b in runs.intervals:
-            found[a:b] = values[runs.local(a, b)]
-    assert not np.isnan(found).any()
-    return found
+            vector[a:b] = values[runs.local(a, b)]
+    assert not np.isnan(vector).any()
+    return vector
 
 
 class Problem:
@@ -79,7 +79,7 @@ class Problem:
         self.batches = Minibatches(SAMPLES, self.config.data.batch_size, self.config.run.seed, True)
 
     def on(self, ranks, work):
-        """work(method) on each rank; the results."""
+        """Call work(method) on each rank; return the results by rank."""
         self.kind.check(ranks, self.network, self.dataset, self.config)
 
         def start(world):
@@ -88,7 +88,7 @@ class Problem:
         return run_ranks(ranks, start, timeout=120)
 
     def train(self, ranks, steps=7):
-        """The weights after some steps; and test scores and losses."""
+        """Return the weights after `steps` steps; keep the test scores and the sum of losses."""
 
         def work(method):
             for k in range(steps):
@@ -97,26 +97,27 @@ class Problem:
             tested = method.test()
             return method.shards[method.rank], method.w.copy(), tested, method.loss_sum
 
-        found = self.on(ranks, work)
-        self.tested, self.losses = found[0][2], sum(one[3] for one in found)
-        return flat([one[:2] for one in found], self.layout)
+        by_rank = self.on(ranks, work)
+        self.tested, self.losses = by_rank[0][2], sum(result[3] for result in by_rank)
+        return flat([result[:2] for result in by_rank], self.layout)
 
     def passes(self, ranks, samples=BATCH):
-        """States and adjoints of all points after a step's passes, and the gradient, at the first weights."""
+        """Return states and adjoints of all layers after the passes of one step, and the gradient, at the initial
+        weights."""
 
         def work(method):
             method._gradient(np.arange(samples), 1, False, False)
             solver = method.solver
             return method.position, solver.u.copy(), solver.w.copy(), method.shards[method.rank], method.g.copy()
 
-        found = sorted(self.on(ranks, work), key=lambda one: one[0])
-        states = np.concatenate([found[0][1][:1], *(one[1][1:] for one in found)])
-        adjoints = np.concatenate([found[-1][2][:1], *(one[2][1:] for one in reversed(found))])
-        return states, adjoints, flat([one[3:] for one in found], self.layout)
+        by_rank = sorted(self.on(ranks, work), key=lambda result: result[0])
+        states = np.concatenate([by_rank[0][1][:1], *(result[1][1:] for result in by_rank)])
+        adjoints = np.concatenate([by_rank[-1][2][:1], *(result[2][1:] for result in reversed(by_rank))])
+        return states, adjoints, flat([result[3:] for result in by_rank], self.layout)
 
 
 def exact(depth, factor=4, levels=2, relaxations=1):
-    """Options of so many cycles that passes are exact."""
+    """Return options with enough cycles for exact passes."""
     cycles = str(exact_cycles(depth, (factor,) * (levels - 1), relaxations))
     return ("--coarsening", str(factor), "--levels", str(levels), "--relaxations", str(relaxations),
             "--forward-cycles", cycles, "--adjoint-cycles", cycles)  # fmt: skip
@@ -138,15 +139,15 @@ def exact(depth, factor=4, levels=2, relaxations=1):
 )
 def test_exact_passes_are_back_propagation(folder, monkeypatch, data, options, ranks):
     monkeypatch.chdir(folder)
-    known = [option for option in ("--optimizer", "--lr", "--clip", *DEEP[::2], "--activation", "--final-time",
+    shared = [option for option in ("--optimizer", "--lr", "--clip", *DEEP[::2], "--activation", "--final-time",
              "--config") if option in options]  # fmt: skip
-    same = [word for option in known for word in (option, options[options.index(option) + 1])]
-    serial = Problem(folder, *same, data=data, method="data_parallel")
+    serial_words = [word for option in shared for word in (option, options[options.index(option) + 1])]
+    serial = Problem(folder, *serial_words, data=data, method="data_parallel")
     expected = serial.train(1)
     problem = Problem(folder, *options, data=data)
-    found = problem.train(ranks)
+    result = problem.train(ranks)
     start = problem.train(ranks, 0)
-    assert np.linalg.norm(found - expected) <= 1e-11 * np.linalg.norm(expected)
+    assert np.linalg.norm(result - expected) <= 1e-11 * np.linalg.norm(expected)
     assert np.linalg.norm(start - expected) > 1e-3 * np.linalg.norm(expected)
 
 
@@ -168,10 +169,10 @@ def test_any_number_of_ranks_finds_the_same_bits(folder, depth, factor, levels, 
     model = DEEP if data == "points" else IMAGES
     options = (*model, "--depth", str(depth), "--coarsening", str(factor), "--levels", str(levels),
                "--adjoint-cycles", "2")  # fmt: skip
-    alone = Problem(folder, *options, data=data).passes(1)
+    one_rank = Problem(folder, *options, data=data).passes(1)
     for ranks in (2, 8):
-        for one, other in zip(alone, Problem(folder, *options, data=data).passes(ranks), strict=True):
-            assert np.array_equal(one, other)
+        for expected, result in zip(one_rank, Problem(folder, *options, data=data).passes(ranks), strict=True):
+            assert np.array_equal(expected, result)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
@@ -203,7 +204,7 @@ def test_one_level_is_the_serial_loop_to_the_bit(folder, ranks):
     ],
 )
 def test_gradients_are_those_of_finite_differences(folder, monkeypatch, data, options, ranks):
-    """With both penalties; central differences along random directions."""
+    """Both penalties are on; central differences go along random directions."""
     monkeypatch.chdir(folder)
     problem = Problem(folder, *options, "--gamma-tik", "0.01", "--gamma-ddt", "0.001", data=data)
     rng = np.random.default_rng(1)
@@ -216,18 +217,18 @@ def test_gradients_are_those_of_finite_differences(folder, monkeypatch, data, op
         return method._gradient(np.arange(BATCH), 1, False, False)
 
     def work(method):
-        # Far from the symmetry of layers that are alike.
+        # Random weights differ from layer to layer.
         runs, start = method.shards[method.rank], rng_weights
         losses = [[value(method, start + sign * h * d) for sign in (1, -1)] for d in directions]
         value(method, start)
         return runs, method.g.copy(), np.array(losses)
 
     rng_weights = rng.normal(size=problem.layout.size) * 0.4
-    found = problem.on(ranks, work)
-    g = flat([one[:2] for one in found], problem.layout)
-    losses = sum(one[2] for one in found)
-    measured = (losses[:, 0] - losses[:, 1]) / (2 * h)
-    np.testing.assert_allclose(directions @ g, measured, rtol=1e-6, atol=1e-8 * np.linalg.norm(g))
+    by_rank = problem.on(ranks, work)
+    g = flat([result[:2] for result in by_rank], problem.layout)
+    losses = sum(result[2] for result in by_rank)
+    differences = (losses[:, 0] - losses[:, 1]) / (2 * h)
+    np.testing.assert_allclose(directions @ g, differences, rtol=1e-6, atol=1e-8 * np.linalg.norm(g))
 
 
 @pytest.mark.parametrize(
@@ -235,14 +236,14 @@ def test_gradients_are_those_of_finite_differences(folder, monkeypatch, data, op
 )
 @pytest.mark.parametrize("factor", [1.0, 4.0])
 def test_a_layer_and_its_adjoint_are_adjoint(folder, monkeypatch, data, options, factor):
-    """<Phi' v, w> = <v, Phi'^T w>, Phi' v by central differences of tenth order."""
+    """<Phi' v, w> = <v, Phi'^T w>, with Phi' v by central differences of tenth order."""
     monkeypatch.chdir(folder)
     rng = np.random.default_rng(5)
 
     def work(method):
         layers, size = method.layers, method.layers.units * BATCH
         u, v, w = rng.normal(size=(3, size))
-        # No sample whose values are near each other, of which a normalization is steep.
+        # Spread each sample's values: a normalization of nearly equal values is steep.
         u.reshape(layers.units, BATCH)[::3] += 4
         out, back, h = np.empty(size), np.empty(size), 4e-3
         pushed = np.zeros(size)
@@ -259,7 +260,7 @@ def test_a_layer_and_its_adjoint_are_adjoint(folder, monkeypatch, data, options,
 
 
 def reference(step, start, n, factors, relaxations, cycles):
-    """All states after some cycles, cold: the algorithm written down once more, on one rank and with copies."""
+    """Return all states after some cycles from a cold start, by a plain version of the algorithm on one rank."""
 
     def cycle(u, g, stride, factors):
         def phi(i):
@@ -281,12 +282,12 @@ def reference(step, start, n, factors, relaxations, cycles):
             for i, value in new.items():
                 u[i] = value
             relax()
-        v = [one.copy() for one in u[::m]]
-        more = [0 * start]
+        v = [state.copy() for state in u[::m]]
+        coarse_g = [0 * start]
         for j in range(1, len(v)):
             residual = phi(j * m - 1) - u[j * m]
-            more.append(v[j] - step((j - 1) * m * stride, m * stride, v[j - 1]) + residual)
-        cycle(v, more, m * stride, factors[1:])
+            coarse_g.append(v[j] - step((j - 1) * m * stride, m * stride, v[j - 1]) + residual)
+        cycle(v, coarse_g, m * stride, factors[1:])
         u[::m] = v
         relax()
 
@@ -299,7 +300,8 @@ def reference(step, start, n, factors, relaxations, cycles):
 @pytest.mark.parametrize(("factor", "levels"), [(4, 2), (2, 4)])
 @pytest.mark.parametrize("relaxations", [0, 1, 2])
 def test_passes_are_those_of_a_plain_algorithm(folder, factor, levels, relaxations):
-    """Coarse layers have the weights, and coarse adjoints the state, of the first layer that they stand for."""
+    """A coarse layer has the weights of the first layer that it replaces, and its adjoint is taken at that layer's
+    state."""
     problem = Problem(folder, *DEEP, "--final-time", "4", "--coarsening", str(factor), "--levels", str(levels),
                       "--relaxations", str(relaxations), "--adjoint-cycles", "2")  # fmt: skip
     states, adjoints, _ = problem.passes(4)
@@ -314,39 +316,39 @@ def test_passes_are_those_of_a_plain_algorithm(folder, factor, levels, relaxatio
             return out
 
         def backward(i, stride, x):
-            left, out = 32 - i - stride, np.empty_like(x)
-            layers.forward(left, 1.0, states[left], out)
-            layers.backward(left, stride, x, out)
+            layer, out = 32 - i - stride, np.empty_like(x)
+            layers.forward(layer, 1.0, states[layer], out)
+            layers.backward(layer, stride, x, out)
             return out
 
         u = reference(forward, states[0], 32, factors, relaxations, 2)
         return u, reference(backward, adjoints[0], 32, factors, relaxations, 2)
 
-    for found, expected in zip((states, adjoints), problem.on(1, work)[0], strict=True):
-        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-13 * np.abs(expected).max())
+    for result, expected in zip((states, adjoints), problem.on(1, work)[0], strict=True):
+        np.testing.assert_allclose(result, expected, rtol=0, atol=1e-13 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("ranks", [1, 4])
 def test_penalties_are_their_formulas(folder, ranks):
-    """Also those of a network of every second layer, with twice the step."""
+    """Check the penalties of all layers, and of every second layer with twice the step size."""
     tik, ddt = 0.3, 0.02
 
     def values(method):
         rng = np.random.default_rng(0)
-        everything = rng.normal(size=problem.layout.size)
+        full_w = rng.normal(size=problem.layout.size)
         for a, b in method.shards[method.rank].intervals:
-            method.w[method.shards[method.rank].local(a, b)] = everything[a:b]
+            method.w[method.shards[method.rank].local(a, b)] = full_w[a:b]
         g = np.zeros_like(method.w)
         return [method.penalty.add(method.w, g, stride) if method.penalty else 0.0 for stride in (1, 2)]
 
     problem = Problem(folder, *DEEP, "--gamma-tik", str(tik), "--gamma-ddt", str(ddt), "--final-time", "2")
-    everything = np.random.default_rng(0).normal(size=problem.layout.size)
+    full_w = np.random.default_rng(0).normal(size=problem.layout.size)
     names = [[p.name for p in layer.parameters()] for layer in problem.network.layers if layer.inner]
-    runs = [problem.layout.runs_of_parameters(set(some)).intervals for some in names]
-    weights = np.array([np.concatenate([everything[a:b] for a, b in some]) for some in runs])
+    runs = [problem.layout.runs_of_parameters(set(group)).intervals for group in names]
+    weights = np.array([np.concatenate([full_w[a:b] for a, b in group]) for group in runs])
     assert weights.shape == (32, 30)
-    found = np.sum(problem.on(ranks, values), axis=0)
-    for value, stride in zip(found, (1, 2), strict=True):
+    penalties = np.sum(problem.on(ranks, values), axis=0)
+    for value, stride in zip(penalties, (1, 2), strict=True):
         th, h = weights[::stride], stride * 2 / 32
         expected = tik / 2 * (th**2).sum() + ddt / 2 * ((np.diff(th, axis=0) / h) ** 2).sum()
         assert value == pytest.approx(expected, rel=1e-12)
@@ -355,25 +357,26 @@ def test_penalties_are_their_formulas(folder, ranks):
 @pytest.mark.parametrize("ranks", [1, 4])
 @pytest.mark.parametrize(("data", "options"), [("points", DEEP), ("images", (*IMAGES, "--depth", "32"))])
 def test_derivatives_are_taken_where_inexact_states_are(folder, data, options, ranks):
-    """Of one forward cycle, and exact adjoints: each one follows from the next by its layer's pass at its state."""
+    """After one forward cycle and exact adjoint cycles, each adjoint follows from the next by its layer's backward pass
+    at the inexact state."""
     problem = Problem(folder, *options, *exact(32), "--forward-cycles", "1", data=data)
     states, adjoints, gradient = problem.passes(ranks)
 
     def work(method):
-        layers, out, found = method.layers, np.empty_like(states[0]), []
+        layers, out, computed = method.layers, np.empty_like(states[0]), []
         method.g[...] = gradient
         for k in range(32):
             layers.forward(k, 1.0, states[k], out)
             layers.backward(k, 1.0, adjoints[31 - k], out)
-            found.append(out.copy())
+            computed.append(out.copy())
             layers.gradient(k, 1.0, adjoints[31 - k])
-        return np.array(found[::-1]), method.g
+        return np.array(computed[::-1]), method.g
 
-    found, g = problem.on(1, work)[0]
-    np.testing.assert_allclose(found, adjoints[1:], rtol=1e-11, atol=1e-13)
+    computed, g = problem.on(1, work)[0]
+    np.testing.assert_allclose(computed, adjoints[1:], rtol=1e-11, atol=1e-13)
     np.testing.assert_allclose(g, gradient, rtol=1e-11, atol=1e-13)
-    exactly = Problem(folder, *options, "--levels", "1", data=data).passes(1)
-    assert np.linalg.norm(states - exactly[0]) > 1e-6 * np.linalg.norm(states)
+    exact_passes = Problem(folder, *options, "--levels", "1", data=data).passes(1)
+    assert np.linalg.norm(states - exact_passes[0]) > 1e-6 * np.linalg.norm(states)
 
 
 @pytest.mark.parametrize(("factor", "levels"), [(4, 2), (2, 4)])
@@ -383,11 +386,11 @@ def test_passes_send_what_is_said_and_make_no_collectives(folder, factor, levels
     problem = Problem(folder, *DEEP, "--depth", str(depth), "--coarsening", str(factor), "--levels", str(levels),
                       "--relaxations", str(relaxations), "--forward-cycles", "3", "--adjoint-cycles", "2")  # fmt: skip
     own, calls = threading.local(), []
-    real = Cycle.run
+    run_cycle = Cycle.run
 
     def watched(self, cycles):
         own.inside = True
-        real(self, cycles)
+        run_cycle(self, cycles)
         own.inside = False
 
     def work(method):
@@ -400,17 +403,17 @@ def test_passes_send_what_is_said_and_make_no_collectives(folder, factor, levels
 
     names = ("bcast", "reduce", "allreduce", "allgather", "agree", "gather_all", "ibcast", "ireduce", "iallreduce")
 
-    def told(name):
+    def watch_call(name):
         call = getattr(Group, name)
 
-        def wrapped(self, *words, **more):
+        def wrapped(self, *arguments, **keywords):
             if getattr(own, "inside", False):
                 calls.append(name)
-            return call(self, *words, **more)
+            return call(self, *arguments, **keywords)
 
         return mock.patch.object(Group, name, wrapped)
 
-    patches = [mock.patch.object(Cycle, "run", watched), *(told(name) for name in names)]
+    patches = [mock.patch.object(Cycle, "run", watched), *(watch_call(name) for name in names)]
     for patch in patches:
         patch.start()
     try:
@@ -419,17 +422,17 @@ def test_passes_send_what_is_said_and_make_no_collectives(folder, factor, levels
         for patch in patches:
             patch.stop()
     assert not calls
-    state, each = 8 * 5 * BATCH, (levels - 1) * relaxations + 1
+    state, messages_a_cycle = 8 * 5 * BATCH, (levels - 1) * relaxations + 1
     start = state * (ranks - 1)
-    # Up and down; cold also a broadcast from the first rank, and one from the last.
+    # Messages go up and down; a cold start adds a broadcast from the first rank and one from the last.
     for rank, (cold, warm) in enumerate(sent):
-        messages = (3 * (rank < ranks - 1) + 2 * (rank > 0)) * each
+        messages = (3 * (rank < ranks - 1) + 2 * (rank > 0)) * messages_a_cycle
         assert warm == messages * state
         assert cold == warm + start * ((rank == 0) + (rank == ranks - 1))
 
 
 def test_the_first_minute_needs_no_options(mpi_train):
-    """Of so few epochs that it ends soon; the network is the method's own choice."""
+    """The method chooses the network; four epochs keep the test short."""
     run = mpi_train(4, "--method", "layer_parallel", "--epochs", "4", "--lr", "0.003")
     assert "model deep" in run.stdout and "32 residual layers, 8 a rank" in run.stdout
     assert run.rows[-1]["test_accuracy"] > 0.8 and len(run.rows[-1]["forward_residual"]) == 2
@@ -461,7 +464,7 @@ VARIANTS = {
 
 
 CONFORM = (other_ranks_give_the_same, resumed_runs_end_the_same, other_ranks_go_on, counters_equal_messages)
-# Warm starts go on on other ranks, to the bit, in a test of their own.
+# test_warm_starts_go_on_on_other_ranks_to_the_bit is the quick check of resumed warm starts.
 QUICK = {*(("rows", check) for check in CONFORM), *(("warm", check) for check in (CONFORM[0], CONFORM[3]))}
 
 
@@ -481,14 +484,14 @@ def test_variants_conform(tmp_path, variant, check):
 
 
 def test_rows_of_ranks_share_minibatches(folder):
-    """Three rows, also of minibatches too small for all of them."""
-    alone = Problem(folder, *DEEP, "--batch-size", "38").train(1, 9)
-    found = Problem(folder, *DEEP, "--batch-size", "38", "--layer-replicas", "3").train(6, 9)
-    assert np.linalg.norm(found - alone) <= 1e-11 * np.linalg.norm(alone)
+    """Three rows also share a minibatch of two samples."""
+    one_rank = Problem(folder, *DEEP, "--batch-size", "38").train(1, 9)
+    result = Problem(folder, *DEEP, "--batch-size", "38", "--layer-replicas", "3").train(6, 9)
+    assert np.linalg.norm(result - one_rank) <= 1e-11 * np.linalg.norm(one_rank)
 
 
 def test_samples_of_a_whole_data_set_keep_their_places(folder):
-    """Whatever their order: states of the step before are those of the same samples."""
+    """In any order of the minibatch, a sample starts from its own states of the step before."""
     problem = Problem(folder, *DEEP, "--batch-size", str(SAMPLES), "--final-time", "4")
     rng = np.random.default_rng(0)
 
@@ -497,8 +500,8 @@ def test_samples_of_a_whole_data_set_keep_their_places(folder):
             method.step(Batch(rng.permutation(SAMPLES) if shuffled else np.arange(SAMPLES)), 0.3)
         return method.w.copy(), method.solver.forward_cycle.residuals
 
-    (w, residuals), (other, _) = problem.on(1, work)[0], problem.on(1, lambda method: work(method, True))[0]
-    assert np.array_equal(w, other)
+    (w, residuals), (shuffled_w, _) = problem.on(1, work)[0], problem.on(1, lambda method: work(method, True))[0]
+    assert np.array_equal(w, shuffled_w)
     cold = Problem(folder, *DEEP, "--batch-size", str(SAMPLES), "--final-time", "4", "--warm-start", "none")
     assert residuals[0][0] < cold.on(1, work)[0][1][0][0] / 10
 
@@ -525,11 +528,16 @@ def test_warm_starts_begin_cold_at_first_and_after_a_smaller_minibatch(folder, r
 
 def test_warm_starts_go_on_on_other_ranks_to_the_bit(tmp_path):
     case = Case("layer_parallel", tmp_path, ("--warm-start", "both", "--adjoint-cycles", "2", "--clip", "0"))
-    whole = case.run(1, "--max-steps", "12")
-    part = case.run(4, "--max-steps", "7")
-    case.run(2, "--max-steps", "12", "--resume", "auto", out=part)
-    one, other = tensors(newest(whole), ("weights", "optimizer")), tensors(newest(part), ("weights", "optimizer"))
-    assert one.keys() == other.keys() and all(np.array_equal(one[name], other[name]) for name in one)
+    full_run = case.run(1, "--max-steps", "12")
+    resumed = case.run(4, "--max-steps", "7")
+    case.run(2, "--max-steps", "12", "--resume", "auto", out=resumed)
+    full_tensors, resumed_tensors = (
+        tensors(newest(full_run), ("weights", "optimizer")),
+        tensors(newest(resumed), ("weights", "optimizer")),
+    )
+    assert full_tensors.keys() == resumed_tensors.keys() and all(
+        np.array_equal(full_tensors[name], resumed_tensors[name]) for name in full_tensors
+    )
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -537,28 +545,28 @@ def test_nested_iteration_trains_every_so_manieth_layer_and_copies_its_weights(f
     problem = Problem(folder, *DEEP, "--optimizer", "adam", "--nested-depths", "8", "16", "--nested-epochs", "1", "1")
 
     def work(method):
-        found = []
+        history = []
         for k in range(9):
             method.step(Batch(problem.batches.ids(*divmod(k, 3))), 0.01)
-            parts = [method.layers.w[at].copy() for at in method.layers.slices]
-            found.append((int(method.scalars["t"]), np.array(parts)))
-        return found, method.diagnostics() if method.test() else None
+            parts = [method.layers.w[part].copy() for part in method.layers.slices]
+            history.append((int(method.scalars["t"]), np.array(parts)))
+        return history, method.diagnostics() if method.test() else None
 
-    for found, told in problem.on(ranks, work):
-        assert [t for t, _ in found] == [1, 2, 3] * 3 and told["layers"] == 32
-        for k, (_, weights) in enumerate(found):
+    for history, diagnostics in problem.on(ranks, work):
+        assert [t for t, _ in history] == [1, 2, 3] * 3 and diagnostics["layers"] == 32
+        for k, (_, weights) in enumerate(history):
             stride = (4, 2, 1)[k // 3]
             assert np.array_equal(weights, np.repeat(weights[::stride], stride, axis=0))
             assert not np.array_equal(weights[::stride][1:], weights[::stride][:-1])
-        assert not np.array_equal(found[-1][1][::2], found[-1][1][1::2])
+        assert not np.array_equal(history[-1][1][::2], history[-1][1][1::2])
 
 
 def test_residuals_are_in_the_metrics(tmp_path):
     case = Case("layer_parallel", tmp_path, ("--forward-cycles", "3", "--adjoint-cycles", "2"))
-    alone, several = (rows(case.run(ranks, "--max-steps", "20"))[-1] for ranks in (1, 4))
+    one_rank, four_ranks = (rows(case.run(ranks, "--max-steps", "20"))[-1] for ranks in (1, 4))
     for name, cycles in (("forward_residual", 3), ("adjoint_residual", 2)):
-        assert len(alone[name]) == cycles and several[name] == pytest.approx(alone[name], rel=1e-3)
-        assert all(5 * after < before for before, after in pairwise(alone[name]))
+        assert len(one_rank[name]) == cycles and four_ranks[name] == pytest.approx(one_rank[name], rel=1e-3)
+        assert all(5 * after < before for before, after in pairwise(one_rank[name]))
     assert rows(case.run(2, "--levels", "1", "--max-steps", "5"))[-1]["forward_residual"] == []
 
 
@@ -595,30 +603,31 @@ LIMITS = [
 ]
 
 
-@pytest.mark.parametrize(("ranks", "options", "says"), LIMITS, ids=[" ".join(one[1][-2:]) for one in LIMITS])
+@pytest.mark.parametrize(("ranks", "options", "says"), LIMITS, ids=[" ".join(case[1][-2:]) for case in LIMITS])
 def test_limits_are_one_message_that_names_the_fix(folder, monkeypatch, ranks, options, says):
-    """The same on all ranks: rank 0 speaks for them."""
+    """All ranks find the same mistake, and rank 0 prints it."""
     monkeypatch.chdir(folder)
     dense, branch = '{type = "dense", units = 6}', '{type = "dense", units = 6}, {type = "tanh"}'
-    last, one = f'{{type = "dense", units = {CLASSES}}}', f'{{type = "residual", layers = [{branch}]}}'
+    last, residual = f'{{type = "dense", units = {CLASSES}}}', f'{{type = "residual", layers = [{branch}]}}'
     norm = f'{{type = "residual", layers = [{{type = "batch_norm"}}, {branch}]}}'
     wide = '{type = "residual", layers = [{type = "dense", units = 9}, {type = "dense", units = 6}]}'
     files = {
-        "one": [dense, one, last],
+        "one": [dense, residual, last],
         "norm": [dense, *[norm] * 8, last],
-        "other": [dense, *[one, wide] * 4, last],
+        "other": [dense, *[residual, wide] * 4, last],
     }
     for name, layers in files.items():
         (folder / f"{name}.toml").write_text(f'[model]\nmodel = "custom"\nlayers = [{", ".join(layers)}]\n')
     words = ("--method", "layer_parallel", "--dataset", folder / "points.npz", *PLAIN, *options)
     status, out, err = run(ranks, "-m", "psmpi.train", "--out", folder / "refused", *words)
-    told = " ".join((out + err).split())
-    assert status != 0 and "Traceback" not in told, told
-    assert len(re.findall(says, told)) == 1, told
+    message = " ".join((out + err).split())
+    assert status != 0 and "Traceback" not in message, message
+    assert len(re.findall(says, message)) == 1, message
 
 
 def peaks_task(folder, seed, steps, *options):
-    """Of the peaks task after so many steps of Adam: loss, validation accuracy, cycles of passes, mean of 50 losses."""
+    """Train on the peaks task with Adam; return the last loss, the test accuracy, the cycles, and the mean of the last
+    50 losses."""
     rng = np.random.default_rng(seed)
     x = rng.uniform(-3, 3, (2500, 2))
     y = peaks(x).argsort().argsort() * 5 // 2500
@@ -652,24 +661,24 @@ def peaks_task(folder, seed, steps, *options):
 
 
 def test_inexact_passes_learn_what_exact_ones_do(tmp_path):
-    """Some steps of one seed: states go on from the step before, adjoints begin anew."""
+    """Train 120 steps of one seed; states start from the step before, and adjoints start cold."""
     serial = peaks_task(tmp_path, 0, 120, "--levels", "1")
-    found = peaks_task(tmp_path, 0, 120)
-    assert serial[0] < 0.5 and found[0] <= 1.3 * serial[0] and found[1] >= serial[1] - 0.03, (serial, found)
+    inexact = peaks_task(tmp_path, 0, 120)
+    assert serial[0] < 0.5 and inexact[0] <= 1.3 * serial[0] and inexact[1] >= serial[1] - 0.03, (serial, inexact)
 
 
 @pytest.mark.slow
 def test_inexact_passes_learn_what_exact_ones_do_for_most_seeds(tmp_path):
     good = 0
     for seed in range(3):
-        serial, found = peaks_task(tmp_path, seed, 400, "--levels", "1"), peaks_task(tmp_path, seed, 400)
-        good += found[0] <= 1.3 * serial[0] and abs(found[1] - serial[1]) <= 0.03
+        serial, inexact = peaks_task(tmp_path, seed, 400, "--levels", "1"), peaks_task(tmp_path, seed, 400)
+        good += inexact[0] <= 1.3 * serial[0] and abs(inexact[1] - serial[1]) <= 0.03
     assert good >= 2
 
 
 @pytest.mark.slow
 def test_a_narrow_network_of_256_layers_learns(tmp_path):
-    """On four ranks and four levels; scores near those of exact passes."""
+    """On four ranks, four levels end near the accuracy of exact passes."""
     options = (
         "--depth",
         "256",
@@ -685,23 +694,23 @@ def test_a_narrow_network_of_256_layers_learns(tmp_path):
         "nll",
     )
     case = Case("layer_parallel", tmp_path, options)
-    exactly, found = (rows(case.run(4, "--levels", levels))[-1] for levels in ("1", "4"))
-    assert exactly["test_accuracy"] > 0.7 and found["test_accuracy"] >= exactly["test_accuracy"] - 0.03
-    assert found["forward_residual"][1] < found["forward_residual"][0] / 2
+    exact_row, inexact_row = (rows(case.run(4, "--levels", levels))[-1] for levels in ("1", "4"))
+    assert exact_row["test_accuracy"] > 0.7 and inexact_row["test_accuracy"] >= exact_row["test_accuracy"] - 0.03
+    assert inexact_row["forward_residual"][1] < inexact_row["forward_residual"][0] / 2
 
 
 @pytest.mark.slow
 def test_adaptive_passes_end_where_exact_ones_do(tmp_path):
-    """The mean loss of the last 50 steps, over three seeds: that of a single step is noisy."""
-    serial, found = (
+    """Compare mean losses of the last 50 steps over three seeds, because the loss of a single step is noisy."""
+    serial, adaptive = (
         [peaks_task(tmp_path, seed, 400, *options)[3] for seed in range(3)]
         for options in (("--levels", "1"), ("--adapt-every", "5", "--adapt-bound", "0.01"))
     )
-    assert sum(found) <= 1.02 * sum(serial), (serial, found)
+    assert sum(adaptive) <= 1.02 * sum(serial), (serial, adaptive)
 
 
 def test_adaptive_passes_become_exact_where_they_have_to(tmp_path):
-    """A bound that nothing keeps adds a cycle each time; one that all keep none."""
+    """A bound that no pass keeps adds cycles each time, and a bound that every pass keeps adds none."""
     assert peaks_task(tmp_path, 0, 3, "--adapt-every", "1", "--adapt-bound", "1e-12")[2] == [0, 0]
     assert peaks_task(tmp_path, 0, 2, "--adapt-every", "2", "--adapt-bound", "1e-12")[2] == [3, 2]
     assert peaks_task(tmp_path, 0, 3, "--adapt-every", "1", "--adapt-bound", "1e9")[2] == [2, 1]

@@ -20,7 +20,8 @@ class Alone:
 
 
 def copies(ranks, steps, every, *, optimizer="sgd", lr=0.05, batch=64, outer_lr=1.0, beta=0.0):
-    """The weights that local SGD ends with: `ranks` models of the method psl, and the outer step by its formula."""
+    """Return the weights after local SGD, and their layout, from `ranks` models of the method psl and the formula of
+    the outer step."""
     base = usual_config()
     config = replace(
         base,
@@ -36,8 +37,8 @@ def copies(ranks, steps, every, *, optimizer="sgd", lr=0.05, batch=64, outer_lr=
     for step in range(steps):
         ids = batches.ids(*divmod(step, batches.steps_per_epoch))
         slices = np.array_split(ids, ranks)
-        for model, mine in zip(models, slices, strict=True):
-            model.step(Batch(mine if len(mine) else ids), lr)
+        for model, own_ids in zip(models, slices, strict=True):
+            model.step(Batch(own_ids if len(own_ids) else ids), lr)
         if (step + 1) % every == 0:
             change = anchor - np.mean([model.w for model in models], axis=0)
             momentum = beta * momentum + change
@@ -68,7 +69,7 @@ def flat(result, layout):
     ],
 )
 def test_weights_are_those_of_copies_that_are_averaged(train, ranks, every, optimizer, outer):
-    # The last round is cut short: what is saved is the mean.
+    # The last round is cut short, and the checkpoint has the mean.
     options = (
         "--local-steps",
         every,
@@ -97,11 +98,11 @@ def test_a_last_minibatch_with_fewer_samples_than_ranks(train):
 def test_averages_after_each_step_of_sgd_are_data_parallelism(train):
     options = ("--dtype", "float64", "--epochs", "10", "--max-steps", "20", "--batch-size", "64", "--optimizer", "sgd",
                "--clip", "0")  # fmt: skip
-    both = [
+    by_method = [
         {k: v for k, v in train(4, "--method", *method, *options).tensors().items() if k.startswith("weights/")}
         for method in (("local_sgd", "--local-steps", "1", "--allreduce", "ring"), ("data_parallel",))
     ]
-    assert distance(*both) <= 1e-12
+    assert distance(*by_method) <= 1e-12
 
 
 def test_an_outer_optimizer_with_rate_one_and_no_momentum_is_the_mean(train):
@@ -115,7 +116,7 @@ def test_the_outer_step_is_nesterov_s_look_ahead_sequence():
     rng = np.random.default_rng(0)
     gradients, lr, beta = rng.normal(size=(9, 5)), 0.7, 0.9
     w, m = np.ones(5), np.zeros(5)
-    # Sutskever et al. 2013: the velocity is added first, the gradient is that of the point ahead.
+    # Sutskever et al. 2013: add the velocity first, and take the gradient at the point ahead.
     x, v = np.ones(5), np.zeros(5)
     for d in gradients:
         m = beta * m + d
@@ -145,11 +146,11 @@ def test_a_run_goes_on_bit_for_bit_in_the_middle_of_a_round(train, tmp_path):
 def test_on_another_number_of_ranks_a_run_goes_on_from_the_mean(train, tmp_path):
     options = (*LOCAL, "--local-steps", "5", "--batch-size", "64")
     out = tmp_path / "begun"
-    begun = train(3, *options, "--max-steps", "13", out=out)
+    first_run = train(3, *options, "--max-steps", "13", out=out)
     result = train(2, *options, "--max-steps", "14", "--resume", "auto", out=out)
     assert "does not hold the copies of this many ranks: all of them start from the mean" in result.stdout
     # One step of Adam moves each weight by the learning rate at most.
-    before, after = begun.tensors(), result.tensors()
+    before, after = first_run.tensors(), result.tensors()
     moved = max(abs(after[n] - before[n]).max() for n in before if n.startswith("weights/"))
     assert 0 < moved <= 1.1e-2
 
@@ -158,13 +159,13 @@ def test_an_outer_optimizer_begins_where_another_method_s_checkpoint_is(train, t
     options = ("--epochs", "40", "--batch-size", "64")
     out = tmp_path / "begun"
     first = train(3, "--method", "data_parallel", *options, "--lr", "0.01", "--max-steps", "400", out=out)
-    begun = first.rows[-1]["test_loss"]
+    first_loss = first.rows[-1]["test_loss"]
     outer = ("--method", "local_sgd", "--local-steps", "5", "--outer-lr", "0.7", "--outer-momentum", "0.9")
     result = train(3, *outer, *options, "--lr", "0.001", "--max-steps", "460", "--resume", "auto", out=out)
     assert "the checkpoint has no anchor outer: these start afresh" in result.stdout
     assert "the optimizer starts afresh" not in result.stdout
-    # Not back to the weights of the beginning, where the loss is above 9.
-    assert result.rows[-1]["test_loss"] <= 1.2 * begun
+    # At the initial weights the loss is above 9.
+    assert result.rows[-1]["test_loss"] <= 1.2 * first_loss
 
 
 @pytest.mark.parametrize(

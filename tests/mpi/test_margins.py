@@ -1,4 +1,4 @@
-"""Scores that are cosines, with and without a margin: formulas, gradients, tiles, ranks, tests and predictions."""
+"""Cosine scores, with and without a margin: formulas, gradients, tiles, ranks, tests and predictions."""
 
 import tracemalloc
 
@@ -30,7 +30,7 @@ from psmpi.optim.first_order import FirstOrder
 F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
 BACKENDS = ["numpy", pytest.param("compiled", marks=pytest.mark.skipif(level() == 0, reason="no compiled kernels"))]
 SCALE = 5.0
-# Kinds and sizes; beyond 1.2 many angles are more than pi with the margin.
+# Kinds and sizes of margins; with sizes above 1.2 many angles exceed pi.
 MARGINS = [("arcface", 0.0), ("arcface", 0.4), ("arcface", 1.3), ("cosface", 0.3)]
 OPTIONS = [("--scale", "5", "--margin", str(size), "--margin-kind", kind) if size else ("--scale", "5")
            for kind, size in MARGINS]  # fmt: skip
@@ -40,11 +40,11 @@ every_margin = pytest.mark.parametrize(("kind", "size"), MARGINS)
 
 
 def pairs_of(values, known):
-    """Values by margins: each value with one margin and each margin with values of `known`; the others are slow."""
-    every = list(values)
+    """Return parameters for all values and margins; quick are one margin a value, and all margins of `known` values."""
+    value_list = list(values)
     return [
         pytest.param(value, kind, size, marks=[] if value in known or k % len(MARGINS) == m else [pytest.mark.slow])
-        for k, value in enumerate(every)
+        for k, value in enumerate(value_list)
         for m, (kind, size) in enumerate(MARGINS)
     ]
 
@@ -54,7 +54,7 @@ def options_of(kind, size):
 
 
 def with_margin(cosine, kind, size):
-    """The label's score over the scale, from its cosine."""
+    """Return the label's score divided by the scale, from its cosine."""
     angle = np.arccos(cosine)
     if kind == "cosface":
         return cosine - size
@@ -67,13 +67,13 @@ def test_margins_and_their_slopes_are_those_of_the_angles(kind, size):
     scores, slopes = np.stack([SCALE * cosines, np.ones(300)]), np.empty(300)
     labels = np.where(np.arange(300) % 5, 0, 7)
     NumpyOps().add_margins(scores, labels, *make_margin(kind, size, SCALE, F64), slopes)
-    own = labels == 0
-    np.testing.assert_allclose(scores[0, own], SCALE * with_margin(cosines[own], kind, size), atol=1e-12)
-    np.testing.assert_array_equal(scores[0, ~own], SCALE * cosines[~own])
-    moved = [with_margin(cosines + move, kind, size) for move in (-h, h)]
-    steady = own & (abs(cosines + np.cos(size)) > 2 * h)
-    np.testing.assert_allclose(slopes[steady], ((moved[1] - moved[0]) / (2 * h))[steady], rtol=1e-5)
-    assert (scores[1] == 1).all() and (slopes[~own] == 1).all()
+    labelled = labels == 0
+    np.testing.assert_allclose(scores[0, labelled], SCALE * with_margin(cosines[labelled], kind, size), atol=1e-12)
+    np.testing.assert_array_equal(scores[0, ~labelled], SCALE * cosines[~labelled])
+    shifted = [with_margin(cosines + move, kind, size) for move in (-h, h)]
+    steady = labelled & (abs(cosines + np.cos(size)) > 2 * h)
+    np.testing.assert_allclose(slopes[steady], ((shifted[1] - shifted[0]) / (2 * h))[steady], rtol=1e-5)
+    assert (scores[1] == 1).all() and (slopes[~labelled] == 1).all()
 
 
 @pytest.mark.parametrize("dtype", [F32, F64], ids=str)
@@ -111,7 +111,7 @@ class Derived:
         self.objective.reserve(network.classes, batch)
 
     def __call__(self, x, labels):
-        """The loss."""
+        """Return the loss, and write its gradient to g."""
         self.tape = self.model.forward(x)
         self.objective.losses(self.tape.scores, labels, 1 / len(labels))
         self.objective.backward(self.tape)
@@ -124,7 +124,7 @@ def make_ops(backend):
 
 @pytest.fixture
 def tile(monkeypatch):
-    """tile(n): tiles of n classes from now on."""
+    """tile(n): let tiles have n classes."""
     return lambda n: monkeypatch.setattr(tail, "tile_size", lambda batch: n)
 
 
@@ -162,41 +162,41 @@ def test_tiles_make_the_loss_and_gradient_of_all_scores_at_once(name, kind, size
         network = network_of(13, trunk)
         assert has_head(network)
         w, x, labels = problem(network, dtype)
-        whole = Derived(network, w, 33, losing(name, dtype, kind, size), NumpyOps(), False)
-        ours = Derived(network, w, 33, losing(name, dtype, kind, size), make_ops(backend), True)
-        assert ours(x, labels) == pytest.approx(whole(x, labels), rel=tolerance)
-        assert abs(ours.g - whole.g).max() <= tolerance * abs(whole.g).max()
-        before = ours.g.copy()
-        ours.g.fill(np.nan)
-        ours.objective.again(ours.tape)
-        assert np.allclose(ours.g, before, rtol=1e-6 if dtype == F32 else 1e-12, atol=0)
+        untiled = Derived(network, w, 33, losing(name, dtype, kind, size), NumpyOps(), False)
+        tiled = Derived(network, w, 33, losing(name, dtype, kind, size), make_ops(backend), True)
+        assert tiled(x, labels) == pytest.approx(untiled(x, labels), rel=tolerance)
+        assert abs(tiled.g - untiled.g).max() <= tolerance * abs(untiled.g).max()
+        before = tiled.g.copy()
+        tiled.g.fill(np.nan)
+        tiled.objective.again(tiled.tape)
+        assert np.allclose(tiled.g, before, rtol=1e-6 if dtype == F32 else 1e-12, atol=0)
 
 
 @pytest.mark.parametrize(("name", "kind", "size"), pairs_of(LOSSES, ("nll",)))
 def test_tiles_on_any_ranks_make_the_steps_of_all_scores_on_one(name, kind, size, train, tmp_path, monkeypatch):
     options = (*save_many(tmp_path), "--loss", name, *options_of(kind, size))
-    whole = train(1, *options)
+    untiled = train(1, *options)
     for ranks, classes, more in ((3, 5, ()), (2, 50, ("--placement", "owner"))):
         monkeypatch.setattr(tail, "tile_size", lambda batch, classes=classes: classes)
-        assert same_run(whole, train(ranks, *options, "--colocate", *more))
+        assert same_run(untiled, train(ranks, *options, "--colocate", *more))
 
 
 @pytest.mark.parametrize(("name", "margin"), [("psl", ()), ("nll", ("--margin", "0.3"))], ids=str)
 def test_a_rank_may_have_no_label_of_a_minibatch(name, margin, train, tmp_path, monkeypatch):
-    """Of two samples, and of many ranks some in any minibatch."""
+    """Minibatches have two samples, fewer than there are ranks."""
     monkeypatch.setattr(tail, "tile_size", lambda batch: 3)
     options = (*save_many(tmp_path), "--loss", name, "--scale", "8", *margin, "--batch-size", "2", "--max-steps", "5")
     assert same_run(train(1, *options), train(4, *options, "--colocate"))
 
 
 def test_features_beyond_the_dtype_are_told(tmp_path):
-    """Not made vectors of zeros, which learn nothing."""
+    """Features that overflow are an error, and do not become vectors of zeros, which learn nothing."""
     rng = np.random.default_rng(0)
     x, y = rng.random((60, 5)).astype(np.float32), np.arange(60) % 6
     x[7] = 1e25
     np.savez(tmp_path / "huge.npz", x=x, y=y, x_test=x[10:30], y_test=y[10:30])
-    said = refused("--dataset", tmp_path / "huge.npz", "--model", "head", "--scale", "8", "--loss", "nll")
-    assert "the loss is not a finite number" in said and "cosine1.unit is the first to put out NaN" in said
+    message = refused("--dataset", tmp_path / "huge.npz", "--model", "head", "--scale", "8", "--loss", "nll")
+    assert "the loss is not a finite number" in message and "cosine1.unit is the first to put out NaN" in message
 
 
 def refused(*words):
@@ -208,8 +208,8 @@ def refused(*words):
 @pytest.mark.parametrize("name", [name for name, loss in LOSSES.items() if loss.pairwise])
 def test_pairs_of_classes_make_the_steps_of_all(name, train, tmp_path):
     options = (*save_many(tmp_path), "--loss", name, *OPTIONS[1])
-    whole, pairs = train(1, *options), train(3, *options, "--partition", "pairs", "--colocate")
-    assert same_run(whole, pairs)
+    by_classes, by_pairs = train(1, *options), train(3, *options, "--partition", "pairs", "--colocate")
+    assert same_run(by_classes, by_pairs)
 
 
 def test_a_network_of_a_file_ends_in_cosines_too(train, tmp_path):
@@ -222,8 +222,8 @@ def test_a_network_of_a_file_ends_in_cosines_too(train, tmp_path):
     first, second = (train(1, *options, "--config", file) for file in (head, custom))
     assert same_run(first, second)
     custom.write_text(f'[model]\nmodel = "custom"\n{trunk}[[model.layers]]\ntype = "dense"\nunits = 37\n')
-    said = refused(*options, "--config", custom)
-    assert 'the scores here are none: let [[model.layers]] end in a layer of type "cosine"' in said
+    message = refused(*options, "--config", custom)
+    assert 'the scores here are none: let [[model.layers]] end in a layer of type "cosine"' in message
 
 
 @pytest.mark.parametrize(
@@ -232,15 +232,15 @@ def test_a_network_of_a_file_ends_in_cosines_too(train, tmp_path):
 def test_rows_that_are_stepped_in_their_tiles_step_as_others(name, kind, size, train, tmp_path, monkeypatch):
     options, pieces = (*save_many(tmp_path), "--loss", name, *options_of(kind, size)), []
     options = (*options, "--clip", "0", "--weight-decay", "0.01")
-    whole, step_piece = train(1, *options), FirstOrder.step_piece
-    monkeypatch.setattr(FirstOrder, "step_piece", lambda *given: (pieces.append(given), step_piece(*given)))
+    untiled, step_piece = train(1, *options), FirstOrder.step_piece
+    monkeypatch.setattr(FirstOrder, "step_piece", lambda *arguments: (pieces.append(arguments), step_piece(*arguments)))
     monkeypatch.setattr(tail, "tile_size", lambda batch: 5)
     for ranks in (1, 3):
         pieces.clear()
-        assert same_run(whole, train(ranks, *options, "--colocate", "--placement", "owner")) and pieces
+        assert same_run(untiled, train(ranks, *options, "--colocate", "--placement", "owner")) and pieces
 
 
-# Derivatives with respect to scores (b, 8) of targets (b, 8), ones and zeros.
+# Derivatives with respect to scores c (b, 8), for one-hot targets t (b, 8).
 SLOPES = {
     "nll": lambda c, t: softmax(c, axis=1) - t,
     "bce": lambda c, t: expit(c - np.log(7) - SCALE / 2) - t,
@@ -249,11 +249,11 @@ SLOPES = {
 
 @pytest.mark.parametrize(
     ("ranks", "tiled"),
-    [(1, True), (3, False), *(pytest.param(*both, marks=pytest.mark.slow) for both in ((1, False), (3, True)))],
+    [(1, True), (3, False), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, False), (3, True)))],
 )
 @pytest.mark.parametrize(("name", "kind", "size"), pairs_of(SLOPES, ("nll",)))
 def test_twenty_steps_are_those_of_plain_formulas(name, kind, size, ranks, tiled, train, tmp_path, monkeypatch):
-    """Of normalized features and rows, by gradient descent, written out with angles."""
+    """Compare with gradient descent on normalized features and rows, written out with angles."""
     if tiled:
         monkeypatch.setattr(tail, "tile_size", lambda batch: 2)
     rng, samples = np.random.default_rng(0), np.arange(50)
@@ -263,7 +263,7 @@ def test_twenty_steps_are_those_of_plain_formulas(name, kind, size, ranks, tiled
                "--loss", name, "--margin", size, "--optimizer", "sgd", "--lr", "0.5", "--clip", "0",
                "--dtype", "float64", "--batch-size", "50", "--epochs", "20",
                "--checkpoint-every", "20", "--colocate", "--placement", "owner")  # fmt: skip
-    found = train(ranks, *options, *(("--margin-kind", kind) if size else ())).tensors()
+    trained = train(ranks, *options, *(("--margin-kind", kind) if size else ())).tensors()
 
     network = make_network("head", (6,), 8, widths=(16, 9), scale=SCALE)
     layout = network.layout()
@@ -296,7 +296,7 @@ def test_twenty_steps_are_those_of_plain_formulas(name, kind, size, ranks, tiled
             into[0][...] -= 0.5 * d.T @ values
             into[1][...] -= 0.5 * d.sum(axis=0)
     for key, values in tensors.items():
-        np.testing.assert_allclose(found[f"weights/{key}"], values, rtol=1e-9, atol=1e-10)
+        np.testing.assert_allclose(trained[f"weights/{key}"], values, rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -317,7 +317,7 @@ def test_no_array_of_all_scores_is_ever_made(name, kind, backend):
 
 @pytest.mark.parametrize("tiled", [False, True])
 def test_margins_are_of_training_alone(tiled, train, tmp_path, monkeypatch):
-    """Tests and predictions are by cosines times the run's scale."""
+    """Tests and predictions use cosines times the run's scale, without the margin."""
     if tiled:
         monkeypatch.setattr(tail, "tile_size", lambda batch: 5)
     options = (*save_many(tmp_path), "--loss", "nll", "--lr", "1e-9", "--scale", "5")
@@ -325,11 +325,11 @@ def test_margins_are_of_training_alone(tiled, train, tmp_path, monkeypatch):
     assert margin.rows[-1]["train_loss"] > plain.rows[-1]["train_loss"] + 1
     for key in ("test_loss", "test_accuracy", "test_top5"):
         assert margin.rows[-1][key] == pytest.approx(plain.rows[-1][key], rel=1e-6)
-    found = {name.removeprefix("weights/"): values for name, values in margin.tensors().items()}
+    weights = {name.removeprefix("weights/"): values for name, values in margin.tensors().items()}
     x = np.load(tmp_path / "data.npz")["x_test"]
-    h = x @ found["dense1.weight"].T + found["dense1.bias"]
-    cosines = (h / np.linalg.norm(h, axis=1, keepdims=True)) @ found["cosine1.weight"].T
-    cosines /= np.linalg.norm(found["cosine1.weight"], axis=1)
+    h = x @ weights["dense1.weight"].T + weights["dense1.bias"]
+    cosines = (h / np.linalg.norm(h, axis=1, keepdims=True)) @ weights["cosine1.weight"].T
+    cosines /= np.linalg.norm(weights["cosine1.weight"], axis=1)
     status, _, err = run(2, "-m", "psmpi.predict", margin.out, "--out", tmp_path / "out.npz")
     assert status == 0, err
     np.testing.assert_allclose(np.load(tmp_path / "out.npz")["scores"], 5 * cosines, rtol=1e-9, atol=1e-9)
@@ -350,17 +350,17 @@ def test_checkpoints_of_cosines_are_looked_into_cut_and_exported(train, tmp_path
 @pytest.mark.parametrize("more", [(), ("--scale", "8"), ("--margin", "0.2"), ("--margin", "0")], ids=str)
 def test_a_run_goes_on_with_its_scale_and_margin_or_with_others(more, train, tmp_path):
     options = (*save_many(tmp_path), "--loss", "nll", *OPTIONS[-1])
-    whole, half = train(1, *options), train(1, *options, "--epochs", "1")
-    assert same_run(whole, train(1, "--resume", half.checkpoint, "--epochs", "3", *more)) == (not more)
+    full_run, cut_run = train(1, *options), train(1, *options, "--epochs", "1")
+    assert same_run(full_run, train(1, "--resume", cut_run.checkpoint, "--epochs", "3", *more)) == (not more)
 
 
 @pytest.mark.parametrize("method", ["data_parallel", "local_sgd", "ist", "sil", "dfa"])
 def test_every_method_takes_cosines_and_margins(method, train, tmp_path):
     options = (*save_many(tmp_path), "--widths", "30", "20", "--loss", "nll", "--scale", "8", "--margin", "0.2")
-    found = train(2, *options, "--method", method)
-    assert np.isfinite(found.rows[-1]["test_loss"]) and 0 < found.rows[-1]["train_loss"] < 20
+    trained = train(2, *options, "--method", method)
+    assert np.isfinite(trained.rows[-1]["test_loss"]) and 0 < trained.rows[-1]["train_loss"] < 20
     if method in ("data_parallel", "dfa"):
-        assert same_run(train(1, *options, "--method", method), found)
+        assert same_run(train(1, *options, "--method", method), trained)
 
 
 @pytest.mark.parametrize(
@@ -387,18 +387,18 @@ def test_the_example_turns_scales_and_shifts_as_scipy_does(monkeypatch):
     from many_classes import copies
 
     images = np.random.default_rng(1).random((7, 28, 28))
-    found, rng = copies(images, np.random.default_rng(0)), np.random.default_rng(0)
+    result, rng = copies(images, np.random.default_rng(0)), np.random.default_rng(0)
     drawn = [rng.uniform(low, high, (7, 1, 1)).ravel() for low, high in ((-15, 15), (0.9, 1.1), (-2, 2), (-2, 2))]
-    noise = rng.normal(0, 12, found.shape)
+    noise = rng.normal(0, 12, result.shape)
     for k, (degrees, size, *shift) in enumerate(zip(*drawn, strict=True)):
         cos, sin = np.cos(np.deg2rad(degrees)) / size, np.sin(np.deg2rad(degrees)) / size
         turn = np.array([[cos, -sin], [sin, cos]])
         offset = 13.5 + np.array(shift) - turn @ [13.5, 13.5]
         moved = affine_transform(images[k], turn, offset, order=1, mode="grid-constant")
-        np.testing.assert_allclose(found[k], np.clip(255 * moved + noise[k], 0, 255), atol=1)
+        np.testing.assert_allclose(result[k], np.clip(255 * moved + noise[k], 0, 255), atol=1)
 
 
 def test_values_to_learn_are_no_cosines(tmp_path):
     np.savez(tmp_path / "data.npz", x=np.ones((30, 3)), y=np.ones((30, 2)))
-    said = refused("--dataset", tmp_path / "data.npz", "--loss", "squared", "--model", "head", "--scale", "16")
-    assert "a network of cosines (--scale) is for classes, and " in said
+    message = refused("--dataset", tmp_path / "data.npz", "--loss", "squared", "--model", "head", "--scale", "16")
+    assert "a network of cosines (--scale) is for classes, and " in message

@@ -1,4 +1,4 @@
-"""In-network training against simulations in NumPy, closed solutions, and what agents may know of each other."""
+"""In-network training: against simulations in NumPy and closed solutions, and the privacy of agents' samples."""
 
 from json import loads
 
@@ -26,7 +26,7 @@ from psmpi.training.usual import usual
 
 AGENTS, SAMPLES, FEATURES = 6, 180, 5
 LINEAR = '[model]\nmodel = "custom"\n[[model.layers]]\ntype = "dense"\nunits = 1\n'
-# All samples in each step; agents differ as much as they can.
+# A step uses all samples; sorted samples make agents as different as possible.
 FULL = ("--method", "next", "--agents", str(AGENTS), "--split", "sorted", "--loss", "squared", "--clip", "0",
         "--batch-size", str(SAMPLES), "--epochs", "1", "--dtype", "float64", "--threads", "1")  # fmt: skip
 PLAIN = ("--optimizer", "sgd")
@@ -34,17 +34,17 @@ PLAIN = ("--optimizer", "sgd")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A regression that is nearly linear, and a network that is."""
-    made, rng = tmp_path_factory.mktemp("next"), np.random.default_rng(3)
+    """A folder with a noisy linear regression and a linear network."""
+    path, rng = tmp_path_factory.mktemp("next"), np.random.default_rng(3)
     x = rng.normal(size=(SAMPLES + 40, FEATURES))
     y = x @ rng.normal(size=(FEATURES, 1)) + 0.3 + 0.5 * rng.normal(size=(len(x), 1))
-    np.savez(made / "own.npz", x=x[:SAMPLES], y=y[:SAMPLES], x_test=x[SAMPLES:], y_test=y[SAMPLES:])
-    (made / "linear.toml").write_text(LINEAR)
-    return made
+    np.savez(path / "own.npz", x=x[:SAMPLES], y=y[:SAMPLES], x_test=x[SAMPLES:], y_test=y[SAMPLES:])
+    (path / "linear.toml").write_text(LINEAR)
+    return path
 
 
 class Problem:
-    """A training of the linear network, and the same with dense linear algebra."""
+    """A training of the linear network, and its gradients and solution by dense linear algebra."""
 
     def __init__(self, folder, *options):
         words = ("--dataset", str(folder / "own.npz"), "--config", str(folder / "linear.toml"), *FULL, *options)
@@ -55,52 +55,54 @@ class Problem:
         self.x, self.y = np.column_stack([data["x"], np.ones(SAMPLES)]), data["y"].reshape(-1)
         seed = self.config.run.seed
         self.own = deal_samples(self.dataset, AGENTS, "sorted", seed)
-        # Where the weights and the bias lie in the flat vector.
+        # Positions of the weights and the bias in the flat vector.
         pieces = {self.network.layout().parameters[p.parameter].name: p.offset for p in self.network.layout().pieces()}
         self.order = [pieces["dense1.weight"] + k for k in range(FEATURES)] + [pieces["dense1.bias"]]
 
     def train(self, ranks, steps, look=None):
-        """Weights (agents, 6) after so many steps; look(method, step) after each, by rank."""
+        """Train `steps` steps; return the weights (agents, 6). Results of look(method) after each step are kept by
+        rank."""
         batches = Minibatches(SAMPLES, self.config.data.batch_size, self.config.run.seed, True)
         find_method("next").check(ranks, self.network, self.dataset, self.config)
 
         def work(world):
             method = find_method("next")(Context(world, self.network, self.dataset, self.config, NumpyOps()))
-            seen = []
+            looks = []
             for step in range(steps):
                 method.step(Batch(batches.ids(step, 0)), self.config.optimization.lr)
                 if look is not None:
-                    seen.append(look(method))
-            return method.w[:, self.order].copy(), seen, method.counter.sent
+                    looks.append(look(method))
+            return method.w[:, self.order].copy(), looks, method.counter.sent
 
         self.found = run_ranks(ranks, work, timeout=120)
         return np.concatenate([w for w, *_ in self.found])
 
     def gradients(self, w):
-        """(agents, 6): of each agent's mean loss, in the scale of the loss of all samples."""
-        found = []
+        """Return each agent's gradient (agents, 6), scaled so that their mean is the gradient of the mean loss of all
+        samples."""
+        rows = []
         for row, ids in zip(w, self.own, strict=True):
             x = self.x[ids]
-            found.append(AGENTS / SAMPLES * 2 * x.T @ (x @ row - self.y[ids]))
-        return np.array(found)
+            rows.append(AGENTS / SAMPLES * 2 * x.T @ (x @ row - self.y[ids]))
+        return np.array(rows)
 
     def start(self):
-        """The weights that all agents begin with."""
+        """Return the weights that all agents start with."""
         return self.train(1, 0)
 
     def solution(self, l2=0.0):
-        """The weights of least squares, with l2 times the squares of all weights."""
+        """Return the weights of least squares with l2 times the sum of squares of all weights."""
         gram = self.x.T @ self.x / SAMPLES + l2 * np.eye(FEATURES + 1)
         return np.linalg.solve(gram, self.x.T @ self.y / SAMPLES)
 
 
 def simulate(problem, rule, steps, lr, graph="ring", **more):
-    """The weights (agents, 6) after so many iterations, by each paper's formulas."""
+    """Return the weights (agents, 6) after `steps` iterations by the formulas of the rule's paper."""
     c = weights(AGENTS, make_graph(graph, AGENTS, 0).links)
     w = problem.start()
     g = problem.gradients(w)
     y, before, mixed_before, g_before = g.copy(), None, None, None
-    correction, start, known, near = (np.zeros_like(w) for _ in range(4))
+    correction, start, known, known_mixed = (np.zeros_like(w) for _ in range(4))
     start += w
     for step in range(steps):
         g = problem.gradients(w)
@@ -131,13 +133,13 @@ def simulate(problem, rule, steps, lr, graph="ring", **more):
             w = w - lr * g
             sent = np.zeros_like(w)
             for row, change in zip(sent, w - known, strict=True):
-                at = np.argsort(-np.abs(change))[: more["count"]]
-                row[at] = change[at]
-            known, near = known + sent, near + c @ sent
-            w = w + more["rate"] * (near - known)
+                largest = np.argsort(-np.abs(change))[: more["count"]]
+                row[largest] = change[largest]
+            known, known_mixed = known + sent, known_mixed + c @ sent
+            w = w + more["rate"] * (known_mixed - known)
         elif rule == "extra":
-            first = before is None
-            after = c @ w - lr * g if first else w + c @ w - (before + mixed_before) / 2 - lr * (g - g_before)
+            is_first = before is None
+            after = c @ w - lr * g if is_first else w + c @ w - (before + mixed_before) / 2 - lr * (g - g_before)
             before, mixed_before, g_before, w = w, c @ w, g, after
     return w
 
@@ -154,21 +156,21 @@ SETTINGS = {
 @pytest.mark.parametrize("ranks", [1, 2, 6])
 @pytest.mark.parametrize("rule", list(SETTINGS))
 def test_rules_are_those_of_their_papers(folder, rule, ranks):
-    more, options = SETTINGS[rule]
+    settings, options = SETTINGS[rule]
     problem = Problem(folder, *PLAIN, "--rule", rule, "--lr", "0.05", *options)
-    expected = simulate(problem, rule, 30, 0.05, **more)
+    expected = simulate(problem, rule, 30, 0.05, **settings)
     np.testing.assert_allclose(problem.train(ranks, 30), expected, rtol=0, atol=1e-12)
 
 
 def test_next_with_l2_is_its_formula_and_without_a_step_along_the_tracker(folder):
-    more = ("--rule", "next", "--tau", "2.5", "--lr", "0.2")
-    problem = Problem(folder, *PLAIN, *more, "--regularizer", "l2", "--regularizer-weight", "0.05")
+    rule_options = ("--rule", "next", "--tau", "2.5", "--lr", "0.2")
+    problem = Problem(folder, *PLAIN, *rule_options, "--regularizer", "l2", "--regularizer-weight", "0.05")
     expected = simulate(problem, "next", 40, 0.2, tau=2.5, lam=0.05)
     np.testing.assert_allclose(problem.train(3, 40), expected, rtol=0, atol=1e-12)
     # w = C (w - (a / tau) y).
-    found = Problem(folder, *PLAIN, *more).train(2, 40)
+    result = Problem(folder, *PLAIN, *rule_options).train(2, 40)
     tracked = Problem(folder, *PLAIN, "--rule", "tracking", "--lr", str(0.2 / 2.5)).train(2, 40)
-    np.testing.assert_allclose(found, tracked, rtol=0, atol=1e-13)
+    np.testing.assert_allclose(result, tracked, rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize(
@@ -182,7 +184,7 @@ def test_next_with_l2_is_its_formula_and_without_a_step_along_the_tracker(folder
     ],
 )
 def test_agents_agree_on_the_solution_of_all_samples(folder, rule, steps, options):
-    """Each sees its own samples alone, which are not alike."""
+    """Each agent sees only its own samples, and agents' samples differ."""
     problem = Problem(folder, *PLAIN, "--rule", rule, *options)
     w = problem.train(2, steps)
     np.testing.assert_allclose(w, np.tile(problem.solution(), (AGENTS, 1)), rtol=0, atol=1e-9)
@@ -193,27 +195,27 @@ def test_next_finds_the_regularized_solution(folder):
     problem = Problem(folder, *PLAIN, *options, "--regularizer", "l2")
     w = problem.train(1, 500)
     np.testing.assert_allclose(w, np.tile(problem.solution(0.05), (AGENTS, 1)), rtol=0, atol=1e-10)
-    # l1: of the mean loss f + 0.05 |w|_1 each component of the gradient is in -0.05 times the subgradient.
+    # At the minimum of f + 0.05 |w|_1 the gradient of f is in -0.05 times the subdifferential of |w|_1.
     problem = Problem(folder, *PLAIN, *options, "--regularizer", "l1")
     w = problem.train(1, 800)
     np.testing.assert_allclose(w, np.tile(w.mean(axis=0), (AGENTS, 1)), rtol=0, atol=1e-9)
     gradient = problem.gradients(w).mean(axis=0)
-    away = np.abs(w[0]) > 1e-6
-    np.testing.assert_allclose(gradient[away], -0.05 * np.sign(w[0][away]), rtol=0, atol=1e-8)
-    assert (np.abs(gradient[~away]) <= 0.05 + 1e-8).all()
+    nonzero = np.abs(w[0]) > 1e-6
+    np.testing.assert_allclose(gradient[nonzero], -0.05 * np.sign(w[0][nonzero]), rtol=0, atol=1e-8)
+    assert (np.abs(gradient[~nonzero]) <= 0.05 + 1e-8).all()
 
 
 PARTIAL = ("--rule", "next", "--linearization", "partial", "--threads", "1")
 
 
 def curvature(problem):
-    """The largest eigenvalue of the mean squared error's second derivatives."""
+    """Return the largest eigenvalue of the mean squared error's second derivatives."""
     return float(np.linalg.eigvalsh(2 / SAMPLES * problem.x.T @ problem.x)[-1])
 
 
 @pytest.mark.parametrize("blocks", [pytest.param(1, marks=pytest.mark.slow), 3, 6])
 def test_next_that_linearises_the_network_alone_finds_the_regularized_solution(folder, blocks):
-    """The network is linear: the convex model is an agent's loss itself, see `Inner`."""
+    """For a linear network the convex model of `Inner` is the agent's loss itself."""
     tau = str(curvature(Problem(folder)))
     options = (*PLAIN, *PARTIAL, "--lr", "0.3", "--tau", tau, "--mu", "1e-3", "--inner-blocks", str(blocks))
     l2 = ("--regularizer", "l2", "--regularizer-weight", "0.05")
@@ -234,7 +236,7 @@ def test_iterations_that_linearise_the_network_alone_are_their_formula(folder):
 @pytest.mark.parametrize("rule", ["full", "partial"])
 @pytest.mark.parametrize("kind", ["l1", "box", "ball"])
 def test_next_finds_the_solution_in_a_set(folder, rule, kind):
-    """The optimum of the loss of all samples, by its conditions: those of the subgradient, or of the normal cone."""
+    """Check the optimality conditions of the loss of all samples: those of the subgradient, or of the normal cone."""
     problem = Problem(folder)
     size = {"box": 0.4, "ball": 0.6}.get(kind, 0.05)
     assert np.abs(problem.solution()).max() > 0.6
@@ -247,9 +249,9 @@ def test_next_finds_the_solution_in_a_set(folder, rule, kind):
     np.testing.assert_allclose(w, np.tile(w.mean(axis=0), (AGENTS, 1)), rtol=0, atol=1e-9)
     w, slope = w[0], problem.gradients(w).mean(axis=0)
     if kind == "l1":
-        away = np.abs(w) > 1e-6
-        np.testing.assert_allclose(slope[away], -size * np.sign(w[away]), rtol=0, atol=1e-8)
-        assert (np.abs(slope[~away]) <= size + 1e-8).all()
+        nonzero = np.abs(w) > 1e-6
+        np.testing.assert_allclose(slope[nonzero], -size * np.sign(w[nonzero]), rtol=0, atol=1e-8)
+        assert (np.abs(slope[~nonzero]) <= size + 1e-8).all()
     elif kind == "box":
         inside = np.abs(w) < size - 1e-9
         assert 0 < inside.sum() < len(w) and np.abs(w).max() <= size
@@ -262,14 +264,15 @@ def test_next_finds_the_solution_in_a_set(folder, rule, kind):
 
 @pytest.mark.slow
 def test_agents_find_what_one_process_finds_of_a_network(tmp_path):
-    """A 6-8-1 network, ten agents of 40 samples that are not alike: loss of the mean within a quarter of the best."""
+    """A 6-8-1 network and ten agents with 40 samples each, which differ: the loss of the mean weights is within a
+    quarter of the best."""
     rng, n = np.random.default_rng(0), 400
     x = rng.uniform(-1, 1, size=(n, 6))
     y = np.sin(2 * x[:, 0]) + x[:, 1] * x[:, 2] + 0.5 * np.cos(3 * x[:, 3]) + 0.02 * rng.normal(size=n)
     np.savez(tmp_path / "own.npz", x=x, y=y[:, None], x_test=x[:9], y_test=y[:9, None])
     layers = ('type = "dense"\nunits = 8', 'type = "tanh"', 'type = "dense"\nunits = 1')
     (tmp_path / "small.toml").write_text(
-        '[model]\nmodel = "custom"\n' + "".join(f"[[model.layers]]\n{one}\n" for one in layers)
+        '[model]\nmodel = "custom"\n' + "".join(f"[[model.layers]]\n{layer}\n" for layer in layers)
     )
     words = (*FULL, *PLAIN, *PARTIAL, "--agents", "10", "--batch-size", str(n), "--graph", "erdos:0.25", "--tau", "0.1",
              "--graph-seed", "3", "--lr", "0.1", "--mu", "0.01", "--regularizer", "l2", "--regularizer-weight", "1e-3",
@@ -282,8 +285,8 @@ def test_agents_find_what_one_process_finds_of_a_network(tmp_path):
 
         def residuals(w):
             method.x[...] = w
-            found = method.inner.jacobian.model.forward(np.ascontiguousarray(x.T)).scores[0]
-            return np.concatenate([(found - y) / n**0.5, 1e-3**0.5 * w])
+            scores = method.inner.jacobian.model.forward(np.ascontiguousarray(x.T)).scores[0]
+            return np.concatenate([(scores - y) / n**0.5, 1e-3**0.5 * w])
 
         starts = [method.w[0].copy(), *(0.3 * np.random.default_rng(k).normal(size=method.x.size) for k in range(4))]
         best = min(2 * least_squares(residuals, start).cost for start in starts)
@@ -298,30 +301,32 @@ def test_agents_find_what_one_process_finds_of_a_network(tmp_path):
 
 
 def test_without_tracking_agents_stay_apart(folder):
-    far = {}
+    spread = {}
     for rule in ("tracking", "dgd"):
         w = Problem(folder, *PLAIN, "--rule", rule, "--lr", "0.05").train(1, 1500)
-        far[rule] = np.abs(w - w.mean(axis=0)).max()
-    assert far["dgd"] > 100 * far["tracking"] and far["dgd"] > 1e-3
+        spread[rule] = np.abs(w - w.mean(axis=0)).max()
+    assert spread["dgd"] > 100 * spread["tracking"] and spread["dgd"] > 1e-3
 
 
 def test_choco_that_sends_all_is_dgd_and_converges_near_it_with_a_third(folder):
     dgd = Problem(folder, *PLAIN, "--rule", "dgd", "--lr", "0.02")
-    whole = Problem(folder, *PLAIN, "--rule", "choco", "--lr", "0.02", "--gossip-density", "1", "--gossip-rate", "1")
-    np.testing.assert_allclose(whole.train(2, 50), dgd.train(2, 50), rtol=0, atol=1e-12)
-    some = Problem(
+    all_components = Problem(
+        folder, *PLAIN, "--rule", "choco", "--lr", "0.02", "--gossip-density", "1", "--gossip-rate", "1"
+    )
+    np.testing.assert_allclose(all_components.train(2, 50), dgd.train(2, 50), rtol=0, atol=1e-12)
+    third = Problem(
         folder, *PLAIN, "--rule", "choco", "--lr", "0.002", "--gossip-density", "0.34", "--gossip-rate", "0.3"
     )
-    w = some.train(3, 3000)
-    assert np.abs(w.mean(axis=0) - some.solution()).max() < 0.02
-    # Two of six components, value and place, to each of the two neighbours of the agents at the ends of a rank.
-    assert some.found[0][2] == 3000 * 2 * 2 * 2 * 8
+    w = third.train(3, 3000)
+    assert np.abs(w.mean(axis=0) - third.solution()).max() < 0.02
+    # A step sends two of six components, as value and index, over each of the two links that leave a rank.
+    assert third.found[0][2] == 3000 * 2 * 2 * 2 * 8
 
 
 @pytest.mark.parametrize("tracking", ["full", "minibatch"])
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_trackers_keep_the_mean_of_the_gradients(folder, tracking, dtype):
-    """In every iteration, also with links that fail and with gradients of samples."""
+    """Check every iteration, with links that fail, and with gradients of all samples or of minibatches."""
 
     def look(method):
         return method.rule.vectors["tracker"].copy(), method.rule.vectors["gradient"].copy()
@@ -330,17 +335,17 @@ def test_trackers_keep_the_mean_of_the_gradients(folder, tracking, dtype):
     problem = Problem(folder, *PLAIN, *options)
     problem.train(2, 60, look)
     bound = 1e-12 if dtype == "float64" else 1e-5
-    for seen in zip(*(rows for _, rows, _ in problem.found), strict=True):
-        y, g = (np.concatenate([one[k] for one in seen]).mean(axis=0) for k in (0, 1))
+    for by_rank in zip(*(rows for _, rows, _ in problem.found), strict=True):
+        y, g = (np.concatenate([vectors[k] for vectors in by_rank]).mean(axis=0) for k in (0, 1))
         assert np.abs(y - g).max() <= bound * max(1.0, np.abs(g).max())
 
 
 def test_ranks_change_nothing_and_a_link_costs_two_vectors_a_step(folder):
     problem = Problem(folder, "--graph", "exponential", "--lr", "0.01")
-    alone = problem.train(1, 20)
+    one_rank = problem.train(1, 20)
     for ranks in (2, 4, 6):
-        assert np.array_equal(problem.train(ranks, 20), alone), ranks
-    # On 6 ranks: places 1, 2, 4 (and 5, 4, 2) on, so 4 neighbours; weights and trackers of 6 float64 each.
+        assert np.array_equal(problem.train(ranks, 20), one_rank), ranks
+    # An agent has 4 neighbours, 1, 2, 4 and 5 places on, and sends them its weights and tracker, 6 float64 each.
     degrees = make_graph("exponential", AGENTS, 0).degrees
     assert [sent for *_, sent in problem.found] == [20 * d * 2 * 6 * 8 for d in degrees]
 
@@ -366,12 +371,12 @@ def test_no_rank_reads_the_samples_of_another(folder, monkeypatch):
 def test_scores_of_every_agent_are_told(tmp_path):
     out = tmp_path / "run"
     options = ("--method", "next", "--epochs", "2", "--split", "skewed:2", "--model", "mlp", "--widths", "20")
-    status, told, err = run(2, "-m", "psmpi.train", *options, "--out", out)
-    assert status == 0 and "8 agents with 2 neighbours each, spectral gap 0.195" in told, err
+    status, stdout, err = run(2, "-m", "psmpi.train", *options, "--out", out)
+    assert status == 0 and "8 agents with 2 neighbours each, spectral gap 0.195" in stdout, err
     row = loads((out / "metrics.jsonl").read_text().splitlines()[-1])
-    each = row["agents_accuracy"]
-    assert len(each) == 8 and row["worst_accuracy"] == min(each)
-    assert row["mean_accuracy"] == pytest.approx(np.mean(each))
+    accuracies = row["agents_accuracy"]
+    assert len(accuracies) == 8 and row["worst_accuracy"] == min(accuracies)
+    assert row["mean_accuracy"] == pytest.approx(np.mean(accuracies))
     assert (
         row["disagreement"] > 0
         and row["tracking_error"] < 1e-5
@@ -437,15 +442,15 @@ MIDDLE = ("--rule", "kgt", "--optimizer", "sgd", "--local-steps", "5", "--lr", "
 def test_a_resumed_run_ends_in_the_same_bits_on_other_ranks(tmp_path, options):
     case = Case("next", tmp_path, options)
     resumed_runs_end_the_same(case)
-    whole, part = case.run(1, "--max-steps", "12"), case.run(4, "--max-steps", "7")
-    case.run(2, "--max-steps", "12", "--resume", "auto", out=part)
-    first, second = tensors(newest(whole)), tensors(newest(part))
-    agents = [name for name in first if not name.startswith("weights/")]
-    assert agents and all(np.array_equal(first[name], second[name]) for name in agents)
+    full_run, resumed_run = case.run(1, "--max-steps", "12"), case.run(4, "--max-steps", "7")
+    case.run(2, "--max-steps", "12", "--resume", "auto", out=resumed_run)
+    full_tensors, resumed_tensors = tensors(newest(full_run)), tensors(newest(resumed_run))
+    agents = [name for name in full_tensors if not name.startswith("weights/")]
+    assert agents and all(np.array_equal(full_tensors[name], resumed_tensors[name]) for name in agents)
 
 
 def test_what_was_sent_over_other_links_is_forgotten(folder):
-    """Choco's vectors are those of one graph: on another one agents begin with what they know of nobody."""
+    """Choco's vectors belong to one graph; with another graph they start at zero."""
     problem, steps = Problem(folder, *PLAIN, "--rule", "choco", "--lr", "0.01"), 5
 
     def work(world):
@@ -472,7 +477,7 @@ def test_the_worst_error_is_the_largest(folder, tmp_path):
 
 @pytest.fixture
 def files(tmp_path):
-    """A file for each of three ranks, with samples that are not alike; what all of them have together."""
+    """Write a file for each of three ranks, with samples that differ; return the samples and targets of all ranks."""
     rng, x, y = np.random.default_rng(8), [], []
     truth = rng.normal(size=(FEATURES, 1))
     for rank, count in enumerate((40, 50, 30)):
@@ -494,40 +499,40 @@ def private(folder, *options, batch=60, epochs=1):
 def test_agents_with_private_data_find_the_solution_of_all_of_it(tmp_path, files, sparse):
     for rank in range(3 * sparse):
         with np.load(tmp_path / f"own-{rank}.npz") as saved:
-            given = {key: csr_array(values) for key, values in saved.items() if key.startswith("x")}
-            parts = {f"{key}_{part}": getattr(m, part) for key, m in given.items() for part in PARTS}
+            matrices = {key: csr_array(values) for key, values in saved.items() if key.startswith("x")}
+            parts = {f"{key}_{part}": getattr(m, part) for key, m in matrices.items() for part in PARTS}
             np.savez(tmp_path / f"own-{rank}.npz", **parts, y=saved["y"], y_test=saved["y_test"])
     x, y = np.column_stack([files[0], np.ones(len(files[1]))]), files[1]
     out = tmp_path / "run"
-    status, told, err = run(3, *private(tmp_path, "--out", out, epochs=25, batch=1))
-    assert status == 0, told + err
-    found = tensors(newest(out))
+    status, stdout, err = run(3, *private(tmp_path, "--out", out, epochs=25, batch=1))
+    assert status == 0, stdout + err
+    trained = tensors(newest(out))
     expected = np.linalg.lstsq(x, y, rcond=None)[0]
-    w = np.append(found["weights/dense1.weight"].reshape(-1), found["weights/dense1.bias"])
+    w = np.append(trained["weights/dense1.weight"].reshape(-1), trained["weights/dense1.bias"])
     np.testing.assert_allclose(w, expected, rtol=0, atol=1e-8)
     row = loads((out / "metrics.jsonl").read_text().splitlines()[-1])
-    tested = np.concatenate([np.arange(first, first + 7) for first in (0, 40, 90)])
-    error = np.sqrt(np.mean((x[tested] @ expected - y[tested]) ** 2))
+    test_rows = np.concatenate([np.arange(first, first + 7) for first in (0, 40, 90)])
+    error = np.sqrt(np.mean((x[test_rows] @ expected - y[test_rows]) ** 2))
     assert row["test_rmse"] == pytest.approx(error, rel=1e-6)
 
 
 def test_a_training_on_private_data_goes_on_with_the_same_data_alone(tmp_path, files):
-    whole, part = tmp_path / "whole", tmp_path / "part"
-    for out, steps in ((whole, "9"), (part, "5")):
+    full_run, cut_run = tmp_path / "whole", tmp_path / "part"
+    for out, steps in ((full_run, "9"), (cut_run, "5")):
         status, _, err = run(3, *private(tmp_path, "--max-steps", steps, "--out", out, epochs=9))
         assert status == 0, err
-    again = ("--max-steps", "9", "--resume", "auto", "--out", part)
-    status, told, err = run(2, *private(tmp_path, *again, epochs=9))
-    assert status == 1 and err.count("is not the data set that checkpoint") == 1, told + err
-    status, told, err = run(3, *private(tmp_path, *again, epochs=9))
-    assert status == 0, told + err
-    first, second = tensors(newest(whole)), tensors(newest(part))
+    resume_options = ("--max-steps", "9", "--resume", "auto", "--out", cut_run)
+    status, stdout, err = run(2, *private(tmp_path, *resume_options, epochs=9))
+    assert status == 1 and err.count("is not the data set that checkpoint") == 1, stdout + err
+    status, stdout, err = run(3, *private(tmp_path, *resume_options, epochs=9))
+    assert status == 0, stdout + err
+    first, second = tensors(newest(full_run)), tensors(newest(cut_run))
     assert first.keys() == second.keys() and all(np.array_equal(first[name], second[name]) for name in first)
     data = dict(np.load(tmp_path / "own-1.npz"))
     data["y"][3] += 1
     np.savez(tmp_path / "own-1.npz", **data)
-    status, told, err = run(3, *private(tmp_path, *again, epochs=9))
-    assert status == 1 and err.count("is not the data set that checkpoint") == 1, told + err
+    status, stdout, err = run(3, *private(tmp_path, *resume_options, epochs=9))
+    assert status == 1 and err.count("is not the data set that checkpoint") == 1, stdout + err
 
 
 @pytest.mark.parametrize(
@@ -561,7 +566,7 @@ def test_private_data_that_are_not_there_or_not_meant_are_one_message(tmp_path, 
 
 
 def test_a_graph_file_that_is_not_the_same_on_all_hosts_is_refused(folder, tmp_path):
-    """Ranks in folders of their own, each with a file of that name."""
+    """A patched graph_of gives two ranks different graphs, like files of one name on two hosts."""
     from psmpi.errors import UserError
     from psmpi.methods.next import method as module
 
@@ -574,50 +579,51 @@ def test_a_graph_file_that_is_not_the_same_on_all_hosts_is_refused(folder, tmp_p
 
     from threading import get_ident
 
-    seen = {}
+    threads = {}
 
-    def own(settings):
-        return graphs[seen.setdefault(get_ident(), len(seen)) % 2]
+    def graph_of_rank(settings):
+        return graphs[threads.setdefault(get_ident(), len(threads)) % 2]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "graph_of", own)
+        patch.setattr(module, "graph_of", graph_of_rank)
         run_ranks(2, work)
 
 
 @pytest.mark.slow
 def test_agents_with_two_classes_each_learn_all_of_mnist(train):
-    """The worst agent within a point of one process that has all samples, after as many epochs; dgd is not."""
+    """After as many epochs the worst agent is within a point of one process with all samples; with --rule dgd it is
+    not."""
     setting = ("--dataset", "mnist", "--data-dir", real("mnist") / "mnist", "--model", "mlp", "--widths", "64",
                "--loss", "nll", "--batch-size", "200", "--lr", "0.002", "--epochs", "10", "--threads", "1")  # fmt: skip
     central = train(1, "--method", "data_parallel", *setting).rows[-1]["test_accuracy"]
-    apart = ("--method", "next", "--agents", "8", "--tracking", "minibatch", "--split", "skewed:2")
-    assert train(2, *apart, *setting).rows[-1]["worst_accuracy"] >= central - 0.01
-    assert train(2, *apart, "--rule", "dgd", *setting).rows[-1]["worst_accuracy"] < central - 0.05
+    agents_options = ("--method", "next", "--agents", "8", "--tracking", "minibatch", "--split", "skewed:2")
+    assert train(2, *agents_options, *setting).rows[-1]["worst_accuracy"] >= central - 0.01
+    assert train(2, *agents_options, "--rule", "dgd", *setting).rows[-1]["worst_accuracy"] < central - 0.05
 
 
 def test_the_same_private_file_twice_is_told(tmp_path, files):
     for rank in (0, 2):
         (tmp_path / f"own-{rank}.npz").write_bytes((tmp_path / "own-1.npz").read_bytes())
-    status, told, err = run(3, *private(tmp_path, "--out", tmp_path / "run"))
-    assert status == 0 and told.count("have the same training samples") == 1, told + err
+    status, stdout, err = run(3, *private(tmp_path, "--out", tmp_path / "run"))
+    assert status == 0 and stdout.count("have the same training samples") == 1, stdout + err
 
 
 def test_a_set_that_comes_with_a_resume_holds_from_its_first_step(tmp_path):
     options = ("--method", "next", "--rule", "next", *PLAIN, "--tau", "5", "--lr", "0.01", "--model", "mlp", "--widths",
                "20", "--out", tmp_path / "run")  # fmt: skip
     for steps, more in (("3", ()), ("4", ("--resume", "auto", "--constraint", "box:0.05"))):
-        status, told, err = run(2, "-m", "psmpi.train", *options, "--max-steps", steps, *more)
-        assert status == 0, told + err
-    found = tensors(newest(tmp_path / "run"))
-    assert max(np.abs(found[name]).max() for name in found if name.startswith("weights/")) <= 0.05 + 1e-7
+        status, stdout, err = run(2, "-m", "psmpi.train", *options, "--max-steps", steps, *more)
+        assert status == 0, stdout + err
+    saved = tensors(newest(tmp_path / "run"))
+    assert max(np.abs(saved[name]).max() for name in saved if name.startswith("weights/")) <= 0.05 + 1e-7
 
 
 def test_derivatives_of_scores_are_in_the_memory_that_is_needed(folder):
-    several = []
+    needs = []
     for kind in ("full", "partial"):
         problem = Problem(folder, *PLAIN, "--rule", "next", "--linearization", kind)
         kind = find_method("next")
-        several.append(kind.needed(2, problem.network, problem.dataset, problem.config))
+        needs.append(kind.needed(2, problem.network, problem.dataset, problem.config))
     rows, size = SAMPLES // AGENTS, FEATURES + 1
-    for full, partial in zip(*several, strict=True):
+    for full, partial in zip(*needs, strict=True):
         assert partial["buffers"] - full["buffers"] == 8 * (rows * size + size**2)

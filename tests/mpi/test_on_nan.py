@@ -1,4 +1,4 @@
-"""--on-nan: losses and gradients that are not finite are named, skipped, or gone back from."""
+"""--on-nan: losses and gradients that are not finite are named, and their steps skipped or rolled back."""
 
 from unittest import mock
 
@@ -28,7 +28,7 @@ BAD = 17
 
 @pytest.fixture(scope="module")
 def huge(tmp_path_factory):
-    """Samples of which number 17 overflows float32 in the first layer."""
+    """A data set whose sample 17 overflows float32 in the first layer."""
     rng = np.random.default_rng(0)
     x, y = rng.random((200, 100)).astype(np.float32), rng.integers(0, 5, 200)
     x[BAD] = 3.3e38
@@ -44,31 +44,33 @@ def train(ranks, out, *options, timeout=120):
 
 
 def finite(out):
-    """Whether all that the checkpoints of a run hold is."""
-    return all(np.isfinite(one).all() for path in available(out) for one in tensors(path, ("weights",)).values())
+    """Return whether all weights in a run's checkpoints are finite."""
+    return all(
+        np.isfinite(weights).all() for path in available(out) for weights in tensors(path, ("weights",)).values()
+    )
 
 
 @pytest.mark.parametrize(("method", "ranks"), METHODS)
 def test_a_huge_sample_is_named_with_layer_step_and_number(tmp_path, huge, method, ranks):
     options = ("--method", method, *MLP, "--dataset", huge, "--batch-size", "20", "--epochs", "3")
-    status, _, said = train(ranks, tmp_path / "run", *options)
-    assert status == 1 and said.count("error: the loss is not a finite number in step 7 of epoch 1: ") == 1, said
-    assert f"(sample {BAD} of {huge})" in said and "look at such samples" in said
+    status, _, message = train(ranks, tmp_path / "run", *options)
+    assert status == 1 and message.count("error: the loss is not a finite number in step 7 of epoch 1: ") == 1, message
+    assert f"(sample {BAD} of {huge})" in message and "look at such samples" in message
     if (method, ranks) != ("dfa", 3):
-        assert "layer dense1 is the first to put out" in said
+        assert "layer dense1 is the first to put out" in message
     assert not available(tmp_path / "run")
 
 
 @pytest.mark.parametrize(("method", "ranks"), METHODS)
 def test_a_huge_sample_is_skipped_in_each_epoch(tmp_path, huge, method, ranks):
     options = ("--method", method, *MLP, "--dataset", huge, "--batch-size", "20", "--epochs", "3")
-    status, told, said = train(ranks, tmp_path / "run", *options, "--on-nan", "skip")
-    assert status == 0, said
-    found = rows(tmp_path / "run")
-    # Subnets may have no path on which it overflows.
-    assert found[-1]["events"]["steps_skipped"] in ((2, 3) if method == "ist" else (3,))
-    assert all(0 < row["train_loss"] < 10 for row in found) and finite(tmp_path / "run")
-    assert f"1 step skipped, 1 in all; the first: {'rank ' * (ranks > 1)}" in told and f"sample {BAD}" in told
+    status, output, message = train(ranks, tmp_path / "run", *options, "--on-nan", "skip")
+    assert status == 0, message
+    metrics = rows(tmp_path / "run")
+    # A subnet may have no path on which the sample overflows.
+    assert metrics[-1]["events"]["steps_skipped"] in ((2, 3) if method == "ist" else (3,))
+    assert all(0 < row["train_loss"] < 10 for row in metrics) and finite(tmp_path / "run")
+    assert f"1 step skipped, 1 in all; the first: {'rank ' * (ranks > 1)}" in output and f"sample {BAD}" in output
 
 
 @pytest.mark.parametrize(
@@ -81,18 +83,18 @@ def test_a_huge_sample_is_skipped_in_each_epoch(tmp_path, huge, method, ranks):
     ],
 )
 def test_a_rate_beyond_all_bounds_ends_in_every_mode(tmp_path, method, mode, ranks):
-    """The update is named, no checkpoint has what is not finite, and nobody hangs."""
+    """The error names the update, checkpoints have finite weights only, and no rank hangs."""
     options = ("--method", method, "--lr", "1e38", "--optimizer", "sgd", "--clip", "0", "--epochs", "2")
-    status, told, said = train(ranks, tmp_path / "run", *options, "--on-nan", mode, timeout=60)
-    assert status == 1 and said.count("error: ") == 1 and "lower --lr" in said, said
-    assert "layer dense" in said or "left weights that are not finite: " in said
+    status, output, message = train(ranks, tmp_path / "run", *options, "--on-nan", mode, timeout=60)
+    assert status == 1 and message.count("error: ") == 1 and "lower --lr" in message, message
+    assert "layer dense" in message or "left weights that are not finite: " in message
     assert finite(tmp_path / "run")
     if mode == "rollback":
-        assert told.count("back to the start, step 0, and on with 0.") == 3 and "went back 3 times" in said
+        assert output.count("back to the start, step 0, and on with 0.") == 3 and "went back 3 times" in message
 
 
 def test_processes_go_back_together_too(tmp_path):
-    """Ranks that are processes, with real messages under way where one of them finds what is not finite."""
+    """Ranks are processes, and messages are in flight when one of them finds numbers that are not finite."""
     options = ("--lr", "1e38", "--optimizer", "sgd", "--clip", "0", "--epochs", "2", "--batch-size", "100")
     words = ("-m", "psmpi.train", "--out", tmp_path / "run", *options, "--on-nan", "rollback")
     status, stdout, stderr = launch(3, *words, timeout=120)
@@ -102,21 +104,21 @@ def test_processes_go_back_together_too(tmp_path):
 
 @pytest.mark.parametrize("mode", ["stop", "skip"])
 def test_the_rank_of_a_row_is_named_whose_scores_are_wrong(tmp_path, mode):
-    """Rank 2's weights go wrong by themselves: rank 1, which shares the row, says so too, and of which classes."""
+    """A weight of rank 2 becomes NaN; the error names rank 2 and the class, though rank 1 shares the row."""
     losses = ElementWorker.element_losses
     calls = []
 
-    def wrong(self, batch, own=None):
+    def losses_with_nan(self, batch, own=None):
         if 9 in self.place.classes:
             calls.append(1)
             if len(calls) == 3:
                 self.model.w[-1] = np.nan
         return losses(self, batch, own)
 
-    with mock.patch.object(ElementWorker, "element_losses", wrong):
-        status, _, said = train(3, tmp_path / "run", "--epochs", "1", "--on-nan", mode)
-    assert status == 1 and "in step 3 of epoch 1: on rank 2 the update of step 2 left weights that are not" in said
-    assert "dense2.bias, unit 9 of 10 (class 9) (NaN)" in said
+    with mock.patch.object(ElementWorker, "element_losses", losses_with_nan):
+        status, _, message = train(3, tmp_path / "run", "--epochs", "1", "--on-nan", mode)
+    assert status == 1 and "in step 3 of epoch 1: on rank 2 the update of step 2 left weights that are not" in message
+    assert "dense2.bias, unit 9 of 10 (class 9) (NaN)" in message
 
 
 @pytest.mark.parametrize(
@@ -132,17 +134,17 @@ def test_the_rank_of_a_row_is_named_whose_scores_are_wrong(tmp_path, mode):
     ],
 )
 def test_a_gradient_of_one_rank_is_named_by_parameter_classes_and_rank(tmp_path, method, ranks, options, named):
-    """In skip mode by its rank too: each makes its own gradient once more."""
+    """In skip mode each rank computes its gradient again, so that the note also names the rank."""
     last, short = ranks - 1, ("--method", method, *options, "--max-steps", "5")
     for mode in ("stop", "skip"):
         with poisoned(lambda rank, step: (rank, step) == (last, 3)) as hit:
-            status, told, said = train(ranks, tmp_path / mode, *short, "--on-nan", mode)
-        assert hit == {(last, 3)} and status == (mode == "stop"), said
-        text = said if mode == "stop" else told
+            status, output, message = train(ranks, tmp_path / mode, *short, "--on-nan", mode)
+        assert hit == {(last, 3)} and status == (mode == "stop"), message
+        text = message if mode == "stop" else output
         assert (
             "the gradient is not a finite number in step 3 of epoch 1: that of conv1.weight" in text and named in text
         )
-        assert mode == "stop" or f"rank {last}: the gradient" in told
+        assert mode == "stop" or f"rank {last}: the gradient" in output
 
 
 @pytest.mark.parametrize(
@@ -161,25 +163,26 @@ def test_a_gradient_of_one_rank_is_named_by_parameter_classes_and_rank(tmp_path,
     ],
 )
 def test_what_is_remembered_is_left_alone_too(tmp_path, method, options):
-    """Residuals of compression, pairs of searches, curvature of elements."""
+    """A skipped step leaves residuals of compression, pairs of L-BFGS and the curvature of elements as they were."""
     steps_that_are_not_sound_leave_no_trace(Case(method, tmp_path, options))
 
 
 def test_a_replica_leaves_out_its_own_step_alone(tmp_path):
-    """The others have made theirs, and the average has all of them."""
+    """The other ranks make their steps, and the average has all copies."""
     short = ("--method", "local_sgd", "--local-steps", "4", "--max-steps", "3", "--on-nan", "skip", "--lr", "0.01")
-    found = []
+    copies = []
     for bad in (None, 2):
         with poisoned(lambda rank, step, bad=bad: rank == bad and step == 2):
             assert train(3, tmp_path / str(bad), *short)[0] == 0
         with h5py.File(newest(tmp_path / str(bad))) as file:
-            found.append(file["rank/weights"][...])
-    assert np.array_equal(found[0][:2], found[1][:2]) and not np.array_equal(found[0][2], found[1][2])
+            copies.append(file["rank/weights"][...])
+    assert np.array_equal(copies[0][:2], copies[1][:2]) and not np.array_equal(copies[0][2], copies[1][2])
     assert rows(tmp_path / "2")[-1]["events"]["steps_skipped"] == 1
 
 
 def test_losses_of_steps_that_are_left_out_are_not_in_the_mean(tmp_path):
-    """Of three minibatches: with so low a rate the sums of losses of some and of the others are those of all."""
+    """At this rate weights do not move: the losses of runs that skip complementary minibatches add up to the loss of
+    all three."""
     n, b = open_dataset("digits", "").train.n, 480
     options = ("--batch-size", b, "--epochs", "1", "--lr", "1e-30", "--dtype", "float64", "--on-nan", "skip")
     means = []
@@ -188,7 +191,7 @@ def test_losses_of_steps_that_are_left_out_are_not_in_the_mean(tmp_path):
             assert train(2, tmp_path / str(number), *options)[0] == 0
         means.append(rows(tmp_path / str(number))[-1]["train_loss"])
     assert n * means[0] == pytest.approx((n - b) * means[1] + b * means[2], rel=1e-12) and means[1] != means[2]
-    # Begun, left after the first step, and gone on with.
+    # The mean is the same in a run that stops after two steps and is resumed.
     with poisoned(lambda rank, step: step == 1):
         assert train(2, tmp_path / "part", *options, "--max-steps", "2")[0] == 0
     with poisoned(lambda rank, step: step == 3):
@@ -203,8 +206,8 @@ def test_more_than_ten_steps_in_a_row_are_an_error(tmp_path, method, ranks):
         assert train(ranks, tmp_path / "ten", *short)[0] == 0
     assert rows(tmp_path / "ten")[-1]["events"]["steps_skipped"] == 10 * (ranks if method == "local_sgd" else 1)
     with poisoned(lambda rank, step: step >= 5):
-        status, _, said = train(ranks, tmp_path / "more", *short)
-    assert status == 1 and said.count("in step 15 of epoch 1") == 1 and "10 steps before were skipped too" in said
+        status, _, message = train(ranks, tmp_path / "more", *short)
+    assert status == 1 and message.count("in step 15 of epoch 1") == 1 and "10 steps before were skipped too" in message
 
 
 @pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 3])
@@ -214,43 +217,46 @@ def test_a_run_that_went_back_goes_on_with_its_rate_after_a_resume(tmp_path, ran
         assert train(ranks, tmp_path / "whole", *options, "--max-steps", "14")[0] == 0
     with poisoned(lambda rank, step: step == 6):
         assert train(ranks, tmp_path / "part", *options, "--max-steps", "9")[0] == 0
-    # With another mode too.
+    # The lower rate holds in another mode too.
     assert train(ranks, tmp_path / "part", "--on-nan", "stop", "--resume", "auto", "--max-steps", "14")[0] == 0
-    one, other = tensors(newest(tmp_path / "whole")), tensors(newest(tmp_path / "part"))
-    assert all(np.array_equal(one[name], other[name]) for name in one)
+    full_tensors, resumed_tensors = tensors(newest(tmp_path / "whole")), tensors(newest(tmp_path / "part"))
+    assert all(np.array_equal(full_tensors[name], resumed_tensors[name]) for name in full_tensors)
     with h5py.File(newest(tmp_path / "part")) as file:
         assert '"lr_factor": 0.5' in str(file["scalars"].asstr()[0])
 
 
 def test_rows_beyond_the_checkpoint_are_made_again(tmp_path):
-    """Epochs of 3 steps, checkpoints every 4: row 2, of step 6, is behind the checkpoint that step 8 goes back to."""
+    """Epochs have 3 steps and checkpoints come every 4, so going back to step 4 drops row 2, of step 6."""
     options = ("--on-nan", "rollback", "--batch-size", "480", "--checkpoint-every", "4", "--epochs", "4")
     with poisoned(lambda rank, step: step == 7) as hit:
-        status, told, _ = train(2, tmp_path / "run", *options)
-    found = rows(tmp_path / "run")
-    assert status == 0 and hit and told.count("step-000000004.h5, step 4, and on with 0.5 times the learning rate") == 1
-    assert [row["epoch"] for row in found] == [1, 2, 3, 4] and [row["step"] for row in found] == [3, 6, 9, 12]
-    assert [row["events"]["rollbacks"] for row in found] == [0, 1, 1, 1]
+        status, output, _ = train(2, tmp_path / "run", *options)
+    metrics = rows(tmp_path / "run")
+    assert (
+        status == 0 and hit and output.count("step-000000004.h5, step 4, and on with 0.5 times the learning rate") == 1
+    )
+    assert [row["epoch"] for row in metrics] == [1, 2, 3, 4] and [row["step"] for row in metrics] == [3, 6, 9, 12]
+    assert [row["events"]["rollbacks"] for row in metrics] == [0, 1, 1, 1]
 
 
 @pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("mode", ["stop", "skip", "rollback"])
 def test_no_checkpoint_holds_what_is_not_finite(tmp_path, ranks, mode):
-    """A gradient that no norm is taken of, in the step before a checkpoint, leaves weights that no loss has seen."""
+    """Without clipping no norm shows a bad gradient; in the step before a checkpoint it leaves weights that no loss has
+    used."""
     options = ("--clip", "0", "--checkpoint-every", "4", "--checkpoint-keep", "0", "--max-steps", "9")
     with poisoned(lambda rank, step: step == 8) as hit:
-        status, told, said = train(ranks, tmp_path / "run", *options, "--on-nan", mode)
+        status, output, message = train(ranks, tmp_path / "run", *options, "--on-nan", mode)
     assert (
         hit
         and finite(tmp_path / "run")
         and newest(tmp_path / "run").name.endswith("4.h5" if mode == "stop" else "9.h5")
     )
-    assert status == (mode == "stop") and (mode != "stop" or "not finite, and not saved, of weights: conv1" in said)
-    assert mode != "rollback" or "step-000000004.h5, step 4" in told
+    assert status == (mode == "stop") and (mode != "stop" or "not finite, and not saved, of weights: conv1" in message)
+    assert mode != "rollback" or "step-000000004.h5, step 4" in output
 
 
 def test_epochs_that_end_only_to_go_back_count_as_tries(tmp_path):
-    """A step that always goes wrong, one epoch behind the last checkpoint."""
+    """Step 7 always fails, one epoch after the last checkpoint."""
 
     def always(rank, step):
         hits.clear()
@@ -258,8 +264,8 @@ def test_epochs_that_end_only_to_go_back_count_as_tries(tmp_path):
 
     options = ("--on-nan", "rollback", "--batch-size", "480", "--checkpoint-every", "4", "--epochs", "4")
     with poisoned(always) as hits:
-        status, told, said = train(1, tmp_path / "run", *options, timeout=60)
-    assert status == 1 and "went back 3 times" in said and told.count("step-000000004.h5, step 4") == 3
+        status, output, message = train(1, tmp_path / "run", *options, timeout=60)
+    assert status == 1 and "went back 3 times" in message and output.count("step-000000004.h5, step 4") == 3
 
 
 @pytest.mark.parametrize(
@@ -274,8 +280,8 @@ def test_epochs_that_end_only_to_go_back_count_as_tries(tmp_path):
     ],
 )
 def test_what_cannot_be_is_said(tmp_path, options, says):
-    status, _, said = train(1, tmp_path / "run", *options)
-    assert status != 0 and says in said, said
+    status, _, message = train(1, tmp_path / "run", *options)
+    assert status != 0 and says in message, message
 
 
 def test_a_method_that_cannot_leave_out_a_step_says_what_can(monkeypatch):

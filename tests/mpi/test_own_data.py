@@ -1,4 +1,4 @@
-"""Trainings and predictions on data of the user's own, from the command line."""
+"""Trainings and predictions on a user's own data, from the command line."""
 
 import csv
 import json
@@ -16,7 +16,7 @@ OPTIONS = ("--model", "head", "--widths", "6", "--lr", "0.1", "--epochs", "12", 
 
 
 def write(path, n=90, labels=True, names=NAMES, seed=0):
-    """A table of three heaps of points, with a header and names of classes."""
+    """Write a table of points of three classes, with a header and names of classes; return its path."""
     rng, centres = np.random.default_rng(seed), np.array([[2, 0, 0], [0, 2, 0], [0, 0, 2]])
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
@@ -29,7 +29,7 @@ def write(path, n=90, labels=True, names=NAMES, seed=0):
 
 @pytest.fixture(scope="module")
 def flowers(tmp_path_factory):
-    """A folder with a training on three ranks of a table with strings for labels."""
+    """A folder with a table whose labels are strings, and a training on it by three ranks."""
     folder = tmp_path_factory.mktemp("flowers")
     write(folder / "flowers.csv")
     status, out, err = run(
@@ -58,11 +58,11 @@ def test_names_of_classes_go_into_checkpoints_and_predictions(flowers):
     assert list(rows[0]) == ["sample", "label", "predicted", *(f"score_{name}" for name in NAMES)]
     predicted(flowers, "--out", "p.npz")
     assert np.load(flowers / "p.npz")["names"].tolist() == NAMES
-    # Two of the classes, numbered as those of the training.
+    # A table with two of the classes has the training's numbers of classes.
     table = (flowers / "flowers.csv").read_text().splitlines()
     (flowers / "two.csv").write_text("\n".join(line for line in table if "setosa" not in line))
-    found = json.loads(predicted(flowers, "--dataset", "two.csv", "--split", "all", "--json"))
-    assert found["names"] == NAMES and found["accuracy"] == 1 and np.diag(found["confusion"]).tolist() == [0, 30, 30]
+    report = json.loads(predicted(flowers, "--dataset", "two.csv", "--split", "all", "--json"))
+    assert report["names"] == NAMES and report["accuracy"] == 1 and np.diag(report["confusion"]).tolist() == [0, 30, 30]
 
 
 def test_other_tables_name_the_column_of_their_labels(flowers):
@@ -71,10 +71,10 @@ def test_other_tables_name_the_column_of_their_labels(flowers):
         for line in write(flowers / "l.csv", 9, names=["setosa", "virginica", "setosa"]).read_text().split()
     ]
     (flowers / "first.csv").write_text("\n".join(f"{label},{rest}" for rest, _, label in lines))
-    found = json.loads(predicted(flowers, "--dataset", "first.csv", "--label", "species", "--split", "all", "--json"))
-    assert found["samples"] == 9 and found["accuracy"] == pytest.approx(1 / 3)
-    # What is beside the features is the label; where they lie makes no difference.
-    assert json.loads(predicted(flowers, "--dataset", "first.csv", "--split", "all", "--json")) == found
+    report = json.loads(predicted(flowers, "--dataset", "first.csv", "--label", "species", "--split", "all", "--json"))
+    assert report["samples"] == 9 and report["accuracy"] == pytest.approx(1 / 3)
+    # Without --label, the column that is no feature is the label, wherever it is.
+    assert json.loads(predicted(flowers, "--dataset", "first.csv", "--split", "all", "--json")) == report
     write(flowers / "eels.csv", 9, names=["eel", "virginica", "setosa"])
     status, _, err = run(
         1, "-m", "psmpi.predict", flowers / "run", "--dataset", "eels.csv", "--split", "all", cwd=flowers
@@ -106,9 +106,9 @@ def test_names_that_are_none_are_refused(flowers, tmp_path, text):
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_ranks_make_no_difference(flowers, train, serial, ranks):
     options = ("--dataset", flowers / "flowers.csv", *OPTIONS, "--dtype", "float64")
-    one, several = serial(*options), train(ranks, *options)
-    assert distance(one.tensors(), several.tensors()) <= 1e-10
-    assert several.rows[-1]["test_loss"] == pytest.approx(one.rows[-1]["test_loss"], rel=1e-10)
+    one_rank, many_ranks = serial(*options), train(ranks, *options)
+    assert distance(one_rank.tensors(), many_ranks.tensors()) <= 1e-10
+    assert many_ranks.rows[-1]["test_loss"] == pytest.approx(one_rank.rows[-1]["test_loss"], rel=1e-10)
 
 
 def test_decimals_are_a_regression(tmp_path):
@@ -122,7 +122,7 @@ def test_decimals_are_a_regression(tmp_path):
 
 @pytest.mark.parametrize("ranks", [3, 5])
 def test_the_default_network_is_cut_by_classes_for_samples_of_any_shape(tmp_path, train, serial, ranks):
-    """Small images with their channels last, of named classes."""
+    """Samples are small images with channels last, of named classes."""
     rng = np.random.default_rng(0)
     x, y = (
         rng.integers(0, 256, (60, 7, 9, 3)).astype(np.uint8),
@@ -132,12 +132,12 @@ def test_the_default_network_is_cut_by_classes_for_samples_of_any_shape(tmp_path
     for key, values in (("x", x), ("y", y)):
         np.save(tmp_path / f"{key}.npy", values)
     options = ("--dataset", tmp_path, "--layout", "nhwc", "--epochs", "2", "--batch-size", "16", "--dtype", "float64")
-    one, several = serial(*options), train(ranks, *options)
-    assert "data x.npy: 48 training and 12 test samples (held out) of shape 3 x 7 x 9, uint8 from" in several.stdout
-    assert "4 classes: ant (12), bee (12), cat (12), dog (12)" in several.stdout
-    assert distance(one.tensors(), several.tensors()) <= 1e-10
-    found = [json.loads(run(k, "-m", "psmpi.predict", several.out, "--json")[1]) for k in (1, 3)]
-    assert found[0] == found[1] and found[0]["accuracy"] == several.rows[-1]["test_accuracy"]
+    one_rank, many_ranks = serial(*options), train(ranks, *options)
+    assert "data x.npy: 48 training and 12 test samples (held out) of shape 3 x 7 x 9, uint8 from" in many_ranks.stdout
+    assert "4 classes: ant (12), bee (12), cat (12), dog (12)" in many_ranks.stdout
+    assert distance(one_rank.tensors(), many_ranks.tensors()) <= 1e-10
+    reports = [json.loads(run(k, "-m", "psmpi.predict", many_ranks.out, "--json")[1]) for k in (1, 3)]
+    assert reports[0] == reports[1] and reports[0]["accuracy"] == many_ranks.rows[-1]["test_accuracy"]
 
 
 @pytest.mark.parametrize("options", [("--validation", "0.1"), ("--augment", "flip"), ("--data-memory", "1k")])

@@ -1,4 +1,4 @@
-"""Layers, losses, optimizers and methods outside the package: the examples, and packages that are installed."""
+"""Layers, losses, optimizers and methods outside the package: those of the examples and of installed packages."""
 
 import importlib
 import re
@@ -22,7 +22,7 @@ OPTIONS = {
     "own_optimizer": ("--optimizer", "adagrad", "--start", "0.1", "--colocate"),
     "dsgd": ("--method", "dsgd", "--self-weight", "0.5"),
 }
-# What a command without the program says, where it cannot do without the piece.
+# Messages of commands that need the piece and are started without its program.
 UNKNOWN = {
     "own_layer": "unknown layer type 'prelu'",
     "own_loss": "--loss 'squared_hinge' is unknown",
@@ -31,7 +31,7 @@ UNKNOWN = {
 }
 
 
-def told(*words, ranks=1, **options):
+def execute(*words, ranks=1, **options):
     status, out, err = launch(ranks, *map(str, words), timeout=240, **options)
     return status, out + err
 
@@ -40,48 +40,48 @@ def told(*words, ranks=1, **options):
 def test_a_program_with_a_piece_of_its_own_has_all_commands(name, tmp_path):
     program, run = EXAMPLES / f"{name}.py", tmp_path / "run"
     words = (program, "train", *OPTIONS[name], "--max-steps", "30", "--threads", "1", "--out", run)
-    status, said = told(*words, ranks=2)
-    assert status == 0, said
-    assert f"mpirun -n 2 python {program} train --resume auto --out {run}" in said
-    status, said = told("-m", "psmpi", "train", "--resume", "auto", "--out", run, "--max-steps", "31")
-    assert status == 1 and UNKNOWN[name] in said and "start the program that registers" in said, said
-    status, said = told(program, "train", "--resume", "auto", "--out", run, "--max-steps", "31", "--threads", "1")
-    assert status == 0 and "resumed from" in said, said
-    status, said = told("-m", "psmpi", "predict", run)
-    assert (status, UNKNOWN[name] in said) == ((1, True) if name == "own_layer" else (0, False)), said
+    status, output = execute(*words, ranks=2)
+    assert status == 0, output
+    assert f"mpirun -n 2 python {program} train --resume auto --out {run}" in output
+    status, output = execute("-m", "psmpi", "train", "--resume", "auto", "--out", run, "--max-steps", "31")
+    assert status == 1 and UNKNOWN[name] in output and "start the program that registers" in output, output
+    status, output = execute(program, "train", "--resume", "auto", "--out", run, "--max-steps", "31", "--threads", "1")
+    assert status == 0 and "resumed from" in output, output
+    status, output = execute("-m", "psmpi", "predict", run)
+    assert (status, UNKNOWN[name] in output) == ((1, True) if name == "own_layer" else (0, False)), output
 
 
 def test_a_network_with_a_layer_of_a_program_is_exported(tmp_path):
     pytest.importorskip("onnxruntime", reason="psmpi[export]")
     program, run = EXAMPLES / "own_layer.py", tmp_path / "run"
-    status, said = told(program, "train", *OPTIONS["own_layer"], "--max-steps", "5", "--out", run)
-    assert status == 0, said
-    status, said = told(program, "inspect", "export", run, "--out", tmp_path / "n.onnx")
-    assert status == 0 and "onnxruntime's scores differ" in said, said
+    status, output = execute(program, "train", *OPTIONS["own_layer"], "--max-steps", "5", "--out", run)
+    assert status == 0, output
+    status, output = execute(program, "inspect", "export", run, "--out", tmp_path / "n.onnx")
+    assert status == 0 and "onnxruntime's scores differ" in output, output
 
 
 def test_a_layer_without_an_export_is_named(tmp_path):
     pytest.importorskip("onnxruntime", reason="psmpi[export]")
     program, run = tmp_path / "mine.py", tmp_path / "run"
     program.write_text((EXAMPLES / "own_layer.py").read_text().replace("def export(", "def other("))
-    status, said = told(program, "train", *OPTIONS["own_layer"], "--max-steps", "2", "--out", run)
-    assert status == 0, said
-    status, said = told(program, "inspect", "export", run, "--out", tmp_path / "n.onnx")
-    assert status == 1 and "layer prelu1 has no ONNX export: write Part.export" in said and "Traceback" not in said, (
-        said
-    )
+    status, output = execute(program, "train", *OPTIONS["own_layer"], "--max-steps", "2", "--out", run)
+    assert status == 0, output
+    status, output = execute(program, "inspect", "export", run, "--out", tmp_path / "n.onnx")
+    assert (
+        status == 1 and "layer prelu1 has no ONNX export: write Part.export" in output and "Traceback" not in output
+    ), output
 
 
 def test_a_method_that_saves_no_weights_is_refused_at_its_start(tmp_path):
     (page,) = re.findall(r"<!-- file: summed.py -->\n```python\n(.*?)^```$", PAGE.read_text(), re.M | re.S)
     words = ("train", "--method", "summed", "--max-steps", "5", "--threads", "1", "--out", tmp_path / "run")
-    for text, status, says in (
+    for text, status, message in (
         (page.replace("        self.keep_state()\n", ""), 1, "--method summed declares no vector weights"),
         (page, 0, "best"),
     ):
         (tmp_path / "summed.py").write_text(text)
-        ended, said = told(tmp_path / "summed.py", *words, ranks=2)
-        assert ended == status and says in said and "Traceback" not in said, said
+        exit_status, output = execute(tmp_path / "summed.py", *words, ranks=2)
+        assert exit_status == status and message in output and "Traceback" not in output, output
 
 
 def test_methods_that_cut_a_network_cut_a_layer_of_one_s_own_too(tmp_path, monkeypatch):
@@ -97,8 +97,8 @@ def test_methods_that_cut_a_network_cut_a_layer_of_one_s_own_too(tmp_path, monke
     for method, ranks in (("data_parallel", 1), ("psl", 2), ("tensor", 2), ("spann", 2)):
         out = tmp_path / method
         words = ["--method", method, "--config", tmp_path / "net.toml", "--loss", "nll", "--dtype", "float64"]
-        ended = train(ranks, [*words, "--epochs", "1", "--batch-size", "40", "--lr", "0.01", "--out", out])
-        assert ended.status == 0, ended.stderr
+        result = train(ranks, [*words, "--epochs", "1", "--batch-size", "40", "--lr", "0.01", "--out", out])
+        assert result.status == 0, result.stderr
         losses[method] = rows(out)[-1]["train_loss"]
     assert list(losses.values()) == pytest.approx([losses["data_parallel"]] * 4, rel=1e-9), losses
 
@@ -121,7 +121,7 @@ def test_a_layer_of_an_installed_package_needs_no_program(tmp_path):
         runs.append(tmp_path / f"run{len(runs)}")
         words = [*start, "train", *OPTIONS["own_layer"], "--max-steps", "5", "--threads", "1", "--out", runs[-1]]
         environ = {"PYTHONPATH": f"{ROOT}:{site}" if "-m" in start else str(ROOT), "PATH": "/usr/bin:/bin"}
-        done = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, env=environ)
-        assert done.returncode == 0, done.stderr
+        completed = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, env=environ)
+        assert completed.returncode == 0, completed.stderr
     first, second = (tensors(newest(run)) for run in runs)
     assert first.keys() == second.keys() and all((first[name] == second[name]).all() for name in first)

@@ -36,13 +36,13 @@ def refused(*arguments):
 @pytest.mark.parametrize("ranks", [1, 3, 10, 13])
 def test_any_ranks_find_the_accuracy_of_the_training(trained, tmp_path, ranks):
     row = json.loads((trained / "metrics.jsonl").read_text().splitlines()[-1])
-    found = json.loads(predict(ranks, trained, "--json", "--out", tmp_path / "p.npz"))
-    assert found["accuracy"] == row["test_accuracy"] > 0.5 and found["top5"] == row["test_top5"] > found["accuracy"]
+    report = json.loads(predict(ranks, trained, "--json", "--out", tmp_path / "p.npz"))
+    assert report["accuracy"] == row["test_accuracy"] > 0.5 and report["top5"] == row["test_top5"] > report["accuracy"]
     saved = np.load(tmp_path / "p.npz")
     labels = open_dataset("digits", None).test.labels
     assert np.array_equal(saved["labels"], labels) and saved["scores"].shape == (len(labels), 10)
     assert np.array_equal(saved["predicted"], saved["scores"].argmax(axis=1))
-    confusion = np.array(found["confusion"])
+    confusion = np.array(report["confusion"])
     assert confusion.sum() == len(labels)
     assert all(
         confusion[i, j] == np.sum((labels == i) & (saved["predicted"] == j)) for i in range(10) for j in range(10)
@@ -52,16 +52,16 @@ def test_any_ranks_find_the_accuracy_of_the_training(trained, tmp_path, ranks):
 def test_ranks_give_the_same_scores(trained, tmp_path):
     for ranks in (1, 4):
         predict(ranks, trained, "--out", tmp_path / f"{ranks}.npz", "--split", "train")
-    one, four = (np.load(tmp_path / f"{ranks}.npz")["scores"] for ranks in (1, 4))
-    assert abs(one - four).max() <= 1e-5 * abs(one).max()
+    one_rank, four_ranks = (np.load(tmp_path / f"{ranks}.npz")["scores"] for ranks in (1, 4))
+    assert abs(one_rank - four_ranks).max() <= 1e-5 * abs(one_rank).max()
 
 
 def test_a_network_that_cannot_be_cut_shares_the_samples(tmp_path):
     options = ("--out", tmp_path / "run", "--model", "mlp", "--widths", "8", "--epochs", "2")
     status, _, err = run(1, "-m", "psmpi.train", *options)
     assert status == 0, err
-    one, three = (json.loads(predict(ranks, tmp_path / "run", "--json")) for ranks in (1, 3))
-    assert one == three
+    one_rank, three_ranks = (json.loads(predict(ranks, tmp_path / "run", "--json")) for ranks in (1, 3))
+    assert one_rank == three_ranks
 
 
 def test_files_of_ones_own_need_no_labels(trained, tmp_path):
@@ -78,8 +78,8 @@ def test_files_of_ones_own_need_no_labels(trained, tmp_path):
     assert {row["label"] for row in rows} == {""}
     assert float(rows[4]["score_7"]) == pytest.approx(expected["scores"][4, 7], rel=1e-5)
     np.savez(tmp_path / "x.npz", x=x, y=split.labels[:30])
-    found = json.loads(predict(2, *options, "--json"))
-    assert found["accuracy"] == np.mean(expected["predicted"][:30] == split.labels[:30])
+    report = json.loads(predict(2, *options, "--json"))
+    assert report["accuracy"] == np.mean(expected["predicted"][:30] == split.labels[:30])
 
 
 def test_a_part_scores_its_classes(trained, tmp_path):
@@ -89,8 +89,8 @@ def test_a_part_scores_its_classes(trained, tmp_path):
     for ranks in (1, 2, 3):
         out = predict(ranks, tmp_path / "part.h5", "--out", tmp_path / "part.npz")
         assert "classes 4 6" in out
-        part, whole = np.load(tmp_path / "part.npz"), np.load(tmp_path / "all.npz")
-        assert abs(part["scores"] - whole["scores"][:, [4, 6]]).max() <= 1e-5 * abs(whole["scores"]).max()
+        part, full = np.load(tmp_path / "part.npz"), np.load(tmp_path / "all.npz")
+        assert abs(part["scores"] - full["scores"][:, [4, 6]]).max() <= 1e-5 * abs(full["scores"]).max()
         assert set(part["predicted"]) <= {4, 6}
 
 
@@ -137,7 +137,7 @@ def test_what_to_do_without_labels_is_said(tmp_path, end, split, arrays, says):
     with pytest.raises(UserError) as caught:
         open_split(str(path), None, split, predicted=True)
     assert f"{path}: " in str(caught.value) and says in str(caught.value)
-    # Trainings need them.
+    # Trainings need labels.
     with pytest.raises(UserError) as caught:
         open_dataset(str(path), None)
     assert "--split" not in str(caught.value)
@@ -175,45 +175,45 @@ def test_of_many_classes_what_is_confused_is_listed(tmp_path):
         1, "-m", "psmpi.train", "--out", tmp_path / "run", *options, "--lr", "0.01", "--batch-size", "50"
     )
     assert status == 0, err
-    found = json.loads(predict(1, tmp_path / "run", "--json", "--out", tmp_path / "p.npz"))
+    report = json.loads(predict(1, tmp_path / "run", "--json", "--out", tmp_path / "p.npz"))
     predicted = np.load(tmp_path / "p.npz")["predicted"]
-    counts = [count for *_, count in found["confused"]]
+    counts = [count for *_, count in report["confused"]]
     assert counts == sorted(counts, reverse=True) and sum(counts) == np.count_nonzero(predicted != y) > 0
-    for label, choice, count in found["confused"]:
+    for label, choice, count in report["confused"]:
         assert count == np.count_nonzero((y == label) & (predicted == choice)) and label != choice
-    shown = predict(1, tmp_path / "run")
-    assert f"{len(counts)} pairs of classes confused, most often:" in shown and shown.count("taken for") == 10
-    right = np.array([np.count_nonzero(predicted[y == c] == c) for c in range(50)])
-    worst = cells(shown, "worst classes", 3)
-    assert len(worst) == 10 and [float(row[2][:-1]) / 50 for row in worst] == np.sort(right)[:10].tolist()
-    assert all(right[int(label)] == float(share[:-1]) / 50 and samples == "2" for label, samples, share in worst)
+    output = predict(1, tmp_path / "run")
+    assert f"{len(counts)} pairs of classes confused, most often:" in output and output.count("taken for") == 10
+    correct = np.array([np.count_nonzero(predicted[y == c] == c) for c in range(50)])
+    worst = cells(output, "worst classes", 3)
+    assert len(worst) == 10 and [float(row[2][:-1]) / 50 for row in worst] == np.sort(correct)[:10].tolist()
+    assert all(correct[int(label)] == float(share[:-1]) / 50 and samples == "2" for label, samples, share in worst)
 
 
-def cells(shown, title, columns):
-    """The rows of a table under its title, each of so many words."""
-    _, _, below = shown.partition(f"{title} ")
-    found = []
-    for line in below.splitlines()[3:]:
+def cells(output, title, columns):
+    """Return the rows of the table under a title, as lists of `columns` words."""
+    _, _, following = output.partition(f"{title} ")
+    rows = []
+    for line in following.splitlines()[3:]:
         if len(line.replace(" %", "%").split()) != columns:
             break
-        found.append(line.replace(" %", "%").split())
-    return found
+        rows.append(line.replace(" %", "%").split())
+    return rows
 
 
 def test_scores_and_confusion_are_printed_where_no_file_is_named(trained, tmp_path):
     predict(1, trained, "--out", tmp_path / "p.npz")
     saved = np.load(tmp_path / "p.npz")
-    right = saved["labels"] == saved["predicted"]
-    shown = predict(2, trained)
-    each = [right[saved["labels"] == c].mean() for c in range(10)]
+    correct = saved["labels"] == saved["predicted"]
+    output = predict(2, trained)
+    class_accuracy = [correct[saved["labels"] == c].mean() for c in range(10)]
     second = np.argsort(-saved["scores"], axis=1, kind="stable")[:, :5] == saved["labels"][:, None]
-    expected = [right.mean(), second.any(axis=1).mean(), np.mean(each), min(each)]
-    assert cells(shown, "scores", 4) == [[f"{100 * value:.2f}%" for value in expected]]
-    table = cells(shown, "confusion: rows are labels, columns predictions", 12)
-    assert len(table) == 10 and max(map(len, shown.splitlines()[1:])) <= 80
+    expected = [correct.mean(), second.any(axis=1).mean(), np.mean(class_accuracy), min(class_accuracy)]
+    assert cells(output, "scores", 4) == [[f"{100 * value:.2f}%" for value in expected]]
+    table = cells(output, "confusion: rows are labels, columns predictions", 12)
+    assert len(table) == 10 and max(map(len, output.splitlines()[1:])) <= 80
     for c, row in enumerate(table):
         counts = np.bincount(saved["predicted"][saved["labels"] == c], minlength=10)
-        assert row == [str(c), *(str(n) if n else "." for n in counts), f"{100 * each[c]:.1f}%"]
+        assert row == [str(c), *(str(n) if n else "." for n in counts), f"{100 * class_accuracy[c]:.1f}%"]
 
 
 def test_the_first_predictions_are_printed_where_there_are_no_labels(trained, tmp_path):
@@ -225,22 +225,25 @@ def test_the_first_predictions_are_printed_where_there_are_no_labels(trained, tm
     for more in ((), ("--out", tmp_path / "q.npz")):
         table = cells(predict(3, *options, *more), "first predictions", 5)
         assert len(table) == 10
-        for k, (sample, first, score, second, other) in enumerate(table):
+        for k, (sample, first, first_score, second, second_score) in enumerate(table):
             order = np.argsort(-scores[k])[:2]
             assert [int(sample), int(first), int(second)] == [k, *order]
-            assert [float(score), float(other)] == pytest.approx(scores[k, order], rel=2e-3)
+            assert [float(first_score), float(second_score)] == pytest.approx(scores[k, order], rel=2e-3)
 
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory):
-    """A run with 20,000 classes, of which the scores of all test samples are 96 MB."""
+    """A run with 20,000 classes; the scores of all test samples take 96 MB."""
     folder, rng = tmp_path_factory.mktemp("many"), np.random.default_rng(0)
-    # Half of the samples are of classes that lie far from each other.
-    often = [7 + 2200 * rng.integers(0, 9, n) for n in (900, 1200)]
-    y, tested = (np.where(rng.random(len(one)) < 0.5, one, rng.integers(0, 20_000, len(one))) for one in often)
-    x, x_test = (rng.normal(size=(len(labels), 5)).astype(np.float32) for labels in (y, tested))
+    # Half of the samples are of nine classes with distant numbers.
+    class_lists = [7 + 2200 * rng.integers(0, 9, n) for n in (900, 1200)]
+    y, y_test = (
+        np.where(rng.random(len(classes)) < 0.5, classes, rng.integers(0, 20_000, len(classes)))
+        for classes in class_lists
+    )
+    x, x_test = (rng.normal(size=(len(labels), 5)).astype(np.float32) for labels in (y, y_test))
     y[0] = 19_999
-    np.savez(folder / "many.npz", x=x, y=y, x_test=x_test, y_test=tested)
+    np.savez(folder / "many.npz", x=x, y=y, x_test=x_test, y_test=y_test)
     options = ("--dataset", folder / "many.npz", "--model", "head", "--widths", "6", "--loss", "nll", "--epochs", "9")
     options = (*options, "--lr", "0.01", "--batch-size", "300", "--out", folder / "run")
     status, _, err = run(1, "-m", "psmpi.train", *options)
@@ -249,21 +252,21 @@ def many(tmp_path_factory):
 
 
 def test_of_many_classes_no_rank_holds_the_scores_of_all_samples(many, tmp_path):
-    """But finds the largest, by tiles of classes, and writes all of them where they are asked for."""
+    """A rank finds the largest scores by tiles of classes, and --out writes all scores."""
     peaks = []
-    # What is loaded once.
-    alone = json.loads(predict(1, many, "--json"))
+    # Load modules before memory is measured.
+    one_rank = json.loads(predict(1, many, "--json"))
     for ranks, *out in ((3,), (1, "--out", tmp_path / "p.npz")):
         tracemalloc.start()
         try:
-            found = json.loads(predict(ranks, many, "--json", *out))
+            report = json.loads(predict(ranks, many, "--json", *out))
             peaks.append(tracemalloc.get_traced_memory()[1])
         finally:
             tracemalloc.stop()
-        assert found == alone
+        assert report == one_rank
     saved = np.load(tmp_path / "p.npz")
     scores, labels = saved["scores"], saved["labels"]
     assert scores.shape == (1200, 20_000) and np.array_equal(saved["predicted"], scores.argmax(axis=1))
-    above = (scores > scores[np.arange(1200), labels][:, None]).sum(axis=1)
-    assert (found["accuracy"], found["top5"]) == (np.mean(above < 1), np.mean(above < 5)) and found["top5"] > 0
+    larger = (scores > scores[np.arange(1200), labels][:, None]).sum(axis=1)
+    assert (report["accuracy"], report["top5"]) == (np.mean(larger < 1), np.mean(larger < 5)) and report["top5"] > 0
     assert peaks[0] < scores.nbytes / 8 and peaks[1] < scores.nbytes / 2

@@ -1,4 +1,4 @@
-"""Trainings whose private layers go by tiles of classes: those of all classes at once, on any ranks."""
+"""Trainings that compute private layers by tiles of classes, against trainings of all classes at once, on any ranks."""
 
 import json
 
@@ -23,7 +23,7 @@ SPLIT = ("--trunk", "split")
 
 @pytest.fixture
 def tiles(monkeypatch):
-    """tiles(n): tiles of n classes from now on; the number of tiles computed so far."""
+    """tiles(n): let tiles have n classes; the returned list grows by each computed tile."""
     count = []
     scores = PrivateLayers.scores
 
@@ -60,18 +60,18 @@ def tiles(monkeypatch):
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else str(value),
 )
 def test_weights_and_tests_are_those_of_all_classes_at_once(serial, train, tiles, ranks, more):
-    alone = serial(*SHORT, *(word for word in more if word not in (*OWN, *SPLIT, "--replicas", "--masters", "2")))
+    one_rank = serial(*SHORT, *(word for word in more if word not in (*OWN, *SPLIT, "--replicas", "--masters", "2")))
     count = tiles(2)
-    many = train(ranks, *SHORT, *more)
-    assert count and distance(alone.tensors(), many.tensors()) <= 1e-9
+    many_ranks = train(ranks, *SHORT, *more)
+    assert count and distance(one_rank.tensors(), many_ranks.tensors()) <= 1e-9
     for key in ("train_loss", "test_loss", "test_accuracy"):
-        assert many.rows[-1][key] == pytest.approx(alone.rows[-1][key], rel=1e-9)
+        assert many_ranks.rows[-1][key] == pytest.approx(one_rank.rows[-1][key], rel=1e-9)
 
 
 @pytest.mark.parametrize("loss", [name for name, loss in LOSSES.items() if loss.immediate])
 def test_weights_that_are_stepped_in_their_tiles_step_as_others(serial, train, tiles, monkeypatch, loss):
     options = (*SHORT, "--loss", loss, "--clip", "0", "--weight-decay", "0.01")
-    whole, pieces = serial(*options), []
+    untiled, pieces = serial(*options), []
     step_piece = FirstOrder.step_piece
 
     def counted(self, w, g, lr, at):
@@ -80,29 +80,29 @@ def test_weights_that_are_stepped_in_their_tiles_step_as_others(serial, train, t
 
     monkeypatch.setattr(FirstOrder, "step_piece", counted)
     tiles(3)
-    for ranks, more, seen in ((1, (), True), (2, OWN, True), (3, (), False), (1, ("--on-nan", "skip"), False)):
+    for ranks, more, by_tile in ((1, (), True), (2, OWN, True), (3, (), False), (1, ("--on-nan", "skip"), False)):
         pieces.clear()
-        assert same_run(whole, train(ranks, *options, *more)) and bool(pieces) == seen
+        assert same_run(untiled, train(ranks, *options, *more)) and bool(pieces) == by_tile
     assert not pieces
 
 
 @pytest.mark.parametrize("size", [2, 100])
 @pytest.mark.parametrize("more", [(), ("--batch-norm",), ("--batch-norm", "--backend", "numpy")], ids=str)
 def test_a_rank_s_gradient_is_made_again(train, tiles, monkeypatch, more, size):
-    """As it is where a sum of ranks' gradients is no number, to find whose it comes from."""
+    """Where the sum of the ranks' gradients is not finite, each rank computes its own again to find the cause."""
     tiles(size)
-    losses, seen = ElementWorker.element_losses, []
+    losses, errors = ElementWorker.element_losses, []
 
     def twice(self, batch, own=None):
         value = losses(self, batch, own)
         before = self.g_part.copy()
         self.g_part.fill(np.nan)
-        seen.append(abs(self.own_gradient() - before).max() / abs(before).max())
+        errors.append(abs(self.own_gradient() - before).max() / abs(before).max())
         return value
 
     monkeypatch.setattr(ElementWorker, "element_losses", twice)
     train(1, *SHORT, *more)
-    assert len(seen) == 6 and max(seen) <= 1e-12
+    assert len(errors) == 6 and max(errors) <= 1e-12
 
 
 def test_bytes_are_those_of_all_classes_at_once(tmp_path, tiles):
@@ -112,26 +112,26 @@ def test_bytes_are_those_of_all_classes_at_once(tmp_path, tiles):
 
 
 def test_predictions_of_the_largest_scores_are_the_same(train, tiles, tmp_path):
-    found, told = train(1, *SHORT), []
+    trained, reports = train(1, *SHORT), []
     for size, ranks in ((100, 1), (2, 1), (2, 2)):
         count = tiles(size)
-        status, out, err = run(ranks, "-m", "psmpi.predict", found.out, "--json", cwd=tmp_path)
+        status, out, err = run(ranks, "-m", "psmpi.predict", trained.out, "--json", cwd=tmp_path)
         assert status == 0 and bool(count) == (size == 2), out + err
-        told.append(json.loads(out))
-    assert told[0] == told[1] == told[2]
+        reports.append(json.loads(out))
+    assert reports[0] == reports[1] == reports[2]
 
 
 def test_statistics_that_are_fixed_are_those_of_all_classes(train, tiles, tmp_path):
-    """Predictions of a network with batch normalization do not go by tiles, whose statistics would be their own."""
-    found, told = train(1, *SHORT, "--batch-norm"), []
+    """Predictions of a network with batch normalization use no tiles, which would have statistics of their own."""
+    trained, reports = train(1, *SHORT, "--batch-norm"), []
     for size in (100, 2):
         count = tiles(size)
         count.clear()
-        words = (found.out, "--json", "--calibrate", "1000")
+        words = (trained.out, "--json", "--calibrate", "1000")
         status, out, err = run(1, "-m", "psmpi.predict", *words, cwd=tmp_path)
         assert status == 0 and not count, out + err
-        told.append(json.loads(out))
-    assert told[0] == told[1]
+        reports.append(json.loads(out))
+    assert reports[0] == reports[1]
 
 
 @pytest.mark.parametrize(
@@ -147,8 +147,8 @@ def test_statistics_that_are_fixed_are_those_of_all_classes(train, tiles, tmp_pa
     ids=str,
 )
 def test_memory_is_that_of_a_tile(tmp_path, tiles, more):
-    """Activations and buffers within a tenth of what is said before, and less than those of all classes."""
-    rng, found = np.random.default_rng(0), {}
+    """Activations and buffers are within a tenth of the predicted need, and smaller than those of all classes."""
+    rng, by_size = np.random.default_rng(0), {}
     x, y = rng.integers(0, 255, (600, 1, 28, 28), np.uint8), np.arange(600) % 200
     np.savez(tmp_path / "images.npz", x=x, y=y, x_test=x, y_test=y)
     for size in (200, 12):
@@ -156,9 +156,9 @@ def test_memory_is_that_of_a_tile(tmp_path, tiles, more):
         options = ("--dataset", tmp_path / "images.npz", "--batch-size", "100", "--threads", "1", *more, "--json")
         status, out, err = run(1, "-m", "psmpi.bench", "memory", *options)
         assert status == 0, err
-        (found[size],) = json.loads(out)
+        (by_size[size],) = json.loads(out)
         for what in ("activations", "buffers"):
-            held, needed = found[size]["held"][what], found[size]["needed"][what]
+            held, needed = by_size[size]["held"][what], by_size[size]["needed"][what]
             assert needed > 1e6 and 0.9 * needed <= held <= 1.1 * needed, (what, size, held, needed)
-    held = [found[size]["held"]["activations"] + found[size]["held"]["buffers"] for size in (200, 12)]
+    held = [by_size[size]["held"]["activations"] + by_size[size]["held"]["buffers"] for size in (200, 12)]
     assert held[1] < 0.65 * held[0]

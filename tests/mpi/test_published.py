@@ -1,4 +1,4 @@
-"""The measurement against the published protocol: its floors, and a whole run on a small data set."""
+"""The benchmark of the published protocol: its floors, and a complete run on a small data set."""
 
 import json
 
@@ -35,10 +35,10 @@ def test_rows_give_their_figures():
 
 
 def test_losses_over_pairs_have_the_published_factor():
-    for one in SETTINGS:
-        words = one.arguments()
-        at = words.index("--kappa") if "--kappa" in words else -1
-        assert words[at + 1] == "2" if one.loss == "psl" else at == -1
+    for setting in SETTINGS:
+        words = setting.arguments()
+        position = words.index("--kappa") if "--kappa" in words else -1
+        assert words[position + 1] == "2" if setting.loss == "psl" else position == -1
 
 
 def published(folder, *options):
@@ -60,8 +60,8 @@ def test_it_trains_every_seed_and_reports(tmp_path):
     for line in ("kappa = 1.0", "clip = 0.0", "init_gain = 1.0", "shuffle = false", 'model = "psnet"', "lr = 0.001"):
         assert line in settings
 
-    status, again, _ = published(tmp_path, "--report")
-    assert (status, again) == (1, out[out.index("test accuracy") :])
+    status, report, _ = published(tmp_path, "--report")
+    assert (status, report) == (1, out[out.index("test accuracy") :])
     assert json.loads(first[1].splitlines()[-1])["epoch"] == EPOCHS
 
 

@@ -28,12 +28,12 @@ PAIRS = list(combinations(range(10), 2))
 
 @pytest.fixture
 def train(train):
-    """That of all tests, with one thread a rank, which is faster with elements as small as these."""
+    """train(ranks, *options) with one thread a rank, which is faster for small elements."""
     return lambda ranks, *options, **more: train(ranks, "--threads", "1", *options, **more)
 
 
 def problem(shape, dtype, batch=40, seed=0):
-    """(network, layout, weights, samples, labels in their order)."""
+    """Return (network, layout, weights, samples, sorted labels)."""
     network = make_network("psnet", shape, 10)
     rng = np.random.default_rng(seed)
     w = (0.2 * rng.standard_normal(network.layout().size)).astype(dtype)
@@ -43,8 +43,8 @@ def problem(shape, dtype, batch=40, seed=0):
 
 def element_set(network, layout, dtype, classes=range(10), pairs=PAIRS, loss=None, **options):
     loss = loss or make_loss("psl", dtype)
-    found = ElementSet(network, layout, tuple(classes), pairs, dtype, make_backend("auto"), loss, **options)
-    return found, np.full((len(found.elements), found.size), np.nan, dtype)
+    elements = ElementSet(network, layout, tuple(classes), pairs, dtype, make_backend("auto"), loss, **options)
+    return elements, np.full((len(elements.elements), elements.size), np.nan, dtype)
 
 
 @pytest.mark.parametrize("merged", [False, True])
@@ -53,20 +53,20 @@ def element_set(network, layout, dtype, classes=range(10), pairs=PAIRS, loss=Non
 @pytest.mark.parametrize("shape", [(1, 8, 8), (1, 28, 28), (3, 32, 32)])
 def test_element_gradients_add_up_to_that_of_the_network(shape, dtype, loss, merged):
     network, layout, w, x, labels = problem(shape, dtype)
-    whole, apart = make_loss(loss, dtype, kappa=2), make_loss(loss, dtype, kappa=2)
+    network_loss, element_loss = make_loss(loss, dtype, kappa=2), make_loss(loss, dtype, kappa=2)
     g = np.empty_like(w)
     model = Model(network, layout, w, g, make_backend("auto"))
     tape = model.forward(x)
     scores = tape.scores
     dscores = np.empty(scores.shape)
-    value = whole(scores, labels, 1 / 40, dscores)
+    value = network_loss(scores, labels, 1 / 40, dscores)
     model.backward(tape, dscores.astype(dtype))
-    elements, out = element_set(network, layout, dtype, loss=apart, merged=merged)
+    elements, out = element_set(network, layout, dtype, loss=element_loss, merged=merged)
     assert len(elements.elements) == (45 if merged else 90)
-    found = elements.gradients(w, x, labels, 1 / 40, out)
+    element_value = elements.gradients(w, x, labels, 1 / 40, out)
     tolerance = 1e-12 if dtype == F64 else 1e-6
-    assert found + whole.constant == pytest.approx(value, rel=tolerance)
-    assert elements.value(w, x, labels, 1 / 40) == pytest.approx(found, rel=tolerance)
+    assert element_value + network_loss.constant == pytest.approx(value, rel=tolerance)
+    assert elements.value(w, x, labels, 1 / 40) == pytest.approx(element_value, rel=tolerance)
     total = np.empty_like(w)
     elements.accumulate(out, total)
     assert np.linalg.norm(total - g) <= tolerance * np.linalg.norm(g)
@@ -74,7 +74,7 @@ def test_element_gradients_add_up_to_that_of_the_network(shape, dtype, loss, mer
 
 @pytest.mark.parametrize("merged", [False, True])
 def test_an_element_gradient_is_that_of_its_terms(merged):
-    """Each by a backward pass of its own through the whole network."""
+    """Compare each with a backward pass of its terms through the whole network."""
     network, layout, w, x, labels = problem((1, 8, 8), F64)
     labels[labels == 4] = 5
     elements, out = element_set(network, layout, F64, merged=merged)
@@ -85,16 +85,16 @@ def test_an_element_gradient_is_that_of_its_terms(merged):
         scores = tape.scores.copy()
         dscores = np.zeros_like(scores)
         for a, b in ((i, j), (j, i)) if merged else ((i, j),):
-            mine = labels == a
-            term = np.exp(scores[b] - scores[a]) * mine
+            in_class = labels == a
+            term = np.exp(scores[b] - scores[a]) * in_class
             dscores[b] += term
             dscores[a] -= term
         model.backward(tape, dscores)
-        alone = np.zeros((len(elements.elements), elements.size))
-        alone[number] = out[number]
-        found = np.empty_like(w)
-        elements.accumulate(alone, found)
-        assert np.linalg.norm(found - model.g) <= 1e-12 * max(1e-3, np.linalg.norm(model.g))
+        single = np.zeros((len(elements.elements), elements.size))
+        single[number] = out[number]
+        single_gradient = np.empty_like(w)
+        elements.accumulate(single, single_gradient)
+        assert np.linalg.norm(single_gradient - model.g) <= 1e-12 * max(1e-3, np.linalg.norm(model.g))
     expected = [4 not in e[: 1 + merged] if not merged else e != (4, 4) for e in elements.elements]
     assert elements.seen(labels).tolist() == expected
     assert not out[~elements.seen(labels)].any()
@@ -115,10 +115,10 @@ def test_elements_of_different_sizes_and_of_a_worker():
     classes, pairs = (2, 3, 7), [(2, 7), (3, 7)]
     elements, out = element_set(network, layout, F64, classes, pairs)
     assert len(set(elements.restriction.sizes)) > 1
-    mine = np.concatenate([w[a:b] for a, b in elements.part.intervals])
-    known = np.isin(labels, classes)
-    numbers = np.searchsorted(classes, labels[known])
-    elements.gradients(mine, np.ascontiguousarray(x[:, known]), numbers, 1.0, out)
+    own_w = np.concatenate([w[a:b] for a, b in elements.part.intervals])
+    own_samples = np.isin(labels, classes)
+    numbers = np.searchsorted(classes, labels[own_samples])
+    elements.gradients(own_w, np.ascontiguousarray(x[:, own_samples]), numbers, 1.0, out)
     model = Model(network, layout, w, np.empty_like(w), make_backend("numpy"))
     tape = model.forward(x)
     scores = tape.scores
@@ -128,12 +128,12 @@ def test_elements_of_different_sizes_and_of_a_worker():
         dscores[j] += term
         dscores[i] -= term
     model.backward(tape, dscores)
-    total = np.empty_like(mine)
+    total = np.empty_like(own_w)
     elements.accumulate(out, total)
     expected = np.concatenate([model.g[a:b] for a, b in elements.part.intervals])
     assert np.linalg.norm(total - expected) <= 1e-12 * np.linalg.norm(expected)
     restricted = elements.make_vectors()
-    elements.restrict(mine, restricted)
+    elements.restrict(own_w, restricted)
     for e, size in enumerate(elements.restriction.sizes):
         expected = np.concatenate([w[a:b] for a, b in layout.part(elements.elements[e]).intervals])
         assert np.array_equal(restricted[e, :size], expected) and not restricted[e, size:].any()
@@ -195,7 +195,7 @@ class Alone:
 
 
 def first(split, n):
-    """The first n samples of a split."""
+    """Return a split with the first n samples."""
     return replace(
         split, targets=split.targets[:n], index=(np.arange(split.n) if split.index is None else split.index)[:n]
     )
@@ -213,22 +213,22 @@ def make_method(network, dataset, **changes):
 
 
 def digits(n=120):
-    whole = open_dataset("digits", "")
-    return replace(whole, train=first(whole.train, n))
+    dataset = open_dataset("digits", "")
+    return replace(dataset, train=first(dataset.train, n))
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_the_secant_equations_hold_after_a_step(rule):
-    """B_e s_e = y_e of every element that took its pair; where all did, B s = y and s^T B s = s^T y."""
+    """B_e s_e = y_e for every element that took its pair, and B s = y where all elements did."""
     network = make_network("psnet", (1, 8, 8), 10)
     method = make_method(network, digits(), optimizer=rule)
-    newton, ids, updates, whole = method.newton, np.arange(120), 0, 0
+    newton, ids, updates, all_updated = method.newton, np.arange(120), 0, 0
     for _ in range(8):
         failed, weights = newton.scalars["failed_steps"], method.w.copy()
         method.step(Batch(ids), 0.0)
         if newton.scalars["failed_steps"] > failed:
             continue
-        # The step as the elements have it: a difference of weights would bring their rounding in.
+        # Take the step from the elements, because a difference of weights would add rounding errors.
         step, down = newton.s.copy(), newton.elements.restriction.down.table
         s, product = np.zeros(newton.elements.part.size), np.empty_like(step)
         for source, target, length in down:
@@ -237,24 +237,24 @@ def test_the_secant_equations_hold_after_a_step(rule):
         assert np.linalg.norm(method.w - weights - s) <= 1e-12 * np.linalg.norm(weights)
         np.copyto(newton.p, s)
         newton._product(newton.p, newton.q)
-        done = newton.outcome == Outcome.UPDATED
-        updates += done.sum()
+        updated = newton.outcome == Outcome.UPDATED
+        updates += updated.sum()
         y = newton.after
-        far, size = (np.linalg.norm(v, axis=1) for v in (product - y, y))
-        # A product starts from sigma s, and where that is thousands of times y the rest cancels it.
+        deviation, size = (np.linalg.norm(v, axis=1) for v in (product - y, y))
+        # A product starts from sigma s; where sigma s is thousands of times y, it cancels.
         start = newton.operators.sigma * np.linalg.norm(step, axis=1)
-        assert (far[done] <= np.maximum(1e-10 * size, 1e-12 * start)[done]).all()
-        if done.all():
-            whole += 1
+        assert (deviation[updated] <= np.maximum(1e-10 * size, 1e-12 * start)[updated]).all()
+        if updated.all():
+            all_updated += 1
             total = np.empty_like(s)
             newton.elements.accumulate(y, total)
             assert np.linalg.norm(newton.q - total) <= max(1e-10 * np.linalg.norm(total), 1e-12 * start.sum())
-    assert updates >= 200 and (whole >= 3 or rule == "plbfgs")
+    assert updates >= 200 and (all_updated >= 3 or rule == "plbfgs")
 
 
 @pytest.mark.parametrize("lr", [1e-3, 2.5e-4])
 def test_a_first_scaled_step_is_that_of_adam_with_the_multiplicities(lr):
-    """All matrices are the identity, so B is diagonal: the multiplicities and sigma, which rises as lr falls."""
+    """Element matrices are the identity, so B is diagonal: multiplicities plus sigma, which rises as lr drops."""
     network = make_network("psnet", (1, 8, 8), 10)
     options = {"cg_tolerance": 1e-13, "line_search": "backtracking", "sigma": 1000.0}
     method = make_method(network, digits(), optimizer="plse", scaling="moments", **options)
@@ -264,29 +264,29 @@ def test_a_first_scaled_step_is_that_of_adam_with_the_multiplicities(lr):
     multiplicity = np.empty_like(w)
     newton.elements.accumulate(np.ones((90, newton.elements.size)), multiplicity)
     assert sorted(set(multiplicity.tolist())) == [18, 90]
-    step = -g / (np.abs(g) + 1e-8) / (multiplicity + 1000 * 1e-3 / lr)
-    taken = method.w - w
-    length = (taken @ step) / (step @ step)
-    assert 0 < length <= 1 + 1e-9 and np.linalg.norm(taken - length * step) <= 1e-10 * np.linalg.norm(taken)
+    full_step = -g / (np.abs(g) + 1e-8) / (multiplicity + 1000 * 1e-3 / lr)
+    moved = method.w - w
+    length = (moved @ full_step) / (full_step @ full_step)
+    assert 0 < length <= 1 + 1e-9 and np.linalg.norm(moved - length * full_step) <= 1e-10 * np.linalg.norm(moved)
 
 
 @pytest.mark.parametrize("scaling", ["none", "moments"])
 def test_sigma_is_added_to_the_matrix(scaling):
     network = make_network("psnet", (1, 8, 8), 10)
     methods = [make_method(network, digits(), optimizer="plsr1", scaling=scaling, sigma=s) for s in (0.0, 3.0)]
-    found = []
+    products = []
     for method in methods:
         method.newton.p[:] = np.cos(np.arange(len(method.w)))
         method.newton._product(method.newton.p, method.newton.q)
-        found.append(method.newton.q.copy())
-    assert np.linalg.norm(found[1] - found[0] - 3 * methods[0].newton.p) <= 1e-12 * np.linalg.norm(found[1])
+        products.append(method.newton.q.copy())
+    assert np.linalg.norm(products[1] - products[0] - 3 * methods[0].newton.p) <= 1e-12 * np.linalg.norm(products[1])
 
 
 def test_scaled_pairs_satisfy_the_secant_equation_of_the_weights():
     """D^(1/2) B D^(1/2) s = y, with s and y those of the weights, where every element took its pair."""
     network = make_network("psnet", (1, 8, 8), 10)
     method = make_method(network, digits(), optimizer="plse", scaling="moments")
-    newton, ids, whole = method.newton, np.arange(120), 0
+    newton, ids, all_updated = method.newton, np.arange(120), 0
     for _ in range(8):
         before = method.w.copy()
         method.gradient(Batch(ids))
@@ -296,11 +296,11 @@ def test_scaled_pairs_satisfy_the_secant_equation_of_the_weights():
         y, s, root = method.g - g, method.w - before, newton.root.copy()
         if not (newton.moved and (newton.outcome == Outcome.UPDATED).all()):
             continue
-        whole += 1
+        all_updated += 1
         np.copyto(newton.p, s / root)
         newton._product(newton.p, newton.q)
         assert np.linalg.norm(newton.q / root - y) <= 1e-8 * np.linalg.norm(y)
-    assert whole >= 2
+    assert all_updated >= 2
 
 
 OPTIONS = ("--partition", "pairs", "--dtype", "float64", "--max-steps", "12")
@@ -309,7 +309,7 @@ VARIANTS = {
     # Denominators of SR1 may be a millionth of their terms and multiply rounding by as much: a few steps only.
     "plsr1": ("--optimizer", "plsr1", "--globalization", "trust-region", "--max-steps", "6"),
     "plse": ("--optimizer", "plse", "--merge-pairs", "--curvature", "relative"),
-    # So do fourth roots of squares of small gradients.
+    # Fourth roots of squares of small gradients multiply rounding too.
     "scaled": (
         *(
             "--max-steps",
@@ -346,7 +346,7 @@ def test_steps_do_not_depend_on_ranks(train, variant):
     "optimizer", [*(pytest.param(rule, marks=pytest.mark.slow) for rule in ("plbfgs", "plse")), "plsr1"]
 )
 def test_training_learns(train, optimizer):
-    # SR1 multiplies rounding: the accuracies of two processors part by a tenth, and until epoch 12 by more.
+    # SR1 multiplies rounding: accuracies on two processors differ by a tenth, and by more until epoch 12.
     more = ("--globalization", "trust-region", "--epochs", "20") if optimizer == "plsr1" else ("--epochs", "12")
     rows = train(1, "--partition", "pairs", "--optimizer", optimizer, *more).rows
     assert rows[-1]["test_accuracy"] > 0.6 and rows[-1]["train_loss"] < 0.7 * rows[0]["train_loss"]
@@ -368,16 +368,20 @@ def test_training_learns(train, optimizer):
     ],
 )
 def test_a_resumed_run_ends_in_the_same_bits(train, ranks, options):
-    """Weights, vectors and the curvature of every element."""
-    whole = train(ranks, *OPTIONS, *options, "--max-steps", "20")
+    """Compare weights, vectors and the curvature of every element."""
+    full_run = train(ranks, *OPTIONS, *options, "--max-steps", "20")
     first = train(ranks, *OPTIONS, *options, "--max-steps", "9")
     resumed = train(ranks, *OPTIONS, *options, "--max-steps", "20", "--resume", "auto", out=first.out)
     assert "afresh" not in resumed.stdout
-    mine, theirs = whole.tensors(), resumed.tensors()
-    assert {f"elements/{name}" for name in ("classes", "pairs", "gram", "middle", "stamps", "sigma")} < mine.keys()
-    assert mine.keys() == theirs.keys() and all(np.array_equal(mine[k], theirs[k]) for k in mine)
-    assert len(mine["elements/classes"]) == (45 if "--merge-pairs" in options else 90)
-    assert (mine["elements/pushes"] > 0).sum() > 40
+    full_tensors, resumed_tensors = full_run.tensors(), resumed.tensors()
+    assert {
+        f"elements/{name}" for name in ("classes", "pairs", "gram", "middle", "stamps", "sigma")
+    } < full_tensors.keys()
+    assert full_tensors.keys() == resumed_tensors.keys() and all(
+        np.array_equal(full_tensors[k], resumed_tensors[k]) for k in full_tensors
+    )
+    assert len(full_tensors["elements/classes"]) == (45 if "--merge-pairs" in options else 90)
+    assert (full_tensors["elements/pushes"] > 0).sum() > 40
 
 
 def test_curvature_goes_on_on_another_number_of_ranks(train):
@@ -386,13 +390,13 @@ def test_curvature_goes_on_on_another_number_of_ranks(train):
     results = [
         train(ranks, *options, "--max-steps", "11", "--resume", first.checkpoint).tensors() for ranks in (1, 3, 6)
     ]
-    for other in results[1:]:
-        assert (other["elements/classes"] == results[0]["elements/classes"]).all()
-        assert distance(results[0], other) <= 1e-9
+    for tensors in results[1:]:
+        assert (tensors["elements/classes"] == results[0]["elements/classes"]).all()
+        assert distance(results[0], tensors) <= 1e-9
 
 
 def test_the_tools_tell_of_elements(train):
-    """Shown with their sizes, compared, and not what a part of the network is cut with."""
+    """`show` lists the elements with their sizes, `diff` compares them, and `cut` leaves them out."""
     runs = [train(1, *OPTIONS, "--max-steps", n, "--optimizer", "plbfgs") for n in ("6", "7")]
     status, out, err = run(1, "-m", "psmpi.inspect", "show", runs[0].checkpoint)
     assert status == 0 and "elements  90 elements" in out and "pairs  float64 90 x 10 x 1056" in out, err
@@ -420,15 +424,15 @@ def test_the_tools_tell_of_elements(train):
 )
 def test_a_state_of_other_settings_is_not_taken_up(train, first, then):
     """Pairs of scaled variables are no pairs of the weights."""
-    begun = train(1, *OPTIONS, "--optimizer", "plse", *first)
-    resumed = train(1, *OPTIONS, "--optimizer", "plse", *then, "--max-steps", "13", "--resume", begun.checkpoint)
-    said = " ".join(resumed.stdout.split())
-    assert "note: the checkpoint's optimizer has " in said and "the optimizer starts afresh" in said
+    first_run = train(1, *OPTIONS, "--optimizer", "plse", *first)
+    resumed = train(1, *OPTIONS, "--optimizer", "plse", *then, "--max-steps", "13", "--resume", first_run.checkpoint)
+    output = " ".join(resumed.stdout.split())
+    assert "note: the checkpoint's optimizer has " in output and "the optimizer starts afresh" in output
     assert resumed.tensors()["elements/pushes"].max() <= 1
 
 
 def test_counts_begin_again_in_a_resumed_run(train):
-    """Steps that failed, of the partitioned methods and of the whole vector's; every step is in its epoch's row."""
+    """Failed steps of plse and of lbfgs-tr are counted in the rows of their epochs."""
     pairs = ("--partition", "pairs", "--optimizer", "plse", "--globalization", "trust-region")
     for options in (pairs, ("--optimizer", "lbfgs-tr")):
         options = (*options, "--kappa", "200", "--max-steps")
@@ -450,18 +454,18 @@ def test_a_line_search_comes_back_from_steps_far_too_long(train):
 
 @pytest.mark.parametrize(("first_step", "firsts"), [("unit", [1.0, 1.0, 1.0]), ("last", [1.0, 0.02, 1.0])])
 def test_a_line_search_starts_at_1_unless_told_otherwise(first_step, firsts, monkeypatch):
-    """After steps of the lengths 0.002 and 0.5."""
+    """The first two steps have the lengths 0.002 and 0.5."""
     method = make_method(make_network("psnet", (1, 8, 8), 10), digits(), optimizer="plbfgs", first_step=first_step)
-    lengths, begun = iter([0.002, 0.5, 0.25]), []
+    lengths, first_lengths = iter([0.002, 0.5, 0.25]), []
 
     def search(value, start, slope, *, extend, first):
-        begun.append(first)
+        first_lengths.append(first)
         return next(lengths), start
 
     monkeypatch.setattr("psmpi.methods.psl.newton.armijo", search)
     for _ in firsts:
         method.step(Batch(np.arange(120)), 1e-3)
-    assert begun == pytest.approx(firsts)
+    assert first_lengths == pytest.approx(firsts)
 
 
 def test_steps_that_bring_no_pair_are_counted_when_they_happen(monkeypatch):
@@ -519,10 +523,10 @@ CUSTOM = [
 @pytest.mark.parametrize(("rule", "bound"), [("plbfgs", 5.0), ("plse", 5.0), ("plsr1", 8.0)])
 def test_the_loss_of_a_fixed_minibatch_never_increases(rule, bound):
     """Forty iterations on the first 200 training images of MNIST."""
-    whole = open_dataset("mnist", real("mnist"))
+    mnist = open_dataset("mnist", real("mnist"))
     network = build("small", (1, 28, 28), CUSTOM, 10)
     assert network.layout().size == 3016
-    dataset = Dataset(name="mnist", outputs=10, shape=whole.shape, train=first(whole.train, 200), test=whole.test)
+    dataset = Dataset(name="mnist", outputs=10, shape=mnist.shape, train=first(mnist.train, 200), test=mnist.test)
     method = make_method(network, dataset, optimizer=rule)
     losses, ids = [], np.arange(200)
     for _ in range(41):

@@ -1,7 +1,6 @@
-"""Trainings under mpirun leave what the same trainings on ranks that are threads leave, bit for bit.
+"""Trainings under mpirun leave the same tensors and metrics, bit for bit, as trainings on ranks that are threads.
 
-Sums are of numbers that MPICH adds in the order of psmpi.testing, as it does for less than some kilobytes; another MPI
-may round otherwise.
+MPICH adds arrays of less than some kilobytes in the order of psmpi.testing; another MPI may round otherwise.
 """
 
 import json
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 from helpers.paths import TESTS
 from helpers.processes import launch
-from helpers.runs import Trained, distance, said
+from helpers.runs import Trained, default_options, distance
 
 from psmpi.comm.world import library
 from psmpi.testing import train
@@ -105,48 +104,48 @@ SWEEP = {
     **{f"data_parallel by {name}": (3, (*DATA, "--compression", name)) for name in ("dgc", "powersgd", "qsgd", "sign")},
 }
 STEPS = ("--epochs", "2", "--max-steps", "18")
-# Curvature multiplies what another MPI rounds otherwise: of elements by a thousand in three steps, 1e-11 after 12.
+# Curvature of elements multiplies rounding of another MPI: by a thousand in three steps, to 1e-11 after 12.
 FEW = ("--epochs", "2", "--max-steps", "12")
-# A step of a line search is up to 20 of others, and each has many messages here.
+# A step with a line search takes as long as 20 others, and layer_parallel has many messages in each.
 SEARCHED = ("--epochs", "2", "--max-steps", "3")
 MEASURED = {"seconds", "samples_per_second"}
 
 
-def agree(one, other):
-    """Whether two runs have left the same: to the last bit, but for what is measured, where sums are in one order."""
-    ours, theirs = one.tensors(), other.tensors()
-    assert len(ours) > 1 and distance(ours, theirs) <= 1e-6
+def agree(first, second):
+    """Assert that two runs have equal tensors; with MPICH also equal bits, and equal metrics except measured ones."""
+    first_tensors, second_tensors = first.tensors(), second.tensors()
+    assert len(first_tensors) > 1 and distance(first_tensors, second_tensors) <= 1e-6
     if "MPICH" in library():
-        assert all(np.array_equal(ours[k], theirs[k], equal_nan=True) for k in ours)
-        rows = [[{k: v for k, v in row.items() if k not in MEASURED} for row in run.rows] for run in (one, other)]
+        assert all(np.array_equal(first_tensors[k], second_tensors[k], equal_nan=True) for k in first_tensors)
+        rows = [[{k: v for k, v in row.items() if k not in MEASURED} for row in run.rows] for run in (first, second)]
         assert rows[0] == rows[1]
 
 
-# Beginnings of lines with what is measured, and with names of folders.
+# First words of lines with measured times or names of folders.
 APART = ("done in ", "predict: ", "inspect: ", "go on: ", "run directory ")
 
 
 def shown(stdout):
-    """What is printed, without what is measured and the names of folders."""
+    """Return the printed lines without measured times and names of folders."""
     return [line for line in stdout.splitlines() if not line.startswith(APART) and " MB sent" not in line]
 
 
 def compare(ranks, runs, folder):
-    """Train each of the runs on threads, and all of them in processes that mpirun starts once."""
+    """Train each of the runs on threads, and all runs in processes that mpirun starts once; assert that they agree."""
     words, threads = {}, []
     for name, options in runs.items():
         steps = FEW if "pairs" in options else SEARCHED if {"layer_parallel", "lbfgs"} <= {*options} else STEPS
-        words[name] = [*map(str, said(options)), *steps, *options, "--out"]
+        words[name] = [*map(str, default_options(options)), *steps, *options, "--out"]
         threads.append(train(ranks, [*words[name], folder / "threads" / name], cwd=folder))
         assert threads[-1].status == 0, f"{name}: {threads[-1].stderr}"
-    each = [json.dumps([*options, str(folder / "processes" / name)]) for name, options in words.items()]
-    status, stdout, stderr = launch(ranks, TESTS / "helpers" / "program_trainings.py", *each, cwd=folder)
+    arguments = [json.dumps([*options, str(folder / "processes" / name)]) for name, options in words.items()]
+    status, stdout, stderr = launch(ranks, TESTS / "helpers" / "program_trainings.py", *arguments, cwd=folder)
     assert status == 0, stderr
     for name in runs:
         agree(*(Trained(folder / how / name, "") for how in ("threads", "processes")))
     if "MPICH" in library():
         # mpirun of Open MPI gives the first rank a terminal.
-        assert shown(stdout) == shown("".join(ended.stdout for ended in threads))
+        assert shown(stdout) == shown("".join(result.stdout for result in threads))
 
 
 @pytest.mark.parametrize("ranks", sorted({ranks for ranks, _ in RUNS.values()}))

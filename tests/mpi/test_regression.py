@@ -25,7 +25,8 @@ LINEAR = '[model]\nmodel = "custom"\n[[model.layers]]\ntype = "dense"\nunits = 3
 
 @pytest.fixture
 def own(tmp_path):
-    """own.npz: 120 samples of 6 features, three values each that are nearly linear in these; and 40 for the test."""
+    """A folder with own.npz: 120 training and 40 test samples of 6 features, with three values that are nearly linear
+    in them."""
     rng = np.random.default_rng(0)
     x, map_ = rng.normal(size=(160, 6)), rng.normal(size=(6, 3))
     y = x @ map_ + [1.0, -2.0, 0.5] + 0.1 * rng.normal(size=(160, 3))
@@ -35,7 +36,7 @@ def own(tmp_path):
 
 
 def least_squares(folder):
-    """Weights (7, 3), the last row the biases, and the RMSE on the test samples."""
+    """Return the least-squares weights (7, 3), biases in the last row, and the RMSE on the test samples."""
     data = np.load(folder / "own.npz")
     with_one = {key: np.column_stack([data[key], np.ones(len(data[key]))]) for key in ("x", "x_test")}
     weights = lstsq(with_one["x"], data["y"])[0]
@@ -46,13 +47,13 @@ def test_a_linear_network_finds_the_least_squares_on_1_and_3_ranks(own, train):
     options = ("--optimizer", "lbfgs", "--lr", "1", "--batch-size", "120", "--epochs", "60", "--config", "linear.toml")
     weights, rmse = least_squares(own)
     for ranks in (1, 3):
-        found = train(ranks, *SQUARED, *options, "--colocate")
-        row, tensors = found.rows[-1], found.tensors()
+        trained = train(ranks, *SQUARED, *options, "--colocate")
+        row, tensors = trained.rows[-1], trained.tensors()
         np.testing.assert_allclose(tensors["weights/dense1.weight"].reshape(3, 6), weights[:6].T, atol=1e-5)
         np.testing.assert_allclose(tensors["weights/dense1.bias"].reshape(3), weights[6], atol=1e-5)
         assert row["test_rmse"] == pytest.approx(rmse, rel=1e-5)
         assert row["test_loss"] == pytest.approx(3 * row["test_rmse"] ** 2, rel=1e-12)
-        assert "test_accuracy" not in row and f"test RMSE {row['test_rmse']:.5g}" in found.stdout
+        assert "test_accuracy" not in row and f"test RMSE {row['test_rmse']:.5g}" in trained.stdout
 
 
 @pytest.mark.parametrize(
@@ -66,13 +67,13 @@ def test_a_linear_network_finds_the_least_squares_on_1_and_3_ranks(own, train):
     ids=["psl", "replicas", "data_parallel", "dfa"],
 )
 def test_1_and_3_ranks_give_the_same_error(own, train, options):
-    alone = [word if word != "3" else "1" for word in options]
-    one, three = (
+    one_rank_options = [word if word != "3" else "1" for word in options]
+    one_rank, three_ranks = (
         train(ranks, *SQUARED, *words, "--epochs", "3", "--batch-size", "20", "--lr", "0.01").rows[-1]
-        for ranks, words in ((1, alone), (3, options))
+        for ranks, words in ((1, one_rank_options), (3, options))
     )
-    assert three["test_rmse"] == pytest.approx(one["test_rmse"], rel=1e-9)
-    assert three["train_loss"] == pytest.approx(one["train_loss"], rel=1e-9)
+    assert three_ranks["test_rmse"] == pytest.approx(one_rank["test_rmse"], rel=1e-9)
+    assert three_ranks["train_loss"] == pytest.approx(one_rank["train_loss"], rel=1e-9)
 
 
 @pytest.mark.parametrize("method", ["local_sgd", "ist"])
@@ -84,37 +85,39 @@ def test_methods_whose_result_depends_on_ranks_learn_values_too(own, train, meth
 
 
 def test_predictions_are_values(own, train):
-    found = train(1, *SQUARED, "--config", "linear.toml", "--epochs", "2", "--batch-size", "20")
+    trained = train(1, *SQUARED, "--config", "linear.toml", "--epochs", "2", "--batch-size", "20")
     data = np.load(own / "own.npz")
     for ranks, name in ((1, "p.npz"), (2, "p.csv")):
-        words = (found.out, "--json", "--out", own / name)
+        words = (trained.out, "--json", "--out", own / name)
         status, out, err = run(ranks, "-m", "psmpi.predict", *words, cwd=own)
         assert status == 0, err
-        assert json.loads(out)["rmse"] == pytest.approx(found.rows[-1]["test_rmse"], rel=1e-12)
+        assert json.loads(out)["rmse"] == pytest.approx(trained.rows[-1]["test_rmse"], rel=1e-12)
     values = np.load(own / "p.npz")["values"]
     table = np.loadtxt(own / "p.csv", delimiter=",", skiprows=1)
     assert (own / "p.csv").read_text().startswith("sample,target_0,target_1,target_2,value_0,value_1,value_2\n")
     np.testing.assert_allclose(table[:, 4:], values, rtol=1e-12)
     np.testing.assert_array_equal(table[:, 1:4], data["y_test"])
     np.savez(own / "bare.npz", x=data["x_test"])
-    status, out, err = run(1, "-m", "psmpi.predict", found.out, "--dataset", "bare.npz", "--split", "all", cwd=own)
+    status, out, err = run(1, "-m", "psmpi.predict", trained.out, "--dataset", "bare.npz", "--split", "all", cwd=own)
     assert status == 0 and "no RMSE (it needs targets y)" in out, err
     first = np.array([line.split() for line in out.splitlines()[-10:]], float)
     np.testing.assert_array_equal(first[:, 0], np.arange(10))
     np.testing.assert_allclose(first[:, 1:], values[:10], rtol=1e-4)
-    _, out, _ = run(1, "-m", "psmpi.predict", found.out, cwd=own)
-    shown = np.array([line.split() for line in out.splitlines()[-3:]], float)
-    wanted = data["y_test"]
-    off, spread = np.mean((values - wanted) ** 2, axis=0), np.var(wanted, axis=0)
-    expected = np.stack([np.arange(3), np.sqrt(off), wanted.mean(axis=0), np.sqrt(spread), 1 - off / spread], axis=1)
-    np.testing.assert_allclose(shown, expected, rtol=1e-3, atol=1e-4)
-    for y, says in (
+    _, out, _ = run(1, "-m", "psmpi.predict", trained.out, cwd=own)
+    printed = np.array([line.split() for line in out.splitlines()[-3:]], float)
+    targets = data["y_test"]
+    errors, spread = np.mean((values - targets) ** 2, axis=0), np.var(targets, axis=0)
+    expected = np.stack(
+        [np.arange(3), np.sqrt(errors), targets.mean(axis=0), np.sqrt(spread), 1 - errors / spread], axis=1
+    )
+    np.testing.assert_allclose(printed, expected, rtol=1e-3, atol=1e-4)
+    for y, message in (
         (np.arange(40) % 3, "predicts values"), (np.ones((40, 2)), "has 2 values a sample, checkpoint"),
     ):  # fmt: skip
         np.savez(own / "other.npz", x=data["x_test"], y=y)
-        status, _, err = run(1, "-m", "psmpi.predict", found.out, "--dataset", "other.npz", cwd=own)
-        assert status == 1 and says in " ".join(err.split()) and "Traceback" not in err
-    status, out, err = run(1, "-m", "psmpi.inspect", "show", found.out, cwd=own)
+        status, _, err = run(1, "-m", "psmpi.predict", trained.out, "--dataset", "other.npz", cwd=own)
+        assert status == 1 and message in " ".join(err.split()) and "Traceback" not in err
+    status, out, err = run(1, "-m", "psmpi.inspect", "show", trained.out, cwd=own)
     assert status == 0 and "test RMSE" in out, err
 
 
@@ -137,7 +140,7 @@ def test_what_needs_classes_refuses_values_by_name(own, monkeypatch, changes, sa
     network = make_network("mlp", dataset.shape, dataset.outputs, widths=(8, 8))
     methods = [config.parallel.method] if "parallel" in changes else ["psl"]
     if "objective" in changes:
-        # Those with networks of their own refuse this one first.
+        # Methods with networks of their own refuse this network first.
         methods = [name for name in method_names() if name != "sil" and not find_method(name).usual_options]
     for method in methods:
         with pytest.raises(UserError, match=says):
@@ -155,11 +158,11 @@ def test_gradients_of_values_match_central_differences():
     scores, targets, grad, h = rng.normal(size=(4, 5)), rng.normal(size=(4, 5)), np.empty((4, 5)), 1e-6
     loss = make_loss("squared", F64, task="regression")
     assert loss(scores, targets, 0.5, grad) == pytest.approx(0.5 * ((scores - targets) ** 2).sum(), rel=1e-14)
-    for at in np.ndindex(scores.shape):
+    for index in np.ndindex(scores.shape):
         step = np.zeros_like(scores)
-        step[at] = h
+        step[index] = h
         slope = (loss(scores + step, targets, 0.5) - loss(scores - step, targets, 0.5)) / (2 * h)
-        assert slope == pytest.approx(grad[at], abs=1e-8)
+        assert slope == pytest.approx(grad[index], abs=1e-8)
 
 
 def test_the_objective_takes_values_in_the_order_of_the_scores():
@@ -179,10 +182,10 @@ def test_the_root_mean_squared_error_is_over_samples_and_outputs():
     rng = np.random.default_rng(0)
     scores, targets = rng.normal(size=(3, 40)).astype(np.float32), rng.normal(size=(3, 40))
     metric = Metric(make_loss("squared", np.dtype(np.float32), task="regression"), 3)
-    shares = [metric.sums(scores[:, at], targets[:, at]) for at in (slice(0, 25), slice(25, 40))]
-    found = metric.scores(sum(shares, metric.zeros()))
-    assert found["rmse"] == pytest.approx(np.sqrt(np.mean((scores - targets) ** 2)), rel=1e-12)
-    assert found["loss"] == pytest.approx(((scores - targets) ** 2).sum() / 40, rel=1e-12)
+    shares = [metric.sums(scores[:, part], targets[:, part]) for part in (slice(0, 25), slice(25, 40))]
+    result = metric.scores(sum(shares, metric.zeros()))
+    assert result["rmse"] == pytest.approx(np.sqrt(np.mean((scores - targets) ** 2)), rel=1e-12)
+    assert result["loss"] == pytest.approx(((scores - targets) ** 2).sum() / 40, rel=1e-12)
 
 
 def test_a_run_that_has_learnt_labels_does_not_go_on_with_values(own, train):
@@ -190,19 +193,19 @@ def test_a_run_that_has_learnt_labels_does_not_go_on_with_values(own, train):
     labels = {"y": np.arange(120) % 3, "y_test": np.arange(40) % 3}
     np.savez(own / "labels.npz", x=data["x"], x_test=data["x_test"], **labels)
     options = ("--loss", "squared", "--data-dir", own, "--dtype", "float64", "--config", own / "linear.toml")
-    found = train(1, *options, "--dataset", "labels.npz", "--epochs", "1")
-    again = ("-m", "psmpi.train", *options, "--dataset", "own.npz", "--out", found.out, "--resume", "auto")
-    status, _, err = run(1, *again, "--epochs", "2", cwd=own)
+    trained = train(1, *options, "--dataset", "labels.npz", "--epochs", "1")
+    resume_options = ("-m", "psmpi.train", *options, "--dataset", "own.npz", "--out", trained.out, "--resume", "auto")
+    status, _, err = run(1, *resume_options, "--epochs", "2", cwd=own)
     assert status == 1 and "has learnt labels" in " ".join(err.split())
     status, _, err = run(1, "-m", "psmpi.bench", "network", "--dataset", own / "own.npz", cwd=own)
     assert status == 1 and "use a data set with labels" in " ".join(err.split())
 
 
 def test_inspect_shows_the_error_of_values(own, train):
-    found = train(1, *SQUARED, "--config", own / "linear.toml", "--epochs", "1")
-    shown = f"test RMSE {found.rows[-1]['test_rmse']:.5g}"
-    for command in (("show", found.out), ("diff", found.out, found.out)):
+    trained = train(1, *SQUARED, "--config", own / "linear.toml", "--epochs", "1")
+    text = f"test RMSE {trained.rows[-1]['test_rmse']:.5g}"
+    for command in (("show", trained.out), ("diff", trained.out, trained.out)):
         status, out, err = run(1, "-m", "psmpi.inspect", *command)
-        assert status == 0 and shown in out, err
-    status, out, err = run(1, "-m", "psmpi.inspect", "list", found.out)
-    assert status == 0 and shown.removeprefix("test ") in " ".join(out.split()), err
+        assert status == 0 and text in out, err
+    status, out, err = run(1, "-m", "psmpi.inspect", "list", trained.out)
+    assert status == 0 and text.removeprefix("test ") in " ".join(out.split()), err

@@ -1,4 +1,4 @@
-"""Runs that go on: with their own settings and data, from other folders, counted in epochs; refusals change nothing."""
+"""Resumed runs: their settings and data, other folders, and counted epochs; a refusal changes no file."""
 
 import json
 import os
@@ -33,8 +33,8 @@ def save(path, x=X, y=Y):
     np.savez(path, x=x, y=y)
 
 
-def held(folder):
-    """All files of a folder with their bytes and times."""
+def snapshot(folder):
+    """Return the bytes and times of all files in a folder."""
     return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
 
 
@@ -44,11 +44,11 @@ def rows(folder):
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_run_goes_on_with_its_own_settings(train, ranks):
-    whole = train(ranks, *FEW, "--epochs", "3")
+    full_run = train(ranks, *FEW, "--epochs", "3")
     first = train(ranks, *FEW, "--epochs", "3", "--max-steps", "30")
     resumed = train(ranks, "--resume", "auto", out=first.out)
     assert "note:" not in resumed.stdout.replace("note: 2 rank(s)", "").replace("note: 1 rank(s)", "")
-    assert all(np.array_equal(value, resumed.tensors()[name]) for name, value in whole.tensors().items())
+    assert all(np.array_equal(value, resumed.tensors()[name]) for name, value in full_run.tensors().items())
     assert [row["epoch"] for row in resumed.rows] == [1, 2, 3]
 
 
@@ -65,18 +65,18 @@ def test_a_config_toml_that_is_none_is_named(train, tmp_path, text):
     train(1, *FEW, "--epochs", "1", out=tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     (tmp_path / "run" / "config.toml").write_bytes(text)
-    before = held(tmp_path / "run")
+    before = snapshot(tmp_path / "run")
     assert "config.toml" in start(tmp_path, "--resume", "auto", "--epochs", "2", ok=False)
-    assert held(tmp_path / "run") == before
+    assert snapshot(tmp_path / "run") == before
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_afresh_with_its_own_settings(train, tmp_path):
     first = train(1, *FEW, "--epochs", "2")
     shutil.rmtree(first.out / "checkpoints")
-    again = train(1, "--resume", "auto", out=first.out)
-    assert again.rows[-1]["train_loss"] == first.rows[-1]["train_loss"]
-    assert "note: there is no checkpoint in" in again.stdout and "this is a fresh start" in again.stdout
-    assert "metrics.jsonl was there already, and is metrics.jsonl.before now" in again.stdout
+    restarted = train(1, "--resume", "auto", out=first.out)
+    assert restarted.rows[-1]["train_loss"] == first.rows[-1]["train_loss"]
+    assert "note: there is no checkpoint in" in restarted.stdout and "this is a fresh start" in restarted.stdout
+    assert "metrics.jsonl was there already, and is metrics.jsonl.before now" in restarted.stdout
     before = [json.loads(line) for line in (first.out / "metrics.jsonl.before").read_text().splitlines()]
     assert before == first.rows
 
@@ -94,7 +94,7 @@ def test_a_file_and_the_command_line_change_them_and_that_is_told(train, tmp_pat
     assert "note: lr is 0.03, in the checkpoint it was 0.01" in resumed.stdout
     assert "note: epochs is 2, in the checkpoint it was 1" in resumed.stdout
     assert "momentum" not in resumed.stdout
-    # And that is what the run has from then on.
+    # The run keeps the changed settings.
     assert "note: lr is" not in train(1, "--resume", "auto", "--epochs", "3", out=first.out).stdout
 
 
@@ -110,8 +110,8 @@ def test_settings_that_the_new_choice_does_not_use_are_left_behind(train):
 
 def test_settings_that_are_given_and_not_used_are_refused_as_ever(train, tmp_path):
     train(1, *FEW, "--epochs", "1", out=tmp_path / "run")
-    told = start(tmp_path, "--resume", "auto", "--optimizer", "adam", "--momentum", "0.7", ok=False)
-    assert "--momentum is of --optimizer" in told
+    message = start(tmp_path, "--resume", "auto", "--optimizer", "adam", "--momentum", "0.7", ok=False)
+    assert "--momentum is of --optimizer" in message
 
 
 @pytest.mark.parametrize("method", ["psl", "data_parallel", "sil", "ist"])
@@ -121,11 +121,11 @@ def test_another_minibatch_is_taken_up_at_the_end_of_an_epoch_and_the_run_ends_a
     resumed = train(1, "--resume", "auto", "--batch-size", "40", out=first.out)
     assert "note: batch_size is 40, in the checkpoint it was 100" in resumed.stdout
     assert [(row["epoch"], row["step"]) for row in resumed.rows] == [(1, 15), (2, 30), (3, 66), (4, 102)]
-    # A method that goes through phases by the steps of epochs is in the same one.
-    whole = train(1, *options)
-    assert [row.get("phase") for row in resumed.rows] == [row.get("phase") for row in whole.rows]
-    done = train(1, "--resume", "auto", out=first.out)
-    assert "nothing left to do: --epochs 4 asked for" in done.stdout and done.rows == resumed.rows
+    # A method with phases is in the phase of its epoch.
+    full_run = train(1, *options)
+    assert [row.get("phase") for row in resumed.rows] == [row.get("phase") for row in full_run.rows]
+    finished = train(1, "--resume", "auto", out=first.out)
+    assert "nothing left to do: --epochs 4 asked for" in finished.stdout and finished.rows == resumed.rows
 
 
 CHANGES = {
@@ -146,11 +146,11 @@ def test_other_data_than_before_are_refused_and_nothing_is_changed(tmp_path, cha
     save(tmp_path / "d.npz")
     start(tmp_path, "--dataset", "d.npz", *MLP, "--epochs", "1")
     save(tmp_path / "d.npz", *CHANGES[change]())
-    before = held(tmp_path / "run")
-    told = start(tmp_path, "--resume", "auto", "--epochs", "2", ok=False)
-    learnt = "has learnt labels, and the targets of --dataset"
-    assert ("d.npz is not the data set that checkpoint" if change != "values" else learnt) in told
-    assert held(tmp_path / "run") == before
+    before = snapshot(tmp_path / "run")
+    message = start(tmp_path, "--resume", "auto", "--epochs", "2", ok=False)
+    other_targets = "has learnt labels, and the targets of --dataset"
+    assert ("d.npz is not the data set that checkpoint" if change != "values" else other_targets) in message
+    assert snapshot(tmp_path / "run") == before
 
 
 @pytest.mark.parametrize("change", ["append", "rescale", "reorder", "pixel"])
@@ -158,11 +158,11 @@ def test_other_data_are_taken_up_where_that_is_asked_for(tmp_path, change):
     save(tmp_path / "d.npz")
     start(tmp_path, "--dataset", "d.npz", *MLP, "--epochs", "1", "--batch-size", "50")
     save(tmp_path / "d.npz", *CHANGES[change]())
-    told = start(tmp_path, "--resume", "auto", "--epochs", "3", "--new-data")
-    assert "note: other data than in the checkpoint: " in told
+    output = start(tmp_path, "--resume", "auto", "--epochs", "3", "--new-data")
+    assert "note: other data than in the checkpoint: " in output
     steps = {"append": [5, 11, 17]}.get(change, [5, 10, 15])
     assert [row["step"] for row in rows(tmp_path / "run")] == steps
-    # It is said once: from here on these are its data.
+    # The note comes once: the next checkpoint is of the new data.
     assert "other data" not in start(tmp_path, "--resume", "auto", "--epochs", "4")
 
 
@@ -171,8 +171,8 @@ def test_new_data_are_not_taken_up_inside_an_epoch_nor_without_a_checkpoint(tmp_
     assert "add --resume" in start(tmp_path, "--dataset", "d.npz", *MLP, "--new-data", ok=False)
     start(tmp_path, "--dataset", "d.npz", *MLP, "--max-steps", "2")
     save(tmp_path / "d.npz", *CHANGES["reorder"]())
-    told = start(tmp_path, "--resume", "auto", "--new-data", ok=False)
-    assert "an epoch is to be ended with the same data (it is 2 steps into epoch 1)" in told
+    message = start(tmp_path, "--resume", "auto", "--new-data", ok=False)
+    assert "an epoch is to be ended with the same data (it is 2 steps into epoch 1)" in message
 
 
 @pytest.mark.parametrize(
@@ -187,9 +187,9 @@ def test_new_data_are_not_taken_up_inside_an_epoch_nor_without_a_checkpoint(tmp_
 def test_a_resume_that_is_refused_changes_nothing(train, tmp_path, options):
     train(1, *MLP, "--epochs", "1", out=tmp_path / "run")
     (tmp_path / "run" / "checkpoints" / ".step-000000099.h5.part").write_bytes(b"half")
-    before = held(tmp_path / "run")
+    before = snapshot(tmp_path / "run")
     start(tmp_path, "--resume", "auto", "--epochs", "2", *options, ok=False)
-    assert held(tmp_path / "run") == before
+    assert snapshot(tmp_path / "run") == before
 
 
 def test_a_start_that_is_refused_leaves_no_folder(tmp_path):
@@ -199,26 +199,28 @@ def test_a_start_that_is_refused_leaves_no_folder(tmp_path):
 
 
 def test_a_fresh_start_does_not_take_a_folder_with_a_run(train, tmp_path, monkeypatch):
-    """Also where the checkpoints came while it waited for the lock."""
+    """The start also finds checkpoints that come while it waits for the lock."""
     out = train(1, *MLP, "--epochs", "1", out=tmp_path / "run").out
     assert "holds a run already" in start(tmp_path, *MLP, ok=False)
-    seen = iter([[], []])
-    monkeypatch.setattr("psmpi.checkpoint.available", lambda _: next(seen))
-    before = held(out)
-    told = start(tmp_path, *MLP, ok=False)
-    assert "holds a run already: add --resume auto" in told and "damaged" not in told
-    assert held(out) == before
+    listings = iter([[], []])
+    monkeypatch.setattr("psmpi.checkpoint.available", lambda _: next(listings))
+    before = snapshot(out)
+    message = start(tmp_path, *MLP, ok=False)
+    assert "holds a run already: add --resume auto" in message and "damaged" not in message
+    assert snapshot(out) == before
 
 
 def test_paths_of_data_hold_in_other_folders(tmp_path):
-    work, other = tmp_path / "work", tmp_path / "other"
+    work, other_folder = tmp_path / "work", tmp_path / "other"
     (work / "sets").mkdir(parents=True)
-    other.mkdir()
+    other_folder.mkdir()
     save(work / "sets" / "d.npz")
     start(work, "--dataset", "d.npz", "--data-dir", "sets", *MLP, "--epochs", "1")
-    status, _, err = run(1, "-m", "psmpi.train", "--resume", "auto", "--out", "../work/run", "--epochs", "2", cwd=other)
+    status, _, err = run(
+        1, "-m", "psmpi.train", "--resume", "auto", "--out", "../work/run", "--epochs", "2", cwd=other_folder
+    )
     assert status == 0, err
-    status, out, err = run(1, "-m", "psmpi.predict", "../work/run", "--json", cwd=other)
+    status, out, err = run(1, "-m", "psmpi.predict", "../work/run", "--json", cwd=other_folder)
     assert status == 0 and json.loads(out)["samples"] == 60, err
 
 
@@ -238,9 +240,9 @@ def test_data_in_folders_whose_names_are_not_utf8_are_found_again(tmp_path, end,
     status, out, err = run(1, "-m", "psmpi.predict", tmp_path / "run", "--json", cwd=tmp_path)
     assert status == 0 and json.loads(out)["samples"] == 60, err
     start(tmp_path, "--config", "run/config.toml", out="again")
-    # Which any reader of TOML reads: a byte is NUL, which no name has, and its digits.
-    said = tomllib.loads((tmp_path / "run" / "config.toml").read_text("utf-8"))["data"]["data_dir"]
-    raw = re.sub(rb"\0(..)", lambda byte: bytes.fromhex(byte[1].decode()), said.encode())
+    # Any reader of TOML reads the name: a byte that is not UTF-8 is NUL, which no name has, and its digits.
+    saved_name = tomllib.loads((tmp_path / "run" / "config.toml").read_text("utf-8"))["data"]["data_dir"]
+    raw = re.sub(rb"\0(..)", lambda byte: bytes.fromhex(byte[1].decode()), saved_name.encode())
     assert raw == os.fsencode(sets)
     status, out, err = run(1, "-m", "psmpi.inspect", "show", tmp_path / "run", "--json", cwd=tmp_path)
     assert status == 0 and json.loads(out)["config"]["data.data_dir"] == str(sets)
@@ -259,12 +261,12 @@ def test_a_home_folder_in_a_file_is_found(tmp_path, monkeypatch):
 
 
 def stale(monkeypatch, **arrays):
-    """Let all ranks but the first find other data."""
-    opened, real = [], data.open_dataset
+    """Make all ranks but the first open other data, those at `path`."""
+    opened, original_open = [], data.open_dataset
 
-    def open_other(*arguments, **more):
+    def open_other(*arguments, **keywords):
         opened.append(1)
-        return real(arrays["path"] if len(opened) > 1 else arguments[0], *arguments[1:], **more)
+        return original_open(arrays["path"] if len(opened) > 1 else arguments[0], *arguments[1:], **keywords)
 
     monkeypatch.setattr("psmpi.training.start.open_dataset", open_other)
 
@@ -274,26 +276,26 @@ def test_ranks_that_see_other_data_are_named(tmp_path, monkeypatch, change):
     save(tmp_path / "d.npz")
     save(tmp_path / "stale.npz", *CHANGES[change]())
     stale(monkeypatch, path=str(tmp_path / "stale.npz"))
-    told = start(tmp_path, "--dataset", "d.npz", *MLP, "--method", "data_parallel", ranks=3, ok=False)
-    assert "the data set on rank 1, host" in told and "is not that of rank 0" in told
+    message = start(tmp_path, "--dataset", "d.npz", *MLP, "--method", "data_parallel", ranks=3, ok=False)
+    assert "the data set on rank 1, host" in message and "is not that of rank 0" in message
     assert not (tmp_path / "run").exists()
 
 
 def test_a_run_whose_folder_is_removed_goes_on_and_says_so(train, tmp_path, monkeypatch):
-    real = Loop._append
+    append = Loop._append
 
     def remove(self, row):
         if row["epoch"] == 2 and self.folder is not None:
             shutil.rmtree(self.out)
-        real(self, row)
+        append(self, row)
 
     monkeypatch.setattr(Loop, "_append", remove)
-    done = train(2, *MLP, "--epochs", "4", out=tmp_path / "run")
-    assert done.stdout.count("was removed or moved while this run writes to it") == 1
-    assert [row["epoch"] for row in done.rows] == [1, 2, 3, 4]
-    assert len(list((done.out / "checkpoints").glob("step-*.h5"))) == 3 and (done.out / "config.toml").exists()
+    finished = train(2, *MLP, "--epochs", "4", out=tmp_path / "run")
+    assert finished.stdout.count("was removed or moved while this run writes to it") == 1
+    assert [row["epoch"] for row in finished.rows] == [1, 2, 3, 4]
+    assert len(list((finished.out / "checkpoints").glob("step-*.h5"))) == 3 and (finished.out / "config.toml").exists()
     monkeypatch.undo()
-    assert train(2, "--resume", "auto", "--epochs", "5", out=done.out).rows[-1]["epoch"] == 5
+    assert train(2, "--resume", "auto", "--epochs", "5", out=finished.out).rows[-1]["epoch"] == 5
 
 
 def test_predictions_are_of_the_data_of_the_training(tmp_path):
@@ -302,7 +304,7 @@ def test_predictions_are_of_the_data_of_the_training(tmp_path):
     save(tmp_path / "d.npz", *CHANGES["relabel"]())
     status, _, err = run(1, "-m", "psmpi.predict", tmp_path / "run", cwd=tmp_path)
     assert status == 1 and "is not what checkpoint" in err and "other labels of the training samples" in err
-    # Whoever names it means what it holds now.
+    # --dataset names the file with its present contents.
     status, _, err = run(1, "-m", "psmpi.predict", tmp_path / "run", "--dataset", "d.npz", cwd=tmp_path)
     assert status == 0 and "warning" not in err
     save(tmp_path / "large.npz", X * 255)
@@ -315,11 +317,11 @@ def test_ranks_that_predict_other_data_are_named(tmp_path, monkeypatch, change):
     save(tmp_path / "d.npz")
     start(tmp_path, "--dataset", "d.npz", *MLP, "--epochs", "1")
     save(tmp_path / "stale.npz", *CHANGES[change]())
-    opened, real = [], data.open_split
+    opened, original_open = [], data.open_split
 
-    def open_other(name, *more, **others):
+    def open_other(name, *arguments, **keywords):
         opened.append(1)
-        return real(str(tmp_path / "stale.npz") if len(opened) > 1 else name, *more, **others)
+        return original_open(str(tmp_path / "stale.npz") if len(opened) > 1 else name, *arguments, **keywords)
 
     monkeypatch.setattr("psmpi.data.open_split", open_other)
     options = ("--dataset", "d.npz", "--split", "train")
@@ -336,31 +338,31 @@ def test_what_is_given_is_taken_though_the_run_had_the_same(train, tmp_path):
     config = read_file(
         str(train(1, "--resume", first.checkpoint, "--optimizer", "adam", "--epochs", "2").out / "config.toml")
     )
-    # Those of another optimizer are not this one's.
+    # Settings of the run's optimizer are not those of another one.
     assert (config.optimization.lr, config.optimization.weight_decay) == (0.001, 0.0)
 
 
 def test_a_setting_that_is_given_and_not_used_is_refused_though_the_run_had_the_same(train, tmp_path):
     schedule = ("--schedule", "cosine", "--min-lr", "0.0001")
     train(1, *MLP, *schedule, "--epochs", "1", out=tmp_path / "run")
-    again = ("--resume", "auto", "--epochs", "2", "--schedule", "step", "--step-size", "1")
-    assert "--min-lr" in start(tmp_path, *again, "--min-lr", "0.0001", ok=False)
-    assert "schedule is step" in start(tmp_path, *again)
+    resume_options = ("--resume", "auto", "--epochs", "2", "--schedule", "step", "--step-size", "1")
+    assert "--min-lr" in start(tmp_path, *resume_options, "--min-lr", "0.0001", ok=False)
+    assert "schedule is step" in start(tmp_path, *resume_options)
 
 
 def test_a_run_does_not_go_on_in_the_directory_of_another(train, tmp_path):
-    """Its older checkpoints would pass for this one's."""
+    """Older checkpoints in the directory would be mistaken for those of this run."""
     long, short = train(1, *MLP, "--epochs", "3"), train(1, *MLP, "--epochs", "1", "--seed", "5", out=tmp_path / "run")
-    before = held(short.out)
-    told = start(tmp_path, "--resume", long.checkpoint, "--epochs", "4", ok=False)
-    assert "holds a run already, and" in told and "is not of it" in told and held(short.out) == before
+    before = snapshot(short.out)
+    message = start(tmp_path, "--resume", long.checkpoint, "--epochs", "4", ok=False)
+    assert "holds a run already, and" in message and "is not of it" in message and snapshot(short.out) == before
 
 
 def test_texts_of_a_user_s_own_are_put_aside(tmp_path):
     text = "# mine\n[model]\nmodel = 'mlp'\nwidths = [12]\n[run]\nepochs = 1\n"
     (tmp_path / "config.toml").write_text(text)
-    told = start(tmp_path, "--config", "config.toml", out=".")
-    assert "config.toml was there already, and is config.toml.before now" in told
+    output = start(tmp_path, "--config", "config.toml", out=".")
+    assert "config.toml was there already, and is config.toml.before now" in output
     assert (tmp_path / "config.toml.before").read_text() == text and rows(tmp_path)
 
 
@@ -376,27 +378,27 @@ def test_a_start_with_nothing_left_to_do_changes_no_later_one(train, tmp_path):
 
 def test_the_checkpoints_folder_is_no_run_directory(train, tmp_path):
     out = train(1, *MLP, "--epochs", "1", out=tmp_path / "run").out
-    before = held(out)
+    before = snapshot(out)
     for options in ((), ("--resume", "auto", "--epochs", "2")):
-        told = start(tmp_path, *MLP, *options, ok=False, out="run/checkpoints")
-        assert "is the folder of a run's checkpoints" in told or "holds a run already" in told
-    assert held(out) == before
+        message = start(tmp_path, *MLP, *options, ok=False, out="run/checkpoints")
+        assert "is the folder of a run's checkpoints" in message or "holds a run already" in message
+    assert snapshot(out) == before
 
 
 def test_a_run_s_configuration_starts_a_run_of_its_own(train, tmp_path):
     first = train(1, *MLP, "--epochs", "1")
     resumed = train(1, "--resume", first.checkpoint, "--epochs", "2")
-    again = train(1, "--config", resumed.out / "config.toml", "--seed", "7")
-    assert "resumed" not in again.stdout and [row["epoch"] for row in again.rows] == [1, 2]
+    fresh_run = train(1, "--config", resumed.out / "config.toml", "--seed", "7")
+    assert "resumed" not in fresh_run.stdout and [row["epoch"] for row in fresh_run.rows] == [1, 2]
 
 
 def test_a_waiting_start_does_not_go_on_with_other_settings(train, tmp_path, monkeypatch):
-    """Those that it read before the run that it waited for had written any."""
+    """The start read its settings before the run that it waited for wrote any."""
     out = train(1, *FEW, "--epochs", "1", out=tmp_path / "run").out
     monkeypatch.setattr("psmpi.training.resume.own_settings", lambda *_: None)
-    before = held(out)
+    before = snapshot(out)
     assert "while this one waited: start this one again" in start(tmp_path, "--resume", "auto", ok=False)
-    assert held(out) == before
+    assert snapshot(out) == before
 
 
 def test_a_file_that_has_moved_is_found_by_its_folder(tmp_path):
@@ -413,30 +415,30 @@ def test_a_file_that_has_moved_is_found_by_its_folder(tmp_path):
 
 def test_settings_that_nobody_gave_here_are_told_as_the_run_s(train, tmp_path):
     train(3, "--masters", "2", "--epochs", "1", out=tmp_path / "run")
-    told = start(tmp_path, "--resume", "auto", "--epochs", "2", ok=False)
-    assert "--masters 2" in told and "settings that are not given are those in" in told
+    message = start(tmp_path, "--resume", "auto", "--epochs", "2", ok=False)
+    assert "--masters 2" in message and "settings that are not given are those in" in message
 
 
 def test_test_samples_that_may_have_been_trained_on_are_told(tmp_path):
     save(tmp_path / "d.npz")
     start(tmp_path, "--dataset", "d.npz", *MLP, "--epochs", "1")
     save(tmp_path / "d.npz", *CHANGES["append"]())
-    told = start(tmp_path, "--resume", "auto", "--epochs", "2", "--new-data")
-    assert "some may be ones that were trained on" in told
+    output = start(tmp_path, "--resume", "auto", "--epochs", "2", "--new-data")
+    assert "some may be ones that were trained on" in output
 
 
 def test_checkpoints_that_are_removed_under_a_run_are_told(train, tmp_path, monkeypatch):
-    real = Loop._append
+    append = Loop._append
 
     def remove(self, row):
         if row["epoch"] == 3 and self.folder is not None:
             self.writer.finish()
             shutil.rmtree(self.out / "checkpoints")
-        real(self, row)
+        append(self, row)
 
     monkeypatch.setattr(Loop, "_append", remove)
-    done = train(1, *MLP, "--epochs", "4")
-    assert done.stdout.count("was removed while this run writes to") == 1
+    finished = train(1, *MLP, "--epochs", "4")
+    assert finished.stdout.count("was removed while this run writes to") == 1
 
 
 @pytest.mark.parametrize("option", ["--out", "--resume", "--dataset", "--data-dir", "--config"])
@@ -464,15 +466,15 @@ def test_a_file_of_another_optimizer_does_not_give_its_rate(train, tmp_path):
     first = train(1, *MLP, "--epochs", "1")
     config = read_file(str(first.out / "config.toml"))
     assert config.optimization.lr == 0.001
-    again = train(1, "--config", first.out / "config.toml", "--optimizer", "sgd")
-    assert "learning rate 0.1" in again.stdout
-    given = train(1, "--config", first.out / "config.toml", "--optimizer", "sgd", "--lr", "0.001")
-    assert read_file(str(given.out / "config.toml")).optimization.lr == 0.001
+    usual_rate = train(1, "--config", first.out / "config.toml", "--optimizer", "sgd")
+    assert "learning rate 0.1" in usual_rate.stdout
+    given_rate = train(1, "--config", first.out / "config.toml", "--optimizer", "sgd", "--lr", "0.001")
+    assert read_file(str(given_rate.out / "config.toml")).optimization.lr == 0.001
 
 
 def test_a_start_with_nothing_left_to_do_writes_nothing(train, tmp_path):
     out = train(1, *MLP, "--epochs", "2", out=tmp_path / "run").out
-    before = held(out)
+    before = snapshot(out)
     assert "nothing left to do" in start(tmp_path, "--resume", "auto", "--epochs", "1", "--lr", "5")
-    assert held(out) == before
+    assert snapshot(out) == before
     assert "nothing left to do" in start(tmp_path, "--resume", out, out="other") and not (tmp_path / "other").exists()

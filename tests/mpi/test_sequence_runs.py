@@ -1,4 +1,4 @@
-"""Trainings on sequences: the same on any ranks, resumed, predicted; and what is said where they do not fit."""
+"""Trainings on sequences: equal on any ranks, resumed, predicted, and refused where sequences do not fit."""
 
 import json
 
@@ -27,11 +27,11 @@ def refused(*options, ranks=1):
 
 @pytest.mark.parametrize("kind", ["rnn", "gru", "lstm"])
 def test_ragged_sequences_train_the_same_on_any_ranks(train, kind):
-    """The mean is over the steps that count of the whole minibatch, not of each rank's slice."""
-    one, three = (train(ranks, "--model", kind, *RAGGED) for ranks in (1, 3))
-    assert distance(one.tensors(), three.tensors()) <= 1e-9
+    """The mean is over the counted steps of the whole minibatch, not of each rank's slice."""
+    one_rank, three_ranks = (train(ranks, "--model", kind, *RAGGED) for ranks in (1, 3))
+    assert distance(one_rank.tensors(), three_ranks.tensors()) <= 1e-9
     for name in ("train_loss", "test_loss", "test_accuracy"):
-        assert one.rows[-1][name] == pytest.approx(three.rows[-1][name], rel=1e-9)
+        assert one_rank.rows[-1][name] == pytest.approx(three_ranks.rows[-1][name], rel=1e-9)
 
 
 @pytest.mark.parametrize("options", [("--partition", "scores"), ("--trunk", "split"), ("--placement", "owner")])
@@ -40,28 +40,28 @@ def test_classes_over_ranks_share_recurrent_layers(train, tmp_path, options):
         f"[[model.layers]]\n{text}\n" for text in ('type = "lstm"\nunits = 6', 'type = "last"')
     )
     (tmp_path / "trunk.toml").write_text(layers)
-    given = ("--config", tmp_path / "trunk.toml", "--dataset", "digits:rows", "--dtype", "float64", "--epochs", "1")
-    one, three = (train(ranks, *given, *(options if ranks > 1 else ())) for ranks in (1, 3))
-    assert distance(one.tensors(), three.tensors()) <= 1e-8
+    fixed = ("--config", tmp_path / "trunk.toml", "--dataset", "digits:rows", "--dtype", "float64", "--epochs", "1")
+    one_rank, three_ranks = (train(ranks, *fixed, *(options if ranks > 1 else ())) for ranks in (1, 3))
+    assert distance(one_rank.tensors(), three_ranks.tensors()) <= 1e-8
 
 
 def test_values_of_each_step_are_learnt(train, tmp_path):
-    """The running sum of a sequence, of which some steps do not count."""
+    """Targets are running sums of the inputs, and NaN at a step that does not count."""
     rng = np.random.default_rng(0)
     x = rng.random((400, 6, 1)).astype(np.float32)
     y = np.cumsum(x[..., 0], axis=1)[..., None].astype(np.float64)
     y[:, 3] = np.nan
     np.savez(tmp_path / "sums.npz", x=x, y=y, lengths=rng.integers(2, 7, 400))
     options = ("--dataset", tmp_path / "sums.npz", "--model", "gru", "--widths", "16", "--loss", "squared")
-    found = train(2, *options, "--method", "data_parallel", "--epochs", "40", "--batch-size", "20", "--lr", "0.01")
-    assert found.rows[-1]["test_rmse"] < 0.1 < found.rows[0]["test_rmse"]
+    trained = train(2, *options, "--method", "data_parallel", "--epochs", "40", "--batch-size", "20", "--lr", "0.01")
+    assert trained.rows[-1]["test_rmse"] < 0.1 < trained.rows[0]["test_rmse"]
 
 
 def test_a_resumed_training_of_sequences_ends_where_it_would_have(train, tmp_path):
-    whole = train(2, "--model", "lstm", *RAGGED)
+    full_run = train(2, "--model", "lstm", *RAGGED)
     train(1, "--model", "lstm", *RAGGED, "--max-steps", "5", out=tmp_path / "cut")
-    again = train(3, "--resume", "auto", "--max-steps", "12", out=tmp_path / "cut")
-    assert distance(whole.tensors(), again.tensors()) <= 1e-9
+    resumed = train(3, "--resume", "auto", "--max-steps", "12", out=tmp_path / "cut")
+    assert distance(full_run.tensors(), resumed.tensors()) <= 1e-9
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -71,34 +71,35 @@ def test_steps_are_predicted_with_the_accuracy_of_the_training(train, tmp_path, 
         options = (trained.out, "--dataset", "repeat_copy:2", "--out", tmp_path / name, "--json")
         status, out, err = run(ranks, "-m", "psmpi.predict", *options)
         assert status == 0, err
-        found, test = json.loads(out), open_dataset("repeat_copy:2", None).test
-        assert found["accuracy"] == trained.rows[-1]["test_accuracy"] and found["steps"] == test.steps
+        report, test = json.loads(out), open_dataset("repeat_copy:2", None).test
+        assert report["accuracy"] == trained.rows[-1]["test_accuracy"] and report["steps"] == test.steps
     saved = np.load(tmp_path / "p.npz")
     assert saved["scores"].shape == (test.n, test.steps, 5) and (saved["labels"] == test.targets).all()
-    right = saved["predicted"] == test.targets
-    assert found["accuracy"] == right[test.targets >= 0].mean()
+    correct = saved["predicted"] == test.targets
+    assert report["accuracy"] == correct[test.targets >= 0].mean()
     lines = (tmp_path / "p.csv").read_text().splitlines()
     assert lines[0].startswith("sample,step,label,predicted") and len(lines) == 1 + test.n * test.steps
-    # Longer ones than it was trained on.
+    # Sequences that are longer than those of the training.
     status, out, err = run(1, "-m", "psmpi.predict", trained.out, "--dataset", "repeat_copy:3", "--json")
     assert status == 0 and json.loads(out)["steps"] == 14, err
 
 
 def test_tokens_are_looked_up(train, tmp_path):
-    """Whether the first token comes again: learnt with vectors of tokens, and from the file with another one alone."""
+    """The label says whether the first token occurs again, and a network learns it from vectors of tokens."""
     rng = np.random.default_rng(0)
     x = rng.integers(0, 5, (600, 4))
     path = tmp_path / "tokens.npz"
     np.savez(path, x=x, y=(x[:, 1:] == x[:, :1]).any(axis=1).astype(int), lengths=np.full(600, 4))
     options = ("--dataset", path, "--model", "lstm", "--widths", "16", "--batch-size", "20", "--lr", "0.01")
-    found = train(2, *options, "--vocabulary", "5", "--method", "data_parallel", "--epochs", "30")
-    assert found.rows[-1]["test_accuracy"] > 0.95
+    trained = train(2, *options, "--vocabulary", "5", "--method", "data_parallel", "--epochs", "30")
+    assert trained.rows[-1]["test_accuracy"] > 0.95
     assert "the samples are tokens" in refused(*options) and "--vocabulary 5" in refused(*options)
     assert "have the token 4, and the vocabulary has 4" in refused(*options, "--vocabulary", "4", ranks=2)
 
 
 def gradient(folder, *options):
-    """The first gradient of a training on one rank, taken off by sgd at a rate of 1, and the network's plain one."""
+    """Return the gradient of a training's first minibatch, and the same gradient computed sample by sample and step by
+    step."""
     config = usual(parse([*map(str, options), "--method", "data_parallel", "--optimizer", "sgd", "--lr", "1", "--clip",
                           "0", "--dtype", "float64", "--threads", "1"]))  # fmt: skip
     dataset = open_dataset(config.data.dataset, None)
@@ -133,9 +134,11 @@ class Alone:
 
 @pytest.mark.parametrize("task", ["repeat_copy:3", "digits:rows"])
 def test_the_loss_is_the_mean_over_what_counts(tmp_path, task):
-    """The gradient of a training is that of each step's loss by itself, over the number of steps that count."""
-    found, plain = gradient(tmp_path, "--dataset", task, "--model", "lstm", "--widths", "5", "4", "--loss", "nll")
-    assert np.abs(found - plain).max() <= 1e-12 * np.abs(plain).max()
+    """The gradient is the sum of the gradients of single steps, divided by the number of steps that count."""
+    method_gradient, step_gradient = gradient(
+        tmp_path, "--dataset", task, "--model", "lstm", "--widths", "5", "4", "--loss", "nll"
+    )
+    assert np.abs(method_gradient - step_gradient).max() <= 1e-12 * np.abs(step_gradient).max()
 
 
 def test_values_of_each_step_are_predicted_without_those_that_do_not_count(train, tmp_path):
@@ -150,23 +153,23 @@ def test_values_of_each_step_are_predicted_without_those_that_do_not_count(train
     assert status == 0, err
     assert json.loads(out)["rmse"] == pytest.approx(trained.rows[-1]["test_rmse"], rel=1e-5)
     saved = np.load(tmp_path / "p.npz")
-    off = saved["values"] - saved["targets"]
-    assert json.loads(out)["rmse"] == pytest.approx(np.sqrt(np.nanmean(off**2)), rel=1e-5)
+    errors = saved["values"] - saved["targets"]
+    assert json.loads(out)["rmse"] == pytest.approx(np.sqrt(np.nanmean(errors**2)), rel=1e-5)
 
 
 def test_normalized_networks_of_ragged_sequences_are_calibrated_and_exported(train, tmp_path):
-    """Statistics are those of sequences without their padding: of files that differ there alone they are the same."""
+    """Statistics leave out padding: files that differ in their padding alone give the same scores."""
     rng = np.random.default_rng(0)
     x, lengths = rng.random((60, 6, 2)).astype(np.float32), rng.integers(1, 7, 60)
     layers = ['type = "lstm"\nunits = 5', 'type = "last"', 'type = "batch_norm"', 'type = "dense"\nunits = 3']
     (tmp_path / "net.toml").write_text(
-        '[model]\nmodel = "custom"\n' + "".join(f"[[model.layers]]\n{one}\n" for one in layers)
+        '[model]\nmodel = "custom"\n' + "".join(f"[[model.layers]]\n{layer}\n" for layer in layers)
     )
     scores = []
     for steps, number in ((6, 0.0), (11, 7.0)):
-        wild = np.full((60, steps, 2), number, np.float32)
-        wild[:, :6] = np.where((np.arange(6) < lengths[:, None])[..., None], x, np.float32(number))
-        np.savez(tmp_path / "own.npz", x=wild, y=np.arange(60) % 3, lengths=lengths)
+        padded = np.full((60, steps, 2), number, np.float32)
+        padded[:, :6] = np.where((np.arange(6) < lengths[:, None])[..., None], x, np.float32(number))
+        np.savez(tmp_path / "own.npz", x=padded, y=np.arange(60) % 3, lengths=lengths)
         options = ("--config", tmp_path / "net.toml", "--dataset", tmp_path / "own.npz", "--method", "data_parallel")
         trained = train(1, *options, "--epochs", "2", "--batch-size", "12", "--lr", "0.01")
         words = (trained.out, "--dataset", tmp_path / "own.npz", "--calibrate", "40", "--out", tmp_path / "p.npz")
@@ -183,9 +186,10 @@ def test_normalized_networks_of_ragged_sequences_are_calibrated_and_exported(tra
 def test_what_does_not_fit_sequences_is_said(tmp_path):
     steps, rows = ("--dataset", "copying:3", "--model", "lstm"), ("--dataset", "digits:rows", "--model", "lstm")
     for method in ("dfa", "ist", "sil", "next"):
-        said = refused(*rows, "--method", method)
+        message = refused(*rows, "--method", method)
         assert (
-            f"--method {method} does not train on samples that are sequences: use --method psl, data_parallel" in said
+            f"--method {method} does not train on samples that are sequences: use --method psl, data_parallel"
+            in message
         )
     assert "--method psl does not train on a target at each step: use --method data_parallel" in refused(*steps)
     assert "not made for samples of shape (1, 8, 8): make sequences of images (--dataset NAME:rows)" in refused(

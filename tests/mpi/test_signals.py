@@ -1,4 +1,4 @@
-"""Runs that a signal stops: saved at a step that all ranks agree on, and gone on with to the same bits."""
+"""Runs that a signal stops: saved at a step that all ranks agree on, and resumed to the same bits."""
 
 import signal
 import socket
@@ -21,12 +21,12 @@ OPTIONS = ("--dtype", "float64", "--threads", "1", "--batch-size", "20", "--epoc
 
 
 def stopped(ranks, out, number, *options):
-    """A run that gets a signal when it has some rows of metrics; how it ended."""
+    """Start a run, send it a signal after two rows of metrics, and return (status, stdout, stderr)."""
     process = start(ranks, "-m", "psmpi.train", "--out", out, *OPTIONS, *options)
     rows = out / "metrics.jsonl"
-    begun = time.monotonic()
+    start_time = time.monotonic()
     while not (rows.exists() and rows.read_text().count("\n") >= 2):
-        assert process.poll() is None and time.monotonic() - begun < 60
+        assert process.poll() is None and time.monotonic() - start_time < 60
         time.sleep(0.02)
     process.send_signal(number)
     return finish(process, 60)
@@ -55,88 +55,89 @@ def test_a_stopped_run_is_saved_and_ends_as_if_it_had_not_been(train, undisturbe
     assert status == 85, err
     assert "and saved in" in out and "--resume auto --out" in out and "Traceback" not in err
     assert err.count("another signal ends it at once") == 1
-    begun = Trained(tmp_path / "run", out)
-    assert len(begun.rows) < 24
+    stopped_run = Trained(tmp_path / "run", out)
+    assert len(stopped_run.rows) < 24
     resumed = train(ranks, *OPTIONS, *method, "--resume", "auto", out=tmp_path / "run")
-    whole = undisturbed(ranks, *OPTIONS, *method)
+    full_run = undisturbed(ranks, *OPTIONS, *method)
     assert [row["epoch"] for row in resumed.rows] == list(range(1, 25))
-    for name, tensor in whole.tensors().items():
+    for name, tensor in full_run.tensors().items():
         assert np.array_equal(tensor, resumed.tensors()[name]), name
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 5])
 def test_all_ranks_find_a_yes_at_the_same_call(ranks):
-    """Whoever said it, however fast they go, and at most two sums later."""
+    """Each rank in turn says yes, and ranks have different speeds."""
     for speaker in range(ranks):
 
         def work(world, speaker=speaker):
-            poll, said = Poll(Control(world), seconds=0.01), 0
+            poll, answered = Poll(Control(world), seconds=0.01), 0
             for call in range(2000):
-                # Not all of one speed.
+                # Ranks have different speeds.
                 time.sleep(0.0001 * (world.rank + 1))
                 if call == 40 and world.rank == speaker:
-                    said = call
-                if poll(said > 0)[0]:
+                    answered = call
+                if poll(answered > 0)[0]:
                     poll.close()
                     return call
             raise AssertionError("nobody was told")
 
-        found = run_ranks(ranks, work, timeout=60)
-        assert len(set(found)) == 1 and 40 <= found[0] < 1000
+        calls = run_ranks(ranks, work, timeout=60)
+        assert len(set(calls)) == 1 and 40 <= calls[0] < 1000
 
 
 def test_an_answer_to_the_second_question_can_be_taken_back():
-    """All ranks hear it at the same call, and after it is forgotten only if it is said again; the first one stays."""
+    """All ranks hear the second answer at the same call, and after forget() only if it is given again; the first answer
+    stays."""
 
     def work(world):
-        poll, heard = Poll(Control(world), seconds=0.01), []
+        poll, calls_with_yes = Poll(Control(world), seconds=0.01), []
         for call in range(1500):
             time.sleep(0.0001)
             first, second = poll(call == 900 and world.rank == 0, call in (40, 500) and world.rank == 2)
             if second:
-                heard.append(call)
+                calls_with_yes.append(call)
                 poll.forget()
             if first:
                 poll.close()
-                return [*heard, call]
-        raise AssertionError(f"heard at {heard}")
+                return [*calls_with_yes, call]
+        raise AssertionError(f"heard at {calls_with_yes}")
 
-    found = run_ranks(3, work, timeout=60)
-    assert found[0] == found[1] == found[2] and len(found[0]) == 3
-    assert 40 <= found[0][0] < 500 <= found[0][1] < 900 <= found[0][2]
+    by_rank = run_ranks(3, work, timeout=60)
+    assert by_rank[0] == by_rank[1] == by_rank[2] and len(by_rank[0]) == 3
+    assert 40 <= by_rank[0][0] < 500 <= by_rank[0][1] < 900 <= by_rank[0][2]
 
 
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_ranks_hear_the_sums_of_what_all_gave_at_one_call(ranks):
     def work(world):
-        poll, heard = Poll(Control(world), seconds=0.001, numbers=2), []
+        poll, sums_by_call = Poll(Control(world), seconds=0.001, numbers=2), []
         for call in range(300):
             poll.given[:] = call, world.rank + 1
             poll(False)
-            heard.append(poll.heard.copy())
+            sums_by_call.append(poll.heard.copy())
         poll.close()
-        return np.array(heard)
+        return np.array(sums_by_call)
 
-    found = run_ranks(ranks, work)
-    everyone = ranks * (ranks + 1) / 2
-    for one in found:
-        assert np.array_equal(one, found[0])
-        told = one[one[:, 1] > 0]
-        calls = told[:, 0] / ranks
-        # Of one call each, some calls ago, and later ones later.
-        assert len(told) > 200 and np.all(told[:, 1] == everyone) and np.all(calls == np.round(calls))
-        assert np.all(np.diff(calls) >= 0) and np.all(calls <= np.arange(300)[one[:, 1] > 0]) and calls[-1] > 100
+    by_rank = run_ranks(ranks, work)
+    total = ranks * (ranks + 1) / 2
+    for sums in by_rank:
+        assert np.array_equal(sums, by_rank[0])
+        received = sums[sums[:, 1] > 0]
+        calls = received[:, 0] / ranks
+        # Each sum is of one earlier call, and calls come in their order.
+        assert len(received) > 200 and np.all(received[:, 1] == total) and np.all(calls == np.round(calls))
+        assert np.all(np.diff(calls) >= 0) and np.all(calls <= np.arange(300)[sums[:, 1] > 0]) and calls[-1] > 100
 
 
 def test_what_is_said_at_a_signal_may_go_to_another_place(tmp_path, capfd):
-    """As to the terminal of a launcher that passes on nothing more; where that cannot be opened, as ever."""
+    """The message goes to a file, such as a launcher's terminal, or to stderr where the file cannot be opened."""
     place = tmp_path / "terminal"
-    for shown in (place, tmp_path / "none" / "there"):
+    for path in (place, tmp_path / "none" / "there"):
         place.write_text("")
-        with StopSignals(message="soon", shown=str(shown)):
+        with StopSignals(message="soon", shown=str(path)):
             signal.raise_signal(signal.SIGTERM)
         err = capfd.readouterr().err
-        assert (place.read_text(), err) == (("\nSIGTERM: soon\n", "") if shown == place else ("", "SIGTERM: soon\n"))
+        assert (place.read_text(), err) == (("\nSIGTERM: soon\n", "") if path == place else ("", "SIGTERM: soon\n"))
 
 
 def test_a_person_alone_need_not_wait_with_the_second_signal():
@@ -192,18 +193,18 @@ def test_a_later_signal_does_what_it_did_before(quick):
 
 
 def test_who_listens_to_signals_already_does_so_again():
-    """As an event loop of asyncio does."""
-    mine, other = socket.socketpair()
-    other.setblocking(False)
-    signal.set_wakeup_fd(other.fileno())
+    """An event loop of asyncio sets a wakeup descriptor, and StopSignals restores it."""
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    signal.set_wakeup_fd(writer.fileno())
     try:
         with StopSignals():
             pass
-        assert signal.set_wakeup_fd(-1) == other.fileno()
+        assert signal.set_wakeup_fd(-1) == writer.fileno()
     finally:
         signal.set_wakeup_fd(-1)
-        mine.close()
-        other.close()
+        reader.close()
+        writer.close()
 
 
 def test_signals_of_one_event_are_one():
@@ -223,7 +224,7 @@ def test_another_signal_may_be_the_one_that_saves():
 
 
 def test_what_was_to_be_ignored_stays_ignored():
-    """As of a process that nohup starts."""
+    """A process under nohup ignores SIGHUP."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with StopSignals() as noted:
@@ -248,8 +249,8 @@ def test_a_process_that_waits_in_a_library_ends_at_a_later_signal(tmp_path):
 
 
 def test_a_closed_terminal_ends_programs_that_do_not_train():
-    """Libraries of MPI catch SIGHUP, and do nothing."""
-    # Whoever starts the tests may have told them to ignore it.
+    """MPI libraries catch SIGHUP and do nothing; psmpi's programs end all the same."""
+    # The tests themselves may run with SIGHUP ignored.
     code = "import signal, time\nsignal.signal(signal.SIGHUP, signal.SIG_DFL)\nfrom psmpi.comm import world\n"
     code += "world.start()\nprint('ready', flush=True)\ntime.sleep(30)\n"
     process = start(1, "-c", code)
@@ -259,13 +260,13 @@ def test_a_closed_terminal_ends_programs_that_do_not_train():
 
 
 def test_other_threads_than_the_main_one_note_nothing():
-    found = []
+    replaced = []
 
     def work():
         with StopSignals() as signals:
-            found.append(signals.before)
+            replaced.append(signals.before)
 
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
-    assert found == [{}]
+    assert replaced == [{}]

@@ -1,4 +1,4 @@
-"""Synthetic intermediate labels: the labels, what each part learns from, what is sent, and what is learned."""
+"""Synthetic intermediate labels: the labels, the gradients of parts, messages, restarts, costs and accuracy."""
 
 import tracemalloc
 from dataclasses import replace
@@ -57,18 +57,19 @@ def method(net, *, optimizer="adam", clip=1.0, epochs=4, name="sil", shuffle=Tru
     return find_method(name)(Context(Alone(), net, dataset, config, make_backend("auto")))
 
 
-def trained(net, steps, *, one=None, lr=0.01, **settings):
-    """One process's run of so many steps, or what is left of them of a run that is begun."""
-    one = one or method(net, **settings)
+def trained(net, steps, *, trainer=None, lr=0.01, **settings):
+    """Train on one process until `steps` steps are made, from the start or on with the method `trainer`; return the
+    method."""
+    trainer = trainer or method(net, **settings)
     batches = Minibatches(N, 50, 0, settings.get("shuffle", True))
-    for step in range(int(one.scalars["steps"]) if "steps" in one.scalars else 0, steps):
-        one.step(Batch(batches.ids(*divmod(step, PER_EPOCH))), lr)
-    one.collect()
-    return one
+    for step in range(int(trainer.scalars["steps"]) if "steps" in trainer.scalars else 0, steps):
+        trainer.step(Batch(batches.ids(*divmod(step, PER_EPOCH))), lr)
+    trainer.collect()
+    return trainer
 
 
 def flat(result, layout):
-    """The weights of a checkpoint as the flat vector."""
+    """Return the weights of a checkpoint as the flat vector."""
     tensors, vector = result.tensors(), np.empty(layout.size)
     for piece in layout.pieces():
         parameter = layout.parameters[piece.parameter]
@@ -77,10 +78,10 @@ def flat(result, layout):
     return vector
 
 
-def differ(one, result):
-    """How far the weights of a run on many ranks are from those of one process, relative."""
-    mine = one.state.vectors["weights"]
-    return np.linalg.norm(flat(result, one.layout) - mine) / np.linalg.norm(mine)
+def relative_distance(trainer, result):
+    """Return the relative distance of the weights of a run from those of a method on one process."""
+    own_w = trainer.state.vectors["weights"]
+    return np.linalg.norm(flat(result, trainer.layout) - own_w) / np.linalg.norm(own_w)
 
 
 def weights(result):
@@ -99,8 +100,8 @@ def test_labels_are_those_of_seed_and_part_alone():
         s = draw_targets("uniform", 256, 47, 3, 1, kappa)
         assert s.shape == (256, 47) and s.dtype == np.float32
         assert s.min() >= 0 and s.max() < kappa
-        apart = [np.linalg.norm(s[:, i] - s[:, j]) for i in range(47) for j in range(i)]
-        assert 6.2 * kappa <= np.mean(apart) <= 6.9 * kappa
+        distances = [np.linalg.norm(s[:, i] - s[:, j]) for i in range(47) for j in range(i)]
+        assert 6.2 * kappa <= np.mean(distances) <= 6.9 * kappa
         assert np.array_equal(s, draw_targets("uniform", 256, 47, 3, 1, kappa))
         assert not np.array_equal(s, draw_targets("uniform", 256, 47, 3, 2, kappa))
         assert not np.array_equal(s, draw_targets("uniform", 256, 47, 4, 1, kappa))
@@ -115,8 +116,8 @@ def test_the_laws_of_labels():
     with pytest.raises(ValueError, match="cannot be orthogonal"):
         draw_targets("orthogonal", 9, 10, 0, 1, 1.0)
     for law, (low, high) in LAWS.items():
-        drawn = draw_targets(law, 100, 10, 0, 1, 1.0)
-        assert low <= drawn.min() and drawn.max() <= high
+        labels = draw_targets(law, 100, 10, 0, 1, 1.0)
+        assert low <= labels.min() and labels.max() <= high
 
 
 def test_probabilities_are_what_the_best_outputs_hold():
@@ -131,19 +132,19 @@ def test_probabilities_are_what_the_best_outputs_hold():
 
     for _ in range(20):
         assert expected(best + 1e-3 * rng.normal(size=best.shape)) > expected(best)
-    near = [np.argmin([np.linalg.norm(best[:, i] - s[:, j]) for j in range(5)]) for i in range(40)]
-    assert np.array_equal(reader.nearest(best), near)
+    nearest = [np.argmin([np.linalg.norm(best[:, i] - s[:, j]) for j in range(5)]) for i in range(40)]
+    assert np.array_equal(reader.nearest(best), nearest)
 
 
-# What each part learns.
+# Gradients of parts.
 
 
 @pytest.mark.parametrize("law", ["uniform", "sign"])
 def test_gradients_of_both_parts_are_those_of_differences(law):
-    # tanh: its loss has no kinks between two points.
-    one = method(network(12, 9, 8, activation="tanh"), parts=2, labels=law, labels_scale=2.0)
-    rng, labels = np.random.default_rng(1), one.dataset.train.labels[:20]
-    for part in one.parts.values():
+    # With tanh the loss has no kinks between the two points.
+    trainer = method(network(12, 9, 8, activation="tanh"), parts=2, labels=law, labels_scale=2.0)
+    rng, labels = np.random.default_rng(1), trainer.dataset.train.labels[:20]
+    for part in trainer.parts.values():
         x = rng.random((part.inputs, 20))
         value, gradient = part.learn(x, labels, 1 / 20), None
         gradient = part.g.copy()
@@ -151,127 +152,132 @@ def test_gradients_of_both_parts_are_those_of_differences(law):
             s = draw_targets(law, part.units, 10, 0, 1, 2.0).astype(float)
             assert value == pytest.approx(((part.forward(x) - s[:, labels]) ** 2).mean() / 4, rel=1e-12)
         for i in rng.choice(part.w.size, 40, replace=False):
-            kept, values = part.w[i], []
+            weight, values = part.w[i], []
             for h in (1e-5, -1e-5):
-                part.w[i] = kept + h
+                part.w[i] = weight + h
                 values.append(part.learn(x, labels, 1 / 20))
-            part.w[i] = kept
+            part.w[i] = weight
             assert abs((values[0] - values[1]) / 2e-5 - gradient[i]) <= 1e-8
 
 
 def test_the_loss_of_labels_does_not_depend_on_their_scale():
     y = np.random.default_rng(0).normal(size=(30, 8))
-    labels, found = np.arange(8) % 10, []
+    labels, results = np.arange(8) % 10, []
     for kappa in (1.0, 8.0):
         grad = np.empty_like(y)
         loss = TargetDistance(draw_targets("uniform", 30, 10, 0, 1, kappa), kappa)
-        found.append((loss(kappa * y, labels, 0.5, grad), kappa * grad))
-    assert found[0][0] == pytest.approx(found[1][0], rel=1e-12) and np.allclose(found[0][1], found[1][1], rtol=1e-12)
+        results.append((loss(kappa * y, labels, 0.5, grad), kappa * grad))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-12) and np.allclose(
+        results[0][1], results[1][1], rtol=1e-12
+    )
 
 
 def test_recovery_has_the_gradient_of_the_whole_network():
     net = network(12, 9, 8)
-    one = method(net, parts=3, recovery_epochs=1, epochs=4)
-    whole = method(net, name="data_parallel")
-    # From the same weights, drawn by unit, to the same gradient.
+    trainer = method(net, parts=3, recovery_epochs=1, epochs=4)
+    plain = method(net, name="data_parallel")
+    # Both methods draw the same initial weights, unit by unit.
     ids = np.arange(50)
-    loss = whole.gradient(Batch(ids))
-    one._learn_joined(ids, np.arange(50))
-    assert one.loss_sum == pytest.approx(50 * loss, rel=1e-12)
-    for part in one.parts.values():
-        at = np.concatenate([np.arange(a, b) for a, b in part.runs.intervals])
-        assert np.array_equal(part.w, whole.w[at])
-        assert abs(part.g - whole.g[at]).max() <= 1e-13 * abs(whole.g).max()
+    loss = plain.gradient(Batch(ids))
+    trainer._learn_joined(ids, np.arange(50))
+    assert trainer.loss_sum == pytest.approx(50 * loss, rel=1e-12)
+    for part in trainer.parts.values():
+        indices = np.concatenate([np.arange(a, b) for a, b in part.runs.intervals])
+        assert np.array_equal(part.w, plain.w[indices])
+        assert abs(part.g - plain.g[indices]).max() <= 1e-13 * abs(plain.g).max()
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "momentum"])
 def test_a_single_part_is_conventional_training_bit_for_bit(optimizer):
-    one, whole = (
+    single, plain = (
         trained(network(40, 30), 3 * PER_EPOCH, optimizer=optimizer, clip=0.0, name=name, **settings)
         for name, settings in (("sil", {"parts": 1}), ("data_parallel", {}))
     )
-    assert one.state.vectors.keys() == whole.state.vectors.keys()
-    for name, vector in one.state.vectors.items():
-        assert np.array_equal(vector, whole.state.vectors[name])
-    assert one.loss_sum == whole.loss_sum and one.test() == whole.test()
-    assert one.diagnostics()["macs"] == conventional([one.parts[0].cost], N, 3)
+    assert single.state.vectors.keys() == plain.state.vectors.keys()
+    for name, vector in single.state.vectors.items():
+        assert np.array_equal(vector, plain.state.vectors[name])
+    assert single.loss_sum == plain.loss_sum and single.test() == plain.test()
+    assert single.diagnostics()["macs"] == conventional([single.parts[0].cost], N, 3)
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_stored_inputs_are_those_of_their_samples(shuffle):
-    one = method(network(40, 30, 20), parts=2, optimizer="adam", shuffle=shuffle)
-    left, right = one.parts.values()
-    batches, seen = Minibatches(N, 50, 0, shuffle), []
+    trainer = method(network(40, 30, 20), parts=2, optimizer="adam", shuffle=shuffle)
+    left, right = trainer.parts.values()
+    batches, learn_calls = Minibatches(N, 50, 0, shuffle), []
     learn = right.learn
-    right.learn = lambda x, labels, *rest: seen.append((x.copy(), labels.copy())) or learn(x, labels, *rest)
+    right.learn = lambda x, labels, *rest: learn_calls.append((x.copy(), labels.copy())) or learn(x, labels, *rest)
     for step in range(3 * PER_EPOCH):
         ids = batches.ids(*divmod(step, PER_EPOCH))
-        one.step(Batch(ids), 1e-3)
-        if seen:
-            x, labels = seen.pop()
-            assert np.array_equal(x, right.stored[ids].T) and np.array_equal(labels, one.dataset.train.labels[ids])
-    # The left part has not moved since they were made.
-    chosen = np.random.default_rng(0).choice(N, 100, replace=False)
-    for i in chosen:
+        trainer.step(Batch(ids), 1e-3)
+        if learn_calls:
+            x, labels = learn_calls.pop()
+            assert np.array_equal(x, right.stored[ids].T) and np.array_equal(labels, trainer.dataset.train.labels[ids])
+    # The left part has not moved since it computed the stored inputs.
+    sample = np.random.default_rng(0).choice(N, 100, replace=False)
+    for i in sample:
         piece = np.arange(i // 100 * 100, min(i // 100 * 100 + 100, N))
-        assert np.array_equal(left.forward(one.chain.fetch(one.train, piece))[:, i % 100], right.stored[i])
-    y = left.forward(one.chain.fetch(one.train, chosen))
-    assert np.allclose(right.forward(y.copy()), right.forward(right.stored[chosen].T.copy()), rtol=1e-6)
+        assert np.array_equal(left.forward(trainer.chain.fetch(trainer.train, piece))[:, i % 100], right.stored[i])
+    y = left.forward(trainer.chain.fetch(trainer.train, sample))
+    assert np.allclose(right.forward(y.copy()), right.forward(right.stored[sample].T.copy()), rtol=1e-6)
 
 
 def test_what_parts_learn_from_when_all_learn_at_once():
-    seen = []
+    inputs = []
 
-    def watched(way):
-        one = method(network(40, 30, 20), parts=2, hand_over=way, labels_noise=0.1, epochs=2)
-        part, batches = one.parts[1], Minibatches(N, 50, 0)
+    def train_watched(way):
+        trainer = method(network(40, 30, 20), parts=2, hand_over=way, labels_noise=0.1, epochs=2)
+        part, batches = trainer.parts[1], Minibatches(N, 50, 0)
         learn = part.learn
-        part.learn = lambda x, *rest: seen.append(x.copy()) or learn(x, *rest)
+        part.learn = lambda x, *rest: inputs.append(x.copy()) or learn(x, *rest)
         for step in range(PER_EPOCH + 1):
-            kept = one.parts[0].w.copy()
-            one.step(Batch(batches.ids(*divmod(step, PER_EPOCH))), 1e-2)
+            w_before = trainer.parts[0].w.copy()
+            trainer.step(Batch(batches.ids(*divmod(step, PER_EPOCH))), 1e-2)
         columns = draw_targets("uniform", 30, 10, 0, 1, 1.0).astype(np.float64)
-        of = [columns[:, one.dataset.train.labels[batches.ids(*divmod(s, PER_EPOCH))]] for s in range(PER_EPOCH + 1)]
-        return one, kept, of, batches
+        label_columns = [
+            columns[:, trainer.dataset.train.labels[batches.ids(*divmod(s, PER_EPOCH))]] for s in range(PER_EPOCH + 1)
+        ]
+        return trainer, w_before, label_columns, batches
 
-    one, kept, of, batches = watched("stale")
-    assert all(np.array_equal(x, y) for x, y in zip(seen[:-1], of[:-1], strict=True))
-    # In the second epoch the outputs of the weights at the end of the first.
-    assert np.array_equal(one.handed[: kept.size], kept) and not np.array_equal(kept, one.parts[0].w)
-    one.parts[0].w[...] = kept
-    y = one.parts[0].forward(one.chain.fetch(one.train, batches.ids(1, 0)))
-    assert np.allclose(seen[-1], y, rtol=1e-12)
-    seen.clear()
-    one, kept, of, batches = watched("labels")
-    noise = np.concatenate([x - y for x, y in zip(seen, of, strict=True)], axis=1)
+    trainer, w_before, label_columns, batches = train_watched("stale")
+    assert all(np.array_equal(x, y) for x, y in zip(inputs[:-1], label_columns[:-1], strict=True))
+    # The second epoch learns from outputs of the weights at the end of the first.
+    assert np.array_equal(trainer.handed[: w_before.size], w_before) and not np.array_equal(
+        w_before, trainer.parts[0].w
+    )
+    trainer.parts[0].w[...] = w_before
+    y = trainer.parts[0].forward(trainer.chain.fetch(trainer.train, batches.ids(1, 0)))
+    assert np.allclose(inputs[-1], y, rtol=1e-12)
+    inputs.clear()
+    trainer, w_before, label_columns, batches = train_watched("labels")
+    noise = np.concatenate([x - y for x, y in zip(inputs, label_columns, strict=True)], axis=1)
     assert noise.std() == pytest.approx(0.1, rel=0.02) and abs(noise.mean()) < 1e-3
-    assert one.chain.handed_bytes == 0 and one.chain.macs == (N + 50) * sum(
-        part.cost.training() for part in one.parts.values()
+    assert trainer.chain.handed_bytes == 0 and trainer.chain.macs == (N + 50) * sum(
+        part.cost.training() for part in trainer.parts.values()
     )
 
 
-# What is sent, and where.
+# Messages.
 
 
 def test_parts_do_not_move_while_another_learns(train, tmp_path):
     options = (*SMALL, "--epochs", "5", "--recovery-epochs", "1")
     out = tmp_path / "begun"
-    begun = method(network(40, 30, 20), parts=2)
-    left = weights(train(2, *options, "--max-steps", 2 * PER_EPOCH, out=out))
-    right = train(2, *options, "--max-steps", 4 * PER_EPOCH, "--resume", "auto", out=out)
-    middle, rows = weights(right), right.rows
-    part = begun.parts[1]
-    drawn = np.concatenate([t.ravel() for t in of_layers(left, "dense3", "dense4").values()])
-    assert np.array_equal(np.sort(drawn), np.sort(part.w))
-    assert distance(of_layers(left, "dense1", "dense2"), of_layers(middle, "dense1", "dense2")) == 0
-    assert distance(of_layers(left, "dense3", "dense4"), of_layers(middle, "dense3", "dense4")) > 0
-    # Parts of a network are no other weights than the network's.
+    initial = method(network(40, 30, 20), parts=2)
+    first_weights = weights(train(2, *options, "--max-steps", 2 * PER_EPOCH, out=out))
+    second_run = train(2, *options, "--max-steps", 4 * PER_EPOCH, "--resume", "auto", out=out)
+    second_weights, rows = weights(second_run), second_run.rows
+    part = initial.parts[1]
+    initial_values = np.concatenate([t.ravel() for t in of_layers(first_weights, "dense3", "dense4").values()])
+    assert np.array_equal(np.sort(initial_values), np.sort(part.w))
+    assert distance(of_layers(first_weights, "dense1", "dense2"), of_layers(second_weights, "dense1", "dense2")) == 0
+    assert distance(of_layers(first_weights, "dense3", "dense4"), of_layers(second_weights, "dense3", "dense4")) > 0
     assert [row["phase"] for row in rows] == ["part 1", "part 1", "part 2", "part 2"]
     handed = 8 * N * 30
     assert [row["bytes_sent"] for row in rows] == [0, 0, handed, handed]
     assert [row["handed_bytes"] for row in rows] == [0, 0, handed, handed]
     assert rows[-1]["bytes_sent_by_rank"] == [handed, 0] and rows[-1]["bytes_received_by_rank"] == [0, handed]
-    # An epoch of the whole sends outputs and their gradients.
+    # An epoch of recovery sends outputs and their gradients.
     last = train(2, *options, "--resume", "auto", out=out).rows[-1]
     assert last["phase"] == "recovery" and last["handed_bytes"] == last["bytes_sent"] == handed + 2 * 8 * N * 30
     costs = [count(network(40, 30, 20), *stage) for stage in split_layers(network(40, 30, 20), 2)]
@@ -287,78 +293,78 @@ def test_parts_do_not_move_while_another_learns(train, tmp_path):
     ],
 )
 def test_other_ways_to_hand_over(train, ranks, way, floats, macs):
-    """Bytes and MACs as they should be, and the weights of one rank."""
+    """Compare weights with those of one rank, and bytes and MACs with their formulas."""
     net = network(40, 30, 20)
-    alone = trained(net, 6 * PER_EPOCH, epochs=6, parts=2, hand_over=way)
-    many = train(ranks, *SMALL, "--epochs", "6", "--parts", "2", "--hand-over", way)
-    assert differ(alone, many) <= 1e-10
+    one_rank = trained(net, 6 * PER_EPOCH, epochs=6, parts=2, hand_over=way)
+    many_ranks = train(ranks, *SMALL, "--epochs", "6", "--parts", "2", "--hand-over", way)
+    assert relative_distance(one_rank, many_ranks) <= 1e-10
     expected = N * macs(*(count(net, *stage) for stage in split_layers(net, 2)))
-    assert many.rows[-1]["macs"] == alone.diagnostics()["macs"] == expected
-    assert many.rows[-1]["handed_bytes"] == 8 * N * floats and alone.chain.handed_bytes == 0
+    assert many_ranks.rows[-1]["macs"] == one_rank.diagnostics()["macs"] == expected
+    assert many_ranks.rows[-1]["handed_bytes"] == 8 * N * floats and one_rank.chain.handed_bytes == 0
     if ranks == 2:
-        assert many.rows[-1]["bytes_sent"] == 8 * N * floats
+        assert many_ranks.rows[-1]["bytes_sent"] == 8 * N * floats
 
 
 def test_many_ranks_train_as_one_does(train):
-    """200 steps and more of each phase; with two ranks a part the sums over these are in another order."""
+    """Each phase has 200 steps or more; with two ranks a part, sums over the part are in another order."""
     options = (*SMALL, "--parts", "2", "--epochs", "21", "--recovery-epochs", "7")
-    alone = trained(network(40, 30, 20), 21 * PER_EPOCH, epochs=21, parts=2, recovery_epochs=7)
-    two, four = (train(ranks, *options) for ranks in (2, 4))
+    one_rank = trained(network(40, 30, 20), 21 * PER_EPOCH, epochs=21, parts=2, recovery_epochs=7)
+    two_ranks, four_ranks = (train(ranks, *options) for ranks in (2, 4))
     assert 7 * PER_EPOCH >= 200
-    assert differ(alone, two) <= 1e-12 and differ(alone, four) <= 1e-9
-    score, found = alone.test(), alone.diagnostics()
-    assert score["accuracy"] > 0.9 and found["phase"] == "recovery"
-    for result, close in ((two, 1e-9), (four, 1e-6)):
-        assert result.rows[-1]["test_loss"] == pytest.approx(score["loss"], rel=close)
+    assert relative_distance(one_rank, two_ranks) <= 1e-12 and relative_distance(one_rank, four_ranks) <= 1e-9
+    score, diagnostics = one_rank.test(), one_rank.diagnostics()
+    assert score["accuracy"] > 0.9 and diagnostics["phase"] == "recovery"
+    for result, tolerance in ((two_ranks, 1e-9), (four_ranks, 1e-6)):
+        assert result.rows[-1]["test_loss"] == pytest.approx(score["loss"], rel=tolerance)
         for key in ("target_distance", "nearest_accuracy", "least_squares_accuracy", "macs", "dead_units"):
-            assert result.rows[-1][key] == pytest.approx(found[key], rel=close)
-    # What is handed over goes to one rank, which shares it with the other.
-    sent = four.rows[7]["bytes_sent"] - four.rows[6]["bytes_sent"]
-    size, right = 8 * N * 30, of_layers(weights(four), "dense3", "dense4")
+            assert result.rows[-1][key] == pytest.approx(diagnostics[key], rel=tolerance)
+    # Handed-over outputs go to one rank of the next part, which sends them to the other.
+    sent = four_ranks.rows[7]["bytes_sent"] - four_ranks.rows[6]["bytes_sent"]
+    size, right = 8 * N * 30, of_layers(weights(four_ranks), "dense3", "dense4")
     summed = PER_EPOCH * 8 * sum(t.size for t in right.values()) * 2
-    assert sent == 2 * size + summed and four.rows[7]["handed_bytes"] == size
+    assert sent == 2 * size + summed and four_ranks.rows[7]["handed_bytes"] == size
 
 
 @pytest.mark.parametrize("way", ["stored", "stale"])
 def test_three_parts_of_a_network_of_separable_layers(train, way):
-    """Convolutions at the cuts, and weights of one part between those of another in the flat vector."""
+    """Parts are cut at convolutions, and in the flat vector weights of one part lie between those of another."""
     options = ("--method", "sil", "--parts", "3", "--hand-over", way, "--epochs", "4", "--recovery-epochs", "1",
                "--loss", "nll", "--dtype", "float64", "--lr", "0.01", "--batch-size", "50")  # fmt: skip
-    alone = trained(make_network("psnet", (1, 8, 8), 10), 4 * PER_EPOCH, parts=3, recovery_epochs=1, hand_over=way)
-    many = train(3, *options)
-    assert differ(alone, many) <= 1e-12
-    alone.test()
-    assert many.rows[-1]["nearest_accuracy"] == pytest.approx(alone.diagnostics()["nearest_accuracy"])
+    one_rank = trained(make_network("psnet", (1, 8, 8), 10), 4 * PER_EPOCH, parts=3, recovery_epochs=1, hand_over=way)
+    many_ranks = train(3, *options)
+    assert relative_distance(one_rank, many_ranks) <= 1e-12
+    one_rank.test()
+    assert many_ranks.rows[-1]["nearest_accuracy"] == pytest.approx(one_rank.diagnostics()["nearest_accuracy"])
 
 
 @pytest.mark.parametrize("way", ["stored", "stale"])
 def test_clipped_gradients_are_those_of_one_rank(train, way):
     options = (*SMALL, "--parts", "2", "--epochs", "3", "--recovery-epochs", "1", "--clip", "0.05", "--hand-over", way,
                "--optimizer", "sgd", "--lr", "0.1")  # fmt: skip
-    alone, free = (
+    one_rank, unclipped = (
         trained(network(40, 30, 20), 3 * PER_EPOCH, epochs=3, parts=2, recovery_epochs=1, clip=clip, hand_over=way,
                 optimizer="sgd", lr=0.1)
         for clip in (0.05, 0.0)
     )  # fmt: skip
-    four = train(4, *options)
-    assert differ(alone, four) <= 1e-12 and differ(free, four) > 1e-3
+    four_ranks = train(4, *options)
+    assert relative_distance(one_rank, four_ranks) <= 1e-12 and relative_distance(unclipped, four_ranks) > 1e-3
 
 
-# Phases, and going on in each of them.
+# Phases and restarts.
 
 
-def take_up(begun, again):
-    """Restore a method from another, as from a checkpoint."""
-    for name, vector in again.state.vectors.items():
-        vector[...] = begun.state.vectors[name]
-    again.scalars.update(begun.scalars)
-    again.state.restore()
-    again.restored(False, frozenset())
+def take_up(source, target):
+    """Restore the method `target` from `source`, as from a checkpoint."""
+    for name, vector in target.state.vectors.items():
+        vector[...] = source.state.vectors[name]
+    target.scalars.update(source.scalars)
+    target.state.restore()
+    target.restored(False, frozenset())
 
 
-def same(one, other):
-    assert one.scalars == other.scalars
-    assert all(np.array_equal(vector, other.state.vectors[name]) for name, vector in one.state.vectors.items())
+def same(first, second):
+    assert first.scalars == second.scalars
+    assert all(np.array_equal(vector, second.state.vectors[name]) for name, vector in first.state.vectors.items())
 
 
 @pytest.mark.parametrize(
@@ -366,53 +372,53 @@ def same(one, other):
     [
         *(("stored", "psnet"), ("recompute", "mlp"), ("stale", "psnet"), ("labels", "mlp")),
         *(
-            pytest.param(*both, marks=pytest.mark.slow)
-            for both in (("stored", "mlp"), ("recompute", "psnet"), ("stale", "mlp"), ("labels", "psnet"))
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("stored", "mlp"), ("recompute", "psnet"), ("stale", "mlp"), ("labels", "psnet"))
         ),
     ],
 )
 def test_one_rank_goes_on_bit_for_bit(way, name):
-    """In the left part, at the hand-over, in the right part, at and in the recovery."""
+    """Restart in the left part, at the hand-over, in the right part, and at and in the recovery."""
     net = network(40, 30, 20) if name == "mlp" else make_network("psnet", (1, 8, 8), 10)
     settings = {"parts": 2, "epochs": 5, "recovery_epochs": 1, "hand_over": way}
-    whole = trained(net, 5 * PER_EPOCH, **settings)
+    full = trained(net, 5 * PER_EPOCH, **settings)
     for end in (10, 2 * PER_EPOCH, 2 * PER_EPOCH + 9, 4 * PER_EPOCH, 4 * PER_EPOCH + 8):
-        begun, again = trained(net, end, **settings), method(net, **settings)
-        take_up(begun, again)
-        same(trained(net, 5 * PER_EPOCH, one=again), whole)
+        cut, resumed = trained(net, end, **settings), method(net, **settings)
+        take_up(cut, resumed)
+        same(trained(net, 5 * PER_EPOCH, trainer=resumed), full)
 
 
 def test_three_parts_go_on_from_the_end_of_each():
-    """Where a phase begins, what the part before makes is handed over: it needs what it was handed over itself."""
+    """At the start of a phase the previous part computes its outputs, from inputs that were handed over to it."""
     net, settings = network(40, 30, 20), {"parts": 4, "epochs": 5, "recovery_epochs": 1, "hand_over": "stored"}
-    whole = trained(net, 5 * PER_EPOCH, **settings)
+    full = trained(net, 5 * PER_EPOCH, **settings)
     for end in range(PER_EPOCH, 5 * PER_EPOCH, PER_EPOCH):
-        begun, again = trained(net, end, **settings), method(net, **settings)
-        for part in again.parts.values():
+        cut, resumed = trained(net, end, **settings), method(net, **settings)
+        for part in resumed.parts.values():
             part.stored.fill(np.nan)
-        take_up(begun, again)
-        same(trained(net, 5 * PER_EPOCH, one=again), whole)
+        take_up(cut, resumed)
+        same(trained(net, 5 * PER_EPOCH, trainer=resumed), full)
 
 
 def test_a_plan_that_is_another_at_a_restart_is_noticed():
     net = network(40, 30, 20)
-    begun = trained(net, PER_EPOCH, parts=2, epochs=2)
-    again = method(net, parts=4, epochs=4)
-    again.scalars.update(begun.scalars)
+    cut = trained(net, PER_EPOCH, parts=2, epochs=2)
+    resumed = method(net, parts=4, epochs=4)
+    resumed.scalars.update(cut.scalars)
     with pytest.raises(UserError, match="use --parts 2"):
-        again.state.restore()
-        again.restored(False, frozenset())
-    # More epochs: what would go on is another part, which begins with a fresh optimizer.
-    begun = trained(net, 2 * PER_EPOCH + 5, parts=2, epochs=4)
-    again = method(net, parts=2, epochs=8)
-    take_up(begun, again)
-    assert any(vector.any() for name, vector in begun.state.vectors.items() if name != "weights")
-    assert not any(vector.any() for part in again.parts.values() for vector in part.optimizer.vectors.values())
+        resumed.state.restore()
+        resumed.restored(False, frozenset())
+    # With more epochs the run goes on in another part, which begins with a fresh optimizer.
+    cut = trained(net, 2 * PER_EPOCH + 5, parts=2, epochs=4)
+    resumed = method(net, parts=2, epochs=8)
+    take_up(cut, resumed)
+    assert any(vector.any() for name, vector in cut.state.vectors.items() if name != "weights")
+    assert not any(vector.any() for part in resumed.parts.values() for vector in part.optimizer.vectors.values())
 
 
 @pytest.mark.parametrize("parts", [2, 3])
 def test_parts_begin_behind_a_flattening_and_with_the_padding(parts):
-    """Features that separable layers do not see, and a padded convolution: as of one network."""
+    """Parts with unused features and a padded convolution compute the scores of the whole network."""
     layers = [
         {"type": "conv", "channels": 4, "kernel": 3}, {"type": "relu"},
         {"type": "conv", "channels": 4, "kernel": 3, "pad": 1}, {"type": "relu"}, {"type": "mean_pool"},
@@ -425,13 +431,13 @@ def test_parts_begin_behind_a_flattening_and_with_the_padding(parts):
     layout = net.layout()
     rng = np.random.default_rng(0)
     w, x = rng.standard_normal(layout.size), rng.standard_normal((64, 7))
-    whole = Model(net, layout, w[: layout.part(range(10)).size], None, make_backend("numpy")).forward(x).scores
+    full_scores = Model(net, layout, w[: layout.part(range(10)).size], None, make_backend("numpy")).forward(x).scores
     for stage in split_layers(net, parts):
         runs = net.runs(layout, *stage) - layout.dead
         local = np.concatenate([w[a:b] for a, b in runs.intervals])
         x = Model(net, layout, local, None, make_backend("numpy"), layers=stage).forward(x).scores
         x = x.reshape(-1, 7).copy()
-    assert np.allclose(x, whole, rtol=1e-12)
+    assert np.allclose(x, full_scores, rtol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -447,52 +453,52 @@ def test_a_run_goes_on_bit_for_bit(train, tmp_path, ranks, way, ends):
     for end in ends:
         train(ranks, *options, "--max-steps", end, *(("--resume", "auto") if end != ends[0] else ()), out=out)
     result = train(ranks, *options, "--resume", "auto", out=out)
-    whole = train(ranks, *options)
-    assert distance(whole.tensors(), result.tensors()) == 0
+    full_run = train(ranks, *options)
+    assert distance(full_run.tensors(), result.tensors()) == 0
     for key in ("macs", "handed_bytes", "bytes_sent", "test_loss", "target_distance"):
-        assert whole.rows[-1][key] == result.rows[-1][key]
+        assert full_run.rows[-1][key] == result.rows[-1][key]
 
 
 def test_a_run_goes_on_on_other_ranks_and_from_another_method(train, tmp_path):
     options, out = (*SMALL, "--epochs", "4", "--parts", "2"), tmp_path / "begun"
-    begun = 2 * PER_EPOCH + 9
-    train(2, *options, "--max-steps", begun, out=out)
+    first_steps = 2 * PER_EPOCH + 9
+    train(2, *options, "--max-steps", first_steps, out=out)
     result = train(1, *options, "--resume", "auto", out=out)
-    assert differ(trained(network(40, 30, 20), 4 * PER_EPOCH, parts=2), result) <= 1e-10
-    # The phase is that of the run's steps, whoever made the first ones.
+    assert relative_distance(trained(network(40, 30, 20), 4 * PER_EPOCH, parts=2), result) <= 1e-10
+    # The phase is that of the run's steps, whatever method made the first ones.
     plain = ["data_parallel" if word == "sil" else word for word in SMALL]
     out = tmp_path / "other"
-    train(1, *plain, "--epochs", "4", "--max-steps", begun, out=out)
+    train(1, *plain, "--epochs", "4", "--max-steps", first_steps, out=out)
     rows = train(2, *options, "--resume", "auto", out=out).rows
     assert [row.get("phase") for row in rows] == [None, None, "part 2", "part 2"] and rows[-1]["test_accuracy"] > 0.85
 
 
 def test_optimizers_are_fresh_in_each_phase():
-    one = method(network(40, 30, 20), parts=2, clip=0.0, recovery_epochs=2)
-    for k, phase in enumerate(one.phases):
-        trained(None, phase.start * PER_EPOCH, one=one)
-        before = one.w.copy()
-        trained(None, phase.start * PER_EPOCH + 1, one=one)
-        assert one.scalars["t"] == 1
-        for part in one.parts.values():
+    trainer = method(network(40, 30, 20), parts=2, clip=0.0, recovery_epochs=2)
+    for k, phase in enumerate(trainer.phases):
+        trained(None, phase.start * PER_EPOCH, trainer=trainer)
+        before = trainer.w.copy()
+        trained(None, phase.start * PER_EPOCH + 1, trainer=trainer)
+        assert trainer.scalars["t"] == 1
+        for part in trainer.parts.values():
             if part.number in phase.parts:
-                # After one step from nothing the mean of gradients is a tenth of the gradient (Adam).
+                # After Adam's first step the mean of gradients is a tenth of the gradient.
                 assert np.allclose(part.optimizer.vectors["m"], 0.1 * part.g, rtol=1e-10, atol=1e-300)
-        # And a first step is as long as the learning rate, or nothing.
-        moved = abs(one.w - before)
+        # Adam's first step moves a weight by the learning rate, or not at all.
+        moved = abs(trainer.w - before)
         assert moved.max() <= 0.01 * (1 + 1e-9) and np.count_nonzero(moved > 0.0099) > 100, k
 
 
 @pytest.mark.parametrize("way", ["stored", "recompute", "stale", "labels"])
 def test_a_step_allocates_no_arrays(way):
-    one = method(network(400, 600, 200), parts=2, hand_over=way, epochs=3, recovery_epochs=1)
+    trainer = method(network(400, 600, 200), parts=2, hand_over=way, epochs=3, recovery_epochs=1)
     batches = Minibatches(N, 50, 0)
     for step in (PER_EPOCH + 3, 2 * PER_EPOCH + 3):
-        trained(None, step, one=one)
+        trained(None, step, trainer=trainer)
         ids = batches.ids(*divmod(step, PER_EPOCH))
         tracemalloc.start()
         try:
-            one.step(Batch(ids), 1e-3)
+            trainer.step(Batch(ids), 1e-3)
             peak = tracemalloc.get_traced_memory()[1]
         finally:
             tracemalloc.stop()
@@ -501,8 +507,8 @@ def test_a_step_allocates_no_arrays(way):
 
 
 def test_phases_divide_the_epochs():
-    def spans(*given, **settings):
-        return [(p.name, p.start, p.stop) for p in plan_phases(*given, Settings(**settings))]
+    def spans(*arguments, **settings):
+        return [(p.name, p.start, p.stop) for p in plan_phases(*arguments, Settings(**settings))]
 
     assert spans(2, 7) == [("part 1", 0, 4), ("part 2", 4, 7)]
     assert spans(2, 7, recovery_epochs=2, part_epochs=(1, 4)) == [
@@ -524,15 +530,15 @@ def test_ranks_and_parts():
     net = network(20, 20, 20)
     assert [count_parts(size, net, 0) for size in (1, 2, 3, 4)] == [2, 2, 3, 4]
     assert count_parts(1, network(), 0) == 1
-    for size, asked, says in ((8, 0, "--parts 4"), (3, 2, "--parts 3"), (2, 3, "--parts 4"), (5, 0, "--parts 1")):
-        with pytest.raises(UserError, match=f"use {says}$"):
+    for size, asked, message in ((8, 0, "--parts 4"), (3, 2, "--parts 3"), (2, 3, "--parts 4"), (5, 0, "--parts 1")):
+        with pytest.raises(UserError, match=f"use {message}$"):
             count_parts(size, net, asked)
     layers = make_network("lenet", (1, 28, 28), 10)
     assert cut_activation(layers, split_layers(layers, 2)[0][1]) == "sigmoid"
     assert cut_activation(network(20, 20), split_layers(network(20, 20), 3)[0][1]) == "relu"
 
 
-# What it costs.
+# Costs.
 
 
 def test_costs_of_the_example():
@@ -549,12 +555,12 @@ def test_costs_of_the_example():
 
 def test_costs_of_convolutions():
     net = make_network("lenet", (1, 28, 28), 10)
-    whole = count(net, 0, len(net.layers))
-    assert whole.forward == 24**2 * 6 * 25 + 8**2 * 16 * 150 + 256 * 120 + 120 * 84 + 840
-    assert whole.parameters == net.layout().size and whole.first == 24**2 * 6 * 25
+    full_cost = count(net, 0, len(net.layers))
+    assert full_cost.forward == 24**2 * 6 * 25 + 8**2 * 16 * 150 + 256 * 120 + 120 * 84 + 840
+    assert full_cost.parameters == net.layout().size and full_cost.first == 24**2 * 6 * 25
 
 
-# What a person is told, and what is learned.
+# Error messages, warnings and accuracy.
 
 
 @pytest.mark.parametrize(
@@ -585,15 +591,15 @@ def test_what_cannot_be_is_said(ranks, options, says):
 
 def test_what_cannot_be_is_said_once(tmp_path):
     status, _, err = run(3, "-m", "psmpi.train", "--out", tmp_path / "run", *SIL, "--parts", "2")
-    told = " ".join(err.split())
-    assert status != 0 and told.count("use --parts 3") == 1 and "Traceback" not in err, err
+    message = " ".join(err.split())
+    assert status != 0 and message.count("use --parts 3") == 1 and "Traceback" not in err, err
 
 
 def test_labels_out_of_reach_are_warned_of(train):
     result = train(1, *SIL, "--widths", "20", "5", "--parts", "3", "--labels", "sign", "--max-steps", "1")
-    told = " ".join(result.stdout.split())
-    assert told.count("ends in relu, which does not reach all of --labels sign --labels-scale 1") == 2
-    assert "part 2 has 5 outputs for 10 classes" in told
+    output = " ".join(result.stdout.split())
+    assert output.count("ends in relu, which does not reach all of --labels sign --labels-scale 1") == 2
+    assert "part 2 has 5 outputs for 10 classes" in output
 
     def warned(kind, *options):
         return bool([*find_method("sil").warnings(2, network(20, 20, activation=kind), parse([*SIL, *options]))])
@@ -612,16 +618,16 @@ def test_a_run_that_diverges_ends_the_job(tmp_path):
 @pytest.mark.timeout(600)
 @pytest.mark.slow
 def test_mnist_is_learned(train):
-    """Accuracies as they were found in small runs of these settings; the bytes are those of 60,000 times 256 floats."""
+    """Bounds on accuracies from small runs of these settings; the handed bytes are 60,000 times 256 floats."""
     folder = real("mnist") / "mnist"
     setting = ("--model", "mlp", "--widths", *["256"] * 5, "--dataset", "mnist", "--data-dir", folder, "--loss", "nll",
                "--batch-size", "128", "--clip", "0", "--threads", "1")  # fmt: skip
     epochs = ("--epochs", "7", "--part-epochs", "4", "3")
-    apart = train(2, "--method", "sil", *setting, *epochs, timeout=280)
-    last = apart.rows[-1]
+    sil_run = train(2, "--method", "sil", *setting, *epochs, timeout=280)
+    last = sil_run.rows[-1]
     (nearest,), (solved,), joined = last["nearest_accuracy"], last["least_squares_accuracy"], last["test_accuracy"]
     assert nearest >= 0.973 and joined >= 0.973
     assert abs(joined - nearest) <= 0.007 and abs(solved - nearest) <= 0.003
-    assert [row["handed_bytes"] for row in apart.rows] == [0] * 4 + [61_440_000] * 3
-    whole = train(1, "--method", "data_parallel", *setting, "--epochs", "5", timeout=280)
-    assert joined >= whole.rows[-1]["test_accuracy"] - 0.005
+    assert [row["handed_bytes"] for row in sil_run.rows] == [0] * 4 + [61_440_000] * 3
+    plain_run = train(1, "--method", "data_parallel", *setting, "--epochs", "5", timeout=280)
+    assert joined >= plain_run.rows[-1]["test_accuracy"] - 0.005

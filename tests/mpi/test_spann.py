@@ -1,4 +1,5 @@
-"""Domains and parts on ranks: they train as one process does, as dense matrices with a mask, and move halos alone."""
+"""Networks in domains and parts: trained as on one process and as dense matrices with a mask, with messages of halos
+only."""
 
 from functools import partial
 from itertools import pairwise
@@ -36,7 +37,7 @@ def slabs(domains, *more):
 
 @pytest.fixture(scope="module")
 def points(tmp_path_factory):
-    """Random samples of as many features as a number of domains has, of three classes."""
+    """points(domains): options of a random data set of three classes with N features a domain."""
 
     def call(domains):
         path = tmp_path_factory.mktemp("points") / f"points{domains}.npz"
@@ -49,65 +50,74 @@ def points(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def serial():
-    """What data parallelism trains on one rank, by options."""
-    known = {}
+    """serial(options, steps): the result of data parallelism on one rank, computed once."""
+    results = {}
 
     def call(options, steps=20):
-        if (options, steps) not in known:
-            known[options, steps] = train_steps(1, options, steps)
-        return known[options, steps]
+        if (options, steps) not in results:
+            results[options, steps] = train_steps(1, options, steps)
+        return results[options, steps]
 
     return call
 
 
 def gradients(ranks, options):
-    """Of one minibatch on so many ranks: scores, gradients by name, of the inputs too, and the loss; weights."""
+    """Return (network, x, labels, weights and gradients by name, scores, gradient of x, loss) of one minibatch on
+    `ranks` ranks."""
     network, dataset, config = Case("spann", ".", options).problem()
     kind, layout = find_method("spann"), network.layout()
     kind.check(ranks, network, dataset, config)
 
     def work(world):
-        made = kind(Context(world, network, dataset, config, make_backend("numpy")))
+        method = kind(Context(world, network, dataset, config, make_backend("numpy")))
         ids = np.arange(B)
-        tape = made._forward(made.train, ids)
-        derivatives = made.scores.derivatives(tape, made.train, ids, 1 / B)
-        inputs = made.plan.inputs[world.rank]
+        tape = method._forward(method.train, ids)
+        derivatives = method.scores.derivatives(tape, method.train, ids, 1 / B)
+        inputs = method.plan.inputs[world.rank]
         dx = np.empty((len(inputs), B))
-        made.model.backward(tape, derivatives, dx=dx)
-        return made.shards[world.rank], made.w, made.g, tape.scores.copy(), (inputs, dx), made.scores.value()
+        method.model.backward(tape, derivatives, dx=dx)
+        return method.shards[world.rank], method.w, method.g, tape.scores.copy(), (inputs, dx), method.scores.value()
 
-    found = run_ranks(ranks, work, timeout=60)
-    whole, gradient = np.full(layout.size, np.nan), np.full(layout.size, np.nan)
-    into = np.zeros((dataset.train.features, B))
-    for shard, w, g, _, (inputs, dx), _ in found:
-        for (a, b), at in zip(shard.intervals, shard.offsets.tolist(), strict=False):
-            assert np.isnan(whole[a:b]).all()
-            whole[a:b], gradient[a:b] = w[at : at + b - a], g[at : at + b - a]
-        into[inputs] += dx
-    scores = [one[3] for one in found]
+    by_rank = run_ranks(ranks, work, timeout=60)
+    full_w, gradient = np.full(layout.size, np.nan), np.full(layout.size, np.nan)
+    input_gradient = np.zeros((dataset.train.features, B))
+    for shard, w, g, _, (inputs, dx), _ in by_rank:
+        for (a, b), offset in zip(shard.intervals, shard.offsets.tolist(), strict=False):
+            assert np.isnan(full_w[a:b]).all()
+            full_w[a:b], gradient[a:b] = w[offset : offset + b - a], g[offset : offset + b - a]
+        input_gradient[inputs] += dx
+    scores = [result[3] for result in by_rank]
     if len(scores[0]) == network.classes:
-        assert all(np.array_equal(one, scores[0]) for one in scores)
+        assert all(np.array_equal(result, scores[0]) for result in scores)
         scores = scores[:1]
-    tensors = [{p.name: named(layout, vector, p) for p in layout.parameters} for vector in (whole, gradient)]
+    tensors = [{p.name: named(layout, vector, p) for p in layout.parameters} for vector in (full_w, gradient)]
     x = dataset.train.read(np.arange(B)).T.astype(float)
-    return network, x, dataset.train.targets[:B], *tensors, np.concatenate(scores), into, sum(one[5] for one in found)
+    return (
+        network,
+        x,
+        dataset.train.targets[:B],
+        *tensors,
+        np.concatenate(scores),
+        input_gradient,
+        sum(result[5] for result in by_rank),
+    )
 
 
 def named(layout, vector, parameter):
     runs = layout.runs_of_parameters({parameter.name})
-    found = np.empty(parameter.shape)
+    tensor = np.empty(parameter.shape)
     number = layout.parameters.index(parameter)
     for piece in layout.banded[number]:
         size = parameter.unit_size
-        for one in piece.singles():
-            values = vector[one.offset : one.offset + (one.last - one.first) * size]
-            found.reshape(-1)[one.first * size : one.last * size] = values
-    assert runs.size == found.size
-    return found
+        for single in piece.singles():
+            values = vector[single.offset : single.offset + (single.last - single.first) * size]
+            tensor.reshape(-1)[single.first * size : single.last * size] = values
+    assert runs.size == tensor.size
+    return tensor
 
 
 def as_matrix(weight, n_in):
-    """The slabs (D, n, n_in + 2 G) as a matrix that is 0 outside of the pattern, and where it is not."""
+    """Return slabs (D, n, n_in + 2 G) as a matrix that is 0 outside of the pattern, and the mask of the pattern."""
     count, n, window = weight.shape
     halo = (window - n_in) // 2
     matrix, mask = np.zeros((count * n, count * n_in)), np.zeros((count * n, count * n_in), bool)
@@ -121,7 +131,7 @@ def as_matrix(weight, n_in):
 
 
 def dense(weights, x, labels, widths, domains):
-    """Scores, gradients by name, of the inputs too, and the loss, by matrices with a mask, samples as columns."""
+    """Return (scores, gradients by name, gradient of x, loss) by matrices with a mask; samples are columns."""
     layers, h = [], [x]
     for k, (before, _) in enumerate(pairwise(widths), 1):
         matrix, mask = as_matrix(weights[f"slab{k}.weight"], before // domains)
@@ -136,28 +146,28 @@ def dense(weights, x, labels, widths, domains):
     dz = p.copy()
     dz[labels, np.arange(b)] -= 1
     dz /= b
-    found = {"dense1.weight": dz @ h[-1].T, "dense1.bias": dz.sum(axis=1)}
+    gradient_by_name = {"dense1.weight": dz @ h[-1].T, "dense1.bias": dz.sum(axis=1)}
     dh = head.T @ dz
     for k in range(len(layers), 0, -1):
         d = dh * (1 - h[k] ** 2)
-        found[f"slab{k}.matrix"] = (d @ h[k - 1].T) * layers[k - 1][1]
-        found[f"slab{k}.bias"] = d.sum(axis=1)
+        gradient_by_name[f"slab{k}.matrix"] = (d @ h[k - 1].T) * layers[k - 1][1]
+        gradient_by_name[f"slab{k}.bias"] = d.sum(axis=1)
         dh = layers[k - 1][0].T @ d
-    return z, found, dh, loss
+    return z, gradient_by_name, dh, loss
 
 
-def far(ranks, domains, options):
-    """The largest relative distance of anything from dense matrices with a mask."""
-    _, x, labels, weights, got, scores, into, loss = gradients(ranks, options)
+def deviation(ranks, domains, options):
+    """Return the largest relative distance of scores, gradients and loss from those of dense matrices with a mask."""
+    _, x, labels, weights, own_gradients, scores, input_gradient, loss = gradients(ranks, options)
     widths = [domains * N] * 4
     z, expected, dx, value = dense(weights, x, labels, widths, domains)
-    pairs = [(scores, z), (into, dx), (np.array(loss), np.array(value))]
+    pairs = [(scores, z), (input_gradient, dx), (np.array(loss), np.array(value))]
     for name, gradient in expected.items():
         layer, what = name.split(".")
         if what == "matrix":
-            pairs.append((as_matrix(got[f"{layer}.weight"], N)[0], gradient))
+            pairs.append((as_matrix(own_gradients[f"{layer}.weight"], N)[0], gradient))
         else:
-            pairs.append((got[name].reshape(gradient.shape), gradient))
+            pairs.append((own_gradients[name].reshape(gradient.shape), gradient))
     return max(np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in pairs)
 
 
@@ -166,22 +176,22 @@ def far(ranks, domains, options):
 def test_gradients_are_those_of_dense_matrices_with_a_mask(points, ranks, domains, scores):
     if scores == "distributed" and ranks > 3:
         pytest.skip("there are three classes")
-    assert far(ranks, domains, slabs(domains, *points(domains), "--scores", scores)) <= 1e-12
+    assert deviation(ranks, domains, slabs(domains, *points(domains), "--scores", scores)) <= 1e-12
 
 
 def test_one_that_does_not_add_what_comes_back_is_far_from_them(points, monkeypatch):
-    """The check above sees it: the loss would fall all the same."""
+    """The comparison with dense matrices finds the error; the loss would fall all the same."""
 
     def overwrite(self, values, array):
         self.spread.copy(values, array)
 
     monkeypatch.setattr(Rows, "add", overwrite)
-    assert far(4, 4, slabs(4, *points(4))) > 1e-3
+    assert deviation(4, 4, slabs(4, *points(4))) > 1e-3
 
 
 def test_gradients_match_central_differences_on_both_sides_of_a_boundary(points):
     options, step = slabs(2, *points(2)), 1e-5
-    _, _, _, _, got, *_ = gradients(2, options)
+    _, _, _, _, own_gradients, *_ = gradients(2, options)
     rng = np.random.default_rng(0)
     places = [("slab2.weight", d, int(rng.integers(N)), j) for d in (0, 1) for j in range(N + 2 * G)]
     places += [("slab3.weight", d, int(rng.integers(N)), j) for d in (0, 1) for j in rng.permutation(N + 2 * G)[:8]]
@@ -190,24 +200,24 @@ def test_gradients_match_central_differences_on_both_sides_of_a_boundary(points)
     network, dataset, config = Case("spann", ".", options).problem()
 
     def work(world):
-        made = find_method("spann")(Context(world, network, dataset, config, make_backend("numpy")))
-        layout, ids, found = made.local.layout(), np.arange(B), []
+        method = find_method("spann")(Context(world, network, dataset, config, make_backend("numpy")))
+        layout, ids, values = method.local.layout(), np.arange(B), []
         for name, d, i, j in places:
             start = layout.runs_of_parameters({name}).intervals[0][0]
             for move in (step, -2 * step):
-                made.w[start + i * (N + 2 * G) + j] += move * (world.rank == d)
-                made.scores.derivatives(made._forward(made.train, ids), made.train, ids, 1 / B)
-                found.append(made.scores.value())
-            made.w[start + i * (N + 2 * G) + j] += step * (world.rank == d)
-        return np.array(found).reshape(-1, 2)
+                method.w[start + i * (N + 2 * G) + j] += move * (world.rank == d)
+                method.scores.derivatives(method._forward(method.train, ids), method.train, ids, 1 / B)
+                values.append(method.scores.value())
+            method.w[start + i * (N + 2 * G) + j] += step * (world.rank == d)
+        return np.array(values).reshape(-1, 2)
 
     losses = sum(run_ranks(2, work, timeout=60))
-    for (name, d, i, j), (one, other) in zip(places, losses, strict=True):
-        assert abs((one - other) / (2 * step) - got[name][d, i, j]) <= 1e-7
+    for (name, d, i, j), (plus, minus) in zip(places, losses, strict=True):
+        assert abs((plus - minus) / (2 * step) - own_gradients[name][d, i, j]) <= 1e-7
 
 
 def test_a_halo_of_tiles_is_the_field_with_zeros_around_it():
-    """3 x 2 tiles of 4 x 5, a halo of 2; and back it is the adjoint."""
+    """3 x 2 tiles of 4 x 5 with a halo of 2; backward is the adjoint of forward."""
     domains, halo, b = Domains((1, 12, 10), (3, 2)), 2, 3
     rng = np.random.default_rng(2)
     field = rng.normal(size=(12, 10, b))
@@ -219,29 +229,29 @@ def test_a_halo_of_tiles_is_the_field_with_zeros_around_it():
     back = [rng.normal(size=(len(units), b)) for units in needs]
 
     def work(world):
-        made = Halo(Group(world, range(6), Counter()), owners, needs, np.dtype(float))
+        transfer = Halo(Group(world, range(6), Counter()), owners, needs, np.dtype(float))
         own = np.flatnonzero(owners == world.rank)
         dst, src = np.empty((len(needs[world.rank]), b)), np.empty((len(own), b))
-        made.forward(field.reshape(120, b)[own], dst)
-        made.backward(back[world.rank].copy(), src)
+        transfer.forward(field.reshape(120, b)[own], dst)
+        transfer.backward(back[world.rank].copy(), src)
         return dst, src, own
 
-    found = run_ranks(6, work, timeout=60)
+    by_rank = run_ranks(6, work, timeout=60)
     padded = np.pad(field, [(halo, halo), (halo, halo), (0, 0)])
     left = right = 0.0
-    for d, (dst, src, own) in enumerate(found):
+    for d, (dst, src, own) in enumerate(by_rank):
         r, c = divmod(d, 2)
         expected = padded[r * 4 : r * 4 + 8, c * 5 : c * 5 + 9].reshape(-1, b)
-        there = windows[d] >= 0
-        assert np.array_equal(dst[np.searchsorted(needs[d], windows[d][there])], expected[there])
-        assert not expected[~there].any()
+        inside = windows[d] >= 0
+        assert np.array_equal(dst[np.searchsorted(needs[d], windows[d][inside])], expected[inside])
+        assert not expected[~inside].any()
         left += (dst * back[d]).sum()
         right += (field.reshape(120, b)[own] * src).sum()
     assert abs(left - right) <= 1e-12 * abs(left)
 
 
 def sparse_toml(path, features, units=(14, 11, 13)):
-    """Layers of about .15 of all connections, one of all between them."""
+    """Write a network of sparse layers with about 15 % of all connections, and some dense layers; return its option."""
     lines = []
     for seed, n in enumerate(units):
         fan = max(1, round(0.15 * features))
@@ -272,7 +282,7 @@ def test_sparse_layers_and_mixing_layers_train_as_one_process(points, tmp_path, 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_ranks_may_have_layers_of_their_own(points, tmp_path, monkeypatch, ranks):
-    """Those without units of the first ones hand gradients back to others all the same."""
+    """Ranks without units of the first layers still send gradients back to other ranks."""
     monkeypatch.setattr(settings, "partition", lambda layers, parts, mode: partition(layers, parts, "contiguous"))
     toml = sparse_toml(tmp_path / "model.toml", 5 * N, (12,) * 8)
     network, _, config = Case("spann", ".", (*toml, *SGD, *points(5))).problem()
@@ -283,19 +293,20 @@ def test_ranks_may_have_layers_of_their_own(points, tmp_path, monkeypatch, ranks
 
 @pytest.mark.parametrize("last", [(), ('type = "layer_norm"', 'type = "tanh"')])
 def test_each_rank_has_a_unit_before_sums_over_all(points, tmp_path, monkeypatch, last):
-    """Whatever a partitioner says: of what scores, or statistics, are summed from."""
+    """Each rank has a unit of the layer whose outputs are summed to scores or statistics, whatever the partitioner
+    returns."""
     monkeypatch.setattr(settings, "partition", lambda layers, parts, mode: partition(layers, parts, "contiguous"))
     sparse = 'type = "sparse", units = 12, pattern = "random", fan_in = 6'
     options = (*described(tmp_path / "net.toml", *[sparse, TANH] * 4, *last, SCORES), *SGD, *points(5))
     same(parted(4, options), train_steps(1, options), 1e-12)
     network, _, config = Case("spann", ".", options).problem()
-    made = settings.plan_of(4, network, config, settings.partitioned(4, network, config))
-    owners = [set(step.out_owners.tolist()) for step in made.steps if hasattr(step.layer, "pattern")]
+    plan = settings.plan_of(4, network, config, settings.partitioned(4, network, config))
+    owners = [set(step.out_owners.tolist()) for step in plan.steps if hasattr(step.layer, "pattern")]
     assert owners[0] < owners[3] == {0, 1, 2, 3}
 
 
 def described(path, *layers):
-    """A configuration file with these layers."""
+    """Write a configuration file with these layers; return its option."""
     path.write_text('[model]\nmodel = "custom"\nlayers = [' + ", ".join(f"{{{layer}}}" for layer in layers) + "]")
     return "--config", str(path)
 
@@ -303,7 +314,7 @@ def described(path, *layers):
 TANH, NORM, GELU = ('type = "tanh"', 'type = "layer_norm"', 'type = "gelu"')
 SLAB = 'type = "slab", units = 24, domains = 4, halo = 2'
 SCORES = 'type = "dense", units = 3'
-# Of many of these units nothing is used.
+# Many of these units feed no score.
 FEW = 'type = "sparse", units = 24, pattern = "random", fan_in = 2'
 LAYERS = {
     "functions of samples": (TANH, GELU, SLAB, TANH, SCORES),
@@ -328,11 +339,11 @@ def test_layers_of_one_s_own_train_as_one_process(points, tmp_path, ranks, what,
 
 @pytest.mark.parametrize("more", [("--clip", "0.3"), ("--clip", "0", "--in-place")])
 def test_derivatives_of_any_size_are_taken_alike(points, more):
-    """A power of two is taken out of very large ones, by all ranks, and put back layer by layer."""
+    """All ranks divide very large derivatives by the same power of two, and multiply each layer's gradient by it."""
     options = (*slabs(4, *points(4)), "--loss", "psl", "--kappa", "30")
     steps = 5 if len(more) == 2 else 1
-    found = parted(3, (*options, *more, "--scores", "distributed"), steps)
-    same(found, train_steps(1, (*options, *more[:2]), steps), 1e-9)
+    result = parted(3, (*options, *more, "--scores", "distributed"), steps)
+    same(result, train_steps(1, (*options, *more[:2]), steps), 1e-9)
 
 
 def test_a_sparse_network_is_planned(points):
@@ -365,20 +376,20 @@ def test_a_hundred_steps_train_as_one_process(points, serial):
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_steps_in_place_are_the_same_and_hold_no_gradient_of_all_weights(points, tmp_path, ranks, optimizer):
     options = (*slabs(4, *points(4)), "--clip", "0", "--optimizer", optimizer)
-    one, other = parted(ranks, options), parted(ranks, (*options, "--in-place"))
-    assert np.array_equal(one[0], other[0]) and np.array_equal(one[1], other[1])
+    plain, in_place = parted(ranks, options), parted(ranks, (*options, "--in-place"))
+    assert np.array_equal(plain[0], in_place[0]) and np.array_equal(plain[1], in_place[1])
     network, dataset, config = Case("spann", ".", (*options, "--in-place")).problem()
 
     def work(world):
-        made = find_method("spann")(Context(world, network, dataset, config, make_backend("numpy")))
+        method = find_method("spann")(Context(world, network, dataset, config, make_backend("numpy")))
         return (
-            made.g.size,
-            made.w.size,
-            max(sum(np.prod(p.shape) for p in one.parameters()) for one in made.local.layers),
+            method.g.size,
+            method.w.size,
+            max(sum(np.prod(p.shape) for p in layer.parameters()) for layer in method.local.layers),
         )
 
-    for gradient, weights, most in run_ranks(ranks, work, timeout=60):
-        assert gradient == most < weights / 2
+    for gradient, weights, largest in run_ranks(ranks, work, timeout=60):
+        assert gradient == largest < weights / 2
     toml = (*sparse_toml(tmp_path / "model.toml", 5 * N), *SGD, *points(5), "--clip", "0", "--optimizer", optimizer)
     assert np.array_equal(parted(ranks, toml)[0], parted(ranks, (*toml, "--in-place"))[0])
 
@@ -387,18 +398,21 @@ def test_rooms_of_halos_are_made_before_the_first_step_and_counted(points):
     network, dataset, config = Case("spann", ".", slabs(4, *points(4))).problem()
 
     def work(world):
-        made = find_method("spann")(Context(world, network, dataset, config, make_backend("numpy")))
-        rooms, counted = [[id(room) for room in halo.free] for halo in made.transfers.halos], made.memory()["buffers"]
-        made.step(Batch(np.arange(B)), 0.1)
-        assert [[id(room) for room in halo.free] for halo in made.transfers.halos] == rooms
-        nbytes = [halo.nbytes for halo in made.transfers.halos]
-        for halo in made.transfers.halos:
+        method = find_method("spann")(Context(world, network, dataset, config, make_backend("numpy")))
+        rooms, counted = (
+            [[id(room) for room in halo.free] for halo in method.transfers.halos],
+            method.memory()["buffers"],
+        )
+        method.step(Batch(np.arange(B)), 0.1)
+        assert [[id(room) for room in halo.free] for halo in method.transfers.halos] == rooms
+        nbytes = [halo.nbytes for halo in method.transfers.halos]
+        for halo in method.transfers.halos:
             halo.free.clear()
-        return nbytes, counted - made.memory()["buffers"], max(at.stop - at.start for at in made.batches)
+        return nbytes, counted - method.memory()["buffers"], max(part.stop - part.start for part in method.batches)
 
-    for rank, (nbytes, less, most) in enumerate(run_ranks(4, work, timeout=60)):
-        # Of each neighbour the rows that come, and those that go.
-        assert nbytes == [(1 if rank in (0, 3) else 2) * 2 * G * max(most, B) * 8] * 2 and less == sum(nbytes)
+    for rank, (nbytes, freed, largest_batch) in enumerate(run_ranks(4, work, timeout=60)):
+        # For each neighbour, the rows that are received and those that are sent.
+        assert nbytes == [(1 if rank in (0, 3) else 2) * 2 * G * max(largest_batch, B) * 8] * 2 and freed == sum(nbytes)
 
 
 def test_what_is_needed_in_place_has_one_layer_s_gradient(points):
@@ -406,9 +420,9 @@ def test_what_is_needed_in_place_has_one_layer_s_gradient(points):
     for more in ((), ("--in-place", "--clip", "0")):
         problem = Case("spann", ".", (*slabs(4, *points(4)), *more)).problem()
         needs.append([need["gradients"] for need in find_method("spann").needed(4, *problem)])
-    # Of three layers and scores: the weights and biases of a domain.
+    # The weights and biases of a domain in one of the three layers.
     assert needs[1] == [8 * N * (N + 2 * G + 1)] * 4
-    assert all(one > 2.5 * other for one, other in zip(*needs, strict=True))
+    assert all(plain > 2.5 * in_place for plain, in_place in zip(*needs, strict=True))
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 6])
@@ -422,13 +436,13 @@ def test_tiles_of_images_train_as_one_process(serial, ranks):
 
 
 def test_one_domain_is_a_dense_network(points):
-    """To the bit: the same draws, the same products."""
-    both = ("--widths", "30", "18", *SGD, *points(5), "--init", "he")
-    one = parted(1, ("--model", "slabs", "--domains", "1", *both))
-    assert one[1][0] > 0
-    network, *_ = Case("spann", ".", ("--model", "slabs", "--domains", "1", *both)).problem()
+    """One domain has the shapes and the scores of dense layers."""
+    shared_options = ("--widths", "30", "18", *SGD, *points(5), "--init", "he")
+    result = parted(1, ("--model", "slabs", "--domains", "1", *shared_options))
+    assert result[1][0] > 0
+    network, *_ = Case("spann", ".", ("--model", "slabs", "--domains", "1", *shared_options)).problem()
     assert [layer.shapes for layer in network.layers if hasattr(layer, "shapes")] == [(1, 30, 30), (1, 18, 30)]
-    weights = gradients(1, ("--model", "slabs", "--domains", "1", *both))
+    weights = gradients(1, ("--model", "slabs", "--domains", "1", *shared_options))
     z = weights[3]["slab1.weight"][0] @ weights[1] + weights[3]["slab1.bias"].reshape(-1, 1)
     z = weights[3]["slab2.weight"][0] @ np.tanh(z) + weights[3]["slab2.bias"].reshape(-1, 1)
     z = weights[3]["dense1.weight"] @ np.tanh(z) + weights[3]["dense1.bias"][:, None]
@@ -439,38 +453,38 @@ def messages(ranks, options, batch=B):
     network, dataset, config = Case("spann", ".", options).problem()
 
     def work(world):
-        made = find_method("spann")(Context(world, network, dataset, config, make_backend("numpy")))
-        return made.messages(0, batch), made.plan
+        method = find_method("spann")(Context(world, network, dataset, config, make_backend("numpy")))
+        return method.messages(0, batch), method.plan
 
     return run_ranks(ranks, work, timeout=60)[0]
 
 
 def test_inner_ranks_send_four_halos_a_layer_behind_the_first_and_outer_ones_half(points):
-    """4 (L - 1) messages and 4 B (L - 1) g words of 8 bytes a step: the first layer reads the samples."""
-    found, _ = messages(5, slabs(5, *points(5)))
+    """4 (L - 1) messages and 4 B (L - 1) g words of 8 bytes a step, because the first layer reads the samples."""
+    moved, _ = messages(5, slabs(5, *points(5)))
     sums = 2 * 4 * (B * 3 * 8) // 5
     assert sums != B * G * 8
-    halos = [(a, b, size) for a, b, size in found if size == B * G * 8]
-    assert len(found) == len(halos) + 5
+    halos = [(a, b, size) for a, b, size in moved if size == B * G * 8]
+    assert len(moved) == len(halos) + 5
     for rank in range(5):
         own = [size for a, b, size in halos if rank in (a, b)]
         inner = 2 if rank in (0, 4) else 4
         assert len(own) == inner * 2 * 2 and sum(own) == inner * 2 * 2 * B * G * 8
-    assert sum(size == sums for _, _, size in found) == 5
+    assert sum(size == sums for _, _, size in moved) == 5
 
 
 def test_without_a_halo_nothing_but_scores_moves(points):
     options = slabs(4, *points(4))
-    at = options.index("--halo")
-    found, plan = messages(4, (*options[:at], "--halo", "0", *options[at + 2 :]))
-    assert len(found) == 4 and plan.volume() == 0 and not any(step.moves for step in plan.steps)
+    position = options.index("--halo")
+    moved, plan = messages(4, (*options[:position], "--halo", "0", *options[position + 2 :]))
+    assert len(moved) == 4 and plan.volume() == 0 and not any(step.moves for step in plan.steps)
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_bytes_are_the_connectivity_of_the_cut(points, tmp_path, ranks):
-    """Of each unit as many numbers as there are other ranks that use it, each way; the first layer reads samples."""
+    """A unit sends a number to each other rank that uses it, and gets one back; the first layer reads samples."""
     options = (*sparse_toml(tmp_path / "model.toml", 5 * N), *SGD, *points(5))
-    found, plan = messages(ranks, options)
+    moved, plan = messages(ranks, options)
     words, owners = 0, None
     for step in (step for step in plan.steps if step.layer.linear):
         layer, rows = step.layer, step.out_owners
@@ -485,13 +499,13 @@ def test_bytes_are_the_connectivity_of_the_cut(points, tmp_path, ranks):
         owners = rows
     scores = ranks * (2 * (ranks - 1) * B * 3 * 8 // ranks)
     assert plan.volume() == words
-    assert sum(size for _, _, size in found) == 2 * words * B * 8 + scores
-    assert sum(sum(totals(found, rank)) for rank in range(ranks)) == 2 * (2 * words * B * 8 + scores)
+    assert sum(size for _, _, size in moved) == 2 * words * B * 8 + scores
+    assert sum(sum(totals(moved, rank)) for rank in range(ranks)) == 2 * (2 * words * B * 8 + scores)
 
 
 @pytest.mark.slow
 def test_slabs_learn_mnist(train):
-    """Four domains of 64 neurons, two layers, as in small runs that were 2.1 % wrong."""
+    """Two layers of four domains with 64 neurons each; small runs of these settings had 2.1 % errors."""
     setting = ("--dataset", "mnist", "--data-dir", real("mnist") / "mnist", "--optimizer", "momentum", "--lr", "0.05")
     rows = train(4, "--method", "spann", *setting, "--batch-size", "128", "--epochs", "5", "--threads", "1").rows
     assert 1 - rows[-1]["test_accuracy"] <= 0.03

@@ -1,4 +1,4 @@
-"""Real ranks that stand still: named, with what the others wait for, and every process gone afterwards."""
+"""Ranks whose processes stop: a warning names them and the calls of the waiting ranks, and then every process ends."""
 
 import contextlib
 import json
@@ -36,7 +36,7 @@ METHODS = {
     "tensor": MLP,
     "wavefront": ("--dataset", "digits:rows", "--model", "lstm", "--widths", "16", "16", "16", "16", "--loss", "nll"),
 }
-# A method of a user's own, whose rank 1 gets no further in a step.
+# A user's own method, whose rank 1 is stuck in a step.
 PROGRAM = """
 import os, time
 import numpy as np
@@ -70,27 +70,29 @@ raise SystemExit(psmpi.train.main())
 
 
 def ranks_of(out):
-    """The process number of each rank of the run with this directory."""
-    found, parents = {}, {}
+    """Return the process id of each rank of the run with this directory."""
+    rank_by_pid, parents = {}, {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             words = (folder / "cmdline").read_bytes().split(b"\0")
             variables = dict(
-                one.split(b"=", 1) for one in (folder / "environ").read_bytes().split(b"\0") if b"=" in one
+                variable.split(b"=", 1)
+                for variable in (folder / "environ").read_bytes().split(b"\0")
+                if b"=" in variable
             )
         except OSError:
             continue
         rank = variables.get(b"PMI_RANK", variables.get(b"OMPI_COMM_WORLD_RANK"))
-        # Not the launcher, nor the processes between.
+        # Leave out the launcher and the processes between it and the ranks.
         if rank is not None and str(out).encode() in words and b"python" in Path(os.fsdecode(words[0])).name.encode():
-            found[int(folder.name)] = int(rank)
+            rank_by_pid[int(folder.name)] = int(rank)
             parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-    # A process that a rank has just started looks like it.
-    return {rank: number for number, rank in found.items() if parents[number] not in found}
+    # A process that a rank has just started looks like the rank.
+    return {rank: number for number, rank in rank_by_pid.items() if parents[number] not in rank_by_pid}
 
 
 def builder_of(number):
-    """The process beside a rank, that writes checkpoints."""
+    """Return the id of the process that writes a rank's checkpoints, or 0."""
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
@@ -100,21 +102,22 @@ def builder_of(number):
 
 
 def begin(out, *options, warn=1, abort=3, program=("-m", "psmpi.train")):
-    """A training of three ranks without end, that has written its first row; its process and its ranks'."""
+    """Start a training of three ranks without end, wait for its first row of metrics, and return its process and the
+    ids of its ranks by rank."""
     process = start(
         3, *program, "--out", out, "--threads", "1", "--epochs", "5000", "--batch-size", "100", "--lr", "0.001",
         "--stall-warn", warn, "--stall-abort", abort, *options,
     )  # fmt: skip
-    rows, begun = out / "metrics.jsonl", time.monotonic()
+    rows, start_time = out / "metrics.jsonl", time.monotonic()
     while not (rows.exists() and rows.read_text()) and "OWN_STEP" not in os.environ:
-        if process.poll() is not None or time.monotonic() - begun > 120:
+        if process.poll() is not None or time.monotonic() - start_time > 120:
             pytest.fail(f"no first epoch: {finish(process, 1)}")
         time.sleep(0.02)
     return process, ranks_of(out)
 
 
 def gone(numbers, patience=10.0):
-    """Whether none of the processes is there, or only as a dead one that nobody has taken notice of."""
+    """Return whether all processes end within `patience` seconds; a zombie has ended."""
     end = time.monotonic() + patience
     while time.monotonic() < end:
         states = []
@@ -130,13 +133,14 @@ def gone(numbers, patience=10.0):
 
 
 def culprits(err):
-    """The ranks that the first warning names."""
+    """Return the ranks that the first warning names."""
     first = next((line for line in err.splitlines() if "psmpi: WARNING: no progress" in line), "")
     return [int(rank) for rank in re.findall(r"rank (\d+) on ", first)]
 
 
 def stopped(out, rank, wait, *options, **times):
-    """Stop a rank some seconds after the first epoch; (status, standard error, whether all are gone, ranks named)."""
+    """Stop a rank `wait` seconds after the first epoch; return (status, standard error, whether all processes ended,
+    named ranks)."""
     process, ranks = begin(out, *options, **times)
     assert sorted(ranks) == [0, 1, 2], ranks
     time.sleep(wait)
@@ -151,12 +155,12 @@ def test_a_stopped_rank_is_named_and_the_job_ends(tmp_path):
     status, err, all_gone, named = stopped(tmp_path / "run", rank, wait)
     assert named == [rank] and status == 1 and all_gone, (rank, wait, err)
     assert re.search(rf"rank {rank} on \S+ is silent since [0-9:]+, stopped by a signal \(kill -CONT \d+", err), err
-    # The stopped one's too, which is woken for it.
-    for other in range(3):
-        assert f"psmpi, rank {other} of 3 on " in err
+    # All ranks print their stacks; the stopped rank is woken for it.
+    for printing_rank in range(3):
+        assert f"psmpi, rank {printing_rank} of 3 on " in err
     assert "in run_epoch" in err or "in run" in err
     ranks, _, _ = read_flights(tmp_path / "run" / "flight.jsonl")
-    assert [one.state == "silent" for one in ranks] == [k == rank for k in range(3)]
+    assert [record.state == "silent" for record in ranks] == [k == rank for k in range(3)]
 
 
 @pytest.mark.parametrize(
@@ -220,7 +224,7 @@ def test_a_stopped_rank_that_goes_on_costs_a_warning(tmp_path):
 
 @pytest.mark.slow
 def test_ranks_of_several_hosts_are_watched(tmp_path, monkeypatch):
-    """Hosts with addresses and loopbacks of their own: datagrams go by the link between them, not by files."""
+    """Hosts have addresses and loopbacks of their own, so datagrams go over the link between them, not by files."""
     for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
     with contextlib.ExitStack() as stack:
@@ -228,11 +232,19 @@ def test_ranks_of_several_hosts_are_watched(tmp_path, monkeypatch):
             hub = stack.enter_context(slow_hosts(3, 1000.0))[0].rpartition("-")[0]
         except UserError as error:
             pytest.skip(f"no network namespaces here: {error}")
-        there = f"import os, sys; name = '{hub}-' + os.environ['PMI_RANK']; "
-        there += "os.execvp('ip', ['ip', 'netns', 'exec', name, sys.executable, *sys.argv[1:]])"
+        in_namespace = f"import os, sys; name = '{hub}-' + os.environ['PMI_RANK']; "
+        in_namespace += "os.execvp('ip', ['ip', 'netns', 'exec', name, sys.executable, *sys.argv[1:]])"
         out = tmp_path / "run"
         status, err, all_gone, named = stopped(
-            out, 2, 4.0, "--method", "data_parallel", *MLP, program=("-c", there, "-m", "psmpi.train"), warn=2, abort=6
+            out,
+            2,
+            4.0,
+            "--method",
+            "data_parallel",
+            *MLP,
+            program=("-c", in_namespace, "-m", "psmpi.train"),
+            warn=2,
+            abort=6,
         )
         assert named == [2] and status == 1 and all_gone, err
         assert "cannot be watched" not in err and not (out / ".watch").exists()
@@ -242,16 +254,16 @@ def test_ranks_of_several_hosts_are_watched(tmp_path, monkeypatch):
 @pytest.mark.repeated
 @pytest.mark.timeout(1800)
 def test_twenty_stopped_ranks_are_named(tmp_path):
-    """Over methods, ranks and moments: the one that was stopped, and no other, in 19 of 20; print what was not."""
-    draw, found = random.Random(20), []
+    """Over methods, ranks and moments, 19 of 20 warnings name the stopped rank and no other; failures are printed."""
+    draw, outcomes = random.Random(20), []
     for k in range(20):
         method, rank, wait = list(METHODS)[k % len(METHODS)], draw.randrange(3), 3 * draw.random()
         options = ("--method", method, *METHODS[method])
         status, err, all_gone, named = stopped(tmp_path / str(k), rank, wait, *options, warn=2, abort=4)
-        found.append((named == [rank], status == 1, all_gone))
+        outcomes.append((named == [rank], status == 1, all_gone))
         print(json.dumps([method, rank, round(wait, 2), named, status, all_gone]))
-        if not all(found[-1]):
+        if not all(outcomes[-1]):
             print(err)
-    named, ended, left = (sum(one) for one in zip(*found, strict=True))
-    print(f"named {named}, status 1 {ended}, all gone {left}, of {len(found)}")
-    assert named >= 19 and ended >= 19 and left == 20
+    named, status_1, all_ended = (sum(column) for column in zip(*outcomes, strict=True))
+    print(f"named {named}, status 1 {status_1}, all gone {all_ended}, of {len(outcomes)}")
+    assert named >= 19 and status_1 >= 19 and all_ended == 20

@@ -1,4 +1,4 @@
-"""Ranks that are killed, or asked to stop, at random moments: the run goes on to the bits of an undisturbed one."""
+"""Ranks killed, or asked to stop, at random moments: the resumed run ends with the bits of an undisturbed one."""
 
 import os
 import random
@@ -11,7 +11,7 @@ import pytest
 from helpers.processes import finish, launch, start
 from helpers.runs import Trained
 
-# Some minutes: the README's test command and the sweeps leave it out.
+# These tests take minutes: the README's test command and the sweeps leave them out.
 pytestmark = [pytest.mark.slow, pytest.mark.repeated]
 
 RANKS = 3
@@ -35,7 +35,7 @@ TIMES = range(20)
 
 
 def descendants(pid):
-    """Processes that a process has started, and theirs."""
+    """Return the ids of all descendants of a process."""
     parents = {}
     for entry in filter(str.isdigit, os.listdir("/proc")):
         try:
@@ -43,10 +43,10 @@ def descendants(pid):
         except OSError:
             continue
         parents.setdefault(int(text.rpartition(")")[2].split()[1]), []).append(int(entry))
-    found = list(parents.get(pid, []))
-    for one in found:
-        found += parents.get(one, [])
-    return found
+    pids = list(parents.get(pid, []))
+    for child in pids:
+        pids += parents.get(child, [])
+    return pids
 
 
 def command(pid):
@@ -57,11 +57,11 @@ def command(pid):
 
 
 def gone(pids, patience=20.0):
-    """Whether processes end in time."""
+    """Return the processes that do not end within `patience` seconds."""
     end = time.monotonic() + patience
-    while left := [pid for pid in pids if b"psmpi" in command(pid)]:
+    while remaining := [pid for pid in pids if b"psmpi" in command(pid)]:
         if time.monotonic() > end:
-            return left
+            return remaining
         time.sleep(0.05)
     return []
 
@@ -69,21 +69,21 @@ def gone(pids, patience=20.0):
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     """undisturbed(method): the tensors of a run that nothing stopped, made once."""
-    made = {}
+    tensors = {}
 
-    def of(method):
-        if method not in made:
+    def call(method):
+        if method not in tensors:
             out = tmp_path_factory.mktemp("whole") / "run"
-            status, said, err = launch(RANKS, "-m", "psmpi.train", "--out", out, *OPTIONS, *METHODS[method])
+            status, stdout, err = launch(RANKS, "-m", "psmpi.train", "--out", out, *OPTIONS, *METHODS[method])
             assert status == 0, err
-            made[method] = Trained(out, said).tensors()
-        return made[method]
+            tensors[method] = Trained(out, stdout).tensors()
+        return tensors[method]
 
-    return of
+    return call
 
 
 def begin(out, method, rng):
-    """A run that is somewhere in its training; its ranks, and all processes it has started."""
+    """Start a run and wait for a random moment of its training; return its process, its ranks and its descendants."""
     process = start(RANKS, "-m", "psmpi.train", "--out", out, *OPTIONS, *METHODS[method])
     end = time.monotonic() + 60
     rows = out / "metrics.jsonl"
@@ -103,10 +103,10 @@ def exe(pid):
 
 
 def goes_on(out, method, expected):
-    """Resume, and compare; nothing of the run before is left."""
-    status, said, err = launch(RANKS, "-m", "psmpi.train", "--out", out, "--resume", "auto")
+    """Resume the run, compare its tensors with `expected`, and check that no temporary files are left."""
+    status, stdout, err = launch(RANKS, "-m", "psmpi.train", "--out", out, "--resume", "auto")
     assert status == 0, err
-    tensors = Trained(out, said).tensors()
+    tensors = Trained(out, stdout).tensors()
     for name, tensor in expected.items():
         assert np.array_equal(tensor, tensors[name]), name
     assert [path.name for path in (out / "checkpoints").iterdir() if not path.name.endswith(".h5")] == []
@@ -117,12 +117,12 @@ def test_a_killed_rank_ends_the_job_and_the_run_goes_on(tmp_path, undisturbed, s
     rng = random.Random(seed)
     method = rng.choice(list(METHODS))
     process, ranks, started = begin(tmp_path / "run", method, rng)
-    done = process.poll() is not None
-    if not done:
+    finished = process.poll() is not None
+    if not finished:
         assert len(ranks) == RANKS
         os.kill(rng.choice(ranks), signal.SIGKILL)
     status, _, _ = finish(process, 60)
-    assert done or status != 0
+    assert finished or status != 0
     assert gone(started) == []
     goes_on(tmp_path / "run", method, undisturbed(method))
 
@@ -133,11 +133,11 @@ def test_a_rank_asked_to_stop_stops_all_and_the_run_goes_on(tmp_path, undisturbe
     method = rng.choice(list(METHODS))
     process, ranks, started = begin(tmp_path / "run", method, rng)
     number = rng.choice([signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
-    done = process.poll() is not None
-    if not done:
+    finished = process.poll() is not None
+    if not finished:
         assert len(ranks) == RANKS
         os.kill(rng.choice(ranks), number)
-    status, said, err = finish(process, 60)
-    assert status in ((0, 85) if done or "epoch 12/12" in said else (85,)), (number, err)
+    status, stdout, err = finish(process, 60)
+    assert status in ((0, 85) if finished or "epoch 12/12" in stdout else (85,)), (number, err)
     assert gone(started) == []
     goes_on(tmp_path / "run", method, undisturbed(method))

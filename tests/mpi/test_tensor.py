@@ -1,4 +1,4 @@
-"""Tensor parallelism: every grid trains as one process does, moves what its formulas say, and keeps what it should."""
+"""Tensor parallelism: training on every grid as on one process, bytes by formulas, and memory."""
 
 from contextlib import suppress
 from functools import partial
@@ -39,7 +39,7 @@ MLP = (
     "0.1",
 )
 tiled = partial(train_steps, method="tensor")
-# Of 1, 2, 4, 6, 8 and 12 ranks.
+# Numbers of ranks.
 SIZES = (1, 2, 4, 6, 8, 12)
 
 
@@ -57,13 +57,13 @@ def thirteen(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def serial():
-    """What data parallelism trains on one rank, by options."""
-    known = {}
+    """serial(options, steps): the result of data parallelism on one rank, computed once."""
+    results = {}
 
     def call(options, steps=20):
-        if options not in known:
-            known[options] = train_steps(1, options, steps)
-        return known[options]
+        if options not in results:
+            results[options] = train_steps(1, options, steps)
+        return results[options]
 
     return call
 
@@ -74,7 +74,7 @@ KINDS = [(1, "1d"), (2, "1d"), (3, "1d"), (4, "1d"), (4, "1d-sharded"), (1, "2d"
 
 @pytest.mark.parametrize("grid", GRIDS)
 def test_any_grid_trains_as_one_process(serial, thirteen, grid):
-    """Units, samples and rows that no axis divides; the last minibatch has two samples."""
+    """Axes do not divide all units, samples and rows evenly; the last minibatch has two samples."""
     ranks = int(np.prod(list(map(int, grid.split(",")))))
     options = (*MLP, "--dataset", thirteen, "--batch-size", "30")
     same(tiled(ranks, (*options, "--grid", grid)), serial(options))
@@ -87,7 +87,7 @@ def test_named_grids_train_as_one_process(serial, ranks, grid, saved):
     same(tiled(ranks, options), serial((*MLP, "--batch-size", "36")))
 
 
-# Twelve heads of three units, embedded characters, scores of each.
+# Twelve heads of three units, embedded characters, and a score of each character.
 TRANSFORMER = (
     "--model", "transformer", "--widths", "36", "40", "--heads", "12", "--blocks", "1", "--context", "6",
     "--batch-size", "13", "--loss", "nll", "--optimizer", "adam", "--lr", "0.01", "--clip", "0.5",
@@ -96,9 +96,9 @@ TRANSFORMER = (
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    """Characters in the order of a random walk, 26 kinds of them."""
+    """A text of 900 characters, 26 kinds of them, in the order of a random walk."""
     path, rng = tmp_path_factory.mktemp("text") / "walk.txt", np.random.default_rng(1)
-    path.write_text("".join(chr(97 + at % 26) for at in rng.integers(-2, 4, 900).cumsum()))
+    path.write_text("".join(chr(97 + position % 26) for position in rng.integers(-2, 4, 900).cumsum()))
     return str(path)
 
 
@@ -108,21 +108,21 @@ SEVERAL += [(name, ranks) for ranks, name in KINDS] + [("3,3,3", 27)]
 
 @pytest.mark.parametrize(
     ("grid", "ranks"),
-    [pytest.param(*one, marks=pytest.mark.slow) if one[1] in (3, 6, 12, 27) else one for one in SEVERAL],
+    [pytest.param(*case, marks=pytest.mark.slow) if case[1] in (3, 6, 12, 27) else case for case in SEVERAL],
 )
 def test_a_transformer_trains_as_on_one_process(serial, text, grid, ranks):
-    """Attention by heads, layer normalization over units, positions, embedding; a clipped step counts copies once."""
+    """Attention is dealt by heads and layer normalization by units; clipping counts copies of a gradient once."""
     options = (*TRANSFORMER, "--dataset", text)
     same(tiled(ranks, (*options, "--grid", grid), steps=6), serial(options, 6))
 
 
-# Four layers whose sizes all axes divide, for minibatches that they divide too.
+# Four layers, and minibatches, whose sizes all axes divide.
 EVEN = ("--dataset", "digits", "--model", "mlp", "--widths", "144", "144", "144", "--batch-size", "144")
 NUMBER = 8
 
 
-def made(ranks, options, look):
-    """What `look` finds of the method on each rank."""
+def on_ranks(ranks, options, look):
+    """Return look(method) of each rank."""
     network, dataset, config = Case("tensor", ".", options).problem()
     kind = find_method("tensor")
 
@@ -135,10 +135,10 @@ def made(ranks, options, look):
 @pytest.mark.parametrize("grid", ["2,2,2", "1,2,3", "3,2,2", "4,1,1", "1,1,4", "2,3,1"])
 @pytest.mark.parametrize("saved", ["shards", "gathered"])
 def test_bytes_are_those_of_the_formula(grid, saved):
-    """Words received: ((pj - 1) SX + (pi - 1) SW + (pl - 1) SY) / P in forward, and as much in backward.
+    """Words received: ((pj - 1) SX + (pi - 1) SW + (pl - 1) SY) / P in forward, and as many in backward.
 
-    Shards gather X and W once more, but for the last two weights, which are still there. Of the layers between the
-    first, whose inputs are the samples, and the last; axes take turns.
+    With saved shards, backward gathers X and W again, but not the last two weights, which are still held. The formula
+    is of the layers between the first, whose inputs are the samples, and the last; axes take turns.
     """
     i, j, l = map(int, grid.split(","))  # noqa: E741
     ranks, batch = i * j * l, 144
@@ -150,14 +150,14 @@ def test_bytes_are_those_of_the_formula(grid, saved):
         sent = [totals(method.products[name].messages(share, not tiles[name].given), method.rank)[1] for name in tiles]
         return sent, NUMBER * received(method.plan, method.rank, batch, saved == "gathered")
 
-    for sent, stated in made(ranks, options, look):
+    for sent, stated in on_ranks(ranks, options, look):
         assert sum(sent) == stated
         for number, (gathered, summed) in {1: (l, j), 2: (j, l)}.items():
             x = y = 144 * batch
             w = 144 * 144
             once = (gathered - 1) * x + (i - 1) * w
-            again = once if number == 1 else (gathered - 1) * x
-            expected = 2 * (once + (summed - 1) * y) + (again if saved == "shards" else 0)
+            regathered = once if number == 1 else (gathered - 1) * x
+            expected = 2 * (once + (summed - 1) * y) + (regathered if saved == "shards" else 0)
             assert sent[number] == NUMBER * expected / ranks
 
 
@@ -166,12 +166,12 @@ def test_bytes_of_panels_are_those_of_the_formula(root):
     """3 (q - 1) / q^2 (SX + SW) words received, forward and backward."""
 
     def look(method):
-        found = method.products["dense2"].messages(144 // root, True)
-        return totals(found, method.rank)[1], NUMBER * received(method.plan, method.rank, 144, False)
+        messages = method.products["dense2"].messages(144 // root, True)
+        return totals(messages, method.rank)[1], NUMBER * received(method.plan, method.rank, 144, False)
 
     expected = 3 * (root - 1) * (144 * 144 + 144 * 144) / root**2
-    found = made(root**2, (*EVEN, "--grid", "2d"), look)
-    assert [one[0] for one in found] == [NUMBER * expected] * root**2
+    by_rank = on_ranks(root**2, (*EVEN, "--grid", "2d"), look)
+    assert [result[0] for result in by_rank] == [NUMBER * expected] * root**2
 
 
 @pytest.mark.parametrize("sharded", [False, True])
@@ -180,24 +180,25 @@ def test_bytes_in_one_dimension_are_those_of_a_pair(sharded):
     ranks = 4
 
     def look(method):
-        # The pair of the second and third layer begins where outputs are dealt.
+        # The second and third layer are a pair, whose first layer deals its outputs.
         names = ["dense2", "dense3"]
         return sum(totals(method.products[name].messages(144, True), method.rank)[1] for name in names)
 
     name = "1d-sharded" if sharded else "1d"
-    found = made(ranks, (*EVEN, "--grid", name, "--saved", "gathered"), look)
-    assert found == [NUMBER * 2 * (ranks - 1) * 2 * 144 * 144 / ranks] * ranks
+    by_rank = on_ranks(ranks, (*EVEN, "--grid", name, "--saved", "gathered"), look)
+    assert by_rank == [NUMBER * 2 * (ranks - 1) * 2 * 144 * 144 / ranks] * ranks
 
 
 @pytest.mark.parametrize(("ranks", "grid"), [(8, "3d"), (6, "1,2,3"), (4, "1d-sharded"), (4, "2d")])
 def test_a_rank_holds_its_share(ranks, grid):
-    """Weights and what a pass saves, vectors that ranks share included: within a tenth of the whole over the ranks."""
+    """Weights and saved activations, with vectors that ranks share, are at most 1.1 times those of one rank over the
+    ranks."""
 
     def look(method):
         return method.w.nbytes + method.model.activation_bytes
 
-    whole = made(1, EVEN, look)[0]
-    assert max(made(ranks, (*EVEN, "--grid", grid), look)) <= 1.1 * whole / ranks
+    one_rank = on_ranks(1, EVEN, look)[0]
+    assert max(on_ranks(ranks, (*EVEN, "--grid", grid), look)) <= 1.1 * one_rank / ranks
 
 
 PLAIN = ("--model", "mlp", "--widths", "24", "16")
@@ -242,7 +243,7 @@ LIMITS = [
 ]
 
 
-@pytest.mark.parametrize(("ranks", "options", "says"), LIMITS, ids=[one[2][:30] for one in LIMITS])
+@pytest.mark.parametrize(("ranks", "options", "says"), LIMITS, ids=[case[2][:30] for case in LIMITS])
 def test_limits_name_the_fix(tmp_path, monkeypatch, ranks, options, says):
     monkeypatch.chdir(tmp_path)
     files = {
@@ -262,27 +263,27 @@ def test_limits_name_the_fix(tmp_path, monkeypatch, ranks, options, says):
 def test_a_limit_ends_the_job_with_one_message(tmp_path, grid):
     words = ("--method", "tensor", *PLAIN, "--grid", grid, "--epochs", "1", "--lr", "0.001", "--batch-size", "30")
     status, out, err = run(3, "-m", "psmpi.train", "--out", tmp_path / "out", *words, timeout=20)
-    told = out + err
-    assert status != 0 and "Traceback" not in told and told.count(f"--grid {grid}") == 1, told
+    message = out + err
+    assert status != 0 and "Traceback" not in message and message.count(f"--grid {grid}") == 1, message
 
 
 def test_a_checkpoint_opens_on_any_grid(tmp_path, text):
-    """Scores of a training on eight ranks of a cube, predicted by others and trained on by grids that have less."""
-    trained = trainer(tmp_path)
+    """Resume a training on a cube of eight ranks on other grids, at a rate that moves no weight."""
+    train = trainer(tmp_path)
     options = ("--method", "tensor", *TRANSFORMER, "--dataset", text, "--dtype", "float64", "--max-steps", "4")
-    cube = trained(8, *options, "--grid", "3d")
-    first = cube.tensors()
+    cube = train(8, *options, "--grid", "3d")
+    cube_tensors = cube.tensors()
     for ranks, grid in ((1, "auto"), (4, "2d"), (4, "1d"), (6, "3,1,2")):
-        more = ("--resume", cube.checkpoint, "--max-steps", "5", "--lr", "1e-14", "--grid", grid)
-        second = trained(ranks, "--method", "tensor", *more).tensors()
-        for name, tensor in first.items():
+        resume_options = ("--resume", cube.checkpoint, "--max-steps", "5", "--lr", "1e-14", "--grid", grid)
+        resumed_tensors = train(ranks, "--method", "tensor", *resume_options).tensors()
+        for name, tensor in cube_tensors.items():
             if name.startswith("weights/"):
-                np.testing.assert_allclose(second[name], tensor, rtol=0, atol=1e-12)
+                np.testing.assert_allclose(resumed_tensors[name], tensor, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("loss", ["psl", "logistic", "hinge", "bce", "squared"])
 def test_losses_that_are_of_several_ranks_scores_train_as_on_one(serial, loss):
-    """Also derivatives so large that a power of two is taken out of them, the same on all ranks."""
+    """With --kappa 30 derivatives are so large that all ranks scale them down by the same power of two."""
     steep = ("--kappa", "30") if loss == "psl" else ()
     options = (*MLP[:-6], "--loss", loss, "--optimizer", "sgd", "--lr", "0.1", "--clip", "0.3", *steep)
     same(tiled(4, (*options, "--grid", "1,2,2"), steps=5), serial(options, 5))
@@ -290,7 +291,7 @@ def test_losses_that_are_of_several_ranks_scores_train_as_on_one(serial, loss):
 
 @pytest.mark.parametrize("grid", ["1,2,2", "2d", "2,2,1"])
 def test_values_at_each_step_are_learnt_as_on_one_process(serial, tmp_path, grid):
-    """Of sequences of several lengths; shares of minibatches without a step that counts are among those of labels."""
+    """Sequences have several lengths, and some ranks' shares of labels have no step that counts."""
     rng = np.random.default_rng(0)
     x, lengths = rng.normal(size=(60, 5, 3)).astype(np.float32), rng.integers(1, 6, 60)
     values = rng.normal(size=(60, 5, 6))
@@ -320,11 +321,11 @@ def test_losses_that_are_no_numbers_end_it_or_are_left_out(tmp_path, grid, mode)
     words = ("--method", "tensor", "--dataset", "bad.npz", *PLAIN, "--loss", "nll", "--lr", "0.001", "--epochs", "2")
     words = (*words, "--batch-size", "30", "--on-nan", mode, "--grid", grid)
     status, out, err = run(4, "-m", "psmpi.train", "--out", "run", *words, cwd=tmp_path, timeout=60)
-    told = " ".join((out + err).split())
-    assert (status == 0) == (mode == "skip") and "Traceback" not in told, told
-    assert ("skipped" in told) if mode == "skip" else told.count("is not a finite number") == 1, told
-    # The layer that overflows, on whichever rank, and not those behind it.
-    assert "layer dense1 is the first to put out inf" in told and "sample 7 of" in told, told
+    message = " ".join((out + err).split())
+    assert (status == 0) == (mode == "skip") and "Traceback" not in message, message
+    assert ("skipped" in message) if mode == "skip" else message.count("is not a finite number") == 1, message
+    # The message names the layer that overflows, not the layers after it.
+    assert "layer dense1 is the first to put out inf" in message and "sample 7 of" in message, message
 
 
 def test_values_are_learnt_as_on_one_process(serial, tmp_path):
@@ -348,12 +349,12 @@ def test_values_are_learnt_as_on_one_process(serial, tmp_path):
 def test_auto_takes_the_grid_of_least_bytes():
     network = problem("--model", "mlp", "--widths", "64", "64", "64")[0]
     chosen = cheapest(12, network, 400, False)
-    found = {}
+    words_by_grid = {}
     for grid in all_grids(12):
         with suppress(UserError):
             plan = make_plan(network, grid)
-            found[grid.sizes] = max(received(plan, rank, 400, False) for rank in range(12))
-    assert len(found) > 5 and found[chosen.grid.sizes] == min(found.values())
+            words_by_grid[grid.sizes] = max(received(plan, rank, 400, False) for rank in range(12))
+    assert len(words_by_grid) > 5 and words_by_grid[chosen.grid.sizes] == min(words_by_grid.values())
     # Wide layers and few samples are cut by units, many samples by samples.
     assert cheapest(4, network, 4, False).grid.sizes[0] == 1 and cheapest(4, network, 4000, False).grid.sizes == (
         4,
@@ -377,14 +378,14 @@ VARIANTS = {
 def test_variants_conform(tmp_path, text, monkeypatch, name, check):
     data = ("--dataset", text) if name == "transformer" else ()
     if name == "normalized":
-        # Along samples, over which statistics are summed.
+        # A grid along samples, over which statistics are summed.
         monkeypatch.setattr("psmpi.methods.tensor.cost.all_grids", lambda ranks: [Grid((ranks, 1, 1))])
     check(Case("tensor", tmp_path, (*VARIANTS[name], *data)))
 
 
 def test_what_is_trained_where_no_network_is_named_is_told(tmp_path):
     status, out, err = run(2, "-m", "psmpi.train", "--out", tmp_path / "run", "--method", "tensor", "--max-steps", "1")
-    told = " ".join((out + err).split())
-    assert status == 0 and "no network is named: this is --dataset copying:5 --model transformer" in told, told
+    output = " ".join((out + err).split())
+    assert status == 0 and "no network is named: this is --dataset copying:5 --model transformer" in output, output
     status, out, err = run(1, "-m", "psmpi.train", "--method", "tensor", "--help")
     assert "If no --model is given: --dataset copying:5 --model transformer" in " ".join(out.split())

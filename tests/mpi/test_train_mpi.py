@@ -1,4 +1,4 @@
-"""Whole runs under mpirun: the same weights whatever the ranks, placements and partitions."""
+"""Complete trainings: the same weights on any ranks, placements and partitions; bytes, memory and divergence."""
 
 import json
 import re
@@ -134,14 +134,15 @@ def test_dense_networks_train_in_replica_rows(train, serial):
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [6, 9, 12, 13, 22, 40])
 def test_any_number_of_ranks_up_to_forty_trains(train, serial, ranks):
-    """Uneven groups of classes and ragged replica rows; every number from 1 to 40 is planned in test_partition."""
+    """Groups of classes are uneven and replica rows ragged; test_partition plans every number of ranks from 1 to 40."""
     options = ("--max-steps", "3", "--dtype", "float64")
     result = train(ranks, *options, timeout=280)
     assert distance(serial(*options).tensors(), result.tensors()) <= 1e-9
 
 
 def counted(ranks, *options):
-    """On ranks that are threads; in processes of their own where memory is traced."""
+    """Return the counts of program_counts.py on ranks that are threads, or in processes of their own where memory is
+    traced."""
     if not any(option.startswith("--trace") for option in options):
         return run_ranks(ranks, lambda world: program_counts.count(world, options))[0]
     status, out, err = launch(ranks, TESTS / "helpers" / "program_counts.py", *options)
@@ -163,7 +164,7 @@ PSNETS = {"mnist": (1040, 4570), "cifar": (4560, 7719)}
     ],
 )
 def test_bytes_a_step_are_those_of_the_formulas(name, columns, rows):
-    """Sent by one worker, and one direction at the master's link, with b = 100 and float32."""
+    """Bytes sent by one worker, and in one direction at the master's link, with b = 100 and float32."""
     shared, private = PSNETS[name]
     batch, classes = 100 // rows, 10 // columns
     # The label's score and the sum of terms of each sample, in float32 and float64, around rings.
@@ -187,7 +188,8 @@ def test_bytes_of_the_pair_partition_are_those_of_its_table():
 
 @pytest.mark.parametrize("scaling", ["none", pytest.param("moments", marks=pytest.mark.slow)])
 def test_a_quasi_newton_step_moves_a_slice_a_product(scaling):
-    """Weights never, gradients once, then one slice each way a product of conjugate gradients: no curvature moves."""
+    """A step moves gradients once, and a slice each way for each product of conjugate gradients; no weights or
+    curvature."""
     steps = 2
     result = counted(11, "mnist", "--partition", "pairs", "--optimizer", "plse", "--scaling", scaling, "--steps", "2")
     products, calls = result["products"], result["calls"]
@@ -202,18 +204,18 @@ def test_a_quasi_newton_step_moves_a_slice_a_product(scaling):
 
 
 def test_workers_never_hold_the_flat_vector():
-    """Weights, gradients and optimizer state of each rank, and the largest array it ever allocated."""
-    wide = 10 * 4570 + 1040
+    """Check the bytes of weights, gradient and optimizer state on each rank."""
+    flat_size = 10 * 4570 + 1040
     owner = counted(11, "mnist", "--placement", "owner")
     assert owner["vectors"] == [4 * 1040 * 4] + [5610 * 4 * 2 + 4570 * 4 * 2] * 10
     master = counted(11, "mnist", "--placement", "master", "--masters", "1")
-    assert master["vectors"] == [4 * wide * 4] + [5610 * 4 * 2] * 10
+    assert master["vectors"] == [4 * flat_size * 4] + [5610 * 4 * 2] * 10
     pairs = counted(11, "mnist", "--partition", "pairs")
     assert max(pairs["vectors"][1:]) == 19_320 * 4 * 2
 
 
 def test_no_owner_allocates_anything_of_the_size_of_the_flat_vector():
-    """All that Python and NumPy ever hold on such a rank together is less than one flat vector (10 MB)."""
+    """The traced memory of each rank peaks below one flat vector, which has over 10 MB."""
     result = counted(12, "wide", "--placement", "owner", "--trace", "--masters", "2")
     assert result["size"] * 4 > 10_000_000
     assert max(result["peak"]) < result["size"] * 4
@@ -249,7 +251,7 @@ def test_metrics_hold_a_row_an_epoch(train):
 
 
 def test_psl_in_float32_survives_margins_beyond_the_dtype(train):
-    """Some far beyond the largest float32 exponential: no NaN, no infinity, and the log tells of it."""
+    """Margins far beyond the largest float32 exponential give no NaN and no infinity, and a note counts them."""
     result = train(3, "--lr", "10", "--epochs", "2")
     assert all(np.isfinite(tensor).all() for tensor in result.tensors().values())
     assert all(np.isfinite([row["train_loss"], row["test_loss"]]).all() for row in result.rows)
@@ -258,7 +260,7 @@ def test_psl_in_float32_survives_margins_beyond_the_dtype(train):
 
 
 def test_a_loss_that_is_huge_from_the_beginning_is_no_divergence(tmp_path):
-    """Of samples that are not scaled, which a warning tells; it comes down."""
+    """A warning says that samples are not scaled, and the loss falls."""
     rng = np.random.default_rng(0)
     y = np.arange(400) % 4
     x = 1e4 * (rng.normal(0, 2, (4, 20))[y] + rng.normal(0, 1, (400, 20)))
@@ -281,7 +283,7 @@ WIDE = ("--model", "mlp", "--widths", "64", "64")
             for ranks in (1, 3)
             for k, loss in enumerate(LOSSES)
         ),
-        # Not beyond all proportion, but most terms are past the dtype.
+        # The rate is not huge, but most terms are past the dtype.
         (3, ("--lr", "100", "--kappa", "2")),
         (4, ("--lr", "1e30", "--partition", "pairs")),
         (4, ("--lr", "1e30", "--replicas", "2", "--colocate")),
@@ -289,20 +291,20 @@ WIDE = ("--model", "mlp", "--widths", "64", "64")
         *((2, ("--lr", "1e30", "--method", method)) for method in ("data_parallel", "local_sgd", "ist")),
         (2, ("--lr", "1e30", "--method", "dfa", "--model", "mlp", "--widths", "32")),
         (2, ("--lr", "1e30", "--method", "sil", "--model", "mlp", "--widths", "32")),
-        # To no more than 1e9.
+        # The loss grows to 1e9 at most.
         (2, ("--lr", "10", "--optimizer", "sgd", "--loss", "nll", "--method", "dfa", *WIDE)),
     ],
 )
 def test_a_training_that_diverges_to_finite_numbers_is_an_error(tmp_path, ranks, options):
     out = tmp_path / "run"
     status, _, err = run(ranks, "-m", "psmpi.train", *options, "--clip", "0", "--epochs", "3", "--out", out)
-    said = " ".join(err.split())
-    assert status == 1 and "the training diverged" in said and "lower --lr" in said and "Traceback" not in said
+    message = " ".join(err.split())
+    assert status == 1 and "the training diverged" in message and "lower --lr" in message and "Traceback" not in message
     assert not list((out / "checkpoints").glob("*.h5"))
 
 
 def test_large_losses_of_a_training_that_learns_are_no_divergence(train):
-    """The weights are large, not the share of samples that they get wrong."""
+    """The weights are large, and the share of misclassified samples is small."""
     options = ("--method", "dfa", *WIDE, "--loss", "hinge", "--lr", "1", "--clip", "0", "--batch-size", "32")
     rows = train(2, *options, "--epochs", "6").rows
     assert rows[-1]["test_accuracy"] > 0.85 and max(row["train_loss"] for row in rows) > 1e4
@@ -318,20 +320,20 @@ def test_large_values_to_learn_are_no_divergence(train, tmp_path):
 
 @pytest.mark.parametrize(
     ("ranks", "clip"),
-    [(1, "off"), (3, "auto"), *(pytest.param(*both, marks=pytest.mark.slow) for both in ((1, "auto"), (3, "off")))],
+    [(1, "off"), (3, "auto"), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, "auto"), (3, "off")))],
 )
 def test_a_line_search_survives_trials_that_overflow(train, ranks, clip):
-    """A step of length 1e30 is a trial too long, not the end."""
+    """A trial step of length 1e30 overflows and is shortened."""
     options = ("--optimizer", "lbfgs", "--lr", "1e30", "--exp-clip", clip, "--epochs", "1")
     assert train(ranks, *options).rows[-1]["train_loss"] < 20
 
 
 def test_terms_past_the_clip_are_counted_once(train):
-    said = [
+    counts = [
         re.search(r"psl terms past exp clip: (\d+)", train(n, "--exp-clip", "0.5", "--max-steps", "3", *more).stdout)[1]
         for n, more in ((1, ()), (3, ()), (4, ()), (4, ("--partition", "pairs")), (7, ("--replicas", "2")))
     ]
-    assert len(set(said)) == 1 and int(said[0]) > 0
+    assert len(set(counts)) == 1 and int(counts[0]) > 0
 
 
 def test_replica_rows_may_be_without_test_samples(train, tmp_path):
@@ -343,6 +345,6 @@ def test_replica_rows_may_be_without_test_samples(train, tmp_path):
 
 
 def test_the_placement_table_appears_once(train):
-    shown = train(4, "--epochs", "1").stdout
-    assert shown.count("computes with") == 1 and shown.count("\nepoch ") == 1
-    assert "master" in shown and shown.count("worker") == 3
+    stdout = train(4, "--epochs", "1").stdout
+    assert stdout.count("computes with") == 1 and stdout.count("\nepoch ") == 1
+    assert "master" in stdout and stdout.count("worker") == 3

@@ -1,4 +1,4 @@
-"""Trainings of transformers: the same on any ranks, resumed, predicted, exported; and what does not fit."""
+"""Trainings of transformers: equal on any ranks, resumed, predictions, exports, and error messages."""
 
 import json
 
@@ -18,17 +18,17 @@ def refused(*options, ranks=1):
 
 
 def test_ragged_sequences_train_the_same_on_any_ranks_and_after_a_resume(train, tmp_path):
-    one, three = (train(ranks, *RAGGED, *FEW, "--method", "data_parallel") for ranks in (1, 3))
-    assert distance(one.tensors(), three.tensors()) <= 1e-10
+    one_rank, three_ranks = (train(ranks, *RAGGED, *FEW, "--method", "data_parallel") for ranks in (1, 3))
+    assert distance(one_rank.tensors(), three_ranks.tensors()) <= 1e-10
     for name in ("train_loss", "test_loss", "test_accuracy"):
-        assert one.rows[-1][name] == pytest.approx(three.rows[-1][name], rel=1e-10)
+        assert one_rank.rows[-1][name] == pytest.approx(three_ranks.rows[-1][name], rel=1e-10)
     train(1, *RAGGED, *FEW, "--method", "data_parallel", "--max-steps", "5", out=tmp_path / "cut")
-    again = train(1, "--resume", "auto", "--max-steps", "12", out=tmp_path / "cut")
-    assert distance(one.tensors(), again.tensors()) == 0
+    resumed = train(1, "--resume", "auto", "--max-steps", "12", out=tmp_path / "cut")
+    assert distance(one_rank.tensors(), resumed.tensors()) == 0
 
 
 def test_methods_train_alike_on_tokens_up_to_the_end_of_each_sequence(train, tmp_path):
-    """Whether the last token of a ragged sequence is the first."""
+    """The label says whether a ragged sequence ends with its first token."""
     rng = np.random.default_rng(0)
     lengths, x = rng.integers(1, 7, 90), rng.integers(0, 5, (90, 6))
     y = (x[:, 0] == x[np.arange(90), lengths - 1]).astype(int)
@@ -46,13 +46,15 @@ def test_methods_train_alike_on_tokens_up_to_the_end_of_each_sequence(train, tmp
         "--clip",
         "0",
     )
-    one = train(1, *options, "--method", "psl")
+    psl_run = train(1, *options, "--method", "psl")
     for method in (("data_parallel",), ("local_sgd", "--local-steps", "1")):
-        other = train(2, *options, "--method", *method)
-        first, second = ({k: v for k, v in of.tensors().items() if k.startswith("weights/")} for of in (one, other))
+        other_run = train(2, *options, "--method", *method)
+        first, second = (
+            {k: v for k, v in trained.tensors().items() if k.startswith("weights/")} for trained in (psl_run, other_run)
+        )
         assert distance(first, second) <= 1e-10
-    said = refused(*options[:2], *FEW, "--method", "data_parallel")
-    assert "add --vocabulary 5 to --model rnn, gru, lstm or transformer" in said
+    message = refused(*options[:2], *FEW, "--method", "data_parallel")
+    assert "add --vocabulary 5 to --model rnn, gru, lstm or transformer" in message
 
 
 TRUNK = """
@@ -70,16 +72,16 @@ layers = [
 
 @pytest.mark.parametrize("options", [("--partition", "pairs"), ("--trunk", "split"), ("--placement", "owner")])
 def test_classes_over_ranks_share_attention(train, tmp_path, options):
-    """Of ragged sequences, each up to its own end."""
+    """Sequences are ragged, and the layer `last` takes each one's own last step."""
     (tmp_path / "trunk.toml").write_text(TRUNK)
     rng = np.random.default_rng(0)
     x, lengths = rng.standard_normal((120, 6, 3)), rng.integers(1, 7, 120)
     np.savez(tmp_path / "own.npz", x=x, y=np.arange(120) % 5, lengths=lengths)
-    given = ("--config", tmp_path / "trunk.toml", "--dataset", tmp_path / "own.npz", "--dtype", "float64")
-    given = (*given, "--max-steps", "12", "--epochs", "6")
-    one, three = (train(ranks, *given, *(options if ranks > 1 else ())) for ranks in (1, 3))
-    assert distance(one.tensors(), three.tensors()) <= 1e-8
-    assert one.rows[-1]["test_loss"] == pytest.approx(three.rows[-1]["test_loss"], rel=1e-9)
+    fixed = ("--config", tmp_path / "trunk.toml", "--dataset", tmp_path / "own.npz", "--dtype", "float64")
+    fixed = (*fixed, "--max-steps", "12", "--epochs", "6")
+    one_rank, three_ranks = (train(ranks, *fixed, *(options if ranks > 1 else ())) for ranks in (1, 3))
+    assert distance(one_rank.tensors(), three_ranks.tensors()) <= 1e-8
+    assert one_rank.rows[-1]["test_loss"] == pytest.approx(three_ranks.rows[-1]["test_loss"], rel=1e-9)
 
 
 def test_a_transformer_predicts_shorter_sequences_and_is_exported(train, tmp_path):
@@ -97,15 +99,15 @@ def test_a_transformer_predicts_shorter_sequences_and_is_exported(train, tmp_pat
 
 @pytest.mark.slow
 def test_a_transformer_learns_to_copy(train):
-    """Ten symbols after five steps of nothing, in 150 steps."""
+    """150 steps of training are enough to copy ten symbols after a delay of five steps."""
     options = ("--dataset", "copying:5", "--model", "transformer", "--loss", "nll", "--max-steps", "150")
-    found = train(2, *options, "--method", "data_parallel", "--threads", "1")
-    assert found.rows[-1]["test_accuracy"] > 0.99
+    trained = train(2, *options, "--method", "data_parallel", "--threads", "1")
+    assert trained.rows[-1]["test_accuracy"] > 0.99
 
 
 def test_what_does_not_fit_transformers_is_said(tmp_path):
     rows = ("--dataset", "digits:rows", "--method", "data_parallel")
-    for options, said in (
+    for options, message in (
         (("--model", "transformer", "--heads", "3"), "--heads 3 does not divide the width of --model transformer, 64"),
         (("--model", "transformer", "--widths", "6"), "--widths 8, or other --heads"),
         (("--model", "transformer", "--widths", "8", "8", "8"), "takes a width, optionally a hidden width"),
@@ -113,7 +115,7 @@ def test_what_does_not_fit_transformers_is_said(tmp_path):
         (("--model", "transformer", "--batch-norm"), "would mix the steps of sequences"),
         (("--model", "lstm", "--heads", "2"), "--heads is for --model transformer, but the model is lstm"),
     ):
-        assert said in refused(*rows, *options)
+        assert message in refused(*rows, *options)
     assert "not made for samples of shape (1, 8, 8): make sequences of images" in refused("--model", "transformer")
     (tmp_path / "both.toml").write_text(
         '[model]\nmodel = "custom"\nlayers = [{type = "lstm", units = 6}, {type = "dense", units = 18}, '
@@ -122,5 +124,5 @@ def test_what_does_not_fit_transformers_is_said(tmp_path):
     )
     for method in ("wavefront", "bptt"):
         assert "use --model rnn, gru or lstm" in refused(*rows[:2], "--model", "transformer", "--method", method)
-        said = refused(*rows[:2], "--config", tmp_path / "both.toml", "--method", method, ranks=2)
-        assert "attention1" in said and f"needs whole sequences, and --method {method} takes them apart" in said
+        message = refused(*rows[:2], "--config", tmp_path / "both.toml", "--method", method, ranks=2)
+        assert "attention1" in message and f"needs whole sequences, and --method {method} takes them apart" in message

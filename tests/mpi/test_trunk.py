@@ -1,4 +1,4 @@
-"""Layers that all classes share, computed on slices of the minibatch: the training is that of one process."""
+"""Layers that all classes share, computed on slices of the minibatch: training equals that of one process."""
 
 import json
 from dataclasses import replace
@@ -44,25 +44,25 @@ SPLIT = ("--trunk", "split")
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else str(value),
 )
 def test_weights_and_tests_are_those_of_one_process(serial, train, ranks, more):
-    alone = serial(*SHORT, *(word for word in more if word not in (*OWN, "--replicas", "--masters", "2")))
-    many = train(ranks, *SHORT, *more, *SPLIT)
-    assert distance(alone.tensors(), many.tensors()) <= 1e-9
+    one_rank = serial(*SHORT, *(word for word in more if word not in (*OWN, "--replicas", "--masters", "2")))
+    many_ranks = train(ranks, *SHORT, *more, *SPLIT)
+    assert distance(one_rank.tensors(), many_ranks.tensors()) <= 1e-9
     for key in ("train_loss", "test_loss", "test_accuracy"):
-        assert many.rows[-1][key] == pytest.approx(alone.rows[-1][key], rel=1e-9)
+        assert many_ranks.rows[-1][key] == pytest.approx(one_rank.rows[-1][key], rel=1e-9)
 
 
 @pytest.mark.parametrize(("loss", "kappa"), [("psl", "1"), ("psl", "40"), ("nll", "1")])
 def test_tiles_of_classes_behind_a_split_trunk_train_as_one_process(train, monkeypatch, loss, kappa):
-    """With derivatives, too, that are scaled by another power of two on each rank."""
+    """With --kappa 40 each rank scales its derivatives by another power of two."""
     monkeypatch.setattr(tail, "tile_size", lambda batch: 2)
     options = (*SHORT, "--model", "head", "--widths", "20", "12", "--loss", loss, "--optimizer", "sgd", "--lr", "1e-6")
     options = (*options, "--kappa", kappa) if loss == "psl" else options
-    alone, many = train(1, *options, *OWN), train(3, *options, *OWN, *SPLIT)
-    assert distance(alone.tensors(), many.tensors()) <= 1e-12
+    one_rank, many_ranks = train(1, *options, *OWN), train(3, *options, *OWN, *SPLIT)
+    assert distance(one_rank.tensors(), many_ranks.tensors()) <= 1e-12
 
 
 def test_gradients_of_the_trunk_are_bounded(train, monkeypatch):
-    """The largest component that a rank hands out is 1e-6 here, the step of plain descent 1e-6 for each rank."""
+    """The bound is 1e-6 for the components of one rank's gradient, so the step of two ranks is 2e-6 at most."""
     monkeypatch.setattr(trunk, "GRADIENT_LIMIT", dict.fromkeys(trunk.GRADIENT_LIMIT, 1e-6))
     options = (*OWN, *SPLIT, "--dtype", "float64", "--optimizer", "sgd", "--lr", "1", "--clip", "0", "--epochs", "1")
     first, second = (train(2, *options, "--max-steps", steps).tensors()["weights/conv1.weight"] for steps in ("1", "2"))
@@ -72,10 +72,10 @@ def test_gradients_of_the_trunk_are_bounded(train, monkeypatch):
 
 @pytest.mark.parametrize("more", [(), ("--batch-norm",)], ids=str)
 def test_a_minibatch_of_fewer_samples_than_ranks_is_computed_by_each(serial, train, more):
-    """The last of an epoch has 2 of the 1,438 samples."""
+    """The last minibatch of an epoch has 2 of the 1,438 samples."""
     options = ("--dtype", "float64", "--batch-size", "359", "--epochs", "2", *more)
-    alone, many = serial(*options), train(5, *options, *OWN, *SPLIT)
-    assert distance(alone.tensors(), many.tensors()) <= 1e-9
+    one_rank, many_ranks = serial(*options), train(5, *options, *OWN, *SPLIT)
+    assert distance(one_rank.tensors(), many_ranks.tensors()) <= 1e-9
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_bytes_are_those_that_are_said(tmp_path, more):
 
 @pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_memory_is_what_slices_need(tmp_path, ranks):
-    """Of what trunk and exchange hold on each rank, within a tenth: activations, buffers, samples."""
+    """Activations, buffers and samples on each rank are within a tenth of the predicted need."""
     rng = np.random.default_rng(0)
     x, y = rng.integers(0, 255, (600, 1, 28, 28), np.uint8), np.arange(600) % 10
     np.savez(tmp_path / "images.npz", x=x, y=y, x_test=x, y_test=y)
@@ -101,12 +101,12 @@ def test_memory_is_what_slices_need(tmp_path, ranks):
 
 
 def test_a_sample_s_features_go_out_and_their_gradients_come_back(train):
-    """Of 12 x 6 x 6 features in float32, the other rank's half each way, and 12 bytes of psl's sums."""
-    step = {}
+    """A sample has 12 x 6 x 6 float32 features, of which half go each way, and 12 bytes of psl's sums."""
+    sent = {}
     for batch in ("40", "80"):
-        found = train(2, *OWN, *SPLIT, "--batch-size", batch, "--max-steps", "1", "--epochs", "1").rows[-1]
-        step[batch] = np.array(found["bytes_sent_by_rank"])
-    assert (step["80"] - step["40"]).tolist() == [40 * (2 * 432 * 4 // 2 + 12)] * 2
+        row = train(2, *OWN, *SPLIT, "--batch-size", batch, "--max-steps", "1", "--epochs", "1").rows[-1]
+        sent[batch] = np.array(row["bytes_sent_by_rank"])
+    assert (sent["80"] - sent["40"]).tolist() == [40 * (2 * 432 * 4 // 2 + 12)] * 2
 
 
 def test_the_trunk_ends_where_classes_part():
@@ -140,10 +140,10 @@ def test_what_cannot_be_split_is_refused(tmp_path, ranks, options, says):
 @pytest.mark.parametrize("mode", ["stop", "skip"])
 @pytest.mark.parametrize("whose", ["weights", "features", "loss"])
 def test_the_rank_is_named_whose_layers_are_wrong(tmp_path, mode, whose):
-    """Rank 2's own slice goes wrong in the shared layers; or its own classes do."""
+    """Rank 2's weights or its slice of features become NaN, and the message names rank 2; or the loss diverges."""
     losses, calls = ElementWorker.element_losses, []
 
-    def wrong(self, batch, own=None):
+    def losses_gone_wrong(self, batch, own=None):
         if 9 in self.place.classes:
             calls.append(1)
             if len(calls) == 3 and whose == "weights":
@@ -161,7 +161,7 @@ def test_the_rank_is_named_whose_layers_are_wrong(tmp_path, mode, whose):
         return losses(self, batch, own)
 
     diverges = ("--loss", "squared", "--lr", "1e38", "--clip", "0", "--optimizer", "sgd")
-    with mock.patch.object(ElementWorker, "element_losses", wrong):
+    with mock.patch.object(ElementWorker, "element_losses", losses_gone_wrong):
         status, _, err = run(
             3,
             "-m",
@@ -175,16 +175,16 @@ def test_the_rank_is_named_whose_layers_are_wrong(tmp_path, mode, whose):
             *SPLIT,
             *(diverges if whose == "loss" else ()),
         )
-    said = " ".join(err.split())
+    message = " ".join(err.split())
     assert status == 1 and "Traceback" not in err
     if whose == "weights":
-        assert "on rank 2 the update of step 2 left weights that are not finite: dense2.bias, unit 9" in said
+        assert "on rank 2 the update of step 2 left weights that are not finite: dense2.bias, unit 9" in message
     elif whose == "features":
-        assert "step 3 of epoch 1" in said and "rank 2" in said and "conv1" in said
+        assert "step 3 of epoch 1" in message and "rank 2" in message and "conv1" in message
 
 
 def test_a_rank_whose_trial_is_too_far_keeps_no_other_waiting(train):
-    """A loss that ranks make by themselves: in a search one of them finds that it is infinite."""
+    """Ranks compute bce by themselves; in a line search one of them finds an infinite loss."""
     losses, calls = Objective.losses, []
 
     def too_far(self, *arguments, **options):
@@ -195,32 +195,34 @@ def test_a_rank_whose_trial_is_too_far_keeps_no_other_waiting(train):
         return losses(self, *arguments, **options)
 
     with mock.patch.object(Objective, "losses", too_far):
-        found = train(3, "--loss", "bce", "--optimizer", "lbfgs", "--lr", "1", *SPLIT, "--max-steps", "4", timeout=60)
-    assert len(calls) > 4 and np.isfinite(found.rows[-1]["train_loss"])
+        trained = train(3, "--loss", "bce", "--optimizer", "lbfgs", "--lr", "1", *SPLIT, "--max-steps", "4", timeout=60)
+    assert len(calls) > 4 and np.isfinite(trained.rows[-1]["train_loss"])
 
 
 @pytest.mark.parametrize("loss", ["psl", "squared"])
 def test_the_sample_is_named_that_another_rank_has_computed(tmp_path, loss):
-    """Only one rank sees sample 200 itself, and others only what its layers make of it."""
+    """Only one rank reads sample 200; the others get its features."""
     rng = np.random.default_rng(0)
     x, y = rng.random((300, 7)).astype(np.float32), np.arange(300) % 10
     x[200] = 3e38
     np.savez(tmp_path / "huge.npz", x=x, y=y, x_test=x[:60], y_test=y[:60])
     options = ("--dataset", tmp_path / "huge.npz", "--model", "head", "--widths", "20", "12", "--batch-size", "60")
-    # Threads that end with errors end all others; processes are ended by the first that speaks.
-    how = launch if loss == "squared" else run
-    status, _, err = how(3, "-m", "psmpi.train", *options, "--loss", loss, "--lr", "1e-6", *OWN, *SPLIT, cwd=tmp_path)
-    said = " ".join(err.split())
+    # An error of one thread ends the others; processes end with the first rank that prints its error.
+    run_ranks = launch if loss == "squared" else run
+    status, _, err = run_ranks(
+        3, "-m", "psmpi.train", *options, "--loss", loss, "--lr", "1e-6", *OWN, *SPLIT, cwd=tmp_path
+    )
+    message = " ".join(err.split())
     assert (
         status == 1
-        and "layer dense1" in said
-        and "(sample 200 of" in said
-        and said.count("is not a finite number") == 1
+        and "layer dense1" in message
+        and "(sample 200 of" in message
+        and message.count("is not a finite number") == 1
     )
 
 
 def test_batch_normalization_takes_slices_of_one_sample(serial, train):
-    """Their statistics are those of the whole minibatch."""
+    """Statistics are those of the whole minibatch."""
     options = ("--dtype", "float64", "--batch-norm", "--batch-size", "4", "--max-steps", "8", "--epochs", "1")
     assert distance(serial(*options).tensors(), train(4, *options, *OWN, *SPLIT).tensors()) <= 1e-9
 
@@ -241,47 +243,48 @@ def test_auto_takes_what_costs_least():
     assert chosen(psnet, 3, replicas=1).costs[0][0].rows == 1
     assert chosen(make_network("psnet", (1, 8, 8), 10, batch_norm=True), 3).roles.rows == 1
     assert chosen(psnet, 4, partition="pairs").trunk == 0
-    # No more rows than samples, no slices without one, no columns of a network that is not cut by classes.
-    assert all(one.rows <= 2 and not one.split for one, _ in chosen(wide, 4, batch=2).costs)
-    assert all(one.rows == 5 for one, _ in chosen(make_network("mlp", (64,), 10), 6).costs)
+    # No more rows than samples, no slice without a sample, no columns of a network that is not cut by classes.
+    assert all(arrangement.rows <= 2 and not arrangement.split for arrangement, _ in chosen(wide, 4, batch=2).costs)
+    assert all(arrangement.rows == 5 for arrangement, _ in chosen(make_network("mlp", (64,), 10), 6).costs)
 
 
 def test_layers_that_are_computed_by_all_limit_the_speed_up():
-    """Multiplications of one process over those of the busiest of two and of ten, counted from the sizes of layers."""
-    # Of the first convolution, the second, and the dense layers, of all classes a sample.
+    """Compare the multiplications of one process with those of the busiest of two and of ten, counted from the sizes of
+    layers."""
+    # Multiplications a sample: the first convolution, the second, and the dense layers of all classes.
     sizes = {
         (1, 28, 28): (24**2 * 40 * 25, 8**2 * 30 * 40 * 25, (24 * 48 + 15 * 24 + 15) * 10),
         (3, 32, 32): (28**2 * 60 * 75, 10**2 * 30 * 60 * 25, (35 * 75 + 15 * 35 + 15) * 10),
     }
     limits = {(1, 28, 28): (1.72, 4.02), (3, 32, 32): (1.49, 2.45)}
     for shape, (first, *rest) in sizes.items():
-        network, whole = make_network("psnet", shape, 10), 2 * first + 3 * sum(rest)
+        network, all_macs = make_network("psnet", shape, 10), 2 * first + 3 * sum(rest)
         for ranks, limit in zip((2, 10), limits[shape], strict=True):
-            for split, expected in ((False, whole / (2 * first + 3 * sum(rest) / ranks)), (True, ranks)):
+            for split, expected in ((False, all_macs / (2 * first + 3 * sum(rest) / ranks)), (True, ranks)):
                 costs = [
                     cost(network, assign_roles(network.layout(), n, colocate=True), split and n > 1, 100, 4).macs
                     for n in (1, ranks)
                 ]
-                assert costs[0] == 100 * whole and costs[0] / costs[1] == pytest.approx(expected)
+                assert costs[0] == 100 * all_macs and costs[0] / costs[1] == pytest.approx(expected)
                 assert split or costs[0] / costs[1] == pytest.approx(limit, abs=5e-3)
 
 
 def test_the_choice_is_told_and_is_one_that_trains(train):
-    found = train(3, "--trunk", "auto", "--max-steps", "3")
-    assert "--trunk auto takes replicated in" in found.stdout
-    for options, says in (
+    trained = train(3, "--trunk", "auto", "--max-steps", "3")
+    assert "--trunk auto takes replicated in" in trained.stdout
+    for options, note in (
         (("--trunk", "auto", "--partition", "pairs"), "--trunk auto changes nothing"),
         (("--trunk", "split", "--replicas", "2"), "--trunk split changes nothing"),
     ):
-        assert says in " ".join(train(3, *options, "--max-steps", "1").stdout.split())
+        assert note in " ".join(train(3, *options, "--max-steps", "1").stdout.split())
 
 
 def test_what_a_rank_does_at_most_is_told_of_different_ranks():
-    """A master that computes nothing sends most: the multiplications are a worker's."""
+    """The master computes nothing and sends most; the multiplications are those of a worker."""
     network = make_network("psnet", (1, 8, 8), 10)
     plan = chosen(network, 16, batch=256)
     assert all(spent.macs > 1e6 for _, spent in plan.costs)
     (_, replicated), (_, split) = (
-        next(one for one in plan.costs if one[0] == Arrangement(3, split)) for split in (False, True)
+        next(entry for entry in plan.costs if entry[0] == Arrangement(3, split)) for split in (False, True)
     )
     assert split.macs < replicated.macs and plan.costs[0][1].time <= split.time

@@ -1,4 +1,4 @@
-"""Validation samples, runs that end when they get no better, and the best checkpoint."""
+"""Validation samples, runs that end after epochs without improvement, and the best checkpoint."""
 
 import json
 
@@ -36,19 +36,23 @@ def test_validation_samples_are_training_samples_that_are_left_out(tmp_path):
     x, y = np.arange(100, dtype=np.float32)[:, None] + 1, np.arange(100) % 3
     np.savez(tmp_path / "own.npz", x=x, y=y)
     name = str(tmp_path / "own.npz")
-    whole, parted = open_dataset(name, None), open_dataset(name, None, validation=0.2)
-    read = {key: getattr(parted, key) for key in ("train", "validation", "test")}
+    plain, with_validation = open_dataset(name, None), open_dataset(name, None, validation=0.2)
+    read = {key: getattr(with_validation, key) for key in ("train", "validation", "test")}
     values = {key: split.read(np.arange(split.n)).ravel() for key, split in read.items()}
-    assert np.array_equal(values["test"], whole.test.read(np.arange(whole.test.n)).ravel())
+    assert np.array_equal(values["test"], plain.test.read(np.arange(plain.test.n)).ravel())
     assert (
-        sorted([*values["train"], *values["validation"]]) == whole.train.read(np.arange(whole.train.n)).ravel().tolist()
+        sorted([*values["train"], *values["validation"]]) == plain.train.read(np.arange(plain.train.n)).ravel().tolist()
     )
     for key, split in read.items():
         assert np.array_equal(split.labels, (values[key] - 1) % 3)
         assert np.array_equal(open_split(name, None, key, validation=0.2).read(np.arange(split.n)).ravel(), values[key])
-    training = parted.for_training()
-    assert training.test is parted.validation and training.unseen is parted.test and training.tested == "validation"
-    assert whole.for_training() is whole and whole.tested == "test"
+    training = with_validation.for_training()
+    assert (
+        training.test is with_validation.validation
+        and training.unseen is with_validation.test
+        and training.tested == "validation"
+    )
+    assert plain.for_training() is plain and plain.tested == "test"
     with pytest.raises(UserError, match="has no validation samples"):
         open_split(name, None, "validation")
     for share in (0.001, 0.999):
@@ -58,29 +62,32 @@ def test_validation_samples_are_training_samples_that_are_left_out(tmp_path):
 
 @pytest.mark.parametrize("name", ["digits", "digits:rows", "sparse", "copying:5", "adding:9"])
 def test_all_kinds_of_data_sets_have_validation_samples(name):
-    whole, parted = open_dataset(name, None), open_dataset(name, None, validation=0.1)
-    assert parted.train.n + parted.validation.n == whole.train.n and parted.validation.n == round(whole.train.n / 10)
-    assert parted.validation.shape == whole.shape and parted.test.n == whole.test.n
+    plain, with_validation = open_dataset(name, None), open_dataset(name, None, validation=0.1)
+    assert (
+        with_validation.train.n + with_validation.validation.n == plain.train.n
+        and with_validation.validation.n == round(plain.train.n / 10)
+    )
+    assert with_validation.validation.shape == plain.shape and with_validation.test.n == plain.test.n
 
 
 @pytest.mark.parametrize("method", [(), ("--method", "data_parallel"), ("--method", "local_sgd")])
 def test_training_sees_no_validation_sample(train, tmp_path, method):
-    """As one whose files have the validation samples for testing, and the rest for training."""
-    parted = open_dataset("digits", None, validation=0.2)
+    """Compare with a training on files that have the validation samples as test samples."""
+    with_validation = open_dataset("digits", None, validation=0.2)
     arrays = {
         f"{key}{end}": values
-        for end, split in (("", parted.train), ("_test", parted.validation))
+        for end, split in (("", with_validation.train), ("_test", with_validation.validation))
         for key, values in (("x", split.read(np.arange(split.n)).reshape(-1, 8, 8) / 16), ("y", split.labels))
     }
     np.savez(tmp_path / "parted.npz", **arrays)
-    made = train(2, "--validation", "0.2", *SHORT, *method)
-    other = train(2, "--dataset", tmp_path / "parted.npz", *SHORT, *method)
-    assert distance(made.tensors(), other.tensors()) <= 1e-12
+    trained = train(2, "--validation", "0.2", *SHORT, *method)
+    expected = train(2, "--dataset", tmp_path / "parted.npz", *SHORT, *method)
+    assert distance(trained.tensors(), expected.tensors()) <= 1e-12
     for key in ("loss", "accuracy", "top5"):
-        assert made.rows[-1][f"validation_{key}"] == pytest.approx(other.rows[-1][f"test_{key}"], rel=1e-12)
-    assert not any(key.startswith("test_") for key in made.rows[-1])
-    assert "1,150 training and 288 validation samples (and 359 test samples that nothing looks at)" in made.stdout
-    assert "validation loss" in made.stdout and "test loss" not in made.stdout
+        assert trained.rows[-1][f"validation_{key}"] == pytest.approx(expected.rows[-1][f"test_{key}"], rel=1e-12)
+    assert not any(key.startswith("test_") for key in trained.rows[-1])
+    assert "1,150 training and 288 validation samples (and 359 test samples that nothing looks at)" in trained.stdout
+    assert "validation loss" in trained.stdout and "test loss" not in trained.stdout
 
 
 def predicted(path, split):
@@ -89,12 +96,15 @@ def predicted(path, split):
 
 def test_ranks_make_no_difference_and_predictions_know_the_samples(train, serial):
     options = ("--validation", "0.1", *SHORT)
-    one, three = serial(*options), train(3, *options)
-    assert distance(one.tensors(), three.tensors()) <= 1e-10
-    assert three.rows[-1]["validation_loss"] == pytest.approx(one.rows[-1]["validation_loss"], rel=1e-10)
-    assert predicted(three.out, "validation")["accuracy"] == three.rows[-1]["validation_accuracy"]
-    assert predicted(three.out, "validation")["samples"] == 144 and predicted(three.out, "test")["samples"] == 359
-    assert predicted(three.out, "train")["samples"] == 1294
+    one_rank, three_ranks = serial(*options), train(3, *options)
+    assert distance(one_rank.tensors(), three_ranks.tensors()) <= 1e-10
+    assert three_ranks.rows[-1]["validation_loss"] == pytest.approx(one_rank.rows[-1]["validation_loss"], rel=1e-10)
+    assert predicted(three_ranks.out, "validation")["accuracy"] == three_ranks.rows[-1]["validation_accuracy"]
+    assert (
+        predicted(three_ranks.out, "validation")["samples"] == 144
+        and predicted(three_ranks.out, "test")["samples"] == 359
+    )
+    assert predicted(three_ranks.out, "train")["samples"] == 1294
     plain = serial(*SHORT)
     status, _, err = run(1, "-m", "psmpi.predict", plain.out, "--split", "validation")
     assert status == 1 and "digits has no validation samples" in err
@@ -124,9 +134,9 @@ def best_of(*losses, **run_table):
 def test_a_run_ends_after_epochs_without_a_better_one(losses, number, due):
     best, rows = best_of(*losses)
     assert (best.number(rows), best.due(rows)) == (number, due)
-    same, rows = best_of(*losses, monitor="accuracy")
-    assert (same.number(rows), same.due(rows)) == (
-        (number, due) if np.isfinite(losses[-1]) else (same.number(rows), same.due(rows))
+    by_accuracy, rows = best_of(*losses, monitor="accuracy")
+    assert (by_accuracy.number(rows), by_accuracy.due(rows)) == (
+        (number, due) if np.isfinite(losses[-1]) else (by_accuracy.number(rows), by_accuracy.due(rows))
     )
 
 
@@ -153,7 +163,7 @@ def test_what_is_better_follows_from_its_kind():
 
 
 def test_the_best_checkpoint_stays_and_a_run_that_was_stopped_ends_as_one_that_was_not(train, tmp_path):
-    """At a rate that makes the loss rise again."""
+    """The rate is so high that the loss rises again."""
     options = (
         "--epochs",
         "40",
@@ -170,29 +180,37 @@ def test_the_best_checkpoint_stays_and_a_run_that_was_stopped_ends_as_one_that_w
     )
     options += ("--keep-best", "--checkpoint-keep", "1", "--model", "mlp", "--widths", "8", "--loss", "nll")
     options += ("--method", "data_parallel", "--dtype", "float64")
-    whole = train(2, *options)
-    losses = [row["validation_loss"] for row in whole.rows]
-    at = int(np.argmin(losses))
-    assert len(losses) == at + 4 < 40, losses
-    assert "no better validation loss for 3 epochs: the run ends (--patience)" in whole.stdout
-    assert f"best validation loss {losses[at]:.5g}, after epoch {at + 1}, kept as {whole.out}/best.h5" in whole.stdout
-    best = checkpoint.read_contents(whole.out / "best.h5")
-    assert best.progress.epoch == at + 1 and len(list((whole.out / "checkpoints").glob("*.h5"))) == 1
-    assert predicted(whole.out / "best.h5", "validation")["accuracy"] == whole.rows[at]["validation_accuracy"]
-    # In the middle of an epoch behind the best one, and on another number of ranks.
-    out, steps = tmp_path / "stopped", (at + 2) * 13 - 5
+    full_run = train(2, *options)
+    losses = [row["validation_loss"] for row in full_run.rows]
+    best_row = int(np.argmin(losses))
+    assert len(losses) == best_row + 4 < 40, losses
+    assert "no better validation loss for 3 epochs: the run ends (--patience)" in full_run.stdout
+    assert (
+        f"best validation loss {losses[best_row]:.5g}, after epoch {best_row + 1}, kept as {full_run.out}/best.h5"
+        in full_run.stdout
+    )
+    best = checkpoint.read_contents(full_run.out / "best.h5")
+    assert best.progress.epoch == best_row + 1 and len(list((full_run.out / "checkpoints").glob("*.h5"))) == 1
+    assert (
+        predicted(full_run.out / "best.h5", "validation")["accuracy"] == full_run.rows[best_row]["validation_accuracy"]
+    )
+    # Stop inside an epoch after the best one, and resume on another number of ranks.
+    out, steps = tmp_path / "stopped", (best_row + 2) * 13 - 5
     train(2, *options, "--max-steps", str(steps), out=out)
-    gone = train(3, "--resume", "auto", out=out)
-    assert [row["epoch"] for row in gone.rows] == [row["epoch"] for row in whole.rows]
-    assert [row["validation_loss"] for row in gone.rows] == pytest.approx(losses, rel=1e-9)
-    assert distance(tensors(out / "best.h5"), tensors(whole.out / "best.h5")) <= 1e-9
-    ended = train(2, "--resume", "auto", out=out)
-    assert "nothing left to do: no better validation loss for 3 epochs" in ended.stdout and len(ended.rows) == at + 4
+    resumed = train(3, "--resume", "auto", out=out)
+    assert [row["epoch"] for row in resumed.rows] == [row["epoch"] for row in full_run.rows]
+    assert [row["validation_loss"] for row in resumed.rows] == pytest.approx(losses, rel=1e-9)
+    assert distance(tensors(out / "best.h5"), tensors(full_run.out / "best.h5")) <= 1e-9
+    finished = train(2, "--resume", "auto", out=out)
+    assert (
+        "nothing left to do: no better validation loss for 3 epochs" in finished.stdout
+        and len(finished.rows) == best_row + 4
+    )
 
 
 def test_test_samples_are_gone_by_with_a_warning(train):
-    made = train(1, "--patience", "9", *SHORT)
-    assert made.stdout.count("warning: --patience goes by the test samples, which then say less of others") == 1
+    trained = train(1, "--patience", "9", *SHORT)
+    assert trained.stdout.count("warning: --patience goes by the test samples, which then say less of others") == 1
     assert "warning: --keep-best" not in train(1, "--keep-best", "--monitor", "train_loss", *SHORT).stdout
 
 

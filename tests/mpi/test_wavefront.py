@@ -23,7 +23,7 @@ KINDS = ("rnn", "lstm", "gru")
 
 
 class Problem:
-    """Sequences of random numbers with a label each, or one at each step, and a stack of layers."""
+    """Random sequences with one label each, or one label at each step, and a stack of recurrent layers."""
 
     def __init__(self, folder, kind, steps, units, layers, *options, by_step=False, ragged=False, dtype="float64"):
         rng, n = np.random.default_rng(5), 24
@@ -48,7 +48,7 @@ class Problem:
         self.ids = np.arange(13)
 
     def weights(self):
-        """Those of the check: recurrent matrices N(0, 1 / units), which do not expand."""
+        """Return random weights with variance 1 / (last dimension), so that recurrent matrices do not expand."""
         w = np.random.default_rng(1).normal(size=self.layout.size)
         for p in self.layout.parameters:
             runs = self.layout.runs_of_parameters({p.name})
@@ -57,7 +57,7 @@ class Problem:
         return w.astype(self.config.model.dtype)
 
     def serial(self):
-        """Gradient and loss of the minibatch, by one pass over whole sequences."""
+        """Return gradient and loss of the minibatch by one pass over whole sequences."""
         context = Context(Alone(), self.network, self.dataset, self.config, NumpyOps())
         w, loss = self.weights(), context.loss()
         model = Model(self.network, self.layout, w, np.zeros_like(w), NumpyOps())
@@ -73,16 +73,16 @@ class Problem:
         return model.g.copy(), objective.value()
 
     def step(self, ranks, before=lambda method: None):
-        """(gradient, loss, messages) of a step on so many ranks: sgd at a rate of 1 takes the gradient off."""
+        """Return gradient and loss of one step on `ranks` ranks."""
         find_method("wavefront").check(ranks, self.network, self.dataset, self.config)
         w = self.weights()
 
         def work(world):
             method = find_method("wavefront")(Context(world, self.network, self.dataset, self.config, NumpyOps()))
             runs = method.shards[world.rank]
-            at = [slice(a, b) for a, b in runs.intervals]
-            mine = np.concatenate([w[s] for s in at])
-            method.w[...] = mine
+            slices = [slice(a, b) for a, b in runs.intervals]
+            own_w = np.concatenate([w[s] for s in slices])
+            method.w[...] = own_w
             before(method)
             method.step(Batch(self.ids), 1.0)
             return runs, method.g.copy(), method.loss_sum, method.counter.sent, method.messages(0, len(self.ids))
@@ -103,38 +103,41 @@ class Alone:
 @pytest.mark.parametrize("by_step", [False, True], ids=["label", "steps"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_are_those_of_the_serial_network(tmp_path, kind, by_step):
-    """Check 4: L 4, T 12, chunks of 3 (and 5, with a shorter last one); also of ragged sequences."""
+    """4 layers, 12 steps, chunks of 3 steps, or of 5 with a shorter last one; ragged sequences too."""
     for steps, ragged in (("3", False), ("5", False), ("5", True)):
         problem = Problem(tmp_path, kind, 12, 5, 4, "--chunk-steps", steps, by_step=by_step, ragged=ragged)
         expected, loss = problem.serial()
         for ranks in (1, 2, 4):
-            g, found = problem.step(ranks)
+            g, step_loss = problem.step(ranks)
             assert np.abs(g - expected).max() <= 1e-12 * np.abs(expected).max()
-            assert found == pytest.approx(loss, rel=1e-12)
+            assert step_loss == pytest.approx(loss, rel=1e-12)
 
 
 def test_derivatives_of_chunks_are_scaled_alike(tmp_path):
-    """Of psl with large scores: those of one chunk are beyond what a backward pass takes, those of others are not."""
+    """With psl and large scores, derivatives of one chunk are too large for a backward pass, and those of others are
+    not."""
     problem = Problem(tmp_path, "rnn", 12, 5, 3, "--chunk-steps", "5", "--loss", "psl", by_step=True)
-    plain = problem.weights
+    original_weights = problem.weights
 
-    def wild():
-        w = plain()
+    def large_weights():
+        w = original_weights()
         for a, b in problem.layout.runs_of_parameters({"dense1.weight"}).intervals:
             w[a:b] *= 30
         return w
 
-    problem.weights = wild
+    problem.weights = large_weights
     expected, loss = problem.serial()
     for ranks in (1, 3):
-        g, found = problem.step(ranks)
-        assert np.abs(g - expected).max() <= 1e-12 * np.abs(expected).max() and found == pytest.approx(loss, rel=1e-12)
+        g, step_loss = problem.step(ranks)
+        assert np.abs(g - expected).max() <= 1e-12 * np.abs(expected).max() and step_loss == pytest.approx(
+            loss, rel=1e-12
+        )
 
 
 @pytest.mark.parametrize("dtype, tolerance", [("float64", 1e-11), ("float32", 1e-5)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_long_sequences_stay_as_close(tmp_path, kind, dtype, tolerance):
-    """Check 4: L 4, T 128, chunks of 8, H 64."""
+    """4 layers of 64 units, 128 steps, chunks of 8."""
     problem = Problem(tmp_path, kind, 128, 64, 4, "--chunk-steps", "8", dtype=dtype)
     expected, _ = problem.serial()
     for ranks in (1, 4):
@@ -144,17 +147,17 @@ def test_long_sequences_stay_as_close(tmp_path, kind, dtype, tolerance):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_ranks_and_threads_change_the_order_alone(tmp_path, kind):
-    """Check 3: with the same chunks all gradients are the same bits, whoever computes what, and when."""
-    found = []
+    """With the same chunks gradients have the same bits, whichever rank and thread computes a chunk, and when."""
+    gradients = []
     for ranks, skew in ((1, "1"), (1, "2"), (1, "4"), (2, "1"), (2, "2"), (4, "1")):
         problem = Problem(tmp_path, kind, 12, 5, 4, "--chunk-steps", "5", "--skew", skew, ragged=True)
-        found.append(problem.step(ranks)[0])
-    assert all(np.array_equal(found[0], one) for one in found)
+        gradients.append(problem.step(ranks)[0])
+    assert all(np.array_equal(gradients[0], gradient) for gradient in gradients)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_clocks_in_the_messages_end_when_they_should(tmp_path, ranks, monkeypatch):
-    """Check 5: M + R - 1 chunk times ahead, and as many back, by clocks that the chunks carry."""
+    """Chunks carry clocks: forward takes M + R - 1 chunk times, and backward as many."""
     clocks = {}
 
     def tick(lane, arriving):
@@ -162,20 +165,20 @@ def test_clocks_in_the_messages_end_when_they_should(tmp_path, ranks, monkeypatc
         clocks[id(lane)] = max(own, float(arriving)) + 1
         return clocks[id(lane)]
 
-    ahead, back = Lane.forward, Lane.backward
+    lane_forward, lane_backward = Lane.forward, Lane.backward
 
     def forward(self, c, x, span):
         arrived = x.flat[0] if clocked[id(self)] else 0.0
-        y = ahead(self, c, x, span)
+        y = lane_forward(self, c, x, span)
         y[...] = tick(self, arrived)
         return y
 
     def backward(self, c, dy, dx, add):
         arrived = dy.flat[0] if back_clocked[id(self)] else 0.0
-        back(self, c, dy, dx, add)
-        now = tick(self, arrived)
+        lane_backward(self, c, dy, dx, add)
+        clock = tick(self, arrived)
         if dx is not None:
-            dx[...] = now
+            dx[...] = clock
 
     problem = Problem(tmp_path, "rnn", 12, 5, 4, "--chunk-steps", "2")
     clocked, back_clocked, ends = {}, {}, {}
@@ -183,11 +186,11 @@ def test_clocks_in_the_messages_end_when_they_should(tmp_path, ranks, monkeypatc
     def before(method):
         (lane,) = method.pipeline.lanes
         clocked[id(lane)], back_clocked[id(lane)] = not method.first, not method.last
-        turn = method.pipeline.backward
+        pipeline_backward = method.pipeline.backward
 
-        def begin_back(*given):
+        def begin_back(*arguments):
             ends["ahead", method.rank], clocks[id(lane)] = clocks[id(lane)], 0.0
-            turn(*given)
+            pipeline_backward(*arguments)
             ends["back", method.rank] = clocks[id(lane)]
 
         method.pipeline.backward = begin_back
@@ -201,7 +204,7 @@ def test_clocks_in_the_messages_end_when_they_should(tmp_path, ranks, monkeypatc
 
 
 def test_a_step_makes_one_message_a_chunk_boundary_and_direction(tmp_path):
-    """Check 7: k B H words each, also of a shorter last chunk; without clipping there is nothing else."""
+    """A message has k B H words, also for a shorter last chunk of k steps; without clipping there are no others."""
     problem = Problem(tmp_path, "lstm", 12, 5, 4, "--chunk-steps", "5")
     problem.step(4)
     b, sizes = len(problem.ids), [5 * 5 * 8, 5 * 5 * 8, 2 * 5 * 8]
@@ -214,10 +217,10 @@ def test_a_step_makes_one_message_a_chunk_boundary_and_direction(tmp_path):
 def test_a_training_resumed_on_other_ranks_goes_on(train, tmp_path):
     options = ("--method", "wavefront", "--dataset", "repeat_copy:2", "--model", "gru", "--widths", "6", "5", "4",
                "--loss", "nll", "--dtype", "float64", "--epochs", "1")  # fmt: skip
-    whole = train(2, *options, "--max-steps", "12")
+    full_run = train(2, *options, "--max-steps", "12")
     train(3, *options, "--max-steps", "5", out=tmp_path / "cut")
-    again = train(1, "--resume", "auto", "--max-steps", "12", out=tmp_path / "cut")
-    assert distance(whole.tensors(), again.tensors()) <= 1e-9
+    resumed = train(1, "--resume", "auto", "--max-steps", "12", out=tmp_path / "cut")
+    assert distance(full_run.tensors(), resumed.tensors()) <= 1e-9
 
 
 def refused(ranks, *options):
@@ -227,12 +230,12 @@ def refused(ranks, *options):
 
 
 def test_what_is_said_goes_before_what_is_usual(train, tmp_path):
-    """A configuration file's data and widths, too."""
+    """The data and widths of a configuration file go before the method's usual ones."""
     (tmp_path / "own.toml").write_text(
         '[data]\ndataset = "copying:3"\n[model]\nwidths = [5, 6]\n[parallel]\nmethod = "wavefront"\n'
     )
-    found = train(1, "--config", tmp_path / "own.toml", "--epochs", "1", "--max-steps", "2", "--loss", "nll")
-    config = (found.out / "config.toml").read_text()
+    trained = train(1, "--config", tmp_path / "own.toml", "--epochs", "1", "--max-steps", "2", "--loss", "nll")
+    config = (trained.out / "config.toml").read_text()
     assert (
         'dataset = "copying:3"' in config and 'model = "lstm"' in config and "64" not in config.split("widths")[1][:30]
     )
@@ -250,16 +253,16 @@ def test_limits_are_said(tmp_path):
     lstm, flat = '[[model.layers]]\ntype = "lstm"\nunits = 5\n', '[[model.layers]]\ntype = "flatten"\n'
     dense = '[[model.layers]]\ntype = "{}dense"\nunits = {}\ngroups = {}\n'
     last = '[[model.layers]]\ntype = "last"\n'
-    for layers, said in (
+    for layers, message in (
         (lstm + flat + dense.format("", 10, 1).replace("groups = 1\n", ""), "needs all steps at once"),
         (lstm + dense.format("separable_", 20, 10) + last + dense.format("separable_", 10, 10), "of single classes"),
     ):
         (tmp_path / "net.toml").write_text(f'[model]\nmodel = "custom"\n{layers}')
         options = ("--config", tmp_path / "net.toml", "--epochs", "1", "--lr", "0.1", "--batch-size", "10")
-        if "single" in said:
+        if "single" in message:
             layers = layers.replace("units = 5", "units = 10")
             (tmp_path / "net.toml").write_text(f'[model]\nmodel = "custom"\n{layers}')
-        assert said in refused(1, "--dataset", "digits:rows", *options)
+        assert message in refused(1, "--dataset", "digits:rows", *options)
 
 
 @pytest.mark.slow
@@ -268,8 +271,8 @@ def test_rows_of_mnist_are_read(tmp_path):
     """Five epochs of 28 rows as 28 steps, two layers of 128: 98 % of the test images."""
     options = ("--dataset", "mnist:rows", "--data-dir", real("mnist"), "--model", "lstm", "--widths", "128", "128",
                "--loss", "nll", "--epochs", "5", "--batch-size", "64", "--lr", "0.002")  # fmt: skip
-    found = trainer(tmp_path, launch)(2, "--method", "wavefront", *options, timeout=1700)
-    assert found.rows[-1]["test_accuracy"] >= 0.98
+    trained = trainer(tmp_path, launch)(2, "--method", "wavefront", *options, timeout=1700)
+    assert trained.rows[-1]["test_accuracy"] >= 0.98
 
 
 def test_runs_of_the_flat_vector_follow_each_other(tmp_path):
@@ -283,8 +286,8 @@ def test_runs_of_the_flat_vector_follow_each_other(tmp_path):
         assert all(np.shares_memory(view, method.w[a:b]) for view, a, b in zip(views, ends, ends[1:], strict=False))
         return method.shards[world.rank]
 
-    whole = Runs.union(pair for runs in run_ranks(2, work) for pair in runs.intervals)
-    assert whole == Runs(((0, problem.layout.size),))
+    union = Runs.union(pair for runs in run_ranks(2, work) for pair in runs.intervals)
+    assert union == Runs(((0, problem.layout.size),))
 
 
 def test_a_plan_is_of_what_is_usual_too():

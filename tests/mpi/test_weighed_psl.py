@@ -1,4 +1,4 @@
-"""psl whose samples are weighed by their loss, of this step or as it is remembered, in trainings on several ranks."""
+"""psl with samples weighed by their loss, that of the step or a remembered one, in trainings on several ranks."""
 
 import numpy as np
 import pytest
@@ -28,22 +28,22 @@ REMEMBERED = ("--psl-weights", "remembered")
 PAIRS = (*REMEMBERED, "--partition", "pairs")
 # Ranks and options.
 PLACES = [(1, REMEMBERED), (3, REMEMBERED), (1, PAIRS), (4, PAIRS), (4, (*REMEMBERED, "--colocate", "--replicas", "2"))]
-# Three epochs and a half of four steps.
+# Three and a half epochs of four steps.
 SHORT = ("--dtype", "float64", "--batch-size", "400", "--epochs", "4", "--max-steps", "14", "--lr", "0.01")
 
 
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_with_the_sums_of_the_step_a_training_is_that_of_cross_entropy(ranks, train):
     options = ("--dtype", "float64", "--max-steps", "20", "--colocate")
-    found, expected = train(ranks, *options, "--psl-weights", "current"), train(ranks, *options, "--loss", "nll")
-    assert distance(expected.tensors(), found.tensors()) <= 1e-11
+    weighed, expected = train(ranks, *options, "--psl-weights", "current"), train(ranks, *options, "--loss", "nll")
+    assert distance(expected.tensors(), weighed.tensors()) <= 1e-11
     for key in ("train_loss", "test_loss", "test_accuracy", "test_top5"):
-        assert found.rows[-1][key] == pytest.approx(expected.rows[-1][key], rel=1e-11)
+        assert weighed.rows[-1][key] == pytest.approx(expected.rows[-1][key], rel=1e-11)
 
 
 @pytest.fixture(scope="module")
 def linear(tmp_path_factory):
-    """A linear network of 5 classes on 50 samples in minibatches of 12, and plain steps; its folder, x and y."""
+    """The folder, x and y of a linear network of 5 classes on 50 samples, in minibatches of 12 with plain descent."""
     folder, rng = tmp_path_factory.mktemp("linear"), np.random.default_rng(0)
     x, y = rng.normal(size=(50, 6)), np.arange(50) % 5
     np.savez(folder / "data.npz", x=x, y=y, x_test=x, y_test=y)
@@ -56,7 +56,8 @@ def linear(tmp_path_factory):
 
 
 def reference(x, y, steps):
-    """Weights (5, 6), biases (5,), what is remembered (50,) and the mean loss of the last epoch's steps, with NumPy."""
+    """Return weights (5, 6), biases (5,), remembered divisors (50,) and the mean loss of the last epoch's steps, by
+    NumPy."""
     network = build("custom", (6,), [{"type": "dense", "units": 5}], 5)
     layout = network.layout()
     start = np.empty(layout.size)
@@ -65,7 +66,7 @@ def reference(x, y, steps):
     for piece in layout.pieces():
         into = (w, b)[piece.parameter].reshape(5, -1)[piece.first : piece.last]
         into[...] = start[piece.offset : piece.offset + into.size].reshape(into.shape)
-    r, found, losses = np.ones(50), np.zeros(50), []
+    r, new_divisors, losses = np.ones(50), np.zeros(50), []
     for step in range(steps):
         ids = np.arange(50)[12 * (step % 5) :][:12]
         scores, own = x[ids] @ w.T + b, np.eye(5, dtype=bool)[y[ids]]
@@ -73,16 +74,16 @@ def reference(x, y, steps):
         divisors = np.maximum(1 + e, r[ids, None])
         d = 1.5 * e / divisors
         d[own] = -d.sum(axis=1)
-        # The integral of e / max(1 + e, r) in the logarithm of e, from none.
-        below = np.minimum(e, r[ids, None] - 1) / r[ids, None] + np.log(divisors / r[ids, None])
+        # The integral of e / max(1 + e, r) over the logarithm of e, from minus infinity.
+        integral = np.minimum(e, r[ids, None] - 1) / r[ids, None] + np.log(divisors / r[ids, None])
         losses = losses if step % 5 else []
-        losses.append(below.sum() + (np.log(r[ids]) + 1 / r[ids] - 1).sum())
-        found[ids] = 1 + e.sum(axis=1)
+        losses.append(integral.sum() + (np.log(r[ids]) + 1 / r[ids] - 1).sum())
+        new_divisors[ids] = 1 + e.sum(axis=1)
         w -= 0.5 * d.T @ x[ids] / len(ids)
         b -= 0.5 * d.sum(axis=0) / len(ids)
         if step % 5 == 4:
-            r = found.copy()
-    r[: min(50, 12 * (steps % 5))] = found[: min(50, 12 * (steps % 5))]
+            r = new_divisors.copy()
+    r[: min(50, 12 * (steps % 5))] = new_divisors[: min(50, 12 * (steps % 5))]
     return w, b, r, sum(losses) / min(50, 12 * (steps % 5 or 5))
 
 
@@ -92,21 +93,21 @@ def test_what_is_remembered_weighs_the_next_visit(steps, ranks, options, linear,
     folder, x, y = linear
     w, b, r, loss = reference(x, y, steps)
     fixed = ("--dataset", folder / "data.npz", "--config", folder / "linear.toml", "--max-steps", str(steps))
-    found = train(ranks, *fixed, *options)
-    tensors = found.tensors()
+    trained = train(ranks, *fixed, *options)
+    tensors = trained.tensors()
     names = [name for name in tensors if name.startswith("weights/")]
     np.testing.assert_allclose(tensors[names[1]].reshape(w.shape), w, rtol=1e-10, atol=1e-12)
     np.testing.assert_allclose(tensors[names[0]], b, rtol=1e-10, atol=1e-12)
     np.testing.assert_allclose(tensors["elements/remembered"][:, 0], r, rtol=1e-10)
-    assert found.rows[-1]["train_loss"] == pytest.approx(loss, rel=1e-10)
+    assert trained.rows[-1]["train_loss"] == pytest.approx(loss, rel=1e-10)
 
 
 def test_weighed_samples_have_all_scores_where_others_have_tiles_of_them(linear, train, monkeypatch):
     folder, x, y = linear
     fixed = ("--dataset", folder / "data.npz", "--config", folder / "linear.toml", "--max-steps", "10")
-    whole = train(1, *fixed, "--psl-weights", "current")
+    untiled = train(1, *fixed, "--psl-weights", "current")
     monkeypatch.setattr("psmpi.nn.tail.tile_size", lambda batch: 2)
-    assert distance(whole.tensors(), train(1, *fixed, "--psl-weights", "current").tensors()) == 0
+    assert distance(untiled.tensors(), train(1, *fixed, "--psl-weights", "current").tensors()) == 0
     np.testing.assert_allclose(train(1, *fixed).tensors()["elements/remembered"][:, 0], reference(x, y, 10)[2])
 
 
@@ -116,28 +117,28 @@ def test_weighed_samples_have_all_scores_where_others_have_tiles_of_them(linear,
     ids=str,
 )
 def test_a_run_that_goes_on_within_an_epoch_ends_in_the_same_bits(ranks, options, train):
-    whole = train(ranks, *SHORT, *options)
-    # Saving brings what workers have found together, whenever that is.
-    part = train(ranks, *SHORT, *options, "--max-steps", "6", "--checkpoint-every", "3")
-    again = train(ranks, *SHORT, *options, "--resume", "auto", out=part.out)
-    first, second = whole.tensors(), again.tensors()
-    assert first.keys() == second.keys() and "elements/remembered" in first
-    assert all(np.array_equal(first[name], second[name]) for name in first)
-    assert np.ptp(first["elements/remembered"]) > 0.1
+    full_run = train(ranks, *SHORT, *options)
+    # A checkpoint at any step collects the divisors of all workers.
+    cut_run = train(ranks, *SHORT, *options, "--max-steps", "6", "--checkpoint-every", "3")
+    resumed = train(ranks, *SHORT, *options, "--resume", "auto", out=cut_run.out)
+    full_tensors, resumed_tensors = full_run.tensors(), resumed.tensors()
+    assert full_tensors.keys() == resumed_tensors.keys() and "elements/remembered" in full_tensors
+    assert all(np.array_equal(full_tensors[name], resumed_tensors[name]) for name in full_tensors)
+    assert np.ptp(full_tensors["elements/remembered"]) > 0.1
 
 
 def test_a_run_goes_on_elsewhere_with_what_was_remembered(train):
-    whole = train(1, *SHORT, *REMEMBERED).tensors()
+    full_tensors = train(1, *SHORT, *REMEMBERED).tensors()
     for before, after in (((3, PAIRS), (1, REMEMBERED)), ((1, REMEMBERED), (4, PAIRS))):
-        part = train(before[0], *SHORT, *before[1], "--max-steps", "6")
-        again = train(after[0], *SHORT, *after[1], "--resume", "auto", out=part.out)
-        assert distance(whole, again.tensors()) <= 1e-9
+        cut_run = train(before[0], *SHORT, *before[1], "--max-steps", "6")
+        resumed = train(after[0], *SHORT, *after[1], "--resume", "auto", out=cut_run.out)
+        assert distance(full_tensors, resumed.tensors()) <= 1e-9
 
 
 def test_a_checkpoint_of_other_weights_is_gone_on_with(train):
-    begun = train(1, *SHORT, "--max-steps", "6")
-    again = train(1, *SHORT, *REMEMBERED, "--resume", "auto", out=begun.out)
-    assert "the divisors of these samples" in again.stdout
+    first_run = train(1, *SHORT, "--max-steps", "6")
+    resumed = train(1, *SHORT, *REMEMBERED, "--resume", "auto", out=first_run.out)
+    assert "the divisors of these samples" in resumed.stdout
 
 
 @pytest.mark.parametrize("options", [REMEMBERED, PAIRS], ids=str)
@@ -150,25 +151,28 @@ def test_steps_that_are_left_out_or_gone_back_from_are_not_remembered(options, t
 @pytest.mark.parametrize("options", [REMEMBERED, PAIRS], ids=str)
 def test_ranks_exchange_what_they_have_found_at_the_end_of_an_epoch_alone(options, tmp_path):
     def counted(world, network, dataset, config):
-        """What the rank has sent and received in each step of three epochs, and what was said before."""
+        """Return the bytes sent and received in each step of three epochs, the declared bytes, and the number of
+        samples."""
         method = PartiallySeparable(Context(world, network, dataset, config, NumpyOps()))
         batches, steps, rate = plan_steps(dataset, config)
-        found, said = [(0, 0)], []
+        counts, declared = [(0, 0)], []
         for step in range(steps):
             batch = Batch(batches.ids(*divmod(step, batches.steps_per_epoch)))
-            said.append(totals(method.messages(step, len(batch)), world.rank))
+            declared.append(totals(method.messages(step, len(batch)), world.rank))
             method.step(batch, rate(step))
-            found.append((method.counter.sent, method.counter.received))
-        return np.diff(found, axis=0), said, dataset.train.n
+            counts.append((method.counter.sent, method.counter.received))
+        return np.diff(counts, axis=0), declared, dataset.train.n
 
-    cases = [Case("psl", tmp_path, some).problem("--batch-size", "400") for some in (options, options[2:])]
-    found, plain = (run_ranks(3, lambda world, case=case: counted(world, *case)) for case in cases)
-    for rank, ((ours, said, n), (theirs, *_)) in enumerate(zip(found, plain, strict=True)):
-        assert np.array_equal(ours, said)
-        # Two workers, each of which adds up half of the samples, 8 bytes each; rank 0 is none.
-        more = np.zeros((12, 2), int)
-        more[3::4] = 8 * n * (rank > 0)
-        assert np.array_equal(ours - theirs, more)
+    cases = [
+        Case("psl", tmp_path, case_options).problem("--batch-size", "400") for case_options in (options, options[2:])
+    ]
+    remembered, plain = (run_ranks(3, lambda world, case=case: counted(world, *case)) for case in cases)
+    for rank, ((with_exchange, declared, n), (without, *_)) in enumerate(zip(remembered, plain, strict=True)):
+        assert np.array_equal(with_exchange, declared)
+        # The two workers all-reduce 8 bytes a sample, 8 n bytes each way; rank 0 is no worker.
+        extra = np.zeros((12, 2), int)
+        extra[3::4] = 8 * n * (rank > 0)
+        assert np.array_equal(with_exchange - without, extra)
 
 
 @pytest.mark.parametrize("lenient", [False, True])
@@ -215,5 +219,5 @@ def test_weights_that_cannot_be_are_refused_with_what_can(ranks, options, says, 
 @pytest.mark.parametrize("method", ["data_parallel", "ist"])
 def test_other_methods_have_the_sums_of_the_step_too(method, train):
     options = ("--method", method, "--dtype", "float64", "--max-steps", "10")
-    found, expected = train(2, *options, "--psl-weights", "current"), train(2, *options, "--loss", "nll")
-    assert distance(expected.tensors(), found.tensors()) <= 1e-11
+    weighed, expected = train(2, *options, "--psl-weights", "current"), train(2, *options, "--loss", "nll")
+    assert distance(expected.tensors(), weighed.tensors()) <= 1e-11

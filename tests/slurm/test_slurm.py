@@ -1,4 +1,4 @@
-"""Jobs on a real SLURM: they end, are stopped at their time limit, start again, and end in the same bits."""
+"""Jobs on a real SLURM: after stops and restarts they have the weights of an undisturbed run, bit for bit."""
 
 import json
 import re
@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.skipif(bool(missing()), reason=miss
 
 OPTIONS = ("--dtype", "float64", "--batch-size", "20", "--lr", "0.001", "--checkpoint-every", "100000")
 
-# Each step takes a while, for as long as there is a file of this name.
+# A start-up module of Python: a call of `Poll`, one a step, takes 50 ms more while the file exists.
 SLOW = """
 import os, time
 import psmpi.comm.control as control
@@ -33,7 +33,7 @@ def slow(self, *questions):
 control.Poll.__call__ = slow
 """
 
-# The second rank ends a second after the others, for as long as there is a file of this name.
+# A start-up module of Python: rank 1 ends a second after the others if the file exists at its start.
 LATE = """
 import signal
 if os.path.exists({file!r}) and os.environ.get("SLURM_PROCID") == "1":
@@ -48,13 +48,13 @@ if os.path.exists({file!r}) and os.environ.get("SLURM_PROCID") == "1":
 
 @pytest.fixture(scope="module")
 def cluster():
-    with Cluster() as one:
-        yield one
+    with Cluster() as running:
+        yield running
 
 
 @pytest.fixture
 def place(tmp_path, cluster):
-    """A folder to submit from, with an environment; steps are slow there until its file `slow` is removed."""
+    """A folder to submit from, with a Python environment. Its files `slow` and `late` switch SLOW and LATE on."""
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(
@@ -68,25 +68,25 @@ def place(tmp_path, cluster):
 
 
 def submit(cluster, place, *words):
-    """The number of a job that psmpi submit has written and submitted."""
-    done = subprocess.run(
+    """Write and submit a job by psmpi submit; return its number."""
+    result = subprocess.run(
         [sys.executable, "-m", "psmpi.submit", "--activate", ".venv/bin/activate", *map(str, words)], cwd=place,
         env={**cluster.environment, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return re.search(r"Submitted batch job (\d+)", done.stdout)[1]
+    assert result.returncode == 0, result.stderr
+    return re.search(r"Submitted batch job (\d+)", result.stdout)[1]
 
 
-def said(place):
+def printed(place):
     return "\n".join(path.read_text() for path in place.glob("*.out"))
 
 
-def begun(cluster, place, job, out):
-    """Return when a job has some rows of metrics."""
+def wait_for_metrics(cluster, place, job, out):
+    """Wait until a job has written a row of metrics."""
     end = time.monotonic() + 60
     rows = place / out / "metrics.jsonl"
     while not (rows.exists() and rows.read_text().count("\n") >= 1):
-        assert time.monotonic() < end, f"{cluster.show(job, 'JobState')}\n{said(place)}"
+        assert time.monotonic() < end, f"{cluster.show(job, 'JobState')}\n{printed(place)}"
         time.sleep(0.1)
 
 
@@ -101,27 +101,27 @@ def same(run, expected):
 
 @pytest.mark.parametrize("script", sorted((ROOT / "jobs").glob("*.sh")), ids=lambda path: path.stem)
 def test_the_scripts_train(cluster, place, script):
-    """Each as it is, but for the size of the job and the data."""
+    """Every script of jobs/, with other numbers of nodes and ranks and with another data set."""
     shutil.copytree(ROOT / "jobs", place / "jobs")
-    done = cluster.run(
+    result = cluster.run(
         "sbatch", "--nodes=1", "--ntasks=2", "--cpus-per-task=1", "--gpus-per-node=0", "--overcommit",
         *(["--array=1-2"] if script.stem == "array" else []), f"jobs/{script.name}", "--dataset", "digits",
         "--epochs", "1", "--batch-size", "32", "--threads", "1", cwd=place,
         PYTHONPATH=str(FAKE) if script.stem == "gpus" else "",
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    job = done.stdout.split()[-1]
-    assert cluster.wait(job, 120) == "COMPLETED", said(place)
+    assert result.returncode == 0, result.stderr
+    job = result.stdout.split()[-1]
+    assert cluster.wait(job, 120) == "COMPLETED", printed(place)
     runs = {"array": ["array/lr=0.01,seed=1", "array/lr=0.01,seed=2"]}.get(script.stem, [script.stem])
-    for one in runs:
+    for name in runs:
         end = time.monotonic() + 60
-        while not (place / "runs" / one / "metrics.jsonl").exists():
-            assert time.monotonic() < end, said(place)
+        while not (place / "runs" / name / "metrics.jsonl").exists():
+            assert time.monotonic() < end, printed(place)
             time.sleep(0.1)
 
 
 def test_a_job_goes_on_beyond_its_time_limit(cluster, place, train):
-    """Stopped before the limit, saved, requeued, and done: in the bits of a run that nothing stopped."""
+    """A job stops and saves before its limit, is requeued, and ends with the weights of an undisturbed run."""
     (place / "slow").touch()
     job = submit(
         cluster, place, "--name", "beyond", "--ranks", "2", "--time", "2", "--save-before", "50", "--requeue", "--",
@@ -133,23 +133,23 @@ def test_a_job_goes_on_beyond_its_time_limit(cluster, place, train):
     assert int(cluster.show(job, "Restarts")) == 1
     (place / "slow").unlink()
     cluster.again(job)
-    assert cluster.wait(job, 120) == "COMPLETED", said(place)
-    out = said(place)
-    assert "stopped by SIGUSR1 after step" in out and "resumed from" in out
+    assert cluster.wait(job, 120) == "COMPLETED", printed(place)
+    text = printed(place)
+    assert "stopped by SIGUSR1 after step" in text and "resumed from" in text
     assert same(place / "runs" / "beyond", expected)
 
 
 def test_a_requeued_job_goes_on(cluster, place, train):
-    """Requeued in mid-run, by whoever looks after the cluster."""
+    """An administrator requeues a running job."""
     (place / "slow").touch()
     job = submit(cluster, place, "--name", "again", "--ranks", "2", "--", *OPTIONS, "--epochs", "6")
-    begun(cluster, place, job, "runs/again")
+    wait_for_metrics(cluster, place, job, "runs/again")
     assert cluster.run("scontrol", "requeue", job).returncode == 0
     (place / "slow").unlink()
     cluster.again(job)
-    assert cluster.wait(job, 120) == "COMPLETED", said(place)
-    out = said(place)
-    assert "stopped by SIGTERM after step" in out and "resumed from" in out
+    assert cluster.wait(job, 120) == "COMPLETED", printed(place)
+    text = printed(place)
+    assert "stopped by SIGTERM after step" in text and "resumed from" in text
     assert same(place / "runs" / "again", undisturbed(train, 2, "--epochs", "6"))
 
 
@@ -157,12 +157,12 @@ def test_a_cancelled_job_is_saved_and_another_goes_on(cluster, place, train):
     (place / "slow").touch()
     words = ("--name", "later", "--ranks", "2", "--requeue", "--", *OPTIONS, "--epochs", "6")
     job = submit(cluster, place, *words)
-    begun(cluster, place, job, "runs/later")
+    wait_for_metrics(cluster, place, job, "runs/later")
     cluster.run("scancel", job)
     assert cluster.wait(job, 60) == "CANCELLED"
-    assert "stopped by SIGTERM after step" in said(place)
+    assert "stopped by SIGTERM after step" in printed(place)
     (place / "slow").unlink()
-    assert cluster.wait(submit(cluster, place, *words), 120) == "COMPLETED", said(place)
+    assert cluster.wait(submit(cluster, place, *words), 120) == "COMPLETED", printed(place)
     assert same(place / "runs" / "later", undisturbed(train, 2, "--epochs", "6"))
 
 
@@ -170,7 +170,7 @@ def test_an_array_has_a_run_of_each_seed(cluster, place):
     job = submit(cluster, place, "--name", "seeds", "--ranks", "1", "--seeds", "4", "--", "--epochs", "1")
     end = time.monotonic() + 120
     while cluster.run("squeue", "-h", "-j", job).stdout.strip():
-        assert time.monotonic() < end, said(place)
+        assert time.monotonic() < end, printed(place)
         time.sleep(0.3)
     rows = {
         seed: json.loads((place / "runs" / "seeds" / f"seed={seed}" / "metrics.jsonl").read_text().splitlines()[0])
@@ -181,22 +181,22 @@ def test_an_array_has_a_run_of_each_seed(cluster, place):
 
 
 def test_one_job_of_an_array_goes_on_and_disturbs_no_other(cluster, place, train):
-    """It is the last one, whose number is that of the array, and its ranks do not end at once."""
+    """The job is the last of the array, with the number of the array, and its ranks end at different times."""
     for name in ("slow", "late"):
         (place / name).touch()
     array = submit(
         cluster, place, "--name", "two", "--ranks", "2", "--seeds", "2", "--requeue", "--", *OPTIONS, "--epochs", "6"
     )
     for task in range(2):
-        begun(cluster, place, f"{array}_{task}", f"runs/two/seed={task}")
+        wait_for_metrics(cluster, place, f"{array}_{task}", f"runs/two/seed={task}")
     cluster.run("scancel", "--signal=USR1", f"{array}_1")
     cluster.wait(f"{array}_1", 60, ("PENDING",))
     assert (cluster.show(f"{array}_0", "JobState"), cluster.show(f"{array}_0", "Restarts")) == ("RUNNING", "0")
     (place / "slow").unlink()
     cluster.again(f"{array}_1")
     for task in range(2):
-        assert cluster.wait(f"{array}_{task}", 120) == "COMPLETED", said(place)
-    assert "stopped by SIGUSR1 after step" in said(place) and int(cluster.show(f"{array}_0", "Restarts")) == 0
+        assert cluster.wait(f"{array}_{task}", 120) == "COMPLETED", printed(place)
+    assert "stopped by SIGUSR1 after step" in printed(place) and int(cluster.show(f"{array}_0", "Restarts")) == 0
     assert same(place / "runs" / "two" / "seed=1", undisturbed(train, 2, "--epochs", "6", "--seed", "1"))
 
 
@@ -204,11 +204,11 @@ def test_one_job_of_an_array_goes_on_and_disturbs_no_other(cluster, place, train
     "times", [1, pytest.param(20, marks=[pytest.mark.slow, pytest.mark.repeated, pytest.mark.timeout(1200)])]
 )
 def test_ranks_of_a_killed_job_leave_nothing_that_stops_the_next_start(cluster, place, times):
-    """MPICH's shared memory has the job's and the step's numbers, and a job that starts again has them too."""
+    """MPICH names shared memory by the numbers of job and step, which are the same when the job starts again."""
     (place / "slow").touch()
     epochs = ("--epochs", 2 * times + 2, "--checkpoint-every", "10")
     job = submit(cluster, place, "--name", "killed", "--ranks", "2", "--requeue", "--", *OPTIONS, *epochs)
-    begun(cluster, place, job, "runs/killed")
+    wait_for_metrics(cluster, place, job, "runs/killed")
     for start in range(times):
         cluster.run("scancel", "--signal=KILL", f"{job}.0")
         cluster.wait(job, 60, ("FAILED",))
@@ -216,40 +216,42 @@ def test_ranks_of_a_killed_job_leave_nothing_that_stops_the_next_start(cluster, 
         cluster.run("scontrol", "requeue", job)
         cluster.again(job)
         end = time.monotonic() + 60
-        while said(place).count("resumed from") <= start:
-            assert time.monotonic() < end and cluster.show(job, "JobState") == "RUNNING", said(place)
+        while printed(place).count("resumed from") <= start:
+            assert time.monotonic() < end and cluster.show(job, "JobState") == "RUNNING", printed(place)
             time.sleep(0.1)
     (place / "slow").unlink()
-    assert cluster.wait(job, 120) == "COMPLETED", said(place)
+    assert cluster.wait(job, 120) == "COMPLETED", printed(place)
 
 
 def test_ranks_see_each_other(cluster, place):
-    """By the interface that fits this Python's MPI, with which they are stopped, saved, and go on too."""
+    """Started by srun, through the interface of this Python's MPI, ranks stop and save before a limit, and resume."""
     (place / "slow").touch()
     words = ("-m", "psmpi.train", *OPTIONS, "--epochs", "40", "--out", place / "run", "--resume", "auto")
     for limit in (["--signal=USR1@10", "--time=1"], []):
-        # SLURM 22.05 fails to launch one in some steps by PMIx, with status 0, whatever the program.
+        # SLURM 22.05 fails to launch some steps by PMIx, with status 0, whatever the program.
         for _ in range(5):
-            done = cluster.run(
+            result = cluster.run(
                 "srun", f"--mpi={'pmix' if vendor() == 'Open MPI' else 'pmi2'}", "-n", "2", "--overcommit", *limit,
                 sys.executable, *words, cwd=place, timeout=120, PYTHONPATH=f"{place / 'site'}:{ROOT}",
             )  # fmt: skip
-            if "launch failed: Unspecified error" not in done.stderr:
+            if "launch failed: Unspecified error" not in result.stderr:
                 break
-        assert done.returncode == (85 if limit else 0), done.stderr
-        assert "│ 1    │" in done.stdout, done.stderr
+        assert result.returncode == (85 if limit else 0), result.stderr
+        assert "│ 1    │" in result.stdout, result.stderr
         (place / "slow").unlink(missing_ok=True)
-    assert "resumed from" in done.stdout
+    assert "resumed from" in result.stdout
 
 
 @pytest.mark.skipif(vendor() != "MPICH", reason="the interfaces named here are MPICH's")
 def test_the_doctor_knows_how_it_was_started(cluster, place):
-    """By srun, by srun without an interface of MPI, and in an allocation without srun."""
+    """Started by srun, by srun without an interface of MPI, and in an allocation without srun."""
     doctor = (sys.executable, "-m", "psmpi.doctor")
     for words, status, says in (
         (("srun", "--mpi=pmi2", "-n", "2", "--overcommit"), 0, ("MPI sees 2: it matches", "0 and 1")),
         (("srun", "--mpi=none", "-n", "2", "--overcommit"), 1, ("error    MPI", "sees 1: the launcher belongs")),
         (("salloc", "-n", "2", "--overcommit"), 0, ("warning  SLURM        the job has 2 tasks",)),
     ):
-        done = cluster.run(*words, *doctor, cwd=place, timeout=120, PYTHONPATH=str(ROOT))
-        assert done.returncode == status and all(one in done.stdout for one in says), done.stdout + done.stderr
+        result = cluster.run(*words, *doctor, cwd=place, timeout=120, PYTHONPATH=str(ROOT))
+        assert result.returncode == status and all(text in result.stdout for text in says), (
+            result.stdout + result.stderr
+        )

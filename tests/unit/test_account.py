@@ -1,4 +1,4 @@
-"""The account of memory: what is declared counts once."""
+"""The account of memory counts each byte of the declared arrays once."""
 
 import numpy as np
 import pytest
@@ -22,8 +22,8 @@ from psmpi.training.state import State
 )
 def test_bytes_shared_by_arrays_count_once(slices, counted):
     account, memory = Account(), np.zeros(10)
-    for at in slices:
-        account.hold("weights", memory[at])
+    for part in slices:
+        account.hold("weights", memory[part])
     assert account.bytes() == {"weights": 8 * counted}
 
 
@@ -36,10 +36,10 @@ def test_shared_bytes_count_at_the_first_and_other_arrays_apart():
 
 
 def test_what_is_allocated_anew_is_counted_as_it_is_now():
-    account, room = Account(), [np.zeros(1)]
-    account.ask("activations", lambda: (room[0], 3))
+    account, arrays = Account(), [np.zeros(1)]
+    account.ask("activations", lambda: (arrays[0], 3))
     assert account.bytes() == {"activations": 11}
-    room[0] = np.zeros(4)
+    arrays[0] = np.zeros(4)
     assert account.bytes() == {"activations": 35}
 
 
@@ -51,5 +51,5 @@ def test_the_state_counts_what_is_declared():
     state.table("left", np.zeros((1, 3)))
     state.pieces("handed", [(np.zeros(4), [(slice(0, 4), slice(0, 4))]), (np.zeros(2), [(slice(4, 6), slice(0, 2))])])
     work = sum(array.nbytes for array in (*optimizer.work, optimizer.scratch))
-    # Two moments, the table and the two pieces, and the image of the pieces together.
+    # Optimizer: two moments, the table and the two pieces; buffers: one copy of all pieces.
     assert state.account.bytes() == {"weights": 48, "optimizer": 96 + work + 24 + 48, "buffers": 48}

@@ -1,4 +1,4 @@
-"""Training and predicting on arrays: the same as on files, in words for Python, and nothing left behind."""
+"""Training and prediction on arrays equal those on files, errors name Python arguments, the process is unchanged."""
 
 import json
 import os
@@ -49,28 +49,28 @@ LABELS = {
 
 @pytest.mark.parametrize("y", LABELS.values(), ids=LABELS)
 def test_labels_are_those_that_were_given(y):
-    found = psmpi.fit(X, y, **{**SMALL, "epochs": 30})
+    training = psmpi.fit(X, y, **{**SMALL, "epochs": 30})
     classes = np.unique(np.array(y).astype(str) if isinstance(y, list) else y.astype(str) if y.dtype == object else y)
-    assert found.network.classes.tolist() == classes.tolist()
-    assert (found.predict(X) == np.asarray(y)).mean() > 0.95
-    proba = found.network.predict_proba(X)
+    assert training.network.classes.tolist() == classes.tolist()
+    assert (training.predict(X) == np.asarray(y)).mean() > 0.95
+    proba = training.network.predict_proba(X)
     assert proba.shape == (200, 2) and np.allclose(proba.sum(axis=1), 1)
-    assert (found.network.classes[proba.argmax(axis=1)] == found.predict(X)).all()
-    assert len(found.metrics) == 30 and found.scores["test_accuracy"] > 0.9
+    assert (training.network.classes[proba.argmax(axis=1)] == training.predict(X)).all()
+    assert len(training.metrics) == 30 and training.scores["test_accuracy"] > 0.9
 
 
 def test_a_linear_regression_ends_at_the_least_squares():
     y = X @ np.array([[1.0, 2], [-1, 0], [0.5, 1], [3, 0]]) + samples(200, 2, 1) + 2
     layers = [{"type": "dense", "units": 2}]
-    found = psmpi.fit(
+    training = psmpi.fit(
         X, y, X, y, model="custom", layers=layers, optimizer="lbfgs", batch_size=200, epochs=60, dtype="float64"
     )
     ones = np.column_stack([X, np.ones(len(X))]).astype(float)
-    wanted = ones @ np.linalg.lstsq(ones, y, rcond=None)[0]
-    assert found.predict(X) == pytest.approx(wanted, abs=1e-4)
-    assert found.network.classes is None
-    one = psmpi.fit(X, y[:, 0], **SMALL)
-    assert one.predict(X[:3]).shape == (3,)
+    expected = ones @ np.linalg.lstsq(ones, y, rcond=None)[0]
+    assert training.predict(X) == pytest.approx(expected, abs=1e-4)
+    assert training.network.classes is None
+    single_target = psmpi.fit(X, y[:, 0], **SMALL)
+    assert single_target.predict(X[:3]).shape == (3,)
 
 
 @pytest.mark.parametrize("ranks", [1, 3])
@@ -83,22 +83,22 @@ def test_it_is_the_training_of_the_command_line(ranks, tmp_path):
     )
     assert status == 0, err + out
     (file,) = (tmp_path / "run" / "checkpoints").glob("step-*40.h5")
-    found = on_ranks(ranks, lambda rank: psmpi.fit(X, y, **SMALL))
-    for one in found:
-        for name, values in one.network.weights.items():
+    trainings = on_ranks(ranks, lambda rank: psmpi.fit(X, y, **SMALL))
+    for training in trainings:
+        for name, values in training.network.weights.items():
             np.testing.assert_array_equal(values, tensors(file)[f"weights/{name}"])
-    assert (psmpi.load(tmp_path / "run").predict(X) == found[0].predict(X)).all()
+    assert (psmpi.load(tmp_path / "run").predict(X) == trainings[0].predict(X)).all()
 
 
 def test_all_ranks_get_what_one_process_gets():
-    for more in ({"model": "mlp"}, {"model": "head"}, {"method": "tensor"}):
-        options = {**SMALL, "dtype": "float64", **more}
+    for extra in ({"model": "mlp"}, {"model": "head"}, {"method": "tensor"}):
+        options = {**SMALL, "dtype": "float64", **extra}
         call = partial(psmpi.fit, X, LABELS["strings"], **options)
-        (alone,), several = (on_ranks(ranks, lambda rank, call=call: call()) for ranks in (1, 3))
-        for one in several:
-            np.testing.assert_array_equal(one.network.vector, several[0].network.vector)
-            np.testing.assert_allclose(one.network.vector, alone.network.vector, rtol=1e-9, atol=1e-12)
-            assert one.scores == several[0].scores and one.folder is None
+        (serial,), parallel = (on_ranks(ranks, lambda rank, call=call: call()) for ranks in (1, 3))
+        for training in parallel:
+            np.testing.assert_array_equal(training.network.vector, parallel[0].network.vector)
+            np.testing.assert_allclose(training.network.vector, serial.network.vector, rtol=1e-9, atol=1e-12)
+            assert training.scores == parallel[0].scores and training.folder is None
 
 
 @pytest.mark.parametrize(
@@ -116,9 +116,9 @@ def test_all_ranks_get_what_one_process_gets():
     ],
 )
 def test_an_error_is_raised_on_all_ranks(call, said):
-    found = on_ranks(3, call)
-    assert len({str(one) for one in found}) == 1
-    assert all(isinstance(one, psmpi.UserError) and said in str(one) for one in found), found
+    errors = on_ranks(3, call)
+    assert len({str(error) for error in errors}) == 1
+    assert all(isinstance(error, psmpi.UserError) and said in str(error) for error in errors), errors
 
 
 WRONG = [
@@ -183,8 +183,8 @@ def test_test_labels_that_cannot_be_learnt_are_refused():
         psmpi.fit(X, y, X[:3], [0, 1, 1], **SMALL)
     with pytest.raises(psmpi.UserError, match="one of x_test and y_test"):
         psmpi.fit(X, y, X[:3], **SMALL)
-    found = psmpi.fit(X, y, X[:3], y[:3], **SMALL)
-    assert found.scores["test_accuracy"] in (0, 1 / 3, 2 / 3, 1)
+    training = psmpi.fit(X, y, X[:3], y[:3], **SMALL)
+    assert training.scores["test_accuracy"] in (0, 1 / 3, 2 / 3, 1)
 
 
 def test_pixels_are_divided_and_other_integers_are_not():
@@ -192,15 +192,15 @@ def test_pixels_are_divided_and_other_integers_are_not():
     y = images.mean(axis=(1, 2)) > 127
     pixels, floats = (psmpi.fit(x, y, **SMALL) for x in (images.astype(np.uint8), (images / 255).astype(np.float32)))
     np.testing.assert_allclose(pixels.network.vector, floats.network.vector, rtol=1e-3, atol=1e-5)
-    whole, same = (psmpi.fit(x, y, **SMALL) for x in (images.astype(np.int16), images.astype(np.float32)))
-    np.testing.assert_array_equal(whole.network.vector, same.network.vector)
+    from_int16, from_float32 = (psmpi.fit(x, y, **SMALL) for x in (images.astype(np.int16), images.astype(np.float32)))
+    np.testing.assert_array_equal(from_int16.network.vector, from_float32.network.vector)
     assert np.allclose(pixels.network.scores(images.astype(np.uint8)), pixels.network.scores(images / 255), atol=1e-5)
 
 
 def test_sparse_samples_are_those_of_a_dense_array():
     x = np.where(np.random.default_rng(0).random((200, 30)) < 0.2, samples(200, 30), 0).astype(np.float32)
     y = x.sum(axis=1) > 0
-    sparse, dense = (psmpi.fit(one, y, **SMALL) for one in (scipy.sparse.csr_matrix(x), x))
+    sparse, dense = (psmpi.fit(array, y, **SMALL) for array in (scipy.sparse.csr_matrix(x), x))
     np.testing.assert_allclose(sparse.network.vector, dense.network.vector, rtol=1e-4, atol=1e-6)
     rows = scipy.sparse.csr_matrix(x)
     # Each entry in two halves, which is the same matrix.
@@ -214,32 +214,34 @@ def test_sparse_samples_are_those_of_a_dense_array():
 def test_sequences_have_lengths():
     rng = np.random.default_rng(0)
     x, lengths = rng.normal(size=(60, 7, 2)).astype(np.float32), rng.integers(2, 8, 60)
-    y = np.array([one[:n].sum() > 0 for one, n in zip(x, lengths, strict=True)])
-    found = psmpi.fit(x, y, model="rnn", widths=(8,), epochs=2, lengths=lengths)
-    beyond = np.where(np.arange(7)[:, None] < lengths[:, None, None], x, 99).astype(np.float32)
-    np.testing.assert_array_equal(found.network.scores(x, lengths), found.network.scores(beyond, lengths))
+    y = np.array([sequence[:n].sum() > 0 for sequence, n in zip(x, lengths, strict=True)])
+    training = psmpi.fit(x, y, model="rnn", widths=(8,), epochs=2, lengths=lengths)
+    padded = np.where(np.arange(7)[:, None] < lengths[:, None, None], x, 99).astype(np.float32)
+    np.testing.assert_array_equal(training.network.scores(x, lengths), training.network.scores(padded, lengths))
     tokens, steps = rng.integers(0, 5, (40, 6)), np.full(40, 6)
-    after = psmpi.fit(tokens, (tokens + 1) % 5, model="gru", vocabulary=5, widths=(8,), epochs=1, lengths=steps)
-    assert after.predict(tokens, steps).shape == (40, 6)
+    token_training = psmpi.fit(
+        tokens, (tokens + 1) % 5, model="gru", vocabulary=5, widths=(8,), epochs=1, lengths=steps
+    )
+    assert token_training.predict(tokens, steps).shape == (40, 6)
 
 
 @pytest.mark.parametrize("method", BUILTIN)
 def test_the_network_of_every_method_is_that_of_its_checkpoint(method, tmp_path):
-    """With the settings that the method has where no network is named."""
-    said = {name: value for name, _, value in changes(Config(), parse(["--method", method]))}
-    said |= {"model": "head"} if method == DEFAULT else {}
-    numbers = {"method": method, "epochs": 2, "batch_size": 20, "lr": 0.01}
-    options = {name: value for name, value in said.items() if name != "dataset"} | numbers
+    """Each method trains with the settings that it has by default."""
+    defaults = {name: value for name, _, value in changes(Config(), parse(["--method", method]))}
+    defaults |= {"model": "head"} if method == DEFAULT else {}
+    small_training = {"method": method, "epochs": 2, "batch_size": 20, "lr": 0.01}
+    options = {name: value for name, value in defaults.items() if name != "dataset"} | small_training
     rng, lengths = np.random.default_rng(0), None
     x = rng.random((80, 8, 8)).astype(np.float32)
     if options.get("model") in ("rnn", "lstm", "gru", "transformer"):
         lengths = np.full(80, 8)
     y = x.mean(axis=(1, 2)) > 0.5
     out = tmp_path / "run"
-    for found in on_ranks(2, lambda rank: psmpi.fit(x, y, lengths=lengths, out=out, **options)):
-        assert isinstance(found, psmpi.Training), found
-        np.testing.assert_array_equal(found.network.vector, psmpi.load(out).vector)
-        assert found.predict(x, lengths).shape == (80,) and found.network.settings["method"] == method
+    for training in on_ranks(2, lambda rank: psmpi.fit(x, y, lengths=lengths, out=out, **options)):
+        assert isinstance(training, psmpi.Training), training
+        np.testing.assert_array_equal(training.network.vector, psmpi.load(out).vector)
+        assert training.predict(x, lengths).shape == (80,) and training.network.settings["method"] == method
 
 
 def test_without_out_nothing_is_written(tmp_path, monkeypatch, capfd):
@@ -252,25 +254,25 @@ def test_without_out_nothing_is_written(tmp_path, monkeypatch, capfd):
 
 
 def test_notes_are_in_the_result():
-    found = psmpi.fit(X * 1000, TRUE, widths=(16,), epochs=1)
-    assert any("divide it by a number" in note for note in found.notes)
+    training = psmpi.fit(X * 1000, TRUE, widths=(16,), epochs=1)
+    assert any("divide it by a number" in note for note in training.notes)
 
 
 def test_a_run_is_loaded_and_gone_on_with(tmp_path):
-    y, whole = LABELS["strings"], tmp_path / "whole"
-    straight = psmpi.fit(X, y, **SMALL, out=whole)
+    y, straight_folder = LABELS["strings"], tmp_path / "whole"
+    straight = psmpi.fit(X, y, **SMALL, out=straight_folder)
     psmpi.fit(X, y, **{**SMALL, "epochs": 2}, out=tmp_path / "run")
-    after = psmpi.fit(X, y, epochs=5, out=tmp_path / "run", resume="auto")
-    np.testing.assert_array_equal(after.network.vector, straight.network.vector)
-    assert after.folder == tmp_path / "run" and len(after.metrics) == 5
+    resumed = psmpi.fit(X, y, epochs=5, out=tmp_path / "run", resume="auto")
+    np.testing.assert_array_equal(resumed.network.vector, straight.network.vector)
+    assert resumed.folder == tmp_path / "run" and len(resumed.metrics) == 5
     loaded = psmpi.load(tmp_path / "run")
     assert (loaded.predict(X) == straight.predict(X)).all() and loaded.classes.tolist() == ["no", "yes"]
     assert loaded.settings["widths"] == (16,) and loaded.settings["batch_size"] == 20
     with pytest.raises(psmpi.UserError, match="holds a run already"):
-        psmpi.fit(X, y, out=whole)
+        psmpi.fit(X, y, out=straight_folder)
     with pytest.raises(psmpi.UserError, match="is not the data set"):
-        psmpi.fit(X + 1, y, out=whole, resume="auto", epochs=6)
-    status, _, err = run(1, "-m", "psmpi.train", "--out", whole, "--resume", "auto")
+        psmpi.fit(X + 1, y, out=straight_folder, resume="auto", epochs=6)
+    status, _, err = run(1, "-m", "psmpi.train", "--out", straight_folder, "--resume", "auto")
     assert status == 1 and "were arrays in memory: go on with psmpi.fit" in err
     with pytest.raises(psmpi.UserError, match="no checkpoint"):
         psmpi.load(tmp_path)
@@ -287,20 +289,20 @@ def test_labels_of_a_checkpoint_are_checked(tmp_path):
 
 
 def test_a_network_is_pickled_and_its_weights_have_names():
-    found = psmpi.fit(X, TRUE, model="head", **SMALL).network
-    again = pickle.loads(pickle.dumps(found))
-    np.testing.assert_array_equal(again.scores(X), found.scores(X))
-    weights = found.weights
-    assert {name: one.shape for name, one in weights.items()} == {
+    network = psmpi.fit(X, TRUE, model="head", **SMALL).network
+    unpickled = pickle.loads(pickle.dumps(network))
+    np.testing.assert_array_equal(unpickled.scores(X), network.scores(X))
+    weights = network.weights
+    assert {name: values.shape for name, values in weights.items()} == {
         "dense1.weight": (16, 4),
         "dense1.bias": (16,),
         "dense2.weight": (2, 16),
         "dense2.bias": (2,),
     }
-    np.testing.assert_array_equal(flat_weights(found.contents.layout, weights, np.float32), found.vector)
+    np.testing.assert_array_equal(flat_weights(network.contents.layout, weights, np.float32), network.vector)
     hidden = np.maximum(X @ weights["dense1.weight"].T + weights["dense1.bias"], 0)
-    wanted = hidden @ weights["dense2.weight"].T + weights["dense2.bias"]
-    np.testing.assert_allclose(found.scores(X), wanted, atol=1e-5)
+    expected = hidden @ weights["dense2.weight"].T + weights["dense2.bias"]
+    np.testing.assert_allclose(network.scores(X), expected, atol=1e-5)
 
 
 def test_predictions_say_what_does_not_fit():
@@ -309,29 +311,29 @@ def test_predictions_say_what_does_not_fit():
         network.predict(X[:, :3])
     with pytest.raises(psmpi.UserError, match="no batch normalization"):
         network.predict(X, calibrate=X)
-    values = psmpi.fit(X, X[:, 0], **SMALL).network
+    regression = psmpi.fit(X, X[:, 0], **SMALL).network
     with pytest.raises(psmpi.UserError, match="predicts values"):
-        values.predict_proba(X)
+        regression.predict_proba(X)
 
 
 def test_batch_normalization_takes_statistics_of_other_samples():
     network = psmpi.fit(X, TRUE, **SMALL, batch_norm=True).network
-    alone = np.concatenate([network.scores(X[k : k + 1], calibrate=X) for k in range(5)])
-    np.testing.assert_allclose(alone, network.scores(X[:5], calibrate=X), atol=1e-5)
+    single_scores = np.concatenate([network.scores(X[k : k + 1], calibrate=X) for k in range(5)])
+    np.testing.assert_allclose(single_scores, network.scores(X[:5], calibrate=X), atol=1e-5)
     np.testing.assert_allclose(network.scores(X, calibrate=X), network.scores(X), atol=1e-4)
     with pytest.raises(psmpi.UserError, match="add calibrate=x"):
         network.predict(X[:1])
 
 
 def test_a_start_cut_short_has_its_row():
-    found = psmpi.fit(X, TRUE, **SMALL, max_steps=3)
-    assert len(found.metrics) == 1 and found.network.contents.progress.step == 3
+    training = psmpi.fit(X, TRUE, **SMALL, max_steps=3)
+    assert len(training.metrics) == 1 and training.network.contents.progress.step == 3
 
 
 def test_the_process_is_as_it_was():
-    before = dict(os.environ), list(warnings.filters), [signal.getsignal(one) for one in signal.valid_signals()]
+    before = dict(os.environ), list(warnings.filters), [signal.getsignal(number) for number in signal.valid_signals()]
     psmpi.fit(X, TRUE, **SMALL)
-    after = dict(os.environ), list(warnings.filters), [signal.getsignal(one) for one in signal.valid_signals()]
+    after = dict(os.environ), list(warnings.filters), [signal.getsignal(number) for number in signal.valid_signals()]
     assert before == after
 
 
@@ -341,7 +343,7 @@ from pathlib import Path
 import numpy as np
 import psmpi
 x = np.random.default_rng(0).normal(size=(2000, 4))
-# What an import of the process that started this one has set.
+# An import of the parent process has set this.
 os.environ.pop("KMP_DUPLICATE_LIB_OK", None)
 before = dict(os.environ), [signal.getsignal(one) for one in signal.valid_signals()]
 signal.signal(signal.SIGTERM, lambda *_: print("own handler"))
@@ -377,8 +379,8 @@ import numpy as np
 import psmpi
 from mpi4py import MPI
 x = np.random.default_rng(0).normal(size=(100, 4))
-found = psmpi.fit(x, x[:, 0] > 0, widths=(8,), epochs=2, dtype="float64")
-print(f"{found.scores['test_loss']:.12f}", flush=True)
+training = psmpi.fit(x, x[:, 0] > 0, widths=(8,), epochs=2, dtype="float64")
+print(f"{training.scores['test_loss']:.12f}", flush=True)
 try:
     psmpi.fit(x, x[:, 0] > 0, lr=-1.0)
 except psmpi.UserError as error:
@@ -396,12 +398,12 @@ if MPI.COMM_WORLD.size > 1:
 
 
 def test_it_runs_under_mpirun_and_nobody_hangs(tmp_path):
-    status, alone, err = launch(1, "-c", LAUNCHED, cwd=tmp_path)
+    status, serial_out, err = launch(1, "-c", LAUNCHED, cwd=tmp_path)
     assert (status, err) == (0, "")
     status, out, err = launch(2, "-c", LAUNCHED, cwd=tmp_path)
     assert status != 0 and "a bug of one rank" in err
-    # Lines of two ranks may meet.
-    assert len(alone.split()) > 2 and all(out.count(line) == 2 for line in alone.splitlines())
+    # Lines of two ranks may be interleaved.
+    assert len(serial_out.split()) > 2 and all(out.count(line) == 2 for line in serial_out.splitlines())
 
 
 def test_importing_the_package_imports_little():
@@ -413,14 +415,16 @@ def test_importing_the_package_imports_little():
 
 
 def test_validation_layout_and_augmentation_are_those_of_the_command_line(tmp_path):
-    """Of the same arrays in a file: the same rows and weights."""
+    """The rows of metrics equal those of the command on the same arrays in a file."""
     rng = np.random.default_rng(3)
     x, y = rng.integers(0, 255, (60, 8, 8, 3), np.uint8), np.arange(60) % 3
     np.savez(tmp_path / "own.npz", x=x, y=y)
-    found = psmpi.fit(
+    training = psmpi.fit(
         x, y, model="psnet", epochs=2, batch_size=10, lr=0.01, layout="nhwc", validation=0.2, augment=["flip"]
     )
-    assert {"validation_loss", "validation_accuracy"} <= set(found.metrics[-1]) and "test_loss" not in found.metrics[-1]
+    assert {"validation_loss", "validation_accuracy"} <= set(
+        training.metrics[-1]
+    ) and "test_loss" not in training.metrics[-1]
     shape = ("--dataset", tmp_path / "own.npz", "--model", "psnet", "--layout", "nhwc", "--augment", "flip")
     options = ("--epochs", 2, "--batch-size", 10, "--lr", 0.01, "--validation", 0.2, "--out", tmp_path / "run")
     words = ("-m", "psmpi.train", *shape, *options)
@@ -428,7 +432,9 @@ def test_validation_layout_and_augmentation_are_those_of_the_command_line(tmp_pa
     assert status == 0, err
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     names = ("train_loss", "validation_loss", "validation_accuracy")
-    assert [[row[name] for name in names] for row in rows] == [[row[name] for name in names] for row in found.metrics]
-    assert found.network.contents.in_shape == (3, 8, 8) and found.predict(x[:5]).shape == (5,)
+    assert [[row[name] for name in names] for row in rows] == [
+        [row[name] for name in names] for row in training.metrics
+    ]
+    assert training.network.contents.in_shape == (3, 8, 8) and training.predict(x[:5]).shape == (5,)
     with pytest.raises(psmpi.UserError, match="validation"):
         psmpi.fit(x, y, validation=1.5)

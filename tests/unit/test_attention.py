@@ -1,4 +1,4 @@
-"""The pieces of transformers: attention, layer normalization that is cut, GELU, vectors of steps."""
+"""Layers of transformers: attention, layer normalization dealt out over ranks, GELU, and position vectors."""
 
 from dataclasses import replace
 from math import erf, exp, pi, sqrt
@@ -41,8 +41,8 @@ def test_attention_in_c_is_that_of_the_reference(ops, heads, size, steps, batch,
     x, dy = (rng.standard_normal((k * heads * size, steps, batch)).astype(dtype) for k in (3, 1))
     lengths = rng.integers(1, steps + 1, batch).astype(np.int32) if ends else None
     expected = both(NumpyOps(), x, heads, causal, lengths, dy)
-    for found, other in zip(both(ops, x, heads, causal, lengths, dy), expected, strict=True):
-        assert abs(found - other).max() <= {F32: 3e-6, F64: 1e-14}[dtype] * abs(other).max()
+    for actual, reference in zip(both(ops, x, heads, causal, lengths, dy), expected, strict=True):
+        assert abs(actual - reference).max() <= {F32: 3e-6, F64: 1e-14}[dtype] * abs(reference).max()
 
 
 @pytest.mark.parametrize("chunk", [1, 500])
@@ -52,8 +52,8 @@ def test_some_samples_after_the_other_are_as_good_as_all(chunk):
     lengths[5:] = 6
     expected = both(ops, x, 2, False, lengths, dy)
     ops.chunk = chunk
-    for found, other in zip(both(ops, x, 2, False, lengths, dy), expected, strict=True):
-        np.testing.assert_allclose(found, other, rtol=1e-13, atol=1e-14)
+    for actual, reference in zip(both(ops, x, 2, False, lengths, dy), expected, strict=True):
+        np.testing.assert_allclose(actual, reference, rtol=1e-13, atol=1e-14)
 
 
 @pytest.mark.skipif(not compiled.level(), reason="no compiled kernels, or none for this processor")
@@ -61,10 +61,10 @@ def test_threads_compute_the_same_bits(monkeypatch):
     monkeypatch.setattr(in_c, "WORK", 1)
     rng = np.random.default_rng(0)
     x, dy = rng.standard_normal((36, 9, 20)), rng.standard_normal((12, 9, 20))
-    one = both(CompiledOps(), x, 3, True, None, dy)
+    serial = both(CompiledOps(), x, 3, True, None, dy)
     for threads in (2, 5, 64):
-        for found, expected in zip(both(CompiledOps(threads=threads), x, 3, True, None, dy), one, strict=True):
-            assert np.array_equal(found, expected)
+        for actual, expected in zip(both(CompiledOps(threads=threads), x, 3, True, None, dy), serial, strict=True):
+            assert np.array_equal(actual, expected)
 
 
 @backends
@@ -79,7 +79,7 @@ def test_large_products_are_no_infinities(ops):
 @backends
 @pytest.mark.parametrize("dtype", [F32, F64], ids=str)
 def test_gelu_is_that_of_the_error_function(ops, dtype):
-    """Within few units in the last place, to the ends of the range."""
+    """The error stays within a few units in the last place, to the ends of the range."""
     x = np.concatenate([np.linspace(-9, 9, 3001), np.linspace(-1e-3, 1e-3, 20), [30, -30, 1e30, -1e3]]).astype(dtype)
     wide = x.astype(np.float64)
     phi = np.array([(1 + erf(v / sqrt(2))) / 2 for v in wide])
@@ -110,7 +110,7 @@ def test_columns_are_normalized_by_their_moments(ops, n, m, dtype):
     ops.layer_norm(x, 1e-5, gamma, beta, normal, scale, y)
     exact = (wide - wide.mean(axis=0)) / np.sqrt(wide.var(axis=0) + 1e-5)
     eps = np.finfo(dtype).eps
-    # The mean is 100 deviations away, and its digits are rounded.
+    # The mean is 100 standard deviations from zero, and its last digits are rounded.
     assert abs(normal - exact).max() <= 4 * eps * 100
     assert abs(y - (gamma[:, None] * exact + beta[:, None])).max() <= 20 * eps * 100
     dy = rng.standard_normal((n, m)).astype(dtype)
@@ -124,28 +124,28 @@ def test_columns_are_normalized_by_their_moments(ops, n, m, dtype):
 
 @pytest.mark.parametrize("shape", [(7,), (7, 4)])
 def test_a_layer_normalization_may_be_cut_by_units(shape):
-    """With sums over the ranks that have the others, a pass each of two sums: units are those of the whole layer."""
+    """Ranks with some units each add up two sums a pass, and each unit equals that of the full layer."""
     (layer,) = LAYERS["layer_norm"].read(None, "layer_norm1", shape)
-    whole, cuts, together = Network("net", shape, (layer,)), [slice(0, 2), slice(2, 7)], Together(2)
-    layout, w, x, _ = random_problem(whole, batch=5)
+    full_network, cuts, together = Network("net", shape, (layer,)), [slice(0, 2), slice(2, 7)], Together(2)
+    layout, w, x, _ = random_problem(full_network, batch=5)
     rng = np.random.default_rng(1)
     dy = rng.standard_normal((*shape, 5))
-    model, dx = make_model(whole, layout, w), np.empty((*shape, 5))
+    model, dx = make_model(full_network, layout, w), np.empty((*shape, 5))
     expected = model.forward(x).scores.copy()
     model.backward(model.forward(x), dy.copy(), dx=dx)
-    found = [None, None]
+    results = [None, None]
 
     def work(k):
         own = (cuts[k].stop - cuts[k].start, *shape[1:])
         network = Network("net", own, (layer.restrict(own[0], own),))
         values = np.ascontiguousarray(x.reshape(*shape, 5)[cuts[k]])
         gains = np.ascontiguousarray(w.reshape(2, -1)[:, cuts[k]]).reshape(-1)
-        one = Model(network, network.layout(), gains, np.empty_like(gains), NumpyOps(), across=together.total(k))
+        part_model = Model(network, network.layout(), gains, np.empty_like(gains), NumpyOps(), across=together.total(k))
         into = np.empty(values.shape)
-        tape = one.forward(values.reshape(-1, 5))
-        found[k] = [tape.scores.copy()]
-        one.backward(tape, dy[cuts[k]].copy(), dx=into)
-        found[k] += [into, one.g.reshape(2, -1).T]
+        tape = part_model.forward(values.reshape(-1, 5))
+        results[k] = [tape.scores.copy()]
+        part_model.backward(tape, dy[cuts[k]].copy(), dx=into)
+        results[k] += [into, part_model.g.reshape(2, -1).T]
 
     threads = [Thread(target=work, args=(k,)) for k in range(2)]
     for thread in threads:
@@ -153,10 +153,10 @@ def test_a_layer_normalization_may_be_cut_by_units(shape):
     for thread in threads:
         thread.join(30)
     for k, values in enumerate((expected, dx, model.g.reshape(2, -1).T)):
-        np.testing.assert_allclose(np.concatenate([found[0][k], found[1][k]]), values, rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(np.concatenate([results[0][k], results[1][k]]), values, rtol=1e-12, atol=1e-12)
     steps = 5 * int(np.prod(shape[1:]))
     assert together.numbers == [4 * steps] * 2
-    cut = replace(whole, in_shape=(2, *shape[1:]), layers=(layer.restrict(2, (2, *shape[1:])),))
+    cut = replace(full_network, in_shape=(2, *shape[1:]), layers=(layer.restrict(2, (2, *shape[1:])),))
     with pytest.raises(ValueError, match="2 of 7 units, but its site has no sums"):
         make_model(cut, cut.layout(), w[:4])
 
@@ -178,9 +178,9 @@ def test_vectors_of_steps_are_for_as_many_steps_as_they_know():
     shorter = network.with_steps(3)
     assert shorter.layout() == network.layout() and shorter.in_shape == (3, 3)
     layout, w, x, _ = random_problem(network)
-    model, one = make_model(network, layout, w), make_model(shorter, layout, w)
-    few = np.ascontiguousarray(x.reshape(3, 5, 3)[:, :3])
-    np.testing.assert_array_equal(one.forward(few).scores, model.forward(x).scores[:, :3])
+    model, short_model = make_model(network, layout, w), make_model(shorter, layout, w)
+    first_steps = np.ascontiguousarray(x.reshape(3, 5, 3)[:, :3])
+    np.testing.assert_array_equal(short_model.forward(first_steps).scores, model.forward(x).scores[:, :3])
     with pytest.raises(UserError, match="positions for 6 steps, but the sequences have 7: train it with longest = 7"):
         network.with_steps(7)
 

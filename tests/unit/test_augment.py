@@ -1,4 +1,4 @@
-"""Images that are moved and mirrored as their number and the epoch say."""
+"""Augmentation moves and mirrors images by the sample's number and the epoch."""
 
 import numpy as np
 import pytest
@@ -12,12 +12,12 @@ from psmpi.errors import UserError
 
 
 def moved(image, down, right, mirror, reflect):
-    """One image (channels, height, width) by slices of a padded copy: another way than that of the operation."""
+    """Move one image (channels, height, width) by slicing a padded copy, independently of the operation."""
     image = image[:, :, ::-1] if mirror else image
-    most = max(abs(down), abs(right))
-    padded = np.pad(image, ((0, 0), (most, most), (most, most)), mode="reflect" if reflect else "constant")
+    margin = max(abs(down), abs(right))
+    padded = np.pad(image, ((0, 0), (margin, margin), (margin, margin)), mode="reflect" if reflect else "constant")
     h, w = image.shape[1:]
-    return padded[:, most - down : most - down + h, most - right : most - right + w]
+    return padded[:, margin - down : margin - down + h, margin - right : margin - right + w]
 
 
 @pytest.mark.parametrize("backend", ["numpy", "compiled"])
@@ -29,8 +29,8 @@ def test_images_are_moved_and_mirrored(backend, dtype, shape, reflect):
         pytest.skip("no kernels")
     rng, b = np.random.default_rng(0), 41
     x = rng.normal(size=(*shape, b)).astype(dtype)
-    most = min(shape[1:]) - 1
-    moves = np.stack([*rng.integers(-most, most + 1, (2, b)), rng.integers(0, 2, b)]).astype(np.int32)
+    largest_move = min(shape[1:]) - 1
+    moves = np.stack([*rng.integers(-largest_move, largest_move + 1, (2, b)), rng.integers(0, 2, b)]).astype(np.int32)
     out = np.full_like(x, np.nan)
     make_backend(backend, 1).move_images(x, moves, reflect, out)
     for k in range(b):
@@ -53,15 +53,15 @@ def augmented(words=("flip", "shift:2"), seed=3):
 
 
 def test_moves_follow_from_seed_epoch_and_number():
-    one, ids = augmented().train.augmentation, np.arange(60_000)
-    moves = one.moves(ids)
-    assert moves.dtype == np.int32 and np.array_equal(one.moves(ids[7:20]), moves[:, 7:20])
+    augmentation, ids = augmented().train.augmentation, np.arange(60_000)
+    moves = augmentation.moves(ids)
+    assert moves.dtype == np.int32 and np.array_equal(augmentation.moves(ids[7:20]), moves[:, 7:20])
     assert np.array_equal(augmented().train.augmentation.moves(ids), moves)
-    other = augmented(seed=4).train.augmentation.moves(ids)
-    one.epoch = 1
-    for different in (other, one.moves(ids)):
+    other_moves = augmented(seed=4).train.augmentation.moves(ids)
+    augmentation.epoch = 1
+    for different in (other_moves, augmentation.moves(ids)):
         assert 0.7 < (different[:2] != moves[:2]).mean() < 0.9 and 0.45 < (different[2] != moves[2]).mean() < 0.55
-    # All of them as often as all others, each by itself: standard deviations of 60,000 draws.
+    # The 50 moves are equally frequent, within 5 standard deviations of 60,000 draws.
     combined = np.bincount((moves[0] + 2) * 10 + (moves[1] + 2) * 2 + moves[2], minlength=50)
     assert np.abs(combined - 1200).max() < 5 * np.sqrt(1200)
     plain = augmented(("crop:1",)).train.augmentation
@@ -109,11 +109,11 @@ def test_samples_and_methods_that_have_no_images_are_refused():
 def test_ranks_and_a_resume_make_no_difference(train, tmp_path, method):
     options = ("--augment", "flip", "crop:2", "--epochs", "2", "--batch-size", "100", "--dtype", "float64")
     options += ("--method", method, "--seed", "1")
-    one, three = train(1, *options), train(3, *options)
-    assert distance(one.tensors(), three.tensors()) <= 1e-10
+    one_rank, three_ranks = train(1, *options), train(3, *options)
+    assert distance(one_rank.tensors(), three_ranks.tensors()) <= 1e-10
     plain = train(1, *options[3:])
-    assert distance(one.tensors(), plain.tensors()) > 1e-3
+    assert distance(one_rank.tensors(), plain.tensors()) > 1e-3
     out = tmp_path / "stopped"
     train(2, *options, "--max-steps", "20", out=out)
-    gone = train(2, "--resume", "auto", out=out)
-    assert distance(one.tensors(), gone.tensors()) <= 1e-10
+    resumed = train(2, "--resume", "auto", out=out)
+    assert distance(one_rank.tensors(), resumed.tensors()) <= 1e-10

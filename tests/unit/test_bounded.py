@@ -1,4 +1,4 @@
-"""Samples of which only some are kept in memory."""
+"""Samples that are read from their file within a bound of memory."""
 
 import tracemalloc
 
@@ -38,19 +38,21 @@ def save(folder, end, x=X, y=Y):
 def test_minibatches_are_the_same_to_the_bit(tmp_path, end, x, memory):
     data = open_dataset(save(tmp_path, end, x), None, validation=0.2).for_training()
     for name in ("train", "test"):
-        split, bounded = (getattr(one, name) for one in (data, with_memory(data, memory)))
+        split, bounded = (getattr(source, name) for source in (data, with_memory(data, memory)))
         rows = np.arange(1, split.n, 2)
         for features in (None, np.array([3, 17, 63])):
-            kept, read = (Resident(one, rows, np.float32, features=features) for one in (split, bounded))
+            in_memory, from_file = (
+                Resident(source, rows, np.float32, features=features) for source in (split, bounded)
+            )
             for ids in (rows, rows[[5, 2, 2, 0, 5]], rows[:0]):
                 shape = (64 if features is None else 3, len(ids))
-                one, other = np.full(shape, np.nan, np.float32), np.full(shape, np.nan, np.float32)
-                kept.fetch(ids, one)
-                read.fetch(ids, other)
-                assert one.tobytes() == other.tobytes()
-            assert memory > 10**6 or read.nbytes <= memory + rows.nbytes + read._samples.scratch.nbytes
+                kept_x, read_x = np.full(shape, np.nan, np.float32), np.full(shape, np.nan, np.float32)
+                in_memory.fetch(ids, kept_x)
+                from_file.fetch(ids, read_x)
+                assert kept_x.tobytes() == read_x.tobytes()
+            assert memory > 10**6 or from_file.nbytes <= memory + rows.nbytes + from_file._samples.scratch.nbytes
             with pytest.raises(ValueError, match="not resident"):
-                read.fetch([0], np.empty((shape[0], 1), np.float32))
+                from_file.fetch([0], np.empty((shape[0], 1), np.float32))
 
 
 def test_no_more_is_kept_than_the_bound(tmp_path):
@@ -70,10 +72,10 @@ def test_values_that_are_no_numbers_are_named_when_they_are_read(tmp_path):
     x = np.zeros((90, 64), np.float32)
     x[70, 3] = np.nan
     split = with_memory(open_dataset(save(tmp_path, ".npy", x), None, -1), 1000).train
-    samples, at = Resident(split, np.arange(split.n), np.float32), int(np.flatnonzero(split.index == 70)[0])
-    samples.fetch([at - 1], np.empty((64, 1), np.float32))
+    samples, position = Resident(split, np.arange(split.n), np.float32), int(np.flatnonzero(split.index == 70)[0])
+    samples.fetch([position - 1], np.empty((64, 1), np.float32))
     with pytest.raises(UserError, match="sample 70 has values that are not finite"):
-        samples.fetch([1, at], np.empty((64, 2), np.float32))
+        samples.fetch([1, position], np.empty((64, 2), np.float32))
 
 
 @pytest.mark.parametrize(
@@ -109,7 +111,7 @@ def test_samples_that_are_not_read_by_rows_are_refused(tmp_path):
 def test_trainings_are_the_same_to_the_bit(tmp_path, train, end, options):
     ranks, *words = options
     words = ("--dataset", save(tmp_path, end), "--epochs", "2", "--batch-size", "20", *words)
-    one, other = train(ranks, *words), train(ranks, *words, "--data-memory", "1k")
-    first, second = tensors(one.checkpoint), tensors(other.checkpoint)
+    unbounded, bounded = train(ranks, *words), train(ranks, *words, "--data-memory", "1k")
+    first, second = tensors(unbounded.checkpoint), tensors(bounded.checkpoint)
     assert first.keys() == second.keys() and all(np.array_equal(first[key], second[key]) for key in first)
-    assert one.rows[-1]["test_loss"] == other.rows[-1]["test_loss"]
+    assert unbounded.rows[-1]["test_loss"] == bounded.rows[-1]["test_loss"]

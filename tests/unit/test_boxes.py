@@ -1,4 +1,4 @@
-"""Boxes of parameters, who owns them, and the arithmetic of many runs."""
+"""Boxes of parameters, their owners, and the arithmetic of runs."""
 
 from itertools import pairwise, product
 from math import prod
@@ -35,12 +35,12 @@ def indices(runs):
 @given(st.data())
 def test_boxes_are_the_places_of_their_elements(data):
     layout = data.draw(layouts())
-    some = data.draw(st.lists(boxes(layout), max_size=3))
+    drawn_boxes = data.draw(st.lists(boxes(layout), max_size=3))
     where, expected = positions(layout), set()
-    for box in some:
+    for box in drawn_boxes:
         elements = where[box.parameter][tuple(slice(*r) for r in box.ranges)]
         expected |= set(elements.ravel().tolist())
-    assert indices(layout.runs_of(some)) == sorted(expected)
+    assert indices(layout.runs_of(drawn_boxes)) == sorted(expected)
 
 
 def test_whole_rows_are_one_run_and_columns_a_run_a_row():
@@ -67,7 +67,7 @@ def test_boxes_outside_their_parameter_name_it(box, says):
 
 @given(shapes, st.lists(st.integers(1, 4), min_size=1, max_size=4))
 def test_the_tiles_of_a_grid_hold_every_element_once(shape, grid):
-    """Axes of the grid that the parameter lacks hold it several times."""
+    """The tiles repeat a parameter along the axes of the grid that the parameter lacks."""
     count = np.zeros(shape, int)
     sizes = []
     for place in product(*map(range, grid)):
@@ -86,7 +86,7 @@ def test_rows_columns_and_tiles_of_any_number_of_ranks():
     assert indices(rows[1]) == [*places["w"][2:4].ravel(), *places["b"][2:4]]
     assert indices(columns[0]) == [*places["w"][:, :3].ravel(), *places["b"]]
     assert indices(tiles[2]) == [*places["w"][3:, :4].ravel(), *places["b"][3:]]
-    # A tile of biases is on all ranks of its row; the first is the one of record.
+    # A tile of biases is on all ranks of its row; the first of them is its owner of record.
     assert indices(tiles.record[3]) == [*places["w"][3:, 4:].ravel()]
     assert len(Ownership.tiles(layout, (20,))) == 20 and Ownership.tiles(layout, (20,)).everything.size == layout.size
 
@@ -159,13 +159,13 @@ NETWORKS = [
 
 
 def planned(roles):
-    """The plan by looking at every element."""
+    """Compute the plan element by element."""
     size = max(runs.stops.max(initial=0) for runs in [*roles.parts, *roles.shards])
-    has = [np.zeros((roles.size, size), bool) for _ in range(2)]
-    for table, of in zip(has, (roles.shards, roles.parts), strict=True):
-        for rank, runs in enumerate(of):
+    masks = [np.zeros((roles.size, size), bool) for _ in range(2)]
+    for table, ownership in zip(masks, (roles.shards, roles.parts), strict=True):
+        for rank, runs in enumerate(ownership):
             table[rank, indices(runs)] = True
-    owned, needed = has
+    owned, needed = masks
     keys = [(*np.flatnonzero(owned[:, i]), -1, *np.flatnonzero(needed[:, i])) for i in range(size)]
     edges = [0, *(i for i in range(1, size) if keys[i] != keys[i - 1]), size]
     moves, deals = [], {}
@@ -174,19 +174,19 @@ def planned(roles):
         if len(owners) > 1:
             moves.append(Move("sum", tuple(owners), ((start, stop),)))
         elif len(owners) == 1:
-            others = tuple(r for r in needing if r != owners[0])
-            if len(others) == 1 and owners[0] not in needing:
-                deals.setdefault(owners[0], []).append((others[0], start, stop))
-            elif others:
-                moves.append(Move("spread", (owners[0], *others), ((start, stop),)))
+            receivers = tuple(r for r in needing if r != owners[0])
+            if len(receivers) == 1 and owners[0] not in needing:
+                deals.setdefault(owners[0], []).append((receivers[0], start, stop))
+            elif receivers:
+                moves.append(Move("spread", (owners[0], *receivers), ((start, stop),)))
     for root, dealt in deals.items():
         while dealt:
-            first = {}
+            first_spans = {}
             for rank, *span in dealt:
-                first.setdefault(rank, tuple(span))
-            dealt = [d for d in dealt if first[d[0]] != tuple(d[1:])]
-            ranks = sorted(first)
-            moves.append(Move("deal", (root, *ranks), ((0, 0), *(first[r] for r in ranks))))
+                first_spans.setdefault(rank, tuple(span))
+            dealt = [d for d in dealt if first_spans[d[0]] != tuple(d[1:])]
+            ranks = sorted(first_spans)
+            moves.append(Move("deal", (root, *ranks), ((0, 0), *(first_spans[r] for r in ranks))))
     return moves
 
 
@@ -220,7 +220,7 @@ ranks = st.lists(st.integers(0, 3), min_size=10, max_size=10)
 
 @given(st.sets(st.integers(1, 59), max_size=9), ranks, st.lists(some_runs, min_size=4, max_size=4))
 def test_a_plan_deals_as_many_slices_as_there_are(cuts, owners, parts):
-    """Shards and parts of any runs: a rank may need several slices of one root alone."""
+    """With arbitrary shards and parts a rank may need several slices of one root."""
     pieces = [(*ends, rank) for ends, rank in zip(pairwise([0, *sorted(cuts), 60]), owners, strict=False)]
     shards = [Runs.union((a, b) for a, b, owner in pieces if owner == rank) for rank in range(4)]
     roles = Roles(1, (None,) * 4, Ownership(tuple(parts)), Ownership(tuple(shards)))

@@ -1,4 +1,4 @@
-"""A training that needs more memory than there is is refused before it starts; what is told to do instead fits."""
+"""Trainings that need more memory than a host has are refused before they start, with advice that fits."""
 
 import re
 from dataclasses import replace
@@ -27,7 +27,7 @@ CLASSES, GB = 400_000, 10**9
 
 
 def problem(method="psl", model="head", classes=CLASSES, widths=(128,), **masters):
-    """A network of very many classes, or another, with samples that nobody reads."""
+    """A method, a network (by default one of very many classes), a data set that is never read, and a configuration."""
     splits = [Split(frozen(np.arange(n) % classes), (128,), 1.0, Samples) for n in (400, 100)]
     dataset = Dataset("mine", classes, (128,), *splits)
     config = usual_config()
@@ -47,13 +47,13 @@ class Samples:
 
 
 def refusal(ranks, kind, network, dataset, config, nbytes, each):
-    """What is said of a training on hosts of so many bytes, with `each` ranks each; nothing where it goes on."""
+    """The error of a training on hosts of `nbytes` with `each` ranks each, or "" if the training is allowed."""
 
     def work(world):
         host = world.rank // each
         own = [Limit(f"key {host}", f"host n{host}", nbytes)]
         check_capacity(Control(world), kind, network, dataset, config, own)
-        # Where rank 0 is not content the others are ended here.
+        # An error on rank 0 ends the other ranks here.
         world.Barrier()
 
     try:
@@ -71,17 +71,17 @@ TRUNK, HEAD = 4 * 129 * 128, 4 * 129 * CLASSES
 
 
 def test_what_a_head_needs_is_told_with_what_would_do():
-    """Weights and gradient as master and as part, and two vectors of Adam's."""
-    kind, *more = problem()
-    needs = kind.needed(3, *more)
+    """A master needs weights, a gradient and two vectors of Adam, a worker weights and a gradient of its part."""
+    kind, *setup = problem()
+    needs = kind.needed(3, *setup)
     assert needs[0] == {"weights": TRUNK + HEAD, "gradients": TRUNK + HEAD, "optimizer": 2 * (TRUNK + HEAD)}
     for need in needs[1:]:
         assert need["weights"] == need["gradients"] == TRUNK + HEAD // 2 and need["optimizer"] == 0
         assert need["samples"] == 500 * (4 * 128 + 8) + 100 * 4 * 128 and need["activations"] + need["buffers"] < 1e6
-    said = refusal(3, kind, *more, GB, 3)
-    assert said.startswith("host n0 has 1.00 GB of memory left, and this training needs 1.24 GB there at least: ")
-    assert "0.83 GB on rank 0 (optimizer 0.41 GB, weights 0.21 GB, gradients 0.21 GB), 0.21 GB on rank 1 (" in said
-    assert said.endswith("; use --placement owner or start 1 rank")
+    message = refusal(3, kind, *setup, GB, 3)
+    assert message.startswith("host n0 has 1.00 GB of memory left, and this training needs 1.24 GB there at least: ")
+    assert "0.83 GB on rank 0 (optimizer 0.41 GB, weights 0.21 GB, gradients 0.21 GB), 0.21 GB on rank 1 (" in message
+    assert message.endswith("; use --placement owner or start 1 rank")
     assert not refusal(3, *problem(placement="owner"), GB, 3) and not refusal(1, *problem(), GB, 3)
 
 
@@ -89,52 +89,54 @@ def test_what_a_head_needs_is_told_with_what_would_do():
     ("ranks", "each"), [(3, 1), (3, 2), *(pytest.param(1, each, marks=pytest.mark.slow) for each in (1, 2))]
 )
 def test_the_least_number_of_ranks_that_is_told_fits_and_one_less_does_not(ranks, each):
-    given = problem(placement="owner", colocate=True)
+    setup = problem(placement="owner", colocate=True)
     room = 100_000_000
-    said = refusal(ranks, *given, room, each)
-    # Of hosts with as many ranks as the one that lacks memory.
+    message = refusal(ranks, *setup, room, each)
+    # The advice counts hosts with as many ranks as the one that lacks memory.
     each = min(each, ranks)
     where = "each on a host" if each == 1 else "2 on each host"
-    advised = int(re.search(rf"; start (\d+) ranks, {where} with as much memory$", said)[1])
-    assert not refusal(advised, *given, room, each) and refusal(advised - 1, *given, room, each)
+    advised = int(re.search(rf"; start (\d+) ranks, {where} with as much memory$", message)[1])
+    assert not refusal(advised, *setup, room, each) and refusal(advised - 1, *setup, room, each)
     assert advised >= 4 * HEAD / (room / each)
 
 
 def test_where_neither_is_enough_both_are_told(monkeypatch):
-    """A master of all weights is too much for any host: the workers have to own them, and there have to be more."""
+    """A master of all weights fits no host: workers must own their weights, and there must be more workers."""
     monkeypatch.setattr(capacity, "MOST", 32)
-    said = refusal(2, *problem(), 200_000_000, 1)
-    ranks, words = re.search(r"; start (\d+) ranks, each on a host with as much memory, and use (.*)$", said).groups()
+    message = refusal(2, *problem(), 200_000_000, 1)
+    ranks, words = re.search(
+        r"; start (\d+) ranks, each on a host with as much memory, and use (.*)$", message
+    ).groups()
     assert words == "--placement owner --colocate"
     assert not refusal(int(ranks), *problem(placement="owner", colocate=True), 200_000_000, 1)
-    said = refusal(2, *problem(masters=2, colocate=True), 200_000_000, 1)
-    assert said.endswith("use --placement owner --colocate in place of --masters 2 --colocate")
+    message = refusal(2, *problem(masters=2, colocate=True), 200_000_000, 1)
+    assert message.endswith("use --placement owner --colocate in place of --masters 2 --colocate")
 
 
 def test_where_nothing_is_enough_that_is_told():
-    said = refusal(3, *problem("data_parallel"), 100_000_000, 1)
-    assert said.endswith("; use hosts with more memory, a smaller network, or a smaller --batch-size")
+    message = refusal(3, *problem("data_parallel"), 100_000_000, 1)
+    assert message.endswith("; use hosts with more memory, a smaller network, or a smaller --batch-size")
 
 
 @pytest.mark.parametrize("ranks", [1, 3])
 @pytest.mark.parametrize("method", ["psl", "data_parallel", "local_sgd", "dfa", "ist", "sil"])
 def test_every_method_is_refused_where_a_byte_is_lacking_and_not_where_none_is(method, ranks):
-    given = problem(method, "mlp", 1000, (200, 200))
-    given = given if method != "psl" or ranks == 1 else problem(method, "head", 1000, (200, 200))
-    kind, network, dataset, config = given
+    setup = problem(method, "mlp", 1000, (200, 200))
+    setup = setup if method != "psl" or ranks == 1 else problem(method, "head", 1000, (200, 200))
+    kind, network, dataset, config = setup
     kind.check(ranks, network, dataset, config)
-    needed = total(*given, ranks)
+    needed = total(*setup, ranks)
     assert min(needed) > 4 * 200 * 201
-    for each in {1, ranks}:
-        rooms = max(sum(needed[k : k + each]) for k in range(0, ranks, each))
-        assert not refusal(ranks, *given, rooms, each)
-        assert "of memory left, and this training needs" in refusal(ranks, *given, rooms - 1, each)
+    for per_host in {1, ranks}:
+        host_bytes = max(sum(needed[k : k + per_host]) for k in range(0, ranks, per_host))
+        assert not refusal(ranks, *setup, host_bytes, per_host)
+        assert "of memory left, and this training needs" in refusal(ranks, *setup, host_bytes - 1, per_host)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("method", ["psl", "data_parallel", "local_sgd", "dfa", "ist", "sil"])
 def test_with_many_classes_what_is_needed_is_most_of_what_is_held(method, ranks):
-    """And never more, on any rank."""
+    """The estimate is at most what each rank holds, and at least 40 % of the sum over ranks."""
     # Subnets of very many classes take long to plan.
     model, classes = "head" if method == "psl" else "mlp", 150 if method == "ist" else 3000
     kind, network, dataset, config = problem(method, model, classes, (60, 60))
@@ -154,24 +156,24 @@ def test_with_many_classes_what_is_needed_is_most_of_what_is_held(method, ranks)
 
 
 def test_rows_that_are_stepped_as_they_are_made_need_no_gradient():
-    """Of a head with --clip 0 whose rows a rank owns; with psl the sum of the terms comes first."""
+    """A head with --clip 0 steps the rows that its rank owns without a gradient; the loss psl needs a gradient."""
     kind, network, dataset, config = problem(placement="owner", colocate=True)
-    least = replace(config, optimization=replace(config.optimization, clip=0.0))
-    needs, fewer = (kind.needed(2, network, dataset, one) for one in (config, least))
+    unclipped = replace(config, optimization=replace(config.optimization, clip=0.0))
+    needs, fewer = (kind.needed(2, network, dataset, configuration) for configuration in (config, unclipped))
     assert [a["gradients"] - b["gradients"] for a, b in zip(needs, fewer, strict=True)] == [HEAD // 2] * 2
-    psl = replace(least, objective=replace(config.objective, loss="psl"))
+    psl = replace(unclipped, objective=replace(config.objective, loss="psl"))
     assert kind.needed(2, network, dataset, psl) == needs
 
 
 def test_ranks_that_know_of_no_limit_are_not_refused():
-    kind, *more = problem("data_parallel")
+    kind, *setup = problem("data_parallel")
     assert not find_rooms([[], []])
-    Candidate(kind, *more[:2]).check(more[2], [], 2)
-    # One host of two says what it has.
+    Candidate(kind, *setup[:2]).check(setup[2], [], 2)
+    # Rank 0 knows of no limit; ranks 1 and 2 are on a host that has one.
     rooms = find_rooms([[], [("b", "host b", 1000)], [("b", "host b", 1001)]])
     assert [room.ranks for room in rooms] == [(1, 2)] and rooms[0].nbytes == 1001
     with pytest.raises(UserError, match="host b has 0"):
-        Candidate(kind, *more[:2]).check(more[2], rooms, 3)
+        Candidate(kind, *setup[:2]).check(setup[2], rooms, 3)
 
 
 def test_a_training_is_refused_once_and_before_it_holds_anything(tmp_path, monkeypatch):
@@ -182,9 +184,9 @@ def test_a_training_is_refused_once_and_before_it_holds_anything(tmp_path, monke
     monkeypatch.setattr(memory, "limits", lambda: [Limit("one", "host n1", 100_000)])
     for ranks in (1, 3):
         status, _, err = run(ranks, *options, tmp_path / "run")
-        said = " ".join(err.split())
-        assert status == 1 and said.count("error:") == 1 and "Traceback" not in said
-        assert "host n1 has 0.10 MB of memory left, and this training needs" in said
+        message = " ".join(err.split())
+        assert status == 1 and message.count("error:") == 1 and "Traceback" not in message
+        assert "host n1 has 0.10 MB of memory left, and this training needs" in message
         assert not (tmp_path / "run").exists()
     monkeypatch.setattr(memory, "limits", lambda: [Limit("one", "host n1", 10_000_000)])
     status, _, err = run(3, *options, tmp_path / "run")
@@ -192,7 +194,7 @@ def test_a_training_is_refused_once_and_before_it_holds_anything(tmp_path, monke
 
 
 def host(folder, groups="", available=1000, swap=0):
-    """A folder like /proc."""
+    """Write a folder like /proc and one for control groups; return both paths."""
     (folder / "proc/self").mkdir(parents=True)
     (folder / "proc/sys/kernel/random").mkdir(parents=True)
     (folder / "proc/sys/kernel/random/boot_id").write_text("this-boot\n")
@@ -214,7 +216,7 @@ def left(proc, groups):
 
 
 def test_limits_of_version_2_are_those_of_all_groups_around(tmp_path):
-    """What files hold in memory is given back; swap counts as far as the group may use it."""
+    """Memory of cached files counts as free, and swap counts as far as the group may use it."""
     proc, groups = host(tmp_path, "0::/slurm/job\n", swap=100)
     stat = "anon 3000\nfile 70000\nshmem 500\nslab 9\n"
     group(groups / "slurm/job", memory__max="50000\n", memory__stat=stat, memory__swap__max="0\n")
@@ -251,6 +253,6 @@ def test_nothing_is_said_where_nothing_can_be_known(tmp_path):
 
 
 def test_this_host_has_some_memory():
-    found = limits()
-    assert all(limit.nbytes > 50e6 for limit in found)
-    assert not found or found[0].nbytes < 1e15
+    own_limits = limits()
+    assert all(limit.nbytes > 50e6 for limit in own_limits)
+    assert not own_limits or own_limits[0].nbytes < 1e15

@@ -1,4 +1,4 @@
-"""Images of characters: what is drawn, that it is the same wherever it is read, and what is refused."""
+"""Images of characters: their content, equal images in any order of reading, and refused sizes."""
 
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -25,41 +25,43 @@ def test_there_are_48_characters_in_many_variations():
     assert np.array_equal(data.train.labels, np.arange(1920) % 48)
     x = images(data.train, np.arange(1920))
     assert x.max(axis=(1, 2)).min() > 100 and len(np.unique(x.reshape(1920, -1), axis=0)) == 1920
-    # A test sample is most like one of the same character.
+    # The nearest training image of most test images shows the same character.
     tests = images(data.test, np.arange(960)).reshape(960, -1).astype(float)
     known = x.reshape(1920, -1).astype(float)
-    near = ((known**2).sum(axis=1) - 2 * tests @ known.T).argmin(axis=1)
-    assert (data.train.labels[near] == data.test.labels).mean() > 0.7
+    nearest = ((known**2).sum(axis=1) - 2 * tests @ known.T).argmin(axis=1)
+    assert (data.train.labels[nearest] == data.test.labels).mean() > 0.7
 
 
 def test_images_are_the_same_however_they_are_read():
-    one, other = (open_dataset("characters:20x3", None, 5).train for _ in range(2))
-    assert one.n == 144
-    whole = one.read(np.arange(144))
+    split, reopened = (open_dataset("characters:20x3", None, 5).train for _ in range(2))
+    assert split.n == 144
+    expected = split.read(np.arange(144))
     rows = np.random.default_rng(0).permutation(144)
-    assert np.array_equal(other.read(rows), whole[rows]) and np.array_equal(other.read([7, 7]), whole[[7, 7]])
+    assert np.array_equal(reopened.read(rows), expected[rows]) and np.array_equal(
+        reopened.read([7, 7]), expected[[7, 7]]
+    )
     with ThreadPoolExecutor(4) as pool:
-        for found in pool.map(lambda _: one.read(np.arange(144)), range(8)):
-            assert np.array_equal(found, whole)
+        for values in pool.map(lambda _: split.read(np.arange(144)), range(8)):
+            assert np.array_equal(values, expected)
     for name, seed in (("characters:20x3", 6), ("characters:20x3", -1)):
-        assert not np.array_equal(open_dataset(name, None, seed).train.read(np.arange(144)), whole)
+        assert not np.array_equal(open_dataset(name, None, seed).train.read(np.arange(144)), expected)
     test = open_dataset("characters:20x3", None, 5).test
-    assert test.n == 96 and not (test.read(np.arange(96))[:, None] == whole).all(axis=2).any()
+    assert test.n == 96 and not (test.read(np.arange(96))[:, None] == expected).all(axis=2).any()
 
 
 def test_a_sample_is_the_same_at_any_resolution():
     small = images(open_dataset("characters:16", None).train, np.arange(96))
     large = images(open_dataset("characters:128", None).train, np.arange(96))
     rough = large.reshape(96, 16, 8, 16, 8).mean(axis=(2, 4))
-    # Half the noise lies behind both; a pixel of the small image has all of its own.
+    # Averaged noise is close to its mean; each pixel of the small image has noise of its own.
     assert np.abs(rough - small).max() < NOISE and np.abs(rough - small).mean() < NOISE / 3
 
 
 def test_letters_are_upright_and_as_large_as_is_said():
     """An L has its stroke at the left and its foot below; letters are 0.72 of the font's size high."""
     train = open_dataset("characters:100x20", None).train
-    at = CHARACTERS.index("L") + 48 * np.arange(20)
-    ink = images(train, at) > 150
+    rows_of_l = CHARACTERS.index("L") + 48 * np.arange(20)
+    ink = images(train, rows_of_l) > 150
     for image in ink:
         rows, columns = np.flatnonzero(image.any(axis=1)), np.flatnonzero(image.any(axis=0))
         height = rows[-1] - rows[0] + 1
@@ -73,10 +75,12 @@ def test_all_fonts_have_all_characters():
     assert len(faces) == len(FONTS) == len(set(FONTS))
     for face in faces:
         assert len(face) == 48
-        for k, one in enumerate(face):
-            assert len(one.points) == len(one.codes) > 3 and np.abs(one.points).max() < 1
-            others = (face[j].points for j in range(k))
-            assert all(one.points.shape != other.shape or not np.allclose(one.points, other) for other in others)
+        for k, outline in enumerate(face):
+            assert len(outline.points) == len(outline.codes) > 3 and np.abs(outline.points).max() < 1
+            earlier = (face[j].points for j in range(k))
+            assert all(
+                outline.points.shape != points.shape or not np.allclose(outline.points, points) for points in earlier
+            )
 
 
 def test_large_images_are_drawn_one_by_one_and_fewer():
@@ -94,13 +98,13 @@ def test_large_images_are_drawn_one_by_one_and_fewer():
 
 def test_the_identity_follows_from_the_numbers_and_no_image_is_drawn(monkeypatch):
     monkeypatch.setattr(Drawings, "pieces", None)
-    one, prints = open_dataset("characters:64x2", None), []
-    found = identify(one, prints=prints)
-    assert not prints and found.train.values != found.test.values
-    assert differences(found, identify(open_dataset("characters:64x2", None))) == []
-    told = differences(found, identify(open_dataset("characters:64x2", None, 1)))
-    assert len(told) == 2 and "other values in the training samples" in told[0]
-    assert differences(found, identify(open_dataset("characters:64x3", None)))
+    dataset, prints = open_dataset("characters:64x2", None), []
+    identity = identify(dataset, prints=prints)
+    assert not prints and identity.train.values != identity.test.values
+    assert differences(identity, identify(open_dataset("characters:64x2", None))) == []
+    messages = differences(identity, identify(open_dataset("characters:64x2", None, 1)))
+    assert len(messages) == 2 and "other values in the training samples" in messages[0]
+    assert differences(identity, identify(open_dataset("characters:64x3", None)))
 
 
 def test_nothing_is_odd_about_them_and_rows_of_them_are_sequences():
@@ -136,7 +140,7 @@ def test_without_a_font_a_newer_matplotlib_is_asked_for(monkeypatch, tmp_path):
 
 def test_characters_are_learnt_and_predicted(tmp_path):
     options = ("--dataset", "characters:12x20", "--model", "mlp", "--widths", "64", "--loss", "nll", "--epochs", "12")
-    made = trainer(tmp_path)(2, *options, "--method", "data_parallel", "--batch-size", "32", out=tmp_path / "out")
-    assert made.rows[-1]["test_accuracy"] > 0.4
-    status, said, err = run(1, "-m", "psmpi.predict", "out", cwd=tmp_path)
-    assert status == 0 and f"{100 * made.rows[-1]['test_accuracy']:.2f} %" in said, said + err
+    training = trainer(tmp_path)(2, *options, "--method", "data_parallel", "--batch-size", "32", out=tmp_path / "out")
+    assert training.rows[-1]["test_accuracy"] > 0.4
+    status, out, err = run(1, "-m", "psmpi.predict", "out", cwd=tmp_path)
+    assert status == 0 and f"{100 * training.rows[-1]['test_accuracy']:.2f} %" in out, out + err

@@ -1,4 +1,4 @@
-"""Checkpoints of boxes: written by ranks that have any, read by ranks that have others."""
+"""Checkpoints that are written by ranks with any boxes and read by ranks with other boxes."""
 
 import json
 import os
@@ -28,7 +28,7 @@ from psmpi.testing import run_ranks
 
 
 class AtOnce:
-    """A spool whose jobs are done at once, in this process; `puts` counts what is written to it."""
+    """A spool that runs its jobs at once in this process; `puts` counts its writes."""
 
     puts = 0
 
@@ -53,16 +53,16 @@ class AtOnce:
 
 
 def save(out, contents, shards, vectors, spaces=None, rows=None, tables=None, gzip=0):
-    """The checkpoint of vectors given whole, written by ranks that have `shards` and `spaces` of them; the messages."""
+    """Write full `vectors` from ranks that own `shards` and `spaces`; return the path and each rank's sent messages."""
     spaces = spaces or {}
 
     def work(world):
         rank = world.rank
         control = Control(world)
         writer = checkpoint.Writer(control, contents, shards, out, spaces=spaces, rows=rows, gzip=gzip)
-        mine = {name: restrict(w, spaces.get(name, shards)[rank]) for name, w in vectors.items()}
-        own = {name: table[list(rows.of[rank])] for name, table in (tables or {}).items()}
-        writer.write(mine, {}, checkpoint.Progress(step=1), own)
+        shares = {name: restrict(w, spaces.get(name, shards)[rank]) for name, w in vectors.items()}
+        own_rows = {name: table[list(rows.of[rank])] for name, table in (tables or {}).items()}
+        writer.write(shares, {}, checkpoint.Progress(step=1), own_rows)
         assert writer.errors == []
         return control.comm.sent
 
@@ -73,7 +73,7 @@ def save(out, contents, shards, vectors, spaces=None, rows=None, tables=None, gz
 
 
 def small(patch, chunk=8):
-    """Let chunks, messages and slabs be so small that small tensors have several."""
+    """Shrink chunks, messages and slabs, so that small tensors have several."""
     for name in ("format.CHUNK", "selection.CHUNK", "build.CHUNK", "collect.BUFFER"):
         patch.setattr(f"psmpi.checkpoint.{name}", chunk)
 
@@ -81,18 +81,18 @@ def small(patch, chunk=8):
 @settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
 def test_any_boxes_are_written_and_any_others_read(data):
-    """Weights, a vector of the optimizer, integers of another layout and tables, bit for bit."""
-    layout, other = data.draw(layouts()), data.draw(layouts())
+    """Weights, an optimizer vector, integers of another layout and tables are read back bit for bit."""
+    layout, other_layout = data.draw(layouts()), data.draw(layouts())
     ranks, readers = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 4))
-    shards, tiles = data.draw(ownerships(layout, ranks)), data.draw(ownerships(other, ranks))
+    shards, tiles = data.draw(ownerships(layout, ranks)), data.draw(ownerships(other_layout, ranks))
     rng = np.random.default_rng(data.draw(st.integers(0, 99)))
     vectors = {name: rng.random(layout.size, np.float32) for name in ("weights", "m")}
-    vectors["cuts"] = rng.integers(0, 99, other.size)
+    vectors["cuts"] = rng.integers(0, 99, other_layout.size)
     numbers = rng.permutation(5).tolist()
     edges = [k * 5 // ranks for k in range(ranks + 1)]
     rows = TableRows(tuple(tuple(numbers[a:b]) for a, b in pairwise(edges)))
     tables = {"classes": rng.integers(0, 9, (5, 2)), "gram": rng.random((5, 3, 3))}
-    contents = checkpoint.Contents("seed = 1", (1,), layout, spaces={"cuts": other})
+    contents = checkpoint.Contents("seed = 1", (1,), layout, spaces={"cuts": other_layout})
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
         small(patch)
         path, _ = save(
@@ -106,18 +106,18 @@ def test_any_boxes_are_written_and_any_others_read(data):
             gzip=data.draw(st.sampled_from([0, 3])),
         )
         read = checkpoint.validate(path)
-        assert read.layout == layout and read.spaces == {"cuts": other} and read.vectors == {"m"}
+        assert read.layout == layout and read.spaces == {"cuts": other_layout} and read.vectors == {"m"}
         for runs in data.draw(ownerships(layout, readers)):
-            found = {name: np.full(runs.size, np.nan, np.float32) for name in ("weights", "m")}
-            checkpoint.load(path, layout, runs, found)
-            assert all(np.array_equal(found[name], restrict(vectors[name], runs)) for name in found)
-        for runs in data.draw(ownerships(other, readers)):
+            loaded = {name: np.full(runs.size, np.nan, np.float32) for name in ("weights", "m")}
+            checkpoint.load(path, layout, runs, loaded)
+            assert all(np.array_equal(loaded[name], restrict(vectors[name], runs)) for name in loaded)
+        for runs in data.draw(ownerships(other_layout, readers)):
             cuts = np.full(runs.size, -1)
-            checkpoint.load_space(path, "cuts", other, runs, cuts)
+            checkpoint.load_space(path, "cuts", other_layout, runs, cuts)
             assert np.array_equal(cuts, restrict(vectors["cuts"], runs))
-        own = {name: np.zeros_like(table) for name, table in tables.items()}
-        assert checkpoint.load_tables(path, own, TableRows((tuple(range(5)),)), 0)
-        assert all(np.array_equal(own[name], tables[name]) for name in tables)
+        loaded_tables = {name: np.zeros_like(table) for name, table in tables.items()}
+        assert checkpoint.load_tables(path, loaded_tables, TableRows((tuple(range(5)),)), 0)
+        assert all(np.array_equal(loaded_tables[name], tables[name]) for name in tables)
 
 
 @settings(deadline=None)
@@ -153,7 +153,6 @@ def test_boxes_are_the_elements_they_are_found_for(shape, data):
 
 
 def test_a_tile_is_one_box():
-    """However its rows lie in the flattened tensor."""
     shape = (10, 20, 6)
     for ranges in [
         ((0, 10), (5, 9), (0, 6)),
@@ -166,12 +165,12 @@ def test_a_tile_is_one_box():
 
 
 def test_a_row_that_has_fewer_columns_than_the_one_above_is_a_box_of_its_own():
-    found = find_boxes((2, 5), np.array([0, 3, 8]), np.array([1, 4, 9]))
-    assert sorted(found) == [((0, 1), (0, 1)), ((0, 1), (3, 4)), ((1, 2), (3, 4))]
+    boxes = find_boxes((2, 5), np.array([0, 3, 8]), np.array([1, 4, 9]))
+    assert sorted(boxes) == [((0, 1), (0, 1)), ((0, 1), (3, 4)), ((1, 2), (3, 4))]
 
 
 def counted(monkeypatch):
-    """Count the calls of HDF5 that read."""
+    """Record each HDF5 call that reads."""
     reads = []
     direct, get = h5py.Dataset.read_direct, h5py.Dataset.__getitem__
     monkeypatch.setattr(h5py.Dataset, "read_direct", lambda self, *a: reads.append("direct") or direct(self, *a))
@@ -180,40 +179,40 @@ def counted(monkeypatch):
 
 
 def test_columns_are_few_messages_and_few_reads(tmp_path, monkeypatch):
-    """A thousand rows, of which each rank has some columns: a message a rank, and a selection of HDF5 a rank."""
+    """A rank with some columns of a thousand rows sends one message, and reads one HDF5 selection a tensor."""
     layout = plain_layout({"a.weight": (1000, 50), "b.weight": (10, 300, 9)})
     columns, tiles = Ownership.tiles(layout, (1, 5)), Ownership.tiles(layout, (2, 2))
     assert len(columns[3].starts) > 1000
     w = np.random.default_rng(0).random(layout.size)
     AtOnce.puts = 0
     path, sent = save(tmp_path, checkpoint.Contents("", (1,), layout), columns, {"weights": w})
-    # The last is where what is.
+    # Five shares, and the map of their runs.
     assert sent == [0, 1, 1, 1, 1] and AtOnce.puts == 5 + 1
     for ownership in (tiles, columns):
         reads = counted(monkeypatch)
         for runs in ownership:
-            found = np.empty(runs.size)
-            checkpoint.load(path, layout, runs, {"weights": found})
-            assert np.array_equal(found, restrict(w, runs))
+            loaded = np.empty(runs.size)
+            checkpoint.load(path, layout, runs, {"weights": loaded})
+            assert np.array_equal(loaded, restrict(w, runs))
         assert reads == ["direct"] * len(ownership) * len(layout.parameters)
         monkeypatch.undo()
 
 
 @pytest.mark.parametrize(("shape", "chunks"), [((100, 6), (8, 6)), ((3, 40, 6), (1, 8, 6)), ((700,), (48,))])
 def test_what_must_move_is_read_in_slabs_of_whole_chunks(shape, chunks, monkeypatch):
-    """Elements in reverse, without the first ten."""
+    """Elements are read in reverse order, without the first ten."""
     small(monkeypatch, 60)
     first = np.arange(10, np.prod(shape))
     for part in find_parts(shape, chunks, first, first + 1, first[::-1]):
         assert np.prod(part.shape) <= 60 and part.run is None
         cut = next(axis for axis, (a, b) in enumerate(part.ranges) if b - a > 1)
-        # But where the elements begin: with column 4 of row 1, so with row 2, or with number 10.
+        # Except where the elements begin: at column 4 of row 1, so at row 2, or at element 10.
         edges = {*part.ranges[cut]} - {4, 2, 10, shape[cut]}
         assert all(edge % chunks[cut] == 0 for edge in edges)
 
 
 def test_ten_thousand_pieces_of_a_tensor_are_one_read(tmp_path, monkeypatch):
-    """Rows that lie one by one in the flat vector, as the classes' units do."""
+    """The rows lie one by one in the flat vector, as the units of classes do."""
     file = h5py.File(tmp_path / "x.h5", "w")
     values = np.random.default_rng(0).random((10_000, 12))
     dataset = file.create_dataset("x", data=values, chunks=(5000, 12), fletcher32=True)
@@ -225,7 +224,7 @@ def test_ten_thousand_pieces_of_a_tensor_are_one_read(tmp_path, monkeypatch):
 
 
 def test_other_tensors_than_weights_are_kept_beside_them(tmp_path):
-    """A synthesiser's weights, tiles of four ranks, and an integer pattern of one."""
+    """A synthesizer's weights are tiled over four ranks, and one rank has an integer pattern."""
     layout, grid = (
         plain_layout({"dense1.weight": (6, 4)}),
         Ownership.tiles(plain_layout({"dense1.weight": (6, 4)}), (4,)),
@@ -233,24 +232,24 @@ def test_other_tensors_than_weights_are_kept_beside_them(tmp_path):
     dni, pattern = plain_layout({"cut1.weight": (8, 9), "cut1.bias": (8,)}), plain_layout({"mask": (7,)})
     contents = checkpoint.Contents("seed = 1", (4,), layout, spaces={"dni": dni, "pattern": pattern})
     tiles = Ownership.tiles(dni, (2, 2))
-    alone = Ownership((Runs(), Runs(), pattern.runs_of(Box("mask")), Runs()))
+    pattern_owner = Ownership((Runs(), Runs(), pattern.runs_of(Box("mask")), Runs()))
     rng = np.random.default_rng(0)
     vectors = {
         "weights": rng.random(24, np.float32),
         "dni": rng.random(dni.size),
         "pattern": np.arange(7, dtype=np.int16),
     }
-    path, _ = save(tmp_path, contents, grid, vectors, {"dni": tiles, "pattern": alone})
+    path, _ = save(tmp_path, contents, grid, vectors, {"dni": tiles, "pattern": pattern_owner})
     with h5py.File(path) as file:
         assert np.array_equal(file["dni/cut1.weight"][...], vectors["dni"][:72].reshape(8, 9))
         assert np.array_equal(file["dni/cut1.bias"][...], vectors["dni"][72:])
         assert file["dni/cut1.bias"].dtype == "f8" and file["weights/dense1.weight"].dtype == "f4"
         assert file["pattern/mask"].dtype == "i2" and file["pattern/mask"][...].tolist() == [*range(7)]
-    for other in (Ownership.tiles(dni, (1, 3)), Ownership.tiles(dni, (1,))):
-        for runs in other:
-            found = np.empty(runs.size)
-            checkpoint.load_space(path, "dni", dni, runs, found)
-            assert np.array_equal(found, restrict(vectors["dni"], runs))
+    for ownership in (Ownership.tiles(dni, (1, 3)), Ownership.tiles(dni, (1,))):
+        for runs in ownership:
+            loaded = np.empty(runs.size)
+            checkpoint.load_space(path, "dni", dni, runs, loaded)
+            assert np.array_equal(loaded, restrict(vectors["dni"], runs))
 
 
 @pytest.mark.parametrize("name", ["weights", "optimizer", "rank", "elements", "layout", "a/b", ""])
@@ -266,7 +265,7 @@ def test_what_nobody_holds_cannot_be_written(tmp_path):
         save(tmp_path, checkpoint.Contents("", (1,), layout), shards, {"weights": np.zeros(12)})
 
 
-def told(*arguments):
+def inspect(*arguments):
     status, out, err = run(1, "-m", "psmpi.inspect", *arguments)
     assert status == 0, err
     return out
@@ -282,10 +281,10 @@ def test_the_tools_know_other_tensors_and_tables_of_ranks(tmp_path):
     for name in "ab":
         vectors = {"weights": rng.random(layout.size), "dni": numbers}
         shards, tiles = Ownership.tiles(layout, (2,)), Ownership.tiles(dni, (1, 2))
-        found, _ = save(tmp_path / name, contents, shards, vectors, {"dni": tiles}, rows, {"left": rng.random((2, 7))})
-        paths.append(found)
+        path, _ = save(tmp_path / name, contents, shards, vectors, {"dni": tiles}, rows, {"left": rng.random((2, 7))})
+        paths.append(path)
         numbers = numbers + 1
-    shown = json.loads(told("show", paths[0], "--json"))
+    shown = json.loads(inspect("show", paths[0], "--json"))
     assert shown["tensors"]["dni"][0] == {
         "name": "cut1.weight", "shape": [6, 4], "dtype": "int64", "bytes": 192,
         "norm": pytest.approx(np.linalg.norm(np.arange(24))),
@@ -293,16 +292,16 @@ def test_the_tools_know_other_tensors_and_tables_of_ranks(tmp_path):
     assert (
         shown["rank"] == [{"name": "left", "shape": [2, 7], "dtype": "float64", "bytes": 112}] and not shown["elements"]
     )
-    text = told("show", paths[0])
+    text = inspect("show", paths[0])
     assert "rank  2 ranks, 0.1 kB" in text and "left  float64 2 x 7" in text and "dni  1 tensor," in text
-    (row,) = json.loads(told("stats", paths[0], "--vector", "dni", "--json"))["tensors"]
+    (row,) = json.loads(inspect("stats", paths[0], "--vector", "dni", "--json"))["tensors"]
     assert (row["count"], row["mean"], row["most"]) == (24, 11.5, 23)
-    apart = {row["name"]: row for row in json.loads(told("diff", *paths, "--json"))["tensors"]}
-    assert apart["dni/cut1.weight"]["largest"] == 1 and apart["rank/left"]["distance"] > 0
-    assert "whole" in told("verify", paths[0])
-    told("cut", paths[0], "--classes", "0", "1", "2", "--out", tmp_path / "part.h5")
-    told("join", tmp_path / "part.h5", "--out", tmp_path / "again.h5")
-    told("average", *paths, "--out", tmp_path / "mean.h5")
+    differences = {row["name"]: row for row in json.loads(inspect("diff", *paths, "--json"))["tensors"]}
+    assert differences["dni/cut1.weight"]["largest"] == 1 and differences["rank/left"]["distance"] > 0
+    assert "whole" in inspect("verify", paths[0])
+    inspect("cut", paths[0], "--classes", "0", "1", "2", "--out", tmp_path / "part.h5")
+    inspect("join", tmp_path / "part.h5", "--out", tmp_path / "again.h5")
+    inspect("average", *paths, "--out", tmp_path / "mean.h5")
     for name in ("part", "again", "mean"):
         with h5py.File(tmp_path / f"{name}.h5") as file:
             assert "weights" in file and not {"dni", "rank"} & set(file)
@@ -335,6 +334,6 @@ def test_a_tensor_has_its_units_in_their_order():
     # The unit in the middle is used by both classes: its block comes first in the flat vector.
     uses = [[(0, 1, frozenset({0})), (1, 2, frozenset({0, 1})), (2, 3, frozenset({1}))]]
     layout = make_layout([Parameter("weight", (3, 2), 3)], uses, 2)
-    (whole,), (part,) = make_tensors(layout), make_tensors(layout, [1])
-    assert whole.spans == ((0, 2, 2), (2, 4, 0), (4, 6, 4))
+    (full,), (part,) = make_tensors(layout), make_tensors(layout, [1])
+    assert full.spans == ((0, 2, 2), (2, 4, 0), (4, 6, 4))
     assert part.shape == (2, 2) and part.spans == ((0, 2, 0), (2, 4, 4))

@@ -1,8 +1,9 @@
-"""The command `psmpi`: its words, its help under several names, its exit status, and how little it imports."""
+"""The command `psmpi`: its subcommands, its help under several names, its exit status, and its few imports."""
 
 import inspect
 import sys
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,9 @@ from helpers.processes import launch
 
 import psmpi
 from psmpi import command, train
+from psmpi.config import Config, command_line, defaults, from_command_line
 from psmpi.launcher import LAUNCHER_RANKS
+from psmpi.methods.local_sgd import Settings as LocalSettings
 
 SCRIPT, PACKAGE, MODULE = "/opt/venv/bin/psmpi", "/opt/psmpi/__main__.py", "/opt/psmpi/train.py"
 
@@ -25,8 +28,8 @@ def no_launcher(monkeypatch):
 def test_help_has_one_line_a_command(capsys):
     assert command.main(["--help"]) == 0
     out = capsys.readouterr().out
-    for name, (_, does) in command.COMMANDS.items():
-        assert sum(line.split()[:1] == [name] and line.endswith(does) for line in out.splitlines()) == 1
+    for name, (_, description) in command.COMMANDS.items():
+        assert sum(line.split()[:1] == [name] and line.endswith(description) for line in out.splitlines()) == 1
 
 
 def test_version_is_that_of_the_package(capsys):
@@ -58,10 +61,10 @@ def test_only_the_launchers_first_rank_prints(variable, words, monkeypatch, caps
 
 @pytest.mark.parametrize("status", [0, 1, 3])
 def test_a_command_gets_its_words_and_gives_its_status(status, monkeypatch):
-    seen = []
-    fake = SimpleNamespace(main=lambda words: seen.append(words) or status)
+    calls = []
+    fake = SimpleNamespace(main=lambda words: calls.append(words) or status)
     monkeypatch.setattr(command, "import_module", lambda name: fake)
-    assert command.main(["train", "--lr", "1"]) == status and seen == [["--lr", "1"]]
+    assert command.main(["train", "--lr", "1"]) == status and calls == [["--lr", "1"]]
 
 
 @pytest.mark.parametrize("name", command.COMMANDS)
@@ -87,8 +90,8 @@ def test_a_command_is_known_before_anything_large_is_imported():
 
 
 def test_options_are_parsed_without_a_look_into_the_source(monkeypatch):
-    def read(of):
-        raise AssertionError(f"reads the source of {of}")
+    def read(target):
+        raise AssertionError(f"reads the source of {target}")
 
     monkeypatch.setattr(inspect, "getsource", read)
     assert train.parse(["--lr", "0.5"]).optimization.lr == 0.5
@@ -102,3 +105,35 @@ def test_an_unknown_command_under_mpirun_is_told_once():
 def test_train_runs_by_the_command(tmp_path):
     status, out, err = launch(2, "-m", "psmpi", "train", "--max-steps", "3", "--out", tmp_path / "run")
     assert status == 0 and "model psnet" in out and (tmp_path / "run" / "config.toml").exists(), err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["--epochs=3", "--batch_size", "7", "--colocate", "--no-batch-norm", "--widths", "3", "4"],
+        ["--method", "local_sgd", "--local-steps", "5", "--loss", "nll", "--optimizer", "momentum", "--lr", "1e-3"],
+        ["--no-cuda-graphs", "--clip", "0", "--out", "-", "--epochs", "None", "--method", "dfa"],
+    ],
+    ids=" ".join,
+)
+def test_a_parser_of_the_named_options_reads_what_the_parser_of_all_reads(words):
+    start = defaults([])
+    start = replace(start, model=replace(start.model, layers=({"type": "flatten"},))).changed(
+        LocalSettings, outer_lr=0.5
+    )
+    every = from_command_line(command.parsed(command_line(start), words, "train"))
+    assert command.training_options(start, words) == every
+    assert (every != start) == bool(words)
+
+
+@pytest.mark.parametrize(
+    "words", [["--epochs", "many"], ["--loss", "nil"], ["--epoch", "3"], ["--layers", "1"]], ids=str
+)
+def test_a_wrong_option_has_the_message_of_the_parser_of_all(words, capsys):
+    with pytest.raises(SystemExit):
+        command.parsed(command_line(Config()), words, "train")
+    expected = capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        command.training_options(Config(), words)
+    assert expected and capsys.readouterr().err.startswith(expected)

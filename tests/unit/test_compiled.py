@@ -4,7 +4,7 @@ import threading
 
 import numpy as np
 import pytest
-from helpers.layer_examples import APART, NETWORKS, make
+from helpers.layer_examples import INDEPENDENT, NETWORKS, make
 
 from psmpi.backend import CompiledOps, NumpyOps, Stripes, compiled, make_backend
 from psmpi.backend.compiled import convolution, library
@@ -39,8 +39,8 @@ SHAPES = {
 }
 
 
-def far(found, expected):
-    return abs(found - expected).max(initial=0.0) / max(1e-30, abs(expected).max(initial=0.0))
+def relative_error(actual, expected):
+    return abs(actual - expected).max(initial=0.0) / max(1e-30, abs(expected).max(initial=0.0))
 
 
 @pytest.mark.parametrize("dtype", [F32, F64], ids=str)
@@ -52,13 +52,13 @@ def test_convolutions_are_those_of_the_reference(name, batch, level, dtype):
     rows, columns = (height - k) // stride + 1, (width - k) // stride + 1
     rng = np.random.default_rng(0)
 
-    def some(*shape):
+    def normal(*shape):
         return rng.standard_normal(shape).astype(dtype)
 
     n_in = max(s.n_in for s in stripes)
-    x, dy, bias = some(channels, height, width, batch), some(units, rows, columns, batch), some(units)
+    x, dy, bias = normal(channels, height, width, batch), normal(units, rows, columns, batch), normal(units)
     if any(s.n_in != n_in for s in stripes):
-        # Kernels of different depths do not make one array: each segment apart.
+        # Kernels of different depths do not form one array, so each segment is checked alone.
         for s in stripes:
             only = [Stripes(s.count, s.n, s.n_in, s.source, s.source_step, 0)]
             check(
@@ -66,43 +66,43 @@ def test_convolutions_are_those_of_the_reference(name, batch, level, dtype):
                 x,
                 dy[s.out :][: s.count * s.n],
                 bias[: s.count * s.n],
-                some(s.count * s.n, s.n_in, k, k),
+                normal(s.count * s.n, s.n_in, k, k),
                 stride,
                 level,
             )
         return
-    check(stripes, x, dy, bias, some(units, n_in, k, k), stride, level)
+    check(stripes, x, dy, bias, normal(units, n_in, k, k), stride, level)
 
 
 def check(stripes, x, dy, bias, kernels, stride, level):
     dtype, shapes, k, batch = x.dtype, (x.shape[:3], dy.shape[:3]), kernels.shape[2], x.shape[-1]
     y, dkernels, dx = np.empty_like(dy), np.empty_like(kernels), np.zeros_like(x)
-    # One stripe after the other, on the channels that it sees: nothing overlaps, nothing is unseen.
+    # Each stripe alone, on the channels that it sees: nothing overlaps, nothing is unseen.
     for s in stripes:
         for j in range(s.count):
             source, out = s.source + j * s.source_step, s.out + j * s.n
-            seen, units = slice(source, source + s.n_in), slice(out, out + s.n)
+            channels, units = slice(source, source + s.n_in), slice(out, out + s.n)
             shape = ((s.n_in, *shapes[0][1:]), (s.n, *shapes[1][1:]))
-            one = Im2col([Stripes(1, s.n, s.n_in, 0, 0, 0)], *shape, k, stride, dtype, ops=OPS)
-            one.reserve(batch)
+            single = Im2col([Stripes(1, s.n, s.n_in, 0, 0, 0)], *shape, k, stride, dtype, ops=OPS)
+            single.reserve(batch)
             into = np.empty((s.n_in, *x.shape[1:]), dtype)
-            one.forward(x[seen], kernels[units], bias[units], y[units])
-            one.backward(x[seen], dy[units], kernels[units], dkernels[units], into)
-            dx[seen] += into
+            single.forward(x[channels], kernels[units], bias[units], y[units])
+            single.backward(x[channels], dy[units], kernels[units], dkernels[units], into)
+            dx[channels] += into
     reference = Im2col(stripes, *shapes, k, stride, dtype, ops=OPS)
     reference.reserve(batch)
-    # Buffers hold anything at first.
+    # Buffers may start with any values.
     reference.dcols.fill(np.nan)
     plan = CompiledOps(level).convolution(stripes, *shapes, k, stride, dtype)
-    for each in (reference, plan):
-        found = [np.full_like(a, np.nan) for a in (y, dkernels, dx)]
-        each.forward(x, kernels, bias, found[0])
-        each.backward(x, dy, kernels, found[1], found[2])
-        for mine, expected in zip(found, (y, dkernels, dx), strict=True):
-            assert far(mine, expected) <= TOLERANCE[dtype]
+    for implementation in (reference, plan):
+        results = [np.full_like(a, np.nan) for a in (y, dkernels, dx)]
+        implementation.forward(x, kernels, bias, results[0])
+        implementation.backward(x, dy, kernels, results[1], results[2])
+        for actual, expected in zip(results, (y, dkernels, dx), strict=True):
+            assert relative_error(actual, expected) <= TOLERANCE[dtype]
     again = np.full_like(dkernels, np.nan)
     plan.backward(x, dy, kernels, again, None)
-    assert np.array_equal(again, found[1])
+    assert np.array_equal(again, results[1])
 
 
 @pytest.mark.parametrize("dtype", [F32, F64], ids=str)
@@ -135,21 +135,21 @@ def test_models_give_the_scores_and_gradients_of_the_reference(name, batch, leve
     x = rng.random((int(np.prod(network.in_shape)), batch)).astype(dtype)
     for classes in (tuple(range(network.classes)), (1,), (0, 2)):
         part = layout.part(classes)
-        mine = np.concatenate([w[a:b] for a, b in part.intervals])
+        part_weights = np.concatenate([w[a:b] for a, b in part.intervals])
         results = []
         for ops in (NumpyOps(), CompiledOps(level)):
-            model = Model(network, layout, mine, np.full_like(mine, np.nan), ops, classes)
+            model = Model(network, layout, part_weights, np.full_like(part_weights, np.nan), ops, classes)
             tape = model.forward(x)
             scores = tape.scores.copy()
             model.backward(tape, np.cos(np.arange(scores.size)).reshape(scores.shape).astype(dtype))
             results.append((scores, model.g))
-        for found, expected in zip(results[1], results[0], strict=True):
-            assert far(found, expected) <= TOLERANCE[dtype]
+        for actual, expected in zip(results[1], results[0], strict=True):
+            assert relative_error(actual, expected) <= TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("dtype", [F32, F64], ids=str)
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("name", APART)
+@pytest.mark.parametrize("name", INDEPENDENT)
 def test_gradients_of_samples_are_those_of_the_reference(name, level, dtype):
     network = make(name)
     layout = network.layout()
@@ -158,17 +158,17 @@ def test_gradients_of_samples_are_those_of_the_reference(name, level, dtype):
     x = rng.random((int(np.prod(network.in_shape)), 19)).astype(dtype)
     for classes in (tuple(range(network.classes)), (1,)):
         part = layout.part(classes)
-        mine = np.concatenate([w[a:b] for a, b in part.intervals])
+        part_weights = np.concatenate([w[a:b] for a, b in part.intervals])
         results = []
         for ops in (NumpyOps(), CompiledOps(level)):
-            model = Model(network, layout, mine, np.full_like(mine, np.nan), ops, classes)
+            model = Model(network, layout, part_weights, np.full_like(part_weights, np.nan), ops, classes)
             sums = np.full((19, part.size), np.nan, dtype)
             tape = model.forward(x)
             scores = tape.scores
             dscores = np.cos(np.arange(scores.size)).reshape(scores.shape).astype(dtype)
             model.backward(tape, dscores, sums=SampleSums(np.eye(19, dtype=dtype), sums))
             results.append(sums)
-        assert far(results[1], results[0]) <= TOLERANCE[dtype]
+        assert relative_error(results[1], results[0]) <= TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("dtype", [F32, F64], ids=str)
@@ -176,7 +176,7 @@ def test_gradients_of_samples_are_those_of_the_reference(name, level, dtype):
 @pytest.mark.parametrize("batch", [1, 20, 100])
 @pytest.mark.parametrize("name", SHAPES)
 def test_threads_compute_the_same_bits(name, batch, level, dtype, monkeypatch):
-    """Also where a call is worth fewer threads than there are."""
+    """This holds also where a call uses fewer threads than there are."""
     stripes, channels, (height, width), units, k, stride = SHAPES[name]
     if len({s.n_in for s in stripes}) > 1:
         stripes, units = stripes[:1], stripes[0].n
@@ -189,24 +189,24 @@ def test_threads_compute_the_same_bits(name, batch, level, dtype, monkeypatch):
         plan = CompiledOps(level, threads).convolution(stripes, *shapes, k, stride, dtype)
         monkeypatch.setattr(convolution, "WORK", max(1, plan.work * batch // members))
         assert plan._members(batch) >= members or plan.work * batch < members
-        found = [np.full_like(a, np.nan) for a in (dy, kernels, x)]
-        plan.forward(x, kernels, kernels[:, 0, 0, 0].copy(), found[0])
-        plan.backward(x, dy, kernels, found[1], found[2])
-        found.append(np.full((*kernels.shape, batch), np.nan, dtype))
-        found.append(np.full((units, batch), np.nan, dtype))
-        plan.samples(x, dy, *found[3:])
-        assert far(found[3].sum(axis=-1), found[1]) <= TOLERANCE[dtype]
-        assert far(found[4], dy.sum(axis=(1, 2))) <= TOLERANCE[dtype]
-        results.append(found)
-    for found in results[1:]:
-        assert all(np.array_equal(a, b) for a, b in zip(found, results[0], strict=True))
+        arrays = [np.full_like(a, np.nan) for a in (dy, kernels, x)]
+        plan.forward(x, kernels, kernels[:, 0, 0, 0].copy(), arrays[0])
+        plan.backward(x, dy, kernels, arrays[1], arrays[2])
+        arrays.append(np.full((*kernels.shape, batch), np.nan, dtype))
+        arrays.append(np.full((units, batch), np.nan, dtype))
+        plan.samples(x, dy, *arrays[3:])
+        assert relative_error(arrays[3].sum(axis=-1), arrays[1]) <= TOLERANCE[dtype]
+        assert relative_error(arrays[4], dy.sum(axis=(1, 2))) <= TOLERANCE[dtype]
+        results.append(arrays)
+    for arrays in results[1:]:
+        assert all(np.array_equal(a, b) for a, b in zip(arrays, results[0], strict=True))
 
 
 @pytest.mark.parametrize("dtype", [F32, F64], ids=str)
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("rows", [2, 10, 14])
 def test_element_products_are_those_of_the_reference(rows, level, dtype):
-    """Elements of several sizes, one of them empty, whose runs overlap in the vector."""
+    """The elements have several sizes, one is empty, and their runs overlap in the vector."""
     runs = [[(0, 5), (30, 71)], [(3, 90)], [], [(0, 5), (50, 50), (60, 61)], [(0, 1500)]]
     rng, results = np.random.default_rng(0), []
     p = rng.standard_normal(1500).astype(dtype)
@@ -218,22 +218,24 @@ def test_element_products_are_those_of_the_reference(rows, level, dtype):
         elements = curvature.restriction(runs, size)
         v, out = np.zeros((count, size), dtype), np.zeros((count, size), dtype)
         elements.restrict(p, v)
-        for e, mine in enumerate(runs):
+        for e, element_runs in enumerate(runs):
             pairs[e, :, elements.sizes[e] :] = 0
-            assert np.array_equal(v[e, : elements.sizes[e]], np.concatenate([p[a:b] for a, b in [(0, 0), *mine]]))
+            assert np.array_equal(
+                v[e, : elements.sizes[e]], np.concatenate([p[a:b] for a, b in [(0, 0), *element_runs]])
+            )
         total, q = np.full_like(p, np.nan), np.full_like(p, np.nan)
         elements.accumulate(v, total)
         coefficients = np.full((count, rows), np.nan)
         curvature.products(pairs, middle, sigma, coefficients, v, out)
         curvature.restricted_products(elements, pairs, middle, sigma, np.empty_like(coefficients), p, q)
         results.append((v, total, coefficients, out, q))
-        assert far(curvature.row_dots(v, out), (v.astype(np.float64) * out).sum(axis=1)) <= TOLERANCE[dtype]
+        assert relative_error(curvature.row_dots(v, out), (v.astype(np.float64) * out).sum(axis=1)) <= TOLERANCE[dtype]
         again = np.empty_like(p)
         elements.accumulate(out, again)
-        assert far(again, q) <= TOLERANCE[dtype]
+        assert relative_error(again, q) <= TOLERANCE[dtype]
     assert elements.sizes.tolist() == [46, 87, 0, 6, 1500]
-    for found, expected in zip(results[1], results[0], strict=True):
-        assert far(found, expected) <= TOLERANCE[dtype]
+    for actual, expected in zip(results[1], results[0], strict=True):
+        assert relative_error(actual, expected) <= TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -268,8 +270,8 @@ def test_adam_steps_as_the_reference_does(name, n, level, dtype):
         for g in steps:
             optimizer.step(w, g.copy(), 0.01, lambda values: values)
         results.append((w, *optimizer.vectors.values()))
-    for found, expected in zip(results[1], results[0], strict=True):
-        assert far(found, expected) <= TOLERANCE[dtype]
+    for actual, expected in zip(results[1], results[0], strict=True):
+        assert relative_error(actual, expected) <= TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("dtype", [F32, F64], ids=str)
@@ -286,15 +288,15 @@ def test_activations_are_those_of_the_reference(kind, n, level, dtype):
         ops.activate(kind, y)
         results.append((y.copy(), dx))
         ops.activate_back(kind, y, dx)
-    for found, expected in zip(results[1], results[0], strict=True):
-        assert np.array_equal(np.isnan(found), np.isnan(expected)) and np.isnan(found).any()
-        assert far(np.nan_to_num(found), np.nan_to_num(expected)) <= {F32: 4e-7, F64: 1e-15}[dtype]
+    for actual, expected in zip(results[1], results[0], strict=True):
+        assert np.array_equal(np.isnan(actual), np.isnan(expected)) and np.isnan(actual).any()
+        assert relative_error(np.nan_to_num(actual), np.nan_to_num(expected)) <= {F32: 4e-7, F64: 1e-15}[dtype]
 
 
 @pytest.mark.parametrize("dtype", [F32, F64], ids=str)
 @pytest.mark.parametrize("level", LEVELS)
 def test_the_sigmoid_holds_at_both_ends(level, dtype):
-    """To 4 units in the last place of the formula in a wider type, and no overflow."""
+    """The sigmoid is within 4 units in the last place of the formula in a wider type, without overflow."""
     x = np.concatenate([np.linspace(-80, 80, 4001), np.linspace(-1, 1, 4001)]).astype(dtype)
     y = x.copy()
     CompiledOps(level).activate("sigmoid", y)
@@ -317,8 +319,8 @@ def test_sums_and_biases_are_those_of_the_reference(n, level, dtype):
         ops.row_sums(y, sums[1:4, 1::2])
         ops.add_bias(biased, bias[1:4, 1::2])
         results.append((sums, biased))
-    for found, expected in zip(results[1], results[0], strict=True):
-        assert far(found, expected) <= TOLERANCE[dtype] / 10
+    for actual, expected in zip(results[1], results[0], strict=True):
+        assert relative_error(actual, expected) <= TOLERANCE[dtype] / 10
 
 
 @pytest.mark.parametrize("dtype", [F32, F64], ids=str)
@@ -326,23 +328,23 @@ def test_sums_and_biases_are_those_of_the_reference(n, level, dtype):
 @pytest.mark.parametrize("m", [1, 5, 16, 700])
 def test_rows_of_unit_length_are_those_of_the_reference(m, level, dtype):
     rng, ops = np.random.default_rng(0), CompiledOps(level)
-    # Behind each row a number that is not of it.
+    # A number that is no part of the row follows each row.
     w, g = (rng.standard_normal((*shape, m + 1)).astype(dtype)[..., :m] for shape in ((2, 3), (4, 2, 3)))
-    found, expected, gradient = np.empty((2, 3), dtype), np.empty((2, 3), dtype), g.copy()
+    actual, expected, gradient = np.empty((2, 3), dtype), np.empty((2, 3), dtype), g.copy()
     OPS.row_factors(w, 0.5, 3.0, expected)
-    ops.row_factors(w, 0.5, 3.0, found)
-    assert far(found, expected) <= TOLERANCE[dtype]
+    ops.row_factors(w, 0.5, 3.0, actual)
+    assert relative_error(actual, expected) <= TOLERANCE[dtype]
     OPS.project_rows(w, expected, 3.0, gradient)
     ops.project_rows(w, expected, 3.0, g)
-    assert far(g, gradient) <= TOLERANCE[dtype]
-    # A row whose length is beyond the dtype has none.
+    assert relative_error(g, gradient) <= TOLERANCE[dtype]
+    # A row whose length overflows has no factor.
     w[1, 2] = np.finfo(dtype).max / 4
-    for each in (OPS, ops):
+    for backend in (OPS, ops):
         with np.errstate(over="ignore"):
-            each.row_factors(w, 0.5, 3.0, found)
-        assert np.isnan(found).tolist() == [[False] * 3, [False, False, True]]
+            backend.row_factors(w, 0.5, 3.0, actual)
+        assert np.isnan(actual).tolist() == [[False] * 3, [False, False, True]]
     with pytest.raises(ValueError, match="contiguous rows"):
-        ops.row_factors(np.repeat(w, 2, axis=-1)[..., ::2], 0.5, 3.0, found)
+        ops.row_factors(np.repeat(w, 2, axis=-1)[..., ::2], 0.5, 3.0, actual)
 
 
 @pytest.mark.parametrize("dtype", [F32, F64], ids=str)
@@ -360,21 +362,21 @@ def test_folded_kernels_are_those_of_the_reference(k, pool, level, dtype):
         ops.fold(images, pool, out)
         ops.unfold(dfolded.astype(dtype), pool, images)
         results.append((out, w))
-    for found, expected in zip(results[1], results[0], strict=True):
-        assert far(found, expected) <= TOLERANCE[dtype] / 10
+    for actual, expected in zip(results[1], results[0], strict=True):
+        assert relative_error(actual, expected) <= TOLERANCE[dtype] / 10
 
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_sums_do_not_lose_digits_with_the_size_of_images_and_minibatches(level):
-    """Of positive numbers, whose sum grows: a sum one by one would lose 1e-5 of it."""
+    """Sums of positive numbers grow, and additions one by one would lose 1e-5 of the sum."""
     rng = np.random.default_rng(0)
     x, dy = rng.random((1, 58, 58, 5000), np.float32), rng.random((1, 56, 56, 5000), np.float32)
     plan = CompiledOps(level).convolution([Stripes(1, 1, 1, 0, 0, 0)], x.shape[:3], dy.shape[:3], 3, 1, F32)
-    found = np.empty((1, 1, 3, 3), np.float32)
-    plan.backward(x, dy, found, found, None)
+    dkernels = np.empty((1, 1, 3, 3), np.float32)
+    plan.backward(x, dy, dkernels, dkernels, None)
     for i, j in ((0, 0), (1, 2)):
         exact = np.einsum("hwb,hwb->", x[0, i : i + 56, j : j + 56], dy[0], dtype=np.float64)
-        assert abs(found[0, 0, i, j] - exact) <= 1e-6 * exact
+        assert abs(dkernels[0, 0, i, j] - exact) <= 1e-6 * exact
     y = rng.random((1, 1, 3_000_000), np.float32)
     out = np.empty((1, 1), np.float32)
     CompiledOps(level).row_sums(y, out)
@@ -391,7 +393,7 @@ def test_max_pooling_keeps_what_is_not_a_number(level):
 
 
 def test_arrays_of_another_kind_are_refused():
-    """C would take them for its own."""
+    """C would read arrays of other types and strides as its own."""
     ops = CompiledOps()
     wide, narrow = np.ones((2, 3, 4)), np.ones((2, 3, 4), np.float32)
     with pytest.raises(ValueError, match="a kernel needs contiguous"):

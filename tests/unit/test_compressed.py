@@ -1,4 +1,4 @@
-"""Sparse samples: compressed rows, minibatches of them, their identity, and the tasks that are generated as such."""
+"""Sparse samples: compressed rows, their minibatches and identity, and generated sparse tasks."""
 
 import numpy as np
 import pytest
@@ -19,9 +19,9 @@ N, F = 40, 23
 def table(dtype=np.float32, n=N, seed=0):
     """A dense table with rows and columns of zeros."""
     rng = np.random.default_rng(seed)
-    made = (rng.random((n, F)) < 0.2) * rng.standard_normal((n, F))
-    made[::7], made[:, 5] = 0, 0
-    return made.astype(dtype)
+    dense = (rng.random((n, F)) < 0.2) * rng.standard_normal((n, F))
+    dense[::7], dense[:, 5] = 0, 0
+    return dense.astype(dtype)
 
 
 def arrays(dense):
@@ -68,9 +68,9 @@ def test_minibatches_are_those_of_dense_samples(make, stored, dtype):
         out = np.full((F, len(ids)), np.nan, dtype)
         resident.fetch(ids, out)
         np.testing.assert_array_equal(out, dense[ids].T.astype(dtype))
-    kept = resident.compressed
-    np.testing.assert_array_equal(kept.dense(), dense[rows].astype(dtype))
-    assert kept.dtype == dtype and resident.nbytes == kept.nbytes + rows.nbytes
+    samples = resident.compressed
+    np.testing.assert_array_equal(samples.dense(), dense[rows].astype(dtype))
+    assert samples.dtype == dtype and resident.nbytes == samples.nbytes + rows.nbytes
     np.testing.assert_array_equal(resident.rows([39, 3, 3]).dense(), dense[[39, 3, 3]].astype(dtype))
     with pytest.raises(ValueError, match="1 ids are not resident"):
         resident.rows([2])
@@ -125,15 +125,15 @@ def test_no_dense_copy_is_ever_made_of_sparse_samples():
 def test_arrays_that_are_no_compressed_rows_are_refused(change, message):
     good = {"starts": [0, 2, 3], "columns": [0, 4, 2], "values": [1.0, 2.0, 3.0], "features": F}
     assert checked("own", **{k: np.array(v) if isinstance(v, list) else v for k, v in good.items()}).n == 2
-    given = {k: np.array(v) if isinstance(v, list) else v for k, v in {**good, **change}.items()}
+    changed = {k: np.array(v) if isinstance(v, list) else v for k, v in {**good, **change}.items()}
     with pytest.raises(UserError, match=message):
-        checked("own", **given)
+        checked("own", **changed)
 
 
 def test_columns_are_put_in_order_and_whole_numbers_become_floats():
-    made = checked("own", np.array([0, 3, 3, 5]), np.array([4, 0, 9, 7, 1]), np.array([1, 2, 3, 4, 5]), F)
-    assert made.columns.tolist() == [0, 4, 9, 1, 7] and made.values.tolist() == [2, 1, 3, 5, 4]
-    assert made.dtype == np.float32 and made.columns.dtype == np.int32 and made.starts.dtype == np.int64
+    rows = checked("own", np.array([0, 3, 3, 5]), np.array([4, 0, 9, 7, 1]), np.array([1, 2, 3, 4, 5]), F)
+    assert rows.columns.tolist() == [0, 4, 9, 1, 7] and rows.values.tolist() == [2, 1, 3, 5, 4]
+    assert rows.dtype == np.float32 and rows.columns.dtype == np.int32 and rows.starts.dtype == np.int64
     assert checked("own", np.array([0, 1]), np.array([0]), np.array([1 << 25]), 1).dtype == np.float64
 
 
@@ -171,8 +171,8 @@ def test_rows_have_the_same_fingerprint_where_they_are_the_same(dtype):
     assert all(len(np.unique(prints[kinds.ravel() == k])) == 1 for k in range(kinds.max() + 1))
     assert (prints[(dense == 0).all(axis=1)] == 0).all()
     words = np.array([[1, 2], [2, 1]], np.uint32).view(np.float64).ravel()
-    turned = compressed_fingerprints(Compressed(np.arange(3), np.zeros(2, np.int32), words, 1))
-    assert turned[0] != turned[1], "the words of a value have factors of their own"
+    swapped = compressed_fingerprints(Compressed(np.arange(3), np.zeros(2, np.int32), words, 1))
+    assert swapped[0] != swapped[1], "the words of a value have factors of their own"
 
 
 def test_test_samples_that_are_training_samples_are_told():
@@ -210,16 +210,18 @@ def test_ratings_are_entries_of_a_matrix_of_low_rank():
     data = open_dataset("ratings:400", None)
     assert data.task == "regression" and data.shape == (1, 2) and data.train.tokens and data.train.vocabulary == 600
     pairs = [split.read(np.arange(split.n)) for split in (data.train, data.test)]
-    both = np.concatenate(pairs)
-    assert both[:, 0].max() == 399 and both[:, 1].min() == 400 and len(np.unique(both, axis=0)) == 400 * 44
+    all_pairs = np.concatenate(pairs)
+    assert (
+        all_pairs[:, 0].max() == 399 and all_pairs[:, 1].min() == 400 and len(np.unique(all_pairs, axis=0)) == 400 * 44
+    )
     assert (np.bincount(pairs[0][:, 0]) == 40).all() and (np.bincount(pairs[1][:, 0]) == 4).all()
     # Alternating least squares.
     rows, columns, values = pairs[0][:, 0], pairs[0][:, 1] - 400, data.train.targets[:, 0]
     u, v = np.zeros((400, 5)), np.random.default_rng(0).standard_normal((200, 5))
     for _ in range(40):
-        for side, other, here, there in ((u, v, rows, columns), (v, u, columns, rows)):
-            for k in range(len(side)):
-                a = other[there[here == k]]
-                side[k] = np.linalg.solve(a.T @ a + 0.05 * np.eye(5), a.T @ values[here == k])
+        for factor, fixed, own_ids, fixed_ids in ((u, v, rows, columns), (v, u, columns, rows)):
+            for k in range(len(factor)):
+                a = fixed[fixed_ids[own_ids == k]]
+                factor[k] = np.linalg.solve(a.T @ a + 0.05 * np.eye(5), a.T @ values[own_ids == k])
     guess = (u[pairs[1][:, 0]] * v[pairs[1][:, 1] - 400]).sum(axis=1)
     assert np.sqrt(((guess - data.test.targets[:, 0]) ** 2).mean()) < 2 * NOISE

@@ -1,4 +1,4 @@
-"""Compressed sums of gradients: what is applied and what is left add up, and the properties their papers state."""
+"""Compressed sums of gradients: sent and residual parts add up, and compressors have the properties of their papers."""
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ SETTINGS = {"density": 0.1, "rank": 2, "levels": 15, "momentum": 0.9, "seed": 0}
 
 
 def together(size, work):
-    """work(group) on every rank; what each returns."""
+    """Run work(group) on every rank; return the results in the order of ranks."""
     return run_ranks(size, lambda world: work(Group(world, range(size), Counter())))
 
 
@@ -53,14 +53,14 @@ def test_what_is_applied_and_what_is_left_are_all_gradients(name, ranks):
             applied += g
         return applied, compressor.left
 
-    found = together(ranks, work)
-    everything = sum(gradient(layout, rank, step, ranks) for rank in range(ranks) for step in range(steps))
-    applied = found[0][0]
-    assert all(np.array_equal(applied, other) for other, _ in found)
-    left = np.mean([left for _, left in found], axis=0)
-    assert abs(applied + left - everything).max() <= 1e-12 * abs(everything).max()
-    # And without what is left they are not: something was left out.
-    assert abs(left).max() > 1e-6 * abs(everything).max()
+    results = together(ranks, work)
+    total = sum(gradient(layout, rank, step, ranks) for rank in range(ranks) for step in range(steps))
+    applied = results[0][0]
+    assert all(np.array_equal(applied, other_applied) for other_applied, _ in results)
+    residual = np.mean([rank_residual for _, rank_residual in results], axis=0)
+    assert abs(applied + residual - total).max() <= 1e-12 * abs(total).max()
+    # Without the residual they differ: something was left out.
+    assert abs(residual).max() > 1e-6 * abs(total).max()
 
 
 def test_powersgd_projects_the_mean_on_what_its_columns_span():
@@ -72,15 +72,15 @@ def test_powersgd_projects_the_mean_on_what_its_columns_span():
         compressor.reduce(g)
         return g, compressor
 
-    found = together(3, work)
+    results = together(3, work)
     mean = sum(gradient(layout, rank, 0, 3) for rank in range(3))
-    compressor = found[0][1]
+    compressor = results[0][1]
     assert len(compressor.matrices) == 3 and len(compressor.whole) == 10 + 8 + 4
-    for at, shape, p, _ in compressor._factors():
-        m, found_m = (np.concatenate([v[run] for run in at]).reshape(shape) for v in (mean, found[0][0]))
-        assert abs(found_m - p @ p.T @ m).max() <= 1e-12
+    for runs, shape, p, _ in compressor._factors():
+        m, projected = (np.concatenate([v[run] for run in runs]).reshape(shape) for v in (mean, results[0][0]))
+        assert abs(projected - p @ p.T @ m).max() <= 1e-12
         assert abs(p.T @ p - np.eye(2)).max() <= 1e-12
-    assert abs(found[0][0][compressor.whole] - mean[compressor.whole]).max() <= 1e-15
+    assert abs(results[0][0][compressor.whole] - mean[compressor.whole]).max() <= 1e-15
 
 
 def test_powersgd_comes_to_the_best_approximation_of_a_fixed_matrix():
@@ -94,10 +94,12 @@ def test_powersgd_comes_to_the_best_approximation_of_a_fixed_matrix():
         return g, compressor
 
     ((g, compressor),) = together(1, work)
-    for at, shape in compressor.matrices:
-        matrix, found = (np.concatenate([v[run] for run in at]).reshape(shape) for v in (gradient(layout, 0, 0, 1), g))
+    for runs, shape in compressor.matrices:
+        matrix, approximation = (
+            np.concatenate([v[run] for run in runs]).reshape(shape) for v in (gradient(layout, 0, 0, 1), g)
+        )
         best = np.sqrt((np.linalg.svd(matrix)[1][2:] ** 2).sum())
-        assert np.linalg.norm(matrix - found) == pytest.approx(best, abs=1e-10)
+        assert np.linalg.norm(matrix - approximation) == pytest.approx(best, abs=1e-10)
 
 
 def test_top_k_and_signs_contract_as_their_papers_say():
@@ -105,21 +107,21 @@ def test_top_k_and_signs_contract_as_their_papers_say():
     v = gradient(layout, 0, 0, 1)
 
     def work(group):
-        found = []
+        compressors = []
         for kind in (TopK, Sign):
             compressor = kind(group, layout, F64, **({"density": 0.1} if kind is TopK else {}))
             compressor.reduce(v.copy())
-            found.append(compressor)
-        return found
+            compressors.append(compressor)
+        return compressors
 
     ((topk, sign),) = together(1, work)
     assert topk.k == round(0.1 * layout.size)
     assert (topk.left**2).sum() <= (1 - topk.k / layout.size) * (v**2).sum()
     assert sorted(abs(topk.sent[topk.sent != 0])) == sorted(abs(v))[-topk.k :]
-    for at in tensors(layout):
-        mine, left = (np.concatenate([a[run] for run in at]) for a in (v, sign.left))
-        share = 1 - abs(mine).sum() ** 2 / (len(mine) * (mine**2).sum())
-        assert (left**2).sum() == pytest.approx(share * (mine**2).sum(), rel=1e-12)
+    for runs in tensors(layout):
+        values, residual = (np.concatenate([a[run] for run in runs]) for a in (v, sign.left))
+        share = 1 - abs(values).sum() ** 2 / (len(values) * (values**2).sum())
+        assert (residual**2).sum() == pytest.approx(share * (values**2).sum(), rel=1e-12)
 
 
 def test_random_rounding_is_unbiased_and_its_variance_bounded():
@@ -129,17 +131,17 @@ def test_random_rounding_is_unbiased_and_its_variance_bounded():
 
     def work(group):
         compressor = QSGD(group, layout, F64, levels=levels)
-        found = np.empty((draws, layout.size))
+        rounded = np.empty((draws, layout.size))
         for k in range(draws):
-            found[k] = v
-            compressor.reduce(found[k])
-        return found
+            rounded[k] = v
+            compressor.reduce(rounded[k])
+        return rounded
 
-    (found,) = together(1, work)
-    errors = found.std(axis=0) / np.sqrt(draws)
-    assert (abs(found.mean(axis=0) - v) <= 4 * errors + 1e-15).all()
+    (samples,) = together(1, work)
+    errors = samples.std(axis=0) / np.sqrt(draws)
+    assert (abs(samples.mean(axis=0) - v) <= 4 * errors + 1e-15).all()
     d = layout.size
-    variance = ((found - v) ** 2).sum(axis=1).mean()
+    variance = ((samples - v) ** 2).sum(axis=1).mean()
     assert 0 < variance <= min(d / levels**2, np.sqrt(d) / levels) * (v**2).sum()
 
 
@@ -147,23 +149,23 @@ def test_dgc_that_sends_all_is_momentum():
     layout = small()
 
     def work(group):
-        whole = DGC(group, layout, F64, density=1.0, momentum=0.9, masking=False)
+        unmasked = DGC(group, layout, F64, density=1.0, momentum=0.9, masking=False)
         masked = DGC(group, layout, F64, density=1.0, momentum=0.9)
-        found = []
+        sums = []
         for step in range(20):
-            both = [gradient(layout, group.rank, step, 2) for _ in range(2)]
-            whole.reduce(both[0])
-            masked.reduce(both[1])
-            found.append(both)
-        return found
+            gradients = [gradient(layout, group.rank, step, 2) for _ in range(2)]
+            unmasked.reduce(gradients[0])
+            masked.reduce(gradients[1])
+            sums.append(gradients)
+        return sums
 
-    found, _ = together(2, work)
+    steps, _ = together(2, work)
     velocity = np.zeros(layout.size)
-    for step, (whole, masked) in enumerate(found):
+    for step, (unmasked_sum, masked) in enumerate(steps):
         mean = sum(gradient(layout, rank, step, 2) for rank in range(2))
         velocity = 0.9 * velocity + mean
-        assert abs(whole - velocity).max() <= 1e-14
-        # What is sent is forgotten, here all: no momentum is left.
+        assert abs(unmasked_sum - velocity).max() <= 1e-14
+        # Masking clears the momentum of sent entries, here of all.
         assert abs(masked - mean).max() <= 1e-14
 
 
@@ -171,17 +173,17 @@ def test_float16_holds_small_and_large_numbers():
     layout = small()
 
     def work(group):
-        found = []
+        sums = []
         for factor in (1e-30, 1.0, 1e30, 0.0):
             g = factor * gradient(layout, group.rank, 0, 2)
             make_compressor("float16", group, layout, F64, False, **SETTINGS).reduce(g)
-            found.append(g)
-        return found
+            sums.append(g)
+        return sums
 
     mean = sum(gradient(layout, rank, 0, 2) for rank in range(2))
-    for factor, found in zip((1e-30, 1.0, 1e30), together(2, work)[0], strict=False):
-        # Eleven binary digits, of the shares and of the mean.
-        assert abs(found - factor * mean).max() <= 2**-10 * factor * abs(mean).max()
+    for factor, reduced in zip((1e-30, 1.0, 1e30), together(2, work)[0], strict=False):
+        # float16 keeps eleven binary digits, of the shares and of the mean.
+        assert abs(reduced - factor * mean).max() <= 2**-10 * factor * abs(mean).max()
     assert not together(2, work)[0][3].any()
 
 
@@ -204,9 +206,9 @@ def test_a_compressed_run_goes_on_bit_for_bit(train, tmp_path, name):
     train(3, *options, "--max-steps", "7", out=out)
     result = train(3, *options, "--max-steps", "12", "--resume", "auto", out=out)
     assert distance(train(3, *options, "--max-steps", "12").tensors(), result.tensors()) == 0
-    other = train(2, *options, "--max-steps", "13", "--resume", "auto", out=out)
-    said = "the random numbers of this many ranks" if name == "qsgd" else "the compression residuals of this many ranks"
-    assert said in other.stdout
+    on_two_ranks = train(2, *options, "--max-steps", "13", "--resume", "auto", out=out)
+    note = "the random numbers of this many ranks" if name == "qsgd" else "the compression residuals of this many ranks"
+    assert note in on_two_ranks.stdout
 
 
 def test_nothing_to_compress_is_no_trouble(train):
@@ -215,7 +217,7 @@ def test_nothing_to_compress_is_no_trouble(train):
 
 
 BYTES = {
-    # Of 4 ranks, a step: gathered segments both ways; index and value; bit and scale; code and norm.
+    # Bytes of a step on 4 ranks: gathered segments both ways; index and value; bit and scale; code and norm.
     "float16": lambda size, k, n: 2 * 2 * size * 3 // 4,
     "topk": lambda size, k, n: 8 * k * 3,
     "dgc": lambda size, k, n: 8 * k * 3,
@@ -262,7 +264,7 @@ def test_what_cannot_be_is_said(tmp_path, options, says):
 
 @pytest.mark.slow
 def test_mnist_after_two_epochs_needs_the_memory(train):
-    """The figures that a small run of the same setting had: 3.2 % wrong without compression."""
+    """The bounds follow a small run of the same setting with 3.2 % test error without compression."""
     folder = real("mnist") / "mnist"
     setting = ("--dataset", "mnist", "--data-dir", folder, "--model", "mlp", "--widths", "256", "256", "--loss", "nll",
                "--batch-size", "128", "--optimizer", "momentum", "--lr", "0.05", "--clip", "0", "--epochs", "2",

@@ -1,4 +1,4 @@
-"""The cost model: collectives as messages, times of small schedules by hand, and rehearsals beside the real thing."""
+"""The cost model: collectives as messages, hand-computed times of small schedules, rehearsals against real ranks."""
 
 import json
 import shutil
@@ -39,18 +39,18 @@ from psmpi.training.usual import usual
 SIZES = [*range(1, 10), 12, 16, 31]
 FLAT = ("Bcast", "Reduce", "Allreduce", "Barrier")
 RUNS = ("Scatterv", "Gatherv", "Allgatherv", "Reduce_scatter")
-# 1 s, and 1 GB/s.
+# A latency of 1 s, and 1 GB/s.
 SLOW = Link.of(1.0, 1e9)
 
 
 def all_rounds(name, size, root, nbytes):
-    """The rounds of all ranks, each of which knows what it would."""
-    found = []
-    for me in range(size):
-        whole = [nbytes] * size
-        sizes = [nbytes] if name in FLAT or (name in RUNS[:2] and me != root) else whole
-        found.append(rounds(name, size, me, root, sizes))
-    return found
+    """The rounds of all ranks, each computed from the sizes that the rank knows."""
+    by_rank = []
+    for rank in range(size):
+        all_sizes = [nbytes] * size
+        sizes = [nbytes] if name in FLAT or (name in RUNS[:2] and rank != root) else all_sizes
+        by_rank.append(rounds(name, size, rank, root, sizes))
+    return by_rank
 
 
 @pytest.mark.parametrize("nbytes", [8, 3000, 100_000, 4_000_000])
@@ -59,9 +59,9 @@ def test_what_one_rank_sends_the_other_receives(name, nbytes):
     for size in SIZES:
         for root in {0, size - 1} if name in ("Bcast", "Reduce", *RUNS[:2]) else {0}:
             sent, received = defaultdict(list), defaultdict(list)
-            for me, steps in enumerate(all_rounds(name, size, root, nbytes)):
-                for part in (part for one in steps for part in one):
-                    pair = (me, part.peer) if part.out else (part.peer, me)
+            for rank, steps in enumerate(all_rounds(name, size, root, nbytes)):
+                for part in (part for messages in steps for part in messages):
+                    pair = (rank, part.peer) if part.out else (part.peer, rank)
                     (sent if part.out else received)[pair].append((part.nbytes, part.pieces))
             assert sent == received, (size, root)
 
@@ -69,13 +69,16 @@ def test_what_one_rank_sends_the_other_receives(name, nbytes):
 @pytest.mark.parametrize("nbytes", [64, 1 << 20])
 @pytest.mark.parametrize("size", [2, 4, 8, 16])
 def test_bytes_of_collectives_are_those_of_their_algorithms(size, nbytes):
-    """Of a power of two of ranks: Thakur, Rabenseifner and Gropp (2005), table of costs."""
+    """The bytes on a power of two of ranks are those of Thakur, Rabenseifner and Gropp (2005), table of costs."""
 
     def sent(name, root=0):
-        return [sum(p.nbytes for one in steps for p in one if p.out) for steps in all_rounds(name, size, root, nbytes)]
+        return [
+            sum(p.nbytes for messages in steps for p in messages if p.out)
+            for steps in all_rounds(name, size, root, nbytes)
+        ]
 
     ring = 2 * nbytes * (size - 1) // size
-    # At 8 bytes an element, of which each rank has to have one.
+    # A ring needs an element of 8 bytes for each rank.
     assert sent("Allreduce") == [ring if nbytes >= 8 * size else nbytes * (size.bit_length() - 1)] * size
     assert sent("Allgatherv") == [nbytes * (size - 1)] * size
     assert sent("Reduce_scatter") == [nbytes * (size - 1)] * size
@@ -110,7 +113,7 @@ def test_a_message_takes_its_latency_and_its_bytes():
 
 
 def test_long_messages_wait_for_who_receives_them_and_short_ones_do_not():
-    """Within a host; between hosts none waits."""
+    """Long messages wait within a host; between hosts no message waits."""
     for nbytes, hosts, expected in ((10**9, (0, 0), 5 + 1 + 1), (8, (0, 0), 5), (10**9, (0, 1), 5), (8, (0, 1), 5)):
         sender = program(call("Send", 2, peer=1, nbytes=[nbytes]))
         receiver = program(call("Recv", 2, seconds=5.0, peer=0, nbytes=[nbytes]))
@@ -126,8 +129,8 @@ def test_several_senders_share_the_link_of_who_receives():
 
 def test_a_broadcast_goes_down_a_tree():
     for size, levels in ((2, 1), (4, 2), (7, 2), (8, 3), (31, 4), (32, 5)):
-        some = [program(call("Bcast", size, peer=0, nbytes=[100])) for _ in range(size)]
-        assert step(some, SLOW) == pytest.approx(levels, rel=1e-5)
+        programs = [program(call("Bcast", size, peer=0, nbytes=[100])) for _ in range(size)]
+        assert step(programs, SLOW) == pytest.approx(levels, rel=1e-5)
 
 
 def test_what_is_begun_goes_on_beside_computing():
@@ -141,14 +144,14 @@ def test_what_is_begun_goes_on_beside_computing():
 
 
 def test_steps_follow_each_other():
-    """The first one is left out: a rank may go on while others end it."""
-    one = call("Allreduce", 2, seconds=1.0, nbytes=[8], number=1)
-    several = Program([one, one, one], [1, 2, 3], [0.5, 0.5, 0.5])
+    """The first step is left out: a rank may go on while other ranks finish that step."""
+    allreduce = call("Allreduce", 2, seconds=1.0, nbytes=[8], number=1)
+    several = Program([allreduce, allreduce, allreduce], [1, 2, 3], [0.5, 0.5, 0.5])
     assert step([several, several], SLOW) == pytest.approx(1 + 1 + 0.5)
 
 
 def test_a_step_of_several_is_the_mean_of_whole_periods():
-    """The first period is left out: its first step has nothing before it."""
+    """The first period is left out: no step precedes its first step."""
     times = Times([[1.0, 5.0, 6.0, 10.0], [2.0, 4.0, 7.0, 9.0]], [0.0, 0.0])
     assert times.step(2) == (10 - 5) / 2 and times.step() == (10 - 2) / 3 and times.step(4) == 10 / 4
 
@@ -161,19 +164,19 @@ def test_ranks_alone_know_who_is_on_their_host():
 
 
 def test_a_message_that_nobody_sends_is_told():
-    waits, other = program(call("Recv", 2, peer=1, nbytes=[8])), program(rest=1.0)
+    waiting, silent = program(call("Recv", 2, peer=1, nbytes=[8])), program(rest=1.0)
     with pytest.raises(ValueError, match="rank 0 waits for a message"):
-        step([waits, other], SLOW)
+        step([waiting, silent], SLOW)
 
 
 def test_programs_of_alike_steps_have_the_medians_of_their_seconds():
     ones = [call("Bcast", 2, seconds=s, nbytes=[8], number=k) for k, s in enumerate((1.0, 9.0, 2.0))]
     several = Program(ones, [1, 2, 3], [0.1, 0.3, 0.2])
-    found = several.typical()
-    assert [one.seconds for one in found.calls] == [2.0] * 3 and found.rest == [0.2] * 3
+    typical = several.typical()
+    assert [operation.seconds for operation in typical.calls] == [2.0] * 3 and typical.rest == [0.2] * 3
     assert Program.of(json.loads(json.dumps(several.table()))) == several
-    other = Program([*ones[:2], call("Reduce", 2, nbytes=[8])], [1, 2, 3], [0.1, 0.3, 0.2])
-    assert other.typical() is other
+    unlike = Program([*ones[:2], call("Reduce", 2, nbytes=[8])], [1, 2, 3], [0.1, 0.3, 0.2])
+    assert unlike.typical() is unlike
 
 
 def test_links_are_lines_between_what_was_measured(tmp_path):
@@ -231,7 +234,7 @@ METHODS = {
     "next --tracking minibatch --rule kgt --optimizer sgd --local-steps 3": (2,),
 }
 CASES = [(options, ranks) for options, some in METHODS.items() for ranks in some]
-# One of each method, for the simulation of rehearsals that are compared with ranks in all CASES.
+# One case of each method for the simulation; all CASES are compared with real ranks.
 ALONE = {options.split()[0]: options for options, ranks in CASES}.values()
 
 
@@ -246,14 +249,14 @@ def prepared(options):
 
 @pytest.mark.parametrize(("options", "ranks"), CASES)
 def test_a_rehearsal_is_what_ranks_do_together(options, ranks):
-    """The same calls of the same bytes on each rank, and the same memory, as in a world of threads."""
+    """A rehearsal has the calls, bytes and memory of each rank in a world of threads."""
     config, dataset, network = prepared(options)
     kind = find_method(config.parallel.method)
     with threadpool_limits(1), np.errstate(all="ignore"):
-        alone = [
+        rehearsals = [
             rehearse(kind, rank, [0] * ranks, network, blank(dataset), config, NumpyOps(), 4) for rank in range(ranks)
         ]
-    steps = len(alone[0].program.ends)
+    steps = len(rehearsals[0].program.ends)
 
     def work(world):
         flight = Tracing()
@@ -263,23 +266,25 @@ def test_a_rehearsal_is_what_ranks_do_together(options, ranks):
             if number == WARM:
                 first, sent = len(flight.all), method.counter.sent
             method.step(Batch(batches.ids(0, number)), config.optimization.lr)
-        calls = Counter((one.name, one.members, one.nbytes) for one in flight.operations(first))
+        calls = Counter((operation.name, operation.members, operation.nbytes) for operation in flight.operations(first))
         return calls, (method.counter.sent - sent) / steps, method.memory(), method.place()
 
-    together = run_ranks(ranks, work)
-    for found, (calls, sent, memory, place) in zip(alone, together, strict=True):
-        rank = found.rank
-        mine = Counter((one.name, one.ranks) for one in found.program.calls if one.name != "Wait")
-        theirs = Counter()
+    actual = run_ranks(ranks, work)
+    for rehearsal, (calls, sent, memory, place) in zip(rehearsals, actual, strict=True):
+        rank = rehearsal.rank
+        rehearsed = Counter(
+            (operation.name, operation.ranks) for operation in rehearsal.program.calls if operation.name != "Wait"
+        )
+        traced = Counter()
         for (name, group, _), count in calls.items():
             if not name.startswith("Wait"):
-                theirs[name, group] += count
-        both = Counter()
-        for (name, group), count in theirs.items():
-            for one in ("Isend", "Irecv") if name == "Sendrecv" else (name,):
-                both[one, group] += count
-        assert mine == both, (rank, mine, both)
-        assert (found.sent, found.memory, found.place) == (sent, memory, place)
+                traced[name, group] += count
+        expanded = Counter()
+        for (name, group), count in traced.items():
+            for call_name in ("Isend", "Irecv") if name == "Sendrecv" else (name,):
+                expanded[call_name, group] += count
+        assert rehearsed == expanded, (rank, rehearsed, expanded)
+        assert (rehearsal.sent, rehearsal.memory, rehearsal.place) == (sent, memory, place)
 
 
 @pytest.mark.parametrize(
@@ -290,10 +295,10 @@ def test_rehearsals_of_all_ranks_fit_together(options, ranks):
     config, dataset, network = prepared(options)
     kind = find_method(config.parallel.method)
     with np.errstate(all="ignore"):
-        found = [
+        rehearsals = [
             rehearse(kind, rank, range(ranks), network, blank(dataset), config, NumpyOps(), 4) for rank in range(ranks)
         ]
-    schedule = make_schedule([one.program for one in found])
+    schedule = make_schedule([rehearsal.program for rehearsal in rehearsals])
     times = simulate(schedule, Network(tuple(range(ranks)), SLOW, Link.of(1e-5, 1e9)))
     # A link a hundred times slower makes no step faster.
     assert simulate(schedule, Network(tuple(range(ranks)), SLOW, Link.of(1e-3, 1e7))).step() >= times.step()
@@ -309,26 +314,26 @@ def test_a_plan_reads_no_samples(capsys, monkeypatch):
         raise AssertionError("samples were read")
 
     monkeypatch.setattr(ArrayRows, "pieces", refused)
-    found = planned(capsys, "--ranks", "3")
-    given, *others = found["plans"]
-    assert found["parameters"] == sum(one["optimizes"] for one in given["ranks"])
-    assert [one["role"] for one in given["ranks"]] == ["master", "worker", "worker"]
-    assert "--method data_parallel" in [one["options"] for one in others]
-    assert all(one["ms_per_step"] > 0 for one in found["plans"])
+    report = planned(capsys, "--ranks", "3")
+    given, *alternatives = report["plans"]
+    assert report["parameters"] == sum(row["optimizes"] for row in given["ranks"])
+    assert [row["role"] for row in given["ranks"]] == ["master", "worker", "worker"]
+    assert "--method data_parallel" in [row["options"] for row in alternatives]
+    assert all(row["ms_per_step"] > 0 for row in report["plans"])
 
 
 def test_a_plan_says_what_would_be_faster(capsys):
-    """On a link on which a byte takes a millisecond nothing but fewer bytes counts."""
+    """On a link of one millisecond a byte, the plan with the fewest bytes is the fastest."""
     options = ("--ranks", "2", "--colocate", "--ranks-per-host", "1", "--gigabits", "8e-6")
     assert plan(list(options)) == 0
     out = capsys.readouterr().out
     assert (
         "--method psl --colocate --placement owner: a step would take 0." in out and "messages and waiting take" in out
     )
-    given, *others = planned(capsys, *options)["plans"]
-    fastest = min(others, key=lambda one: one["ms_per_step"])
-    assert max(one["bytes_sent"] for one in fastest["ranks"]) == min(
-        max(one["bytes_sent"] for one in other["ranks"]) for other in (given, *others)
+    given, *alternatives = planned(capsys, *options)["plans"]
+    fastest = min(alternatives, key=lambda row: row["ms_per_step"])
+    assert max(row["bytes_sent"] for row in fastest["ranks"]) == min(
+        max(row["bytes_sent"] for row in candidate["ranks"]) for candidate in (given, *alternatives)
     )
 
 
@@ -373,9 +378,9 @@ def by_simgrid(schedule, path, latency, bandwidth):
         pytest.skip("no SimGrid: apt-get install python3-simgrid")
     path.write_text("".join(f"{line}\n" for line in schedule.goal()))
     command = [python, TESTS / "helpers" / "program_simgrid.py", path, str(latency), str(bandwidth)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return float(done.stdout)
+    process = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert process.returncode == 0, process.stderr
+    return float(process.stdout)
 
 
 @pytest.mark.parametrize(
@@ -384,9 +389,9 @@ def by_simgrid(schedule, path, latency, bandwidth):
 )
 def test_simgrid_says_the_same_of_a_collective(tmp_path, name, size, nbytes):
     sizes = [nbytes] * (1 if name in FLAT else size)
-    some = [program(call(name, size, peer=0, nbytes=sizes)) for _ in range(size)]
-    theirs = by_simgrid(make_schedule(some), tmp_path / "one.goal", 2e-5, 1e7)
-    assert step(some, Link.of(2e-5, 1e7)) == pytest.approx(theirs, rel=1e-3)
+    programs = [program(call(name, size, peer=0, nbytes=sizes)) for _ in range(size)]
+    simgrid_seconds = by_simgrid(make_schedule(programs), tmp_path / "one.goal", 2e-5, 1e7)
+    assert step(programs, Link.of(2e-5, 1e7)) == pytest.approx(simgrid_seconds, rel=1e-3)
 
 
 @pytest.mark.parametrize("bandwidth", [1e9, 1e7])
@@ -395,19 +400,19 @@ def test_simgrid_says_the_same_of_a_training(tmp_path, options, bandwidth):
     config, dataset, network = prepared(f"{options} --batch-size 64")
     kind, ranks, latency = find_method(config.parallel.method), 24, 2e-5
     with np.errstate(all="ignore"):
-        found = [
+        rehearsals = [
             rehearse(kind, rank, range(ranks), network, blank(dataset), config, NumpyOps(), 2) for rank in range(ranks)
         ]
-    # Of 1 ms each: that it is the same is not by what this machine does besides.
-    schedule = make_schedule([evened(one.program, 1e-3) for one in found])
+    # Each step computes for 1 ms, so that the load of this machine does not matter.
+    schedule = make_schedule([evened(rehearsal.program, 1e-3) for rehearsal in rehearsals])
     own = simulate(schedule, Network(tuple(range(ranks)), SLOW, Link.of(latency, bandwidth)))
-    theirs = by_simgrid(schedule, tmp_path / "training.goal", latency, bandwidth)
-    assert max(ends[-1] for ends in own.ends) == pytest.approx(theirs, rel=0.1)
+    simgrid_seconds = by_simgrid(schedule, tmp_path / "training.goal", latency, bandwidth)
+    assert max(ends[-1] for ends in own.ends) == pytest.approx(simgrid_seconds, rel=0.1)
 
 
 def evened(program, seconds):
-    """The program with so many seconds of computing a step, all of them before the first call."""
-    calls, starts = [one._replace(seconds=0.0) for one in program.calls], [0, *program.ends[:-1]]
+    """The program with `seconds` of computing a step, all of them before the step's first call."""
+    calls, starts = [operation._replace(seconds=0.0) for operation in program.calls], [0, *program.ends[:-1]]
     for start in starts:
         calls[start] = calls[start]._replace(seconds=seconds)
     return Program(calls, program.ends, [0.0] * len(program.rest))
@@ -436,7 +441,7 @@ def scaled(capsys, *options):
 
 
 def test_scaling_says_where_one_master_is_saturated(capsys, tmp_path):
-    """On a slow link weights of 1 kB a worker take longer than anything else; a fast one is not in the way."""
+    """On a slow link the messages of 1 kB of weights a worker dominate a step; on a fast link they do not."""
     path = tmp_path / "rows.json"
     out = scaled(capsys, "--ranks", "2", "4", "8", "--gigabits", "1e-3", "--json", str(path))
     assert "more than 2 ranks do not help" in out and "one master is saturated" in out
@@ -462,11 +467,11 @@ def test_scaling_stops_where_no_more_ranks_can_be(capsys):
 
 
 def test_rounds_are_rehearsed_whole(capsys):
-    """Whatever the number of their steps: what a rank sends is a round's bytes over its steps."""
+    """The bytes of a rank a step are those of a round over its number of steps."""
     for steps in (1, 7, 20):
-        found = planned(capsys, "--ranks", "3", "--method", "local_sgd", "--local-steps", str(steps), "--no-others")
-        size = 4 * found["parameters"]
-        assert found["plans"][0]["ranks"][0]["bytes_sent"] == pytest.approx(2 * size * 2 // 3 / steps)
+        report = planned(capsys, "--ranks", "3", "--method", "local_sgd", "--local-steps", str(steps), "--no-others")
+        size = 4 * report["parameters"]
+        assert report["plans"][0]["ranks"][0]["bytes_sent"] == pytest.approx(2 * size * 2 // 3 / steps)
 
 
 @pytest.mark.parametrize(

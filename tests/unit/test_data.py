@@ -99,16 +99,16 @@ def assert_reads(split: Split, x: np.ndarray, y: np.ndarray) -> None:
         np.array([split.n - 1]),
         np.empty(0, np.int64),
     ):
-        got = split.read(rows)
-        assert got.dtype == split.dtype == x.dtype.newbyteorder("=")
-        assert got.flags.c_contiguous and got.flags.writeable
-        assert got.shape == (len(rows), flat.shape[1])
-        np.testing.assert_array_equal(got, flat[rows])
+        values = split.read(rows)
+        assert values.dtype == split.dtype == x.dtype.newbyteorder("=")
+        assert values.flags.c_contiguous and values.flags.writeable
+        assert values.shape == (len(rows), flat.shape[1])
+        np.testing.assert_array_equal(values, flat[rows])
 
 
 @pytest.fixture(params=[None, 64])
 def chunk_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also with chunks so small that every file takes many."""
+    """The default size of chunks, and one so small that every file takes many chunks."""
     if request.param:
         monkeypatch.setattr("psmpi.data.files.CHUNK_BYTES", request.param)
 
@@ -152,8 +152,8 @@ def test_peaks_are_fifths_of_the_function_and_always_the_same() -> None:
         - 10 * (x / 5 - x**3 - y**5) * np.exp(-(x**2) - y**2)
         - 1 / 3 * np.exp(-((x + 1) ** 2) - y**2)
     )
-    edges = [values[labels == k] for k in range(5)]
-    assert all(low.max() < high.min() for low, high in pairwise(edges))
+    fifths = [values[labels == k] for k in range(5)]
+    assert all(low.max() < high.min() for low, high in pairwise(fifths))
     assert peaks(np.zeros((1, 2)))[0] == pytest.approx(3 * np.exp(-1) - np.exp(-1) / 3)
     assert np.array_equal(open_dataset("peaks", None).train.read([3]), data.train.read([3]))
 
@@ -507,7 +507,7 @@ def test_cifar_pickles_in_either_order_are_read(tmp_path: Path, order: Any) -> N
 @pytest.mark.filterwarnings("ignore:.*restricted unpickler")
 @pytest.mark.parametrize("new", [b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x01", b"NNNM\xff\xffJ\xff\xff\xff\xffK\0"])
 def test_flags_and_sizes_that_a_pickle_gives_uint8_are_passed_over(tmp_path: Path, new: bytes) -> None:
-    """NumPy would take them, and then clear objects that are not there, or read beyond its memory."""
+    """NumPy would use these flags and sizes, and clear objects that do not exist, or read beyond its memory."""
     batches = make_cifar_pickles(tmp_path)
     content, old = (tmp_path / CIFAR_NAMES[5]).read_bytes(), b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\0"
     assert content.count(old) == 1
@@ -527,7 +527,7 @@ def test_cifar_pickles_cut_short_are_refused(tmp_path: Path, keep: int) -> None:
 @pytest.mark.filterwarnings("ignore:.*restricted unpickler")
 @pytest.mark.parametrize("start", [b"]r\0\0\x40\0", b"\x8e\0\0\0\x10\0\0\0\0", b"\x96\0\0\0\x10\0\0\0\0"])
 def test_the_restricted_unpickler_takes_no_more_memory_than_the_file(tmp_path: Path, start: bytes) -> None:
-    """An object with the number 2^22, and lengths of 2^28 bytes."""
+    """One pickle stores an object under the number 2^22, two state lengths of 2^28 bytes."""
     make_cifar_pickles(tmp_path)
     write(tmp_path / CIFAR_NAMES[1], b"\x80\x05" + start + b".")
     tracemalloc.start()
@@ -750,11 +750,11 @@ def test_floating_point_targets_are_a_regression(tmp_path: Path, end: str, dtype
 def test_a_batch_has_the_samples_of_its_ids_and_is_shared_in_order() -> None:
     split = open_dataset("digits", None).train
     resident, ids = Resident(split, np.arange(0, 100, 2), np.float64), np.array([8, 2, 2, 90, 14])
-    room = np.full(64 * 7, np.nan)
-    batch = resident.batch(ids, room)
+    buffer = np.full(64 * 7, np.nan)
+    batch = resident.batch(ids, buffer)
     np.testing.assert_array_equal(batch.inputs, split.read(ids).T / 16)
     np.testing.assert_array_equal(batch.targets, split.labels[ids])
-    assert batch.inputs.base is room and np.isnan(room[64 * 5 :]).all() and batch.lengths is None
+    assert batch.inputs.base is buffer and np.isnan(buffer[64 * 5 :]).all() and batch.lengths is None
     shares = [Batch(ids).share(k, 3) for k in range(3)]
     assert [share.ids.tolist() for share in shares] == [[8, 2], [2, 90], [14]] and len(shares[2]) == 1
     assert shares[0].inputs is None and not len(Batch(ids[:1]).share(1, 2))
@@ -762,7 +762,7 @@ def test_a_batch_has_the_samples_of_its_ids_and_is_shared_in_order() -> None:
 
 @pytest.mark.parametrize("axes", [(30, 10), (30, 1), (1, 10)])
 def test_samples_along_the_first_axis_are_not_taken_for_transposed(tmp_path: Path, axes: tuple[int, int]) -> None:
-    """Also where there are as many features as samples."""
+    """This holds also for as many features as samples."""
     x, y = np.zeros((10, axes[0]), np.float32), np.zeros((10, axes[1]))
     assert open_dataset(save(tmp_path / "own.npz", x=x, y=y), None).outputs == axes[1]
     square = np.zeros((10, 10), np.float32)
@@ -893,12 +893,12 @@ def test_an_npz_with_a_damaged_compressed_x_is_refused_when_it_is_read(tmp_path:
 @pytest.mark.parametrize("packed", [False, True])
 def test_no_flipped_bit_of_an_npz_becomes_a_sample(tmp_path: Path, packed: bool, order: Any) -> None:
     path, rng = tmp_path / "own.npz", np.random.default_rng(0)
-    # So much that zipfile has not read all of it, and compared its checksum, with the header.
+    # So many samples that zipfile, on reading the header, does not yet reach the end and its checksum.
     x, y = rng.random((800, 5), np.float32), np.arange(800) % 2
     save(path, packed, x=np.asarray(x, order=order), y=y, x_test=x[:2], y_test=y[:2])
-    whole, refused = path.read_bytes(), 0
-    for at in [*range(0, len(whole), 97), *range(len(whole) - 300, len(whole), 5)]:
-        content = bytearray(whole)
+    intact, refused = path.read_bytes(), 0
+    for at in [*range(0, len(intact), 97), *range(len(intact) - 300, len(intact), 5)]:
+        content = bytearray(intact)
         content[at] ^= 1 << int(rng.integers(8))
         path.write_bytes(content)
         try:
@@ -908,8 +908,8 @@ def test_no_flipped_bit_of_an_npz_becomes_a_sample(tmp_path: Path, packed: bool,
         except UserError as error:
             assert str(path) in str(error)
             refused += 1
-    # What is left are times, permissions and the like.
-    assert refused > 0.9 * len(whole) / 97
+    # The other bits are those of times, permissions and the like.
+    assert refused > 0.9 * len(intact) / 97
 
 
 def test_a_flipped_bit_of_an_uncompressed_array_is_found_by_whatever_rows_are_read(tmp_path: Path) -> None:
@@ -1087,13 +1087,13 @@ def test_resident_refuses_rows_that_do_not_increase(train: Split) -> None:
 def test_values_that_are_no_numbers_are_named_by_array_and_sample(
     tmp_path: Path, name: str, key: str, row: int, value: float
 ) -> None:
-    """Without test samples of their own (no key), by the row of x from which they were drawn."""
+    """Test samples that were drawn from x (no key) are named by their row of x."""
     arrays = {"x": np.ones((10, 3)), "y": Y, "x_test": np.ones((10, 3)), "y_test": Y}
     if not key:
         del arrays["x_test"], arrays["y_test"]
     arrays[key or "x"][row, 1] = value
     if name == "turned.npz":
-        arrays = {one: np.asfortranarray(values) for one, values in arrays.items()}
+        arrays = {array_name: np.asfortranarray(values) for array_name, values in arrays.items()}
     path = tmp_path / name
     if name == "packed.npz":
         np.savez_compressed(path, **arrays)
@@ -1104,8 +1104,10 @@ def test_values_that_are_no_numbers_are_named_by_array_and_sample(
     with pytest.raises(UserError) as caught:
         for split in splits:
             Resident(split, np.arange(split.n)[1:], np.float64)
-    told = f"{path}, {key or 'x'}: sample {row} has values that are not finite numbers; correct or remove such samples"
-    assert str(caught.value) == told
+    expected = (
+        f"{path}, {key or 'x'}: sample {row} has values that are not finite numbers; correct or remove such samples"
+    )
+    assert str(caught.value) == expected
 
 
 def test_places_of_samples_in_several_files_are_told(tmp_path: Path) -> None:

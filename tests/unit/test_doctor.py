@@ -1,4 +1,4 @@
-"""psmpi doctor: what it says of machines, launchers and ranks that are right and that are not, and that it ends."""
+"""psmpi doctor: findings on sound and faulty machines, launchers and ranks, and an end within bounded time."""
 
 import json
 import os
@@ -46,18 +46,18 @@ def no_launcher(monkeypatch):
 
 
 def levels(findings):
-    return [one.level for one in findings]
+    return [finding.level for finding in findings]
 
 
 def texts(findings):
-    return " | ".join(one.text for one in findings)
+    return " | ".join(finding.text for finding in findings)
 
 
 def lines(stdout, level):
     return [line for line in stdout.splitlines() if line.startswith(level)]
 
 
-# One process, several, and none that starts.
+# One process, several processes, and starts that fail.
 
 
 def test_one_process_is_looked_at_and_left_as_it_was(tmp_path):
@@ -71,35 +71,40 @@ def test_one_process_is_looked_at_and_left_as_it_was(tmp_path):
 def test_ranks_are_measured_in_pairs(tmp_path):
     status, out, err = launch(4, "-m", "psmpi", "doctor", "--json", cwd=tmp_path)
     assert status == 0, out + err
-    found = json.loads(out)
-    assert found["status"] == 0 and [one["rank"] for one in found["ranks"]] == [0, 1, 2, 3]
-    assert {(one["a"], one["b"]) for one in found["pairs"]} == {(a, b) for a in range(4) for b in range(a + 1, 4)}
-    for one in found["pairs"]:
-        assert one["same_host"] and 0 < one["latency_us"] < 1e6 and one["gigabytes_per_second"] > 0
-    assert "started 4 processes" in texts_of(found, "launcher")
+    report = json.loads(out)
+    assert report["status"] == 0 and [row["rank"] for row in report["ranks"]] == [0, 1, 2, 3]
+    assert {(row["a"], row["b"]) for row in report["pairs"]} == {(a, b) for a in range(4) for b in range(a + 1, 4)}
+    for row in report["pairs"]:
+        assert row["same_host"] and 0 < row["latency_us"] < 1e6 and row["gigabytes_per_second"] > 0
+    assert "started 4 processes" in texts_of(report, "launcher")
 
 
-def texts_of(found, subject):
-    return " | ".join(one["text"] for one in found["findings"] if one["subject"] == subject)
+def texts_of(report, subject):
+    return " | ".join(finding["text"] for finding in report["findings"] if finding["subject"] == subject)
 
 
 def test_a_start_by_another_mpi_s_launcher_is_an_error(monkeypatch, tmp_path):
-    """Each rank would be alone: the launcher says 4, MPI sees 1."""
+    """The launcher started 4 processes and MPI sees 1: each rank would be alone."""
     monkeypatch.setenv("PALS_SIZE", "4")
     monkeypatch.setenv("PALS_RANKID", "0")
     status, out, _ = launch(1, "-m", "psmpi", "doctor", cwd=tmp_path)
-    (told,) = lines(out, "error")
-    assert status == 1 and "started 4 processes (PALS_SIZE=4)" in told and "sees 1" in told and "Use the mpirun" in told
+    (error_line,) = lines(out, "error")
+    assert (
+        status == 1
+        and "started 4 processes (PALS_SIZE=4)" in error_line
+        and "sees 1" in error_line
+        and "Use the mpirun" in error_line
+    )
 
 
 def test_a_rank_without_mpi_lets_the_first_one_speak(monkeypatch, capsys):
     def lacking():
         raise UserError("cannot load MPI: install one")
 
-    slept = []
+    sleeps = []
     monkeypatch.setattr(mpi_world, "start", lacking)
-    monkeypatch.setattr(doctor.time, "sleep", slept.append)
-    assert doctor.examine(doctor.Options(), first=False) == 1 and slept == [doctor.LATE]
+    monkeypatch.setattr(doctor.time, "sleep", sleeps.append)
+    assert doctor.examine(doctor.Options(), first=False) == 1 and sleeps == [doctor.LATE]
     out, err = capsys.readouterr()
     assert not out and err.endswith(": cannot load MPI: install one\n") and socket.gethostname() in err
 
@@ -107,8 +112,8 @@ def test_a_rank_without_mpi_lets_the_first_one_speak(monkeypatch, capsys):
 def test_a_machine_without_mpi_is_looked_at_all_the_same(monkeypatch, tmp_path):
     monkeypatch.setenv("MPI4PY_LIBMPI", "/nonexistent/libmpi.so")
     status, out, _ = launch(1, "-m", "psmpi", "doctor", cwd=tmp_path)
-    (told,) = lines(out, "error")
-    assert status == 1 and "cannot load MPI" in told and "pip install 'psmpi[mpi]'" in told
+    (error_line,) = lines(out, "error")
+    assert status == 1 and "cannot load MPI" in error_line and "pip install 'psmpi[mpi]'" in error_line
     assert any("kernels" in line for line in out.splitlines())
 
 
@@ -121,7 +126,7 @@ def test_a_rank_that_does_not_answer_ends_the_job_with_a_word(tmp_path):
     code = (
         "import sys, time; from psmpi.doctor import __main__ as doctor, ranks; doctor.LIMIT = 3\n"
         "own = ranks.own_place\n"
-        "ranks.own_place = lambda rank, *others: time.sleep(100) if rank == 1 else own(rank, *others)\n"
+        "ranks.own_place = lambda rank, *args: time.sleep(100) if rank == 1 else own(rank, *args)\n"
         "sys.exit(doctor.main(sys.argv[1:]))"
     )
     began = time.monotonic()
@@ -144,7 +149,7 @@ def test_a_start_of_mpi_that_hangs_is_given_up(json_too, monkeypatch, capsys):
 # Launchers.
 
 
-def stand_in(folder, says):
+def fake_launcher(folder, says):
     folder.mkdir(exist_ok=True)
     path = folder / "mpirun"
     path.write_text(f"#!/bin/sh\n{says}\n")
@@ -163,7 +168,7 @@ def stand_in(folder, says):
     ],
 )
 def test_launchers_are_known_by_what_they_say(says, vendors, tmp_path, monkeypatch):
-    path = stand_in(tmp_path / "bin", says)
+    path = fake_launcher(tmp_path / "bin", says)
     monkeypatch.setattr(installed, "PATIENCE", 1.0)
     monkeypatch.setenv("PATH", f"{path.parent}:/usr/bin:/bin")
     first = installed.launchers()[0]
@@ -210,7 +215,7 @@ def test_ranks_of_a_start_are_counted():
 
 
 def test_messages_are_timed_one_way():
-    """On a network of 2 us and 10 GB/s, by a clock of its own."""
+    """The simulated network has 2 us, 10 GB/s and a clock of its own."""
     pace, spent, sent = simulated(latency=2e-6, bandwidth=1e10, seconds=0.3)
     assert pace.latency_us == pytest.approx(2.0, rel=1e-3)
     assert pace.nbytes == SIZES[-1] and pace.gigabytes == pytest.approx(10.0, rel=0.01)
@@ -220,13 +225,13 @@ def test_messages_are_timed_one_way():
 @pytest.mark.parametrize(("latency", "bandwidth"), [(1e-3, 1e8), (1e-2, 1e7), (0.1, 1e6)])
 def test_a_slow_network_ends_the_messages_early(latency, bandwidth):
     pace, spent, _ = simulated(latency, bandwidth, seconds=0.3)
-    least = 3 * 2 * (2 * latency + (1 << 16) / bandwidth + 8 / bandwidth)
-    assert pace.nbytes < SIZES[-1] and spent < max(0.6, 2 * least)
+    least_seconds = 3 * 2 * (2 * latency + (1 << 16) / bandwidth + 8 / bandwidth)
+    assert pace.nbytes < SIZES[-1] and spent < max(0.6, 2 * least_seconds)
     assert pace.latency_us == pytest.approx(1e6 * latency, rel=0.2)
 
 
 def simulated(latency, bandwidth, seconds):
-    """(pace, seconds that pass, bytes sent) of rank 0 on such a network."""
+    """(pace, seconds that pass, bytes sent) of rank 0 on a network of `latency` and `bandwidth`."""
     now, sent = [0.0], [0]
 
     class Network:
@@ -247,36 +252,36 @@ def simulated(latency, bandwidth, seconds):
 def test_few_ranks_are_measured_in_all_pairs_and_many_beside_each_other():
     assert ranks.pairs_of(1) == [] and ranks.pairs_of(3) == [(0, 1), (0, 2), (1, 2)] and len(ranks.pairs_of(8)) == 28
     assert ranks.pairs_of(9) == [(k, k + 1) for k in range(8)]
-    many = ranks.pairs_of(5000)
-    assert len(set(many)) == ranks.PAIRS and all(b == a + 1 for a, b in many) and many[-1][0] > 4900
+    pairs = ranks.pairs_of(5000)
+    assert len(set(pairs)) == ranks.PAIRS and all(b == a + 1 for a, b in pairs) and pairs[-1][0] > 4900
 
 
 @pytest.mark.parametrize("size", [2, 3, 9])
 def test_every_rank_has_what_was_measured(size):
     hosts = [0] * (size - 1) + [size - 1]
-    found = run_ranks(size, lambda world: ranks.measure(Control(world), hosts, [""]))
-    assert [(one.a, one.b) for one in found[0]] == ranks.pairs_of(size)
-    assert all(one == found[0] for one in found)
-    assert all(one.same_host == (one.b < size - 1) and one.nbytes >= SIZES[1] for one in found[0])
+    measured = run_ranks(size, lambda world: ranks.measure(Control(world), hosts, [""]))
+    assert [(pair.a, pair.b) for pair in measured[0]] == ranks.pairs_of(size)
+    assert all(pairs == measured[0] for pairs in measured)
+    assert all(pair.same_host == (pair.b < size - 1) and pair.nbytes >= SIZES[1] for pair in measured[0])
 
 
 def test_pairs_are_left_out_when_the_time_is_up(monkeypatch):
     monkeypatch.setattr(ranks, "BOUND", -1.0)
-    found = run_ranks(3, lambda world: ranks.measure(Control(world), [0, 0, 0], [""]))
-    assert found == [[], [], []]
-    (told,) = ranks.links([], 3, False)
-    assert told.level == "warning" and "0 of 3 pairs" in told.text
+    measured = run_ranks(3, lambda world: ranks.measure(Control(world), [0, 0, 0], [""]))
+    assert measured == [[], [], []]
+    (finding,) = ranks.links([], 3, False)
+    assert finding.level == "warning" and "0 of 3 pairs" in finding.text
 
 
 def test_a_pair_that_is_far_slower_is_named():
     pairs = [Pair(a, b, True, 1.0, 8.0, 1 << 22) for a, b in ranks.pairs_of(4)]
     assert levels(ranks.links(pairs, 4, False)) == ["good", "good"]
     for slow in (replace(pairs[4], latency_us=9.0), replace(pairs[4], gigabytes_per_second=1.0)):
-        found = list(ranks.links([*pairs[:4], slow, pairs[5]], 4, False))
-        assert levels(found) == ["good", "good", "warning"] and "ranks 1 and 3" in found[2].text
-    # Those between hosts are compared with each other.
-    far = [replace(one, same_host=False, latency_us=50.0) for one in pairs]
-    assert levels(ranks.links([*pairs, *far], 4, False)) == ["good"] * 4
+        findings = list(ranks.links([*pairs[:4], slow, pairs[5]], 4, False))
+        assert levels(findings) == ["good", "good", "warning"] and "ranks 1 and 3" in findings[2].text
+    # Pairs between hosts are compared with each other.
+    between_hosts = [replace(pair, same_host=False, latency_us=50.0) for pair in pairs]
+    assert levels(ranks.links([*pairs, *between_hosts], 4, False)) == ["good"] * 4
 
 
 def test_tables_stay_short():
@@ -303,10 +308,14 @@ def at(rank, cores, host="a", share=64):
     ],
 )
 def test_ranks_that_share_cores_are_named(places, says):
-    found = list(ranks.placement(places))
-    assert len(found) == len(says)
-    for one, said in zip(found, says, strict=True):
-        assert one.level == said if said == "good" else (one.level == "warning" and said in one.text)
+    findings = list(ranks.placement(places))
+    assert len(findings) == len(says)
+    for finding, expected in zip(findings, says, strict=True):
+        assert (
+            finding.level == expected
+            if expected == "good"
+            else (finding.level == "warning" and expected in finding.text)
+        )
 
 
 def test_hosts_that_differ_are_told():
@@ -316,18 +325,18 @@ def test_hosts_that_differ_are_told():
         ("kernels", "AVX-512", "warning"),
         ("data", False, "error"),
     ):
-        found = list(ranks.alike([HERE, replace(HERE, rank=1, host="b", **{name: value})], ""))
-        bad = [one for one in found if one.level != "good"]
+        findings = list(ranks.alike([HERE, replace(HERE, rank=1, host="b", **{name: value})], ""))
+        bad = [finding for finding in findings if finding.level != "good"]
         assert levels(bad) == [level] and "1" in bad[0].text, name
 
 
 def test_what_killed_jobs_left_is_told_of_each_host():
-    """The rank that was behind saw less, as another one had removed it."""
+    """A rank that looks later sees fewer leftovers, since another rank has removed them."""
     left = replace(HERE, segments=2, nbytes=4_000_000, sessions=1)
-    found = list(ranks.leftovers([replace(HERE, rank=1), left, replace(HERE, rank=2, host="b")]))
-    assert levels(found) == ["warning", "good"]
-    assert "2 segments of shared memory, 4 MB and 1 session folder of Open MPI" in found[0].text
-    assert "has removed them" in found[0].text
+    findings = list(ranks.leftovers([replace(HERE, rank=1), left, replace(HERE, rank=2, host="b")]))
+    assert levels(findings) == ["warning", "good"]
+    assert "2 segments of shared memory, 4 MB and 1 session folder of Open MPI" in findings[0].text
+    assert "has removed them" in findings[0].text
     later = machine.leftovers(2, 4_000_000, 0, started=False)
     assert later.text.endswith("the next start of psmpi removes them")
 
@@ -336,8 +345,8 @@ def test_a_rank_s_word_is_whole():
     own = ranks.own_place(3, "/nonexistent", Leftovers([], [], []))
     assert not own.data and own.rank == 3 and own.host == socket.gethostname() and own.share >= 1
     assert own.numbers() == frozenset(mpi_world.cores())
-    (found, *_), *others = run_ranks(2, lambda world: ranks.gather(Control(world), own) or [None])
-    assert found == own and others == [[None]]
+    (gathered, *_), *other_ranks = run_ranks(2, lambda world: ranks.gather(Control(world), own) or [None])
+    assert gathered == own and other_ranks == [[None]]
 
 
 # The machine.
@@ -355,10 +364,10 @@ def test_little_memory_is_a_warning():
 
 def test_limits_that_are_in_the_way_are_told():
     code = "from psmpi.doctor import machine; print([one.text for one in machine.memory() if one.subject == 'limits'])"
-    done = subprocess.run(
+    process = subprocess.run(
         ["sh", "-c", f'ulimit -S -n 100; exec {sys.executable} -c "{code}"'], capture_output=True, text=True, check=True
     )
-    assert "100 open files (ulimit -n): ulimit -n" in done.stdout
+    assert "100 open files (ulimit -n): ulimit -n" in process.stdout
     assert levels(machine.memory([Limit("", "", 1 << 40)]))[0] == "good"
 
 
@@ -367,21 +376,23 @@ SLURM = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_JOB_NUM_NODES": "2"}
 
 def test_slurm_s_word_is_compared_with_what_is_there():
     assert levels(machine.slurm({})) == ["good"]
-    (told, alone) = machine.slurm(SLURM)
-    assert "job 7: 2 node(s), 4 task(s)" in told.text and alone.level == "warning" and "srun --mpi=pmi2" in alone.text
+    (job, warning) = machine.slurm(SLURM)
+    assert (
+        "job 7: 2 node(s), 4 task(s)" in job.text and warning.level == "warning" and "srun --mpi=pmi2" in warning.text
+    )
     assert levels(machine.slurm({**SLURM, "PMI_SIZE": "4"})) == ["good"]
     assert levels(machine.slurm({**SLURM, "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "0"})) == ["good"]
-    few = list(machine.slurm({**SLURM, "PMI_SIZE": "4", "SLURM_CPUS_PER_TASK": "5000"}))
-    assert levels(few) == ["good", "warning"] and "SRUN_CPUS_PER_TASK" in few[1].text
+    findings = list(machine.slurm({**SLURM, "PMI_SIZE": "4", "SLURM_CPUS_PER_TASK": "5000"}))
+    assert levels(findings) == ["good", "warning"] and "SRUN_CPUS_PER_TASK" in findings[1].text
 
 
 # Folders.
 
 
 def test_a_run_folder_is_tried_and_left_as_it_was(tmp_path):
-    found = list(folders.runs(str(tmp_path / "new" / "run")))
-    assert levels(found) == ["good"] * 3 and "is not made yet" in found[0].text
-    assert "locked" in found[2].text and os.listdir(tmp_path) == []
+    findings = list(folders.runs(str(tmp_path / "new" / "run")))
+    assert levels(findings) == ["good"] * 3 and "is not made yet" in findings[0].text
+    assert "locked" in findings[2].text and os.listdir(tmp_path) == []
     (tmp_path / "file").write_text("")
     assert levels(folders.runs(str(tmp_path / "file"))) == ["error"]
     assert levels(folders.runs(str(tmp_path / "file" / "run"))) == ["error"]
@@ -392,8 +403,8 @@ def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch):
         raise OSError(38, "Function not implemented")
 
     monkeypatch.setattr("fcntl.flock", none)
-    found = list(folders.runs(str(tmp_path)))
-    assert levels(found) == ["good", "good", "warning"] and "has no locks" in found[2].text
+    findings = list(folders.runs(str(tmp_path)))
+    assert levels(findings) == ["good", "good", "warning"] and "has no locks" in findings[2].text
     assert os.listdir(tmp_path) == []
 
 
@@ -402,8 +413,8 @@ def test_a_folder_that_hdf5_cannot_write_to_is_an_error(tmp_path, monkeypatch):
         raise OSError("unable to lock file")
 
     monkeypatch.setattr("h5py.File", fails)
-    found = list(folders.runs(str(tmp_path)))
-    assert [one.level for one in found if "HDF5" in one.text] == ["error"] and os.listdir(tmp_path) == []
+    findings = list(folders.runs(str(tmp_path)))
+    assert [finding.level for finding in findings if "HDF5" in finding.text] == ["error"] and os.listdir(tmp_path) == []
 
 
 def test_a_full_disk_is_told(tmp_path, monkeypatch):
@@ -418,10 +429,14 @@ def test_data_are_opened(tmp_path):
     np.savez(tmp_path / "mine.npz", x=np.zeros((50, 3)), y=np.arange(50) % 2)
     (tmp_path / "bad.npz").write_bytes(b"PK nothing")
     (tmp_path / "train-images-idx3-ubyte").write_bytes(b"\0" * 16)
-    found = list(folders.data(str(tmp_path)))
-    by = {one.text.partition(":")[0]: one for one in found}
-    assert by["mine.npz"].level == "good" and "40 samples to train on, 10 to test on" in by["mine.npz"].text
-    assert by["bad.npz"].level == "warning" and by["mnist"].level == "warning" and "not in" in by["cifar10"].text
+    findings = list(folders.data(str(tmp_path)))
+    by_name = {finding.text.partition(":")[0]: finding for finding in findings}
+    assert by_name["mine.npz"].level == "good" and "40 samples to train on, 10 to test on" in by_name["mine.npz"].text
+    assert (
+        by_name["bad.npz"].level == "warning"
+        and by_name["mnist"].level == "warning"
+        and "not in" in by_name["cifar10"].text
+    )
 
 
 # Software.
@@ -432,24 +447,26 @@ def test_kernels_that_are_not_there_are_told(monkeypatch):
     kernels.level.cache_clear()
     monkeypatch.setattr(kernels, "_library", lambda: (None, "_kernels.so was built from other sources: install again"))
     try:
-        (told,) = software.kernels()
+        (finding,) = software.kernels()
     finally:
         kernels.level.cache_clear()
-    assert told.level == "warning" and "built from other sources" in told.text and "NumPy computes" in told.text
+    assert (
+        finding.level == "warning" and "built from other sources" in finding.text and "NumPy computes" in finding.text
+    )
 
 
 def test_packages_are_compared_with_what_psmpi_asks_for(monkeypatch):
-    asked = [
+    requirements = [
         "numpy>=1.26", "h5py>=99", "nonesuch>=2", "tomli>=2; python_version < '3.11'", "onnx>=1; extra == 'export'",
         "nonesuch; extra == 'cuda'", "psmpi[cuda]; extra == 'cudnn'", "pytest; extra == 'test'",
     ]  # fmt: skip
-    monkeypatch.setattr(metadata, "requires", lambda name: asked)
+    monkeypatch.setattr(metadata, "requires", lambda name: requirements)
     monkeypatch.setattr(software, "_version", lambda name: "" if name == "nonesuch" else "3.4.1")
-    found = list(software.packages())
-    assert levels(found) == ["error", "error", "good", "good"]
-    assert "h5py is 3.4.1, and psmpi needs 99: pip install 'h5py>=99'" in found[0].text
-    assert "nonesuch is not installed" in found[1].text and "tomli" not in texts(found)
-    assert found[3].text == "installed: export; not: cuda (nonesuch)"
+    findings = list(software.packages())
+    assert levels(findings) == ["error", "error", "good", "good"]
+    assert "h5py is 3.4.1, and psmpi needs 99: pip install 'h5py>=99'" in findings[0].text
+    assert "nonesuch is not installed" in findings[1].text and "tomli" not in texts(findings)
+    assert findings[3].text == "installed: export; not: cuda (nonesuch)"
 
 
 def test_psmpi_that_is_not_installed_is_told(monkeypatch):
@@ -461,9 +478,9 @@ def test_psmpi_that_is_not_installed_is_told(monkeypatch):
 
 
 def test_devices_are_looked_at(stand_in, monkeypatch):
-    found = list(software.gpus())
-    assert levels(found) == ["good", "good"] and "3.0 of 4.0 GB free" in found[1].text
-    assert "driver's 13.2" in found[0].text
+    findings = list(software.gpus())
+    assert levels(findings) == ["good", "good"] and "3.0 of 4.0 GB free" in findings[1].text
+    assert "driver's 13.2" in findings[0].text
     monkeypatch.setattr(stand_in, "asnumpy", lambda array: np.zeros(1000, np.float32))
     assert levels(software.gpus()) == ["good", "error"]
 
@@ -472,16 +489,16 @@ def test_devices_are_looked_at(stand_in, monkeypatch):
 def test_a_gpu_that_cannot_be_used_is_told(nodes, level, stand_in, monkeypatch):
     monkeypatch.setattr(software.glob, "glob", lambda pattern: nodes)
     monkeypatch.setattr(stand_in.cuda, "FAULT", "old driver")
-    (told,) = software.gpus()
-    assert told.level == level and "its driver supports CUDA 12.4" in told.text
+    (finding,) = software.gpus()
+    assert finding.level == level and "its driver supports CUDA 12.4" in finding.text
 
 
 @pytest.mark.parametrize(("nodes", "level"), [([], "good"), (["/dev/nvidia0"], "warning")])
 def test_a_gpu_without_cupy_is_told(nodes, level, monkeypatch):
     monkeypatch.setattr(software, "find_spec", lambda name: None)
     monkeypatch.setattr(software.glob, "glob", lambda pattern: nodes)
-    (told,) = software.gpus()
-    assert told.level == level
+    (finding,) = software.gpus()
+    assert finding.level == level
 
 
 def test_a_check_that_cannot_look_is_an_error_and_others_go_on():

@@ -1,4 +1,4 @@
-"""What psmpi says of a data set that can be trained on and is probably not meant so."""
+"""Warnings on data sets that can be trained on and are probably mistakes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PIXELS = RNG.integers(0, 256, (40, 5, 6))
 FOR_TEST = {"x_test": RNG.random((20, 5, 6)).astype(np.float32), "y_test": Y[:20]}
 
 
-def told(path: Path, packed: bool = False, **arrays: Any) -> list[str]:
+def file_doubts(path: Path, packed: bool = False, **arrays: Any) -> list[str]:
     if path.suffix == ".npz":
         (np.savez_compressed if packed else np.savez)(path, **arrays)
     else:
@@ -60,7 +60,7 @@ def doubts(dataset: Dataset) -> list[str]:
     ],
 )
 def test_sound_data_sets_raise_no_doubts(tmp_path: Path, end: str, packed: bool, arrays: dict[str, Any]) -> None:
-    assert told(tmp_path / f"own{end}", packed, **arrays) == []
+    assert file_doubts(tmp_path / f"own{end}", packed, **arrays) == []
 
 
 def test_data_sets_with_a_name_raise_no_doubts(tmp_path: Path) -> None:
@@ -83,25 +83,25 @@ def test_data_sets_with_a_name_raise_no_doubts(tmp_path: Path) -> None:
     ],
 )
 def test_numbers_that_may_be_marks_are_told(tmp_path: Path, end: str, y: Any, says: list[str]) -> None:
-    for more in ({}, {"x_test": 1 - X, "y_test": y}):
-        found = told(tmp_path / f"own{end}", x=X, y=y, **more)
-        assert len(found) == len(says)
-        for phrase, pattern in zip(found, says, strict=True):
-            assert re.match(pattern, phrase), phrase
+    for extra in ({}, {"x_test": 1 - X, "y_test": y}):
+        warnings = file_doubts(tmp_path / f"own{end}", x=X, y=y, **extra)
+        assert len(warnings) == len(says)
+        for warning, pattern in zip(warnings, says, strict=True):
+            assert re.match(pattern, warning), warning
 
 
 def test_classes_of_one_split_alone_are_told(tmp_path: Path) -> None:
     path = tmp_path / "own.npz"
-    assert told(path, x=X, y=np.arange(40) % 10, x_test=1 - X, y_test=np.arange(40) % 3) == [
+    assert file_doubts(path, x=X, y=np.arange(40) % 10, x_test=1 - X, y_test=np.arange(40) % 3) == [
         "the classes 3, 4, 5, 6, 7 and 2 more have training samples and no test samples"
     ]
-    assert told(path, x=X, y=Y, x_test=1 - X, y_test=np.arange(40) % 6) == [
+    assert file_doubts(path, x=X, y=Y, x_test=1 - X, y_test=np.arange(40) % 6) == [
         "the classes 4, 5 have test samples and no training samples"
     ]
-    assert told(path, x=X, y=np.where(np.arange(40) == 7, 4, Y)) == [
+    assert file_doubts(path, x=X, y=np.where(np.arange(40) == 7, 4, Y)) == [
         "the class 4 has training samples and no test samples"
     ]
-    assert told(path, x=X, y=np.arange(40) % 5) == []
+    assert file_doubts(path, x=X, y=np.arange(40) % 5) == []
     np.savez(path, x=X, y=np.arange(40) % 5)
     assert "the class 4 has test samples and no training samples" in list(
         find_doubts(open_dataset(str(path), None, -1))
@@ -110,15 +110,15 @@ def test_classes_of_one_split_alone_are_told(tmp_path: Path) -> None:
 
 def test_values_that_are_all_the_same_are_told(tmp_path: Path) -> None:
     path = tmp_path / "own.npz"
-    assert "the value 2 in column 1 of y" in told(path, x=X, y=np.stack([Y * 0.3, np.full(40, 2.0)], 1))[0]
+    assert "the value 2 in column 1 of y" in file_doubts(path, x=X, y=np.stack([Y * 0.3, np.full(40, 2.0)], 1))[0]
 
 
 @pytest.mark.parametrize("y", [Y * 1.0, np.eye(4)[Y], (Y > 1) * 1.0])
 def test_whole_numbers_are_values_to_who_asks_for_the_squared_error(
     train: Callable[..., Any], tmp_path: Path, y: Any
 ) -> None:
-    """Without --loss squared they are refused, with what to save if they are classes."""
-    assert told(tmp_path / "own.npz", x=X, y=y) == []
+    """Without --loss squared whole numbers are refused, and the error says how to save classes."""
+    assert file_doubts(tmp_path / "own.npz", x=X, y=y) == []
     options = (
         "--dataset",
         tmp_path / "own.npz",
@@ -131,19 +131,21 @@ def test_whole_numbers_are_values_to_who_asks_for_the_squared_error(
         "--batch-size",
         "8",
     )
-    for ranks, more in ((1, ()), (2, ("--method", "data_parallel"))):
-        done = train(ranks, *options, "--loss", "squared", *more)
-        assert "warning" not in done.stdout and len(done.rows) == 1
+    for ranks, extra in ((1, ()), (2, ("--method", "data_parallel"))):
+        training = train(ranks, *options, "--loss", "squared", *extra)
+        assert "warning" not in training.stdout and len(training.rows) == 1
     status, _, err = run(1, "-m", "psmpi.train", *options)
     assert status == 1 and "or save labels as integers, y.astype(np.int64), of one-hot rows" in " ".join(err.split())
 
 
 def test_samples_of_zeros_are_told(tmp_path: Path) -> None:
-    """As of files whose writer did not come to the end."""
+    """Files of interrupted writers end in such samples."""
     half = np.where(np.arange(40)[:, None] < 30, RNG.random((40, 9)), 0)
-    assert told(tmp_path / "own.npz", x=half, y=Y)[0].startswith("10 of 40 samples looked at are zeros throughout")
+    assert file_doubts(tmp_path / "own.npz", x=half, y=Y)[0].startswith(
+        "10 of 40 samples looked at are zeros throughout"
+    )
     few = np.where(np.arange(40)[:, None] < 37, RNG.random((40, 9)), 0)
-    assert told(tmp_path / "own.npz", x=few, y=Y) == []
+    assert file_doubts(tmp_path / "own.npz", x=few, y=Y) == []
 
 
 @pytest.mark.parametrize("end", [".npz", ".h5"])
@@ -168,15 +170,15 @@ def test_samples_of_zeros_are_told(tmp_path: Path) -> None:
 def test_samples_that_are_not_scaled_or_turned_are_told(
     tmp_path: Path, end: str, packed: bool, x: Any, says: str
 ) -> None:
-    (found,) = told(tmp_path / f"own{end}", packed, x=x, y=Y)
-    assert re.match(says, found), found
-    assert told(tmp_path / f"own{end}", packed, x=x, y=Y, x_test=x[:20], y_test=Y[:20])[:1] == [found]
+    (warning,) = file_doubts(tmp_path / f"own{end}", packed, x=x, y=Y)
+    assert re.match(says, warning), warning
+    assert file_doubts(tmp_path / f"own{end}", packed, x=x, y=Y, x_test=x[:20], y_test=Y[:20])[:1] == [warning]
 
 
 def test_test_samples_of_another_scale_are_told(tmp_path: Path) -> None:
-    for one, two, says in ((X, X * 255, "0.9.*, x_test up to 25"), (X * 1e4, -X, "99.*, x_test up to 0.9")):
-        *_, found = told(tmp_path / "own.npz", x=one, y=Y, x_test=two, y_test=Y)
-        assert re.match(f"x has values up to {says}.*: scale both alike", found), found
+    for train_x, test_x, says in ((X, X * 255, "0.9.*, x_test up to 25"), (X * 1e4, -X, "99.*, x_test up to 0.9")):
+        *_, warning = file_doubts(tmp_path / "own.npz", x=train_x, y=Y, x_test=test_x, y_test=Y)
+        assert re.match(f"x has values up to {says}.*: scale both alike", warning), warning
 
 
 @pytest.mark.parametrize("end", [".npz", ".h5"])
@@ -184,22 +186,22 @@ def test_test_samples_of_another_scale_are_told(tmp_path: Path) -> None:
 def test_test_samples_that_are_training_samples_are_told(tmp_path: Path, end: str, packed: bool) -> None:
     path = tmp_path / f"own{end}"
     for x in (X, (X - 0.5).astype(np.float64), PIXELS.astype(np.uint8), np.sign(X - 0.5)):
-        others = x[:, ::-1].copy() if x.dtype == np.uint8 else -x
-        for count, mixed in ((40, x), (20, x[:20]), (15, np.concatenate([others[:25], x[::-1][:15]]))):
-            (found,) = told(path, packed, x=x, y=Y, x_test=mixed, y_test=Y[: len(mixed)])
-            assert found.startswith(f"{count} of the {len(mixed)} test samples are training samples too, so that"), (
-                found
+        unseen = x[:, ::-1].copy() if x.dtype == np.uint8 else -x
+        for count, mixed in ((40, x), (20, x[:20]), (15, np.concatenate([unseen[:25], x[::-1][:15]]))):
+            (warning,) = file_doubts(path, packed, x=x, y=Y, x_test=mixed, y_test=Y[: len(mixed)])
+            assert warning.startswith(f"{count} of the {len(mixed)} test samples are training samples too, so that"), (
+                warning
             )
-        assert told(path, packed, x=x, y=Y, x_test=others, y_test=Y) == []
+        assert file_doubts(path, packed, x=x, y=Y, x_test=unseen, y_test=Y) == []
 
 
 def test_samples_that_are_alike_by_chance_are_not_told(tmp_path: Path) -> None:
-    """As rows of a few categories are, within the training samples as well."""
+    """Rows of a few categories repeat by chance, also within the training samples."""
     for categories in (2, 5):
         rows = RNG.integers(0, categories, (600, 4)).astype(np.float32)
         arrays = {"x": rows[:400], "y": np.arange(400) % 4, "x_test": rows[400:], "y_test": np.arange(200) % 4}
-        assert told(tmp_path / "own.npz", **arrays) == []
-        assert told(tmp_path / "own.npz", x=rows, y=np.arange(600) % 4) == []
+        assert file_doubts(tmp_path / "own.npz", **arrays) == []
+        assert file_doubts(tmp_path / "own.npz", x=rows, y=np.arange(600) % 4) == []
 
 
 def test_one_copy_of_a_hundred_samples_is_no_more_than_collections_have(tmp_path: Path) -> None:
@@ -207,24 +209,24 @@ def test_one_copy_of_a_hundred_samples_is_no_more_than_collections_have(tmp_path
     arrays = {"x": x, "y": np.arange(400) % 4, "y_test": np.arange(200) % 4}
     for count in (2, 3):
         x_test = np.concatenate([RNG.random((200 - count, 9)), x[:count]])
-        assert len(told(tmp_path / "own.npz", x_test=x_test, **arrays)) == (count > 2)
+        assert len(file_doubts(tmp_path / "own.npz", x_test=x_test, **arrays)) == (count > 2)
 
 
 def test_copies_among_samples_of_which_a_fifth_is_held_out_are_told(tmp_path: Path) -> None:
     x = RNG.random((100, 9))
-    (found,) = told(tmp_path / "own.npz", x=np.concatenate([x, x]), y=np.arange(200) % 4)
-    said = re.match(r"x has samples more than once, so that (\d+) of the 40 test samples, which", found)
+    (warning,) = file_doubts(tmp_path / "own.npz", x=np.concatenate([x, x]), y=np.arange(200) % 4)
+    match = re.match(r"x has samples more than once, so that (\d+) of the 40 test samples, which", warning)
     data = open_dataset(str(tmp_path / "own.npz"), None)
-    train, test = ([row.tobytes() for row in one.read(np.arange(one.n))] for one in (data.train, data.test))
-    assert said is not None and int(said[1]) == sum(row in train for row in test) > 4
-    assert told(tmp_path / "own.npz", x=np.concatenate([x, x[:9]]), y=np.arange(109) % 4) == []
+    train, test = ([row.tobytes() for row in split.read(np.arange(split.n))] for split in (data.train, data.test))
+    assert match is not None and int(match[1]) == sum(row in train for row in test) > 4
+    assert file_doubts(tmp_path / "own.npz", x=np.concatenate([x, x[:9]]), y=np.arange(109) % 4) == []
 
 
 def test_of_large_sets_copies_are_looked_for_among_some(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = RNG.random((5000, 30)).astype(np.float32), np.arange(5000) % 4
     monkeypatch.setattr(identity_module, "SEEN_BYTES", x.nbytes // 2)
-    (found,) = told(tmp_path / "own.h5", x=x, y=y, x_test=x[::5], y_test=y[::5])
-    count = re.match(r"(\d+) of the 1,000 test samples looked at are training samples too", found)
+    (warning,) = file_doubts(tmp_path / "own.h5", x=x, y=y, x_test=x[::5], y_test=y[::5])
+    count = re.match(r"(\d+) of the 1,000 test samples looked at are training samples too", warning)
     assert count is not None and 400 < int(count[1]) < 600
 
 
@@ -245,18 +247,18 @@ def test_a_file_of_the_same_name_in_the_current_folder_is_told(tmp_path: Path, m
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
     for end, folder in ((".npz", "data"), (".h5", "data"), (".h5", ".")):
-        told(Path(folder) / f"own{end}", x=X, y=Y)
-    said: list[str] = []
-    assert locate("own.npz", "data", said.append) == str(tmp_path / "data" / "own.npz") and said == []
-    assert locate("own.h5", "data", said.append) == str(tmp_path / "data" / "own.h5")
-    assert said.pop().startswith("warning: the data set is data/own.h5, and there is another own.h5: name")
-    assert locate("own.h5", ".", said.append) == str(tmp_path / "own.h5")
-    assert locate("data/own.h5", None, said.append) == str(tmp_path / "data" / "own.h5")
-    assert locate("digits", "data", said.append) == "digits" and said == []
+        file_doubts(Path(folder) / f"own{end}", x=X, y=Y)
+    messages: list[str] = []
+    assert locate("own.npz", "data", messages.append) == str(tmp_path / "data" / "own.npz") and messages == []
+    assert locate("own.h5", "data", messages.append) == str(tmp_path / "data" / "own.h5")
+    assert messages.pop().startswith("warning: the data set is data/own.h5, and there is another own.h5: name")
+    assert locate("own.h5", ".", messages.append) == str(tmp_path / "own.h5")
+    assert locate("data/own.h5", None, messages.append) == str(tmp_path / "data" / "own.h5")
+    assert locate("digits", "data", messages.append) == "digits" and messages == []
 
 
 def test_looking_at_a_packed_file_unpacks_its_first_samples_only(tmp_path: Path) -> None:
-    """Damage behind them is found when all are read."""
+    """The damage in the middle of the file is not reached."""
     x = RNG.integers(0, 256, (4000, 50, 50)).astype(np.uint8)
     name = tmp_path / "own.npz"
     np.savez_compressed(name, x=x, y=np.arange(4000) % 4)
@@ -274,7 +276,7 @@ def test_looking_at_a_packed_file_unpacks_its_first_samples_only(tmp_path: Path)
 
 def test_training_says_once_what_is_doubtful(tmp_path: Path) -> None:
     np.savez(tmp_path / "own.npz", x=PIXELS.astype(np.float32), y=np.where(Y == 2, 9, Y))
-    # A loss that bears such values.
+    # A loss and a rate that stay finite with such values.
     options = ("--dataset", "own.npz", "--epochs", "1", "--batch-size", "8", "--out", "run")
     options += ("--lr", "1e-5", "--loss", "nll", "--model", "mlp", "--widths", "4", "--method", "data_parallel")
     status, out, err = run(2, "-m", "psmpi.train", *options, cwd=tmp_path)
@@ -292,5 +294,5 @@ def test_a_text_is_doubted_for_what_it_repeats_alone(tmp_path: Path) -> None:
     for name, content in (("own.txt", text), ("again.txt", text + text[:1000])):
         (tmp_path / name).write_text(content)
     assert doubts(open_dataset(str(tmp_path / "own.txt"), None)) == []
-    (found,) = doubts(open_dataset(str(tmp_path / "again.txt"), None))
-    assert "test samples are training samples too" in found
+    (warning,) = doubts(open_dataset(str(tmp_path / "again.txt"), None))
+    assert "test samples are training samples too" in warning

@@ -1,4 +1,4 @@
-"""Draws of many generators at once, against each of NumPy's generators by itself."""
+"""Draws of many generators at once equal those of NumPy's generators one by one."""
 
 import numpy as np
 import pytest
@@ -20,16 +20,16 @@ def rows_by_numpy(key, first, last, size, low, high):
 )  # fmt: skip
 def test_rows_are_those_of_numpy_s_generators_to_the_bit(key, first, count, size, low, width):
     high = low + width
-    made = np.full((count, size + 1), np.nan)
-    draw_rows(made[:, :size], key, first, low, high)
-    assert np.isnan(made[:, size]).all()
-    assert np.array_equal(made[:, :size], rows_by_numpy(key, first, first + count, size, low, high))
+    rows = np.full((count, size + 1), np.nan)
+    draw_rows(rows[:, :size], key, first, low, high)
+    assert np.isnan(rows[:, size]).all()
+    assert np.array_equal(rows[:, :size], rows_by_numpy(key, first, first + count, size, low, high))
 
 
 @pytest.mark.parametrize("first", [0, 2**32 - 2000])
 def test_more_units_than_step_side_by_side_are_the_same(first, monkeypatch):
     monkeypatch.setattr(draws, "SIDE", 700)
     monkeypatch.setattr(draws, "COLUMNS", 2)
-    made = np.empty((2000, 3), np.float32)
-    draw_rows(made, [3, 7], first, -0.5, 0.5)
-    assert np.array_equal(made, rows_by_numpy([3, 7], first, first + 2000, 3, -0.5, 0.5).astype(np.float32))
+    rows = np.empty((2000, 3), np.float32)
+    draw_rows(rows, [3, 7], first, -0.5, 0.5)
+    assert np.array_equal(rows, rows_by_numpy([3, 7], first, first + 2000, 3, -0.5, 0.5).astype(np.float32))

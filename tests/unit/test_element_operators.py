@@ -16,16 +16,16 @@ SECANT = {(F64, False): 1e-10, (F64, True): 1e-10, (F32, False): 1e-6, (F32, Tru
 
 def quadratics(count, n, rng, definite):
     """Symmetric matrices (count, n, n), positive definite of condition number about 50 where `definite`."""
-    found = []
+    blocks = []
     for k in range(count):
         q = np.linalg.qr(rng.standard_normal((n, n)))[0]
         values = np.geomspace(0.1, 5, n)
-        found.append(q * np.where(definite[k], values, values * rng.choice([-1, 1], n)) @ q.T)
-    return np.stack(found)
+        blocks.append(q * np.where(definite[k], values, values * rng.choice([-1, 1], n)) @ q.T)
+    return np.stack(blocks)
 
 
 def dense(pairs, sigma, indefinite):
-    """The update formulas, from sigma I."""
+    """Apply the update formulas to sigma I."""
     b = sigma * np.eye(len(pairs[0][0]))
     for s, y in pairs:
         if indefinite:
@@ -38,14 +38,14 @@ def dense(pairs, sigma, indefinite):
 
 
 def matrices(op):
-    """What `product` multiplies by, (count, size, size)."""
-    found, out = [], np.empty((op.count, op.size), op.dtype)
+    """The matrices that `product` multiplies by, (count, size, size)."""
+    columns, out = [], np.empty((op.count, op.size), op.dtype)
     for k in range(op.size):
         v = np.zeros_like(out)
         v[:, k] = 1
         op.product(v, out)
-        found.append(out.copy())
-    return np.stack(found, axis=2)
+        columns.append(out.copy())
+    return np.stack(columns, axis=2)
 
 
 def stored(op, e):
@@ -64,14 +64,14 @@ def test_operators_are_the_dense_recursion_and_satisfy_the_secant_equation(rule,
     for _ in range(50):
         s = rng.standard_normal((count, n)).astype(dtype)
         y = np.einsum("eij,ej->ei", a, s).astype(dtype)
-        before, out = np.empty_like(s), np.empty_like(s)
-        op.product(s, before)
+        old_product, out = np.empty_like(s), np.empty_like(s)
+        op.product(s, old_product)
         outcome = op.push(s, y, np.ones(count, bool))
         op.product(s, out)
         for e in np.flatnonzero(outcome == Outcome.UPDATED):
             updates += 1
-            # The product cancels what the operator said before: no rounding is below that of its size.
-            size = max(np.linalg.norm(y[e]), np.linalg.norm(before[e]) if dtype == F32 else 0)
+            # The new product cancels the old one, so its rounding error is relative to their size.
+            size = max(np.linalg.norm(y[e]), np.linalg.norm(old_product[e]) if dtype == F32 else 0)
             if dtype == F32 and not op.indefinite[e]:
                 # Pairs at nearly right angles make large terms that cancel: rounding grows by as much.
                 size *= max(np.linalg.norm(u) * np.linalg.norm(v) / (u @ v) for u, v in stored(op, e))
@@ -83,7 +83,7 @@ def test_operators_are_the_dense_recursion_and_satisfy_the_secant_equation(rule,
                     assert np.linalg.norm(b - expected) <= 1e-12 * np.linalg.norm(expected)
                     assert np.linalg.eigvalsh(b).min() > 0
                 else:
-                    # Formulas in wider numbers tell how well a float64 recursion can do at all.
+                    # The formulas in long double bound the accuracy of a float64 recursion.
                     wide = [(s.astype(np.longdouble), y.astype(np.longdouble)) for s, y in stored(op, e)]
                     exact = dense(wide, np.longdouble(op.sigma[e]), True).astype(np.float64)
                     reach = np.linalg.norm(expected - exact) / np.linalg.norm(exact)
@@ -104,7 +104,7 @@ def test_sr1_recovers_an_indefinite_hessian():
 
 @pytest.mark.parametrize("name", ["plsr1", "plse"])
 def test_a_matrix_that_says_all_is_not_reset_by_pairs_that_it_fits(name):
-    """Twelve more pairs of the same concave quadratic: no failures, no resets, and the matrix stays in its bits."""
+    """Twelve more pairs of the same concave quadratic change no bit of the matrix and count no failure."""
     n = 6
     a = -np.diag(np.linspace(1.0, 3.0, n))[None]
     op, rng = ElementOperators(1, n, F64, name, OPS, memory=n), np.random.default_rng(8)
@@ -121,18 +121,18 @@ def test_a_matrix_that_says_all_is_not_reset_by_pairs_that_it_fits(name):
 
 @pytest.mark.parametrize("rule", RULES)
 def test_every_element_is_alone(rule):
-    """Pushes that come to some elements only leave those where they would be without the others."""
+    """Pushes to some elements give each of them the matrix that it would have without the other elements."""
     rng, count, n = np.random.default_rng(4), 5, 12
     a = quadratics(count, n, rng, np.array([True, False, True, False, True]))
     together = ElementOperators(count, n, F64, rule, OPS, memory=3)
-    apart = [ElementOperators(1, n, F64, rule, OPS, memory=3) for _ in range(count)]
+    single_operators = [ElementOperators(1, n, F64, rule, OPS, memory=3) for _ in range(count)]
     for _ in range(20):
-        s, seen = rng.standard_normal((count, n)), rng.random(count) < 0.6
+        s, pushed = rng.standard_normal((count, n)), rng.random(count) < 0.6
         y = np.einsum("eij,ej->ei", a, s)
-        outcome = together.push(s, y, seen)
+        outcome = together.push(s, y, pushed)
         for e in range(count):
-            assert apart[e].push(s[e : e + 1], y[e : e + 1], seen[e : e + 1])[0] == outcome[e]
-    expected = np.concatenate([matrices(op) for op in apart])
+            assert single_operators[e].push(s[e : e + 1], y[e : e + 1], pushed[e : e + 1])[0] == outcome[e]
+    expected = np.concatenate([matrices(op) for op in single_operators])
     assert np.linalg.norm(matrices(together) - expected) <= 1e-12 * np.linalg.norm(expected)
 
 
@@ -148,8 +148,8 @@ def test_a_bad_pair_leaves_plbfgs_as_it_is_and_the_fifth_resets_it():
         assert np.array_equal(matrices(op)[0], before[0] if k < 5 else np.eye(n))
         assert op.failures.tolist() == [k % 5, 0] and np.array_equal(matrices(op)[1], before[1])
     # An update in between starts the count again.
-    for wanted in (-1, -1, -1, -1, 2, -1, -1, -1, -1):
-        assert op.push(s, wanted * s, np.array([True, False]))[0] in (Outcome.REJECTED, Outcome.UPDATED)
+    for curvature in (-1, -1, -1, -1, 2, -1, -1, -1, -1):
+        assert op.push(s, curvature * s, np.array([True, False]))[0] in (Outcome.REJECTED, Outcome.UPDATED)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -184,12 +184,12 @@ def test_plse_changes_its_operator_with_the_curvature():
     rng, n = np.random.default_rng(8), 10
     op = ElementOperators(1, n, F64, "plse", OPS)
     s = rng.standard_normal((3, 1, n))
-    seen = np.ones(1, bool)
-    op.push(s[0], 2 * s[0], seen)
+    pushed = np.ones(1, bool)
+    op.push(s[0], 2 * s[0], pushed)
     assert not op.indefinite[0]
-    op.push(s[1], -s[1], seen)
+    op.push(s[1], -s[1], pushed)
     assert op.indefinite[0] and (op.stamps >= 0).sum() == 1
-    op.push(s[2], 3 * s[2], seen)
+    op.push(s[2], 3 * s[2], pushed)
     assert not op.indefinite[0] and (op.stamps >= 0).sum() == 1
     assert abs(matrices(op)[0] - dense([(s[2, 0], 3 * s[2, 0])], op.sigma[0], False)).max() <= 1e-14
 
@@ -198,14 +198,14 @@ def test_an_older_pair_that_no_longer_fits_is_dropped():
     """With the scale 2 of the second pair, s_1^T (y_1 - 2 s_1) = 0."""
     e = np.eye(6)[:, None]
     op = ElementOperators(1, 6, F64, "plsr1", OPS)
-    seen = np.ones(1, bool)
-    assert op.push(e[0], 2 * e[0] + e[2], seen)[0] == Outcome.UPDATED and op.sigma[0] == 2.5
-    assert op.push(e[1], e[1] + e[3], seen)[0] == Outcome.UPDATED and op.sigma[0] == 2
+    pushed = np.ones(1, bool)
+    assert op.push(e[0], 2 * e[0] + e[2], pushed)[0] == Outcome.UPDATED and op.sigma[0] == 2.5
+    assert op.push(e[1], e[1] + e[3], pushed)[0] == Outcome.UPDATED and op.sigma[0] == 2
     assert (op.stamps >= 0).sum() == 1
     assert abs(matrices(op)[0] - dense([(e[1, 0], (e[1] + e[3])[0])], 2.0, True)).max() <= 1e-14
-    # The newest pair must fit: y = c s does not, under the scale c that it brings.
+    # The newest pair must fit; y = c s does not fit the scale c that it brings.
     before = matrices(op)
-    assert op.push(e[4], 3 * e[4], seen)[0] == Outcome.REJECTED and np.array_equal(matrices(op), before)
+    assert op.push(e[4], 3 * e[4], pushed)[0] == Outcome.REJECTED and np.array_equal(matrices(op), before)
 
 
 def test_the_relative_test_does_not_depend_on_scale():
@@ -219,7 +219,7 @@ def test_the_relative_test_does_not_depend_on_scale():
 
 
 def test_the_identity_can_stay_the_first_matrix():
-    """Dense updates from I."""
+    """The matrices are those of dense updates from I."""
     rng, n = np.random.default_rng(9), 20
     a = quadratics(2, n, rng, np.ones(2, bool))
     op = ElementOperators(2, n, F64, "plbfgs", OPS, rescaled=False)

@@ -1,4 +1,4 @@
-"""Naming what is not finite: samples, parameters by unit and class, and the first layer of a pass."""
+"""Causes of values that are not finite: samples, parameters by unit and class, or the first layer of a pass."""
 
 import numpy as np
 import pytest
@@ -18,24 +18,24 @@ def test_numbers_are_told_as_spans():
 
 
 def test_parameters_are_named_with_units_and_classes():
-    """Against the places that the layout says: psnet's later layers are of some classes each."""
+    """Names agree with the layout; each later layer of psnet has blocks of some classes."""
     layout = make_network("psnet", (1, 8, 8), 10).layout()
-    whole = Runs(((0, layout.size),))
+    all_runs = Runs(((0, layout.size),))
     for block in layout.blocks:
         for piece in block.pieces:
             p = layout.parameters[piece.parameter]
             w = np.zeros(layout.size)
             w[piece.offset] = np.nan
-            said = find_parameters(layout, whole, w)
-            assert said.startswith(p.name) and said.endswith("(NaN)")
-            assert p.units == 1 or f"unit {piece.first} of {p.units}" in said
-            few = sorted(block.classes)
-            assert len(few) == 10 or f"(class{'es' * (len(few) > 1)} {spans(few)})" in said
-    assert find_parameters(layout, whole, np.zeros(layout.size)) == ""
+            text = find_parameters(layout, all_runs, w)
+            assert text.startswith(p.name) and text.endswith("(NaN)")
+            assert p.units == 1 or f"unit {piece.first} of {p.units}" in text
+            classes = sorted(block.classes)
+            assert len(classes) == 10 or f"(class{'es' * (len(classes) > 1)} {spans(classes)})" in text
+    assert find_parameters(layout, all_runs, np.zeros(layout.size)) == ""
 
 
 def test_parameters_of_a_part_are_those_of_the_whole():
-    """A local vector of some classes: the value that is inf there is the same one of the flat vector."""
+    """An infinite value has the same name in a local vector of some classes and in the flat vector."""
     layout = make_network("psnet", (1, 8, 8), 10).layout()
     part = layout.part((3, 4))
     for at in range(0, part.size, 97):
@@ -47,8 +47,8 @@ def test_parameters_of_a_part_are_those_of_the_whole():
 
 def test_the_rest_of_many_parameters_is_counted():
     layout = mlp().layout()
-    said = find_parameters(layout, Runs(((0, layout.size),)), np.full(layout.size, np.inf))
-    assert said == "dense1.weight and dense1.bias and dense2.weight and 3 more (inf)"
+    text = find_parameters(layout, Runs(((0, layout.size),)), np.full(layout.size, np.inf))
+    assert text == "dense1.weight and dense1.bias and dense2.weight and 3 more (inf)"
 
 
 def test_samples_come_before_weights_and_weights_before_layers():
@@ -67,7 +67,7 @@ def test_samples_come_before_weights_and_weights_before_layers():
 
 @pytest.mark.parametrize(("layer", "huge"), [("dense1", 0), ("dense2", 1), ("dense3", 2)])
 def test_the_first_layer_that_is_not_finite_is_named(layer, huge):
-    """Weights that are finite and too large in one layer alone."""
+    """One layer alone has weights that are finite and too large."""
     layout, w, x, _ = random_problem(mlp(), batch=4)
     x[:, 1] = 0
     model = make_model(mlp(), layout, w)
@@ -91,12 +91,12 @@ def test_finite_passes_have_no_layer_to_name():
     model = make_model(mlp(), layout, w)
     before = model.forward(x).scores.copy()
     assert find_cause(model).kind == "loss"
-    # The look has not touched the pass.
+    # find_cause leaves the pass unchanged.
     assert np.array_equal(model.last.scores, before)
 
 
 def test_a_look_at_a_small_pass_leaves_room_for_large_ones():
-    """What all passes share, windows of convolutions too, is of the largest minibatch."""
+    """Buffers that all passes share, also windows of convolutions, keep the size of the largest minibatch."""
     net = make_network("lenet", (1, 28, 28), 10)
     layout, w, x, _ = random_problem(net, batch=9)
     model = make_model(net, layout, w)

@@ -1,4 +1,4 @@
-"""The flight recorder: what goes through communicators is kept, the same on all ranks, and nothing else changes."""
+"""The flight recorder keeps the operations of communicators, alike on all ranks, and changes no result."""
 
 import time
 
@@ -16,10 +16,10 @@ from psmpi.testing import run_ranks
 
 
 def calls(world):
-    """Every call that a group and control data make; what came out."""
-    found = []
+    """Make every call of a group and of control data; return the results."""
+    results = []
     everyone = Group(world, range(world.size), Counter())
-    some = Group(world, [0, 2], Counter())
+    two_ranks = Group(world, [0, 2], Counter())
     own = np.arange(6.0) + world.rank
     everyone.bcast(own, 1)
     everyone.reduce(own, own, 0)
@@ -34,27 +34,27 @@ def calls(world):
     everyone.alltoallv(own, [2, 2, 2], own.copy())
     into = np.empty(18)
     everyone.allgatherv(own, into, [6, 6, 6])
-    found += [own, into]
+    results += [own, into]
     if world.rank == 0:
         everyone.send(own, 1)
         everyone.isend(own, 1, 3).Wait()
     elif world.rank == 1:
         everyone.receive(own, 0)
         everyone.irecv(own, 0, 3).Wait()
-    if some.rank >= 0:
-        some.allreduce(own)
-        doubling(some, own)
+    if two_ranks.rank >= 0:
+        two_ranks.allreduce(own)
+        doubling(two_ranks, own)
     control = Control(world)
     control.wait_for_all()
-    found += [own, control.total(own), control.rows(own), np.array(control.share_flag(world.rank == 0))]
+    results += [own, control.total(own), control.rows(own), np.array(control.share_flag(world.rank == 0))]
     control.collect_texts("text")
-    return found
+    return results
 
 
 def test_recorded_ranks_get_what_unrecorded_ones_get():
     plain = run_ranks(3, calls)
-    for one, other in zip(plain, run_ranks(3, lambda world: calls(recorded(world))), strict=True):
-        assert all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+    for expected, actual in zip(plain, run_ranks(3, lambda world: calls(recorded(world))), strict=True):
+        assert all(np.array_equal(a, b) for a, b in zip(expected, actual, strict=True))
 
 
 def test_collectives_have_one_name_and_number_on_all_their_ranks():
@@ -64,25 +64,27 @@ def test_collectives_have_one_name_and_number_on_all_their_ranks():
         return from_table(to_table(world.flight, world.rank, "here"))
 
     ranks = run_ranks(3, work)
-    assert all(one.state == "computing" and one.operations[-1].ended for one in ranks)
-    made = {}
-    for one in ranks:
-        for at in one.operations:
-            if at.number and not at.name.startswith("Wait"):
-                made.setdefault((at.group, at.number), []).append((at.name, at.peer, at.ranks))
-    assert len({group for group, _ in made}) == 3
-    for of in made.values():
-        assert len(set(of)) == 1 and len(of) == len(of[0][2])
-    assert [at.peer for at in ranks[1].operations if at.kind in ("Recv", "Irecv")] == [0, 0, 0]
-    # A rank of the job, whatever its number in the group.
-    assert [at.peer for at in ranks[0].operations if at.name == "Sendrecv"] == [2]
+    assert all(record.state == "computing" and record.operations[-1].ended for record in ranks)
+    by_number = {}
+    for record in ranks:
+        for operation in record.operations:
+            if operation.number and not operation.name.startswith("Wait"):
+                by_number.setdefault((operation.group, operation.number), []).append(
+                    (operation.name, operation.peer, operation.ranks)
+                )
+    assert len({group for group, _ in by_number}) == 3
+    for same_call in by_number.values():
+        assert len(set(same_call)) == 1 and len(same_call) == len(same_call[0][2])
+    assert [operation.peer for operation in ranks[1].operations if operation.kind in ("Recv", "Irecv")] == [0, 0, 0]
+    # The peer is a rank of the job, not a number in the group.
+    assert [operation.peer for operation in ranks[0].operations if operation.name == "Sendrecv"] == [2]
 
 
 def test_every_call_of_the_protocol_is_recorded():
-    """But for those that make no message."""
-    asked = {name for kind in (Communicator, World) for name in vars(kind) if name[0].isupper()}
-    own = {name for name in vars(Recorded) if name[0].isupper()}
-    assert asked - {"Free", "Abort"} <= own and len(asked) > 20
+    """Free and Abort send no message and are not recorded."""
+    required = {name for kind in (Communicator, World) for name in vars(kind) if name[0].isupper()}
+    recorded_calls = {name for name in vars(Recorded) if name[0].isupper()}
+    assert required - {"Free", "Abort"} <= recorded_calls and len(required) > 20
 
 
 def test_peers_bytes_steps_and_ends_are_kept():
@@ -97,9 +99,11 @@ def test_peers_bytes_steps_and_ends_are_kept():
         return world.flight.records()
 
     [send], [irecv, wait] = run_ranks(2, work)
-    assert [send[at] for at in (NAME, PEER, BYTES, STEP, NUMBER)] == ["Send", 1, 20, 7, 0]
-    assert [one[NAME] for one in (irecv, wait)] == ["Irecv", "Wait(Irecv)"] and wait[PEER] == 0 and wait[BYTES] == 20
-    assert all(0 < one[flight.BEGUN] <= one[ENDED] <= time.monotonic() for one in (send, irecv, wait))
+    assert [send[field] for field in (NAME, PEER, BYTES, STEP, NUMBER)] == ["Send", 1, 20, 7, 0]
+    assert (
+        [record[NAME] for record in (irecv, wait)] == ["Irecv", "Wait(Irecv)"] and wait[PEER] == 0 and wait[BYTES] == 20
+    )
+    assert all(0 < record[flight.BEGUN] <= record[ENDED] <= time.monotonic() for record in (send, irecv, wait))
 
 
 def test_the_last_operations_are_kept_and_all_are_counted():
@@ -108,12 +112,12 @@ def test_the_last_operations_are_kept_and_all_are_counted():
         with recorder.task(str(k)):
             assert recorder.last()[ENDED] == 0
     records = recorder.records()
-    assert recorder.count == ROOM + 5 and [one[NAME] for one in records] == [str(k) for k in range(5, ROOM + 5)]
-    assert all(one[ENDED] for one in records)
+    assert recorder.count == ROOM + 5 and [record[NAME] for record in records] == [str(k) for k in range(5, ROOM + 5)]
+    assert all(record[ENDED] for record in records)
 
 
 def test_seconds_between_ranks_are_those_of_all_operations_and_of_no_task():
-    """Against the records themselves, none of which has left the ring; the last one counts when it has ended."""
+    """The seconds are those of the records, all of which the ring still holds; a record counts when it has ended."""
 
     def work(world):
         recorder = Flight()
@@ -126,8 +130,10 @@ def test_seconds_between_ranks_are_those_of_all_operations_and_of_no_task():
                 time.sleep(0.01)
             request = comm.Iallreduce(np.ones(1), np.empty(1))
             request.Wait()
-            ended = [one[ENDED] - one[flight.BEGUN] for one in recorder.records() if one[flight.GROUP] >= 0]
-            assert recorder.spent() == pytest.approx(sum(ended), rel=1e-9) and len(ended) == 3 * (k + 1)
+            durations = [
+                record[ENDED] - record[flight.BEGUN] for record in recorder.records() if record[flight.GROUP] >= 0
+            ]
+            assert recorder.spent() == pytest.approx(sum(durations), rel=1e-9) and len(durations) == 3 * (k + 1)
         before = recorder.spent()
         with recorder.task("another"):
             assert recorder.spent() == before
@@ -145,9 +151,9 @@ def test_one_rank_records_nothing():
 def test_a_poll_counts_and_waits_as_before():
     def work(world):
         poll = Poll(Control(recorded(world)), seconds=0.001)
-        found = [poll(world.rank == 1 and k == 3)[0] for k in range(200)]
+        flags = [poll(world.rank == 1 and k == 3)[0] for k in range(200)]
         poll.close()
-        return found
+        return flags
 
     first, second = run_ranks(2, work)
     assert first == second and True in first
@@ -163,13 +169,13 @@ def test_ranks_in_few_characters(ranks, text):
 
 @pytest.mark.parametrize("options", [("--resume", "auto"), ("--on-nan", "rollback"), ()])
 def test_no_operation_of_a_training_is_inside_another(train, tmp_path, monkeypatch, options):
-    """Else a rank would seem to compute, once the inner one has ended."""
-    begin, found = Flight.begin, []
+    """With nesting, a rank would seem to compute after the end of the inner operation."""
+    begin, nested = Flight.begin, []
 
     def check(recorder, record):
         last = recorder.last()
         if last is not None and not last[ENDED]:
-            found.append((last[NAME], record[NAME]))
+            nested.append((last[NAME], record[NAME]))
         return begin(recorder, record)
 
     monkeypatch.setattr(Flight, "begin", check)
@@ -182,4 +188,4 @@ def test_no_operation_of_a_training_is_inside_another(train, tmp_path, monkeypat
         out = tmp_path / ("run" if "auto" in options else "other")
         train(2, *(plain if "auto" not in options else ("--dataset", tmp_path / "mine.npz")), *options, "--epochs", "3",
               out=out)  # fmt: skip
-    assert found == []
+    assert nested == []

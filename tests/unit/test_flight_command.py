@@ -1,4 +1,4 @@
-"""The command that shows what ranks did last when they stood still, and the options of the watch."""
+"""The command that shows the last operations of stalled ranks, and the options of the watch."""
 
 import json
 import random
@@ -46,19 +46,19 @@ def test_the_table_and_the_missing_call(folder):
 def test_the_newest_operations_are_shown(folder):
     for last, shown in ((0, 0), (1, 1), (7, 2)):
         status, out, _ = run(1, "-m", "psmpi.inspect", "flight", folder / FLIGHTS, "--last", last, "--json")
-        found = json.loads(out)
-        assert status == 0 and len(found["ranks"][0]["operations"]) == shown
-    assert [one["name"] for one in found["ranks"][0]["operations"]] == ["Bcast", "Barrier"]
-    assert found["finding"][0].startswith("no progress for 98 s: rank 1 on node computes")
+        report = json.loads(out)
+        assert status == 0 and len(report["ranks"][0]["operations"]) == shown
+    assert [operation["name"] for operation in report["ranks"][0]["operations"]] == ["Bcast", "Barrier"]
+    assert report["finding"][0].startswith("no progress for 98 s: rank 1 on node computes")
 
 
 def test_what_cannot_be_shown_is_said_in_a_line(folder):
-    whole = (folder / FLIGHTS).read_text()
+    content = (folder / FLIGHTS).read_text()
     assert "expected 0 or a number" in run(1, "-m", "psmpi.inspect", "flight", folder, "--last", "-1")[2]
     for text in (
-        "", "{", "[]", '{"rank": 0}', whole.splitlines()[1], whole.replace("computing", "asleep"), whole[:-40],
-        "\0", "[" * 9999, whole.replace("1900000000.0", "1e300"), whole.replace("2000000000.0", "NaN"),
-        whole.replace('"peer"', "1").replace("[[0, 1]]", "[[0, 0]]").replace(', 0, 4096', ", 5, 4096"),
+        "", "{", "[]", '{"rank": 0}', content.splitlines()[1], content.replace("computing", "asleep"), content[:-40],
+        "\0", "[" * 9999, content.replace("1900000000.0", "1e300"), content.replace("2000000000.0", "NaN"),
+        content.replace('"peer"', "1").replace("[[0, 1]]", "[[0, 0]]").replace(', 0, 4096', ", 5, 4096"),
     ):  # fmt: skip
         (folder / FLIGHTS).write_text(text)
         status, _, err = run(1, "-m", "psmpi.inspect", "flight", folder)
@@ -71,11 +71,11 @@ def test_what_cannot_be_shown_is_said_in_a_line(folder):
 
 
 def test_altered_files_end_in_a_line(folder):
-    """Any byte of the file changed: it is shown or refused."""
-    whole, draw = (folder / FLIGHTS).read_bytes(), random.Random(3)
+    """A file with any byte changed is shown or refused."""
+    content, rng = (folder / FLIGHTS).read_bytes(), random.Random(3)
     for _ in range(60):
-        at = draw.randrange(len(whole))
-        (folder / FLIGHTS).write_bytes(whole[:at] + bytes([draw.randrange(32, 127)]) + whole[at + 1 :])
+        at = rng.randrange(len(content))
+        (folder / FLIGHTS).write_bytes(content[:at] + bytes([rng.randrange(32, 127)]) + content[at + 1 :])
         status, _, err = run(1, "-m", "psmpi.inspect", "flight", folder)
         assert status in (0, 1) and "Traceback" not in err
 
@@ -84,9 +84,9 @@ def test_a_table_holds_what_was_recorded():
     flight = Flight()
     with flight.task("reading"):
         pass
-    found = to_table(flight, 4, "node")
-    assert found["rank"] == 4 and found["count"] == 1 and found["operations"][0][0] == "reading"
-    assert dict(zip(found["fields"], found["operations"][0], strict=True))["ended"] > 1.5e9
+    row = to_table(flight, 4, "node")
+    assert row["rank"] == 4 and row["count"] == 1 and row["operations"][0][0] == "reading"
+    assert dict(zip(row["fields"], row["operations"][0], strict=True))["ended"] > 1.5e9
 
 
 @pytest.mark.parametrize(
@@ -106,13 +106,13 @@ def test_times_that_make_no_sense_are_refused(options, said):
 
 def test_times_are_of_each_start(train, tmp_path):
     options = ("--epochs", "1", "--batch-size", "500")
-    one = train(2, *options, "--stall-warn", "7", "--stall-abort", "0")
-    kept = from_toml((one.out / "config.toml").read_text(), "config.toml").run
-    assert (kept.stall_warn, kept.stall_abort) == (60.0, 1800.0)
-    two = run_program(
-        2, "psmpi.train", ["--out", one.out, "--resume", "auto", "--epochs", "2", "--stall-warn", "9"], cwd=tmp_path
+    first = train(2, *options, "--stall-warn", "7", "--stall-abort", "0")
+    saved = from_toml((first.out / "config.toml").read_text(), "config.toml").run
+    assert (saved.stall_warn, saved.stall_abort) == (60.0, 1800.0)
+    resumed = run_program(
+        2, "psmpi.train", ["--out", first.out, "--resume", "auto", "--epochs", "2", "--stall-warn", "9"], cwd=tmp_path
     )
-    assert two.status == 0 and "stall" not in two.stdout + two.stderr
+    assert resumed.status == 0 and "stall" not in resumed.stdout + resumed.stderr
 
 
 def test_all_times_and_none_are_settings():

@@ -14,9 +14,9 @@ def test_line_searches_of_the_specification():
     assert armijo(lambda b: 1 + b, 1.0, -1.0) is None
     assert armijo(lambda b: nan, 1.0, -1.0) is None
     assert armijo(lambda b: 0.0, 1.0, 1.0) is None
-    tried = []
-    armijo(lambda b: tried.append(b) or inf, 1.0, -1.0)
-    assert len(tried) == 47 and tried[-1] < 1e-8 < tried[-2]
+    steps = []
+    armijo(lambda b: steps.append(b) or inf, 1.0, -1.0)
+    assert len(steps) == 47 and steps[-1] < 1e-8 < steps[-2]
 
 
 def test_the_radius_follows_the_ratio():
@@ -37,12 +37,12 @@ def test_the_radius_follows_the_ratio():
 
 def test_the_momentum_of_the_specification():
     m = Extrapolation(adaptive=True)
-    found = []
+    values = []
     for _ in range(3):
         mu = m.next()
-        found += [mu, m.theta]
+        values += [mu, m.theta]
     expected = [0.0, 0.618036753, 0.281749929, 0.455891741, 0.434034823]
-    assert found[:5] == pytest.approx(expected, abs=1e-9)
+    assert values[:5] == pytest.approx(expected, abs=1e-9)
     for _ in range(200000):
         mu = m.next()
     assert mu == pytest.approx((1 - sqrt(1e-5)) / (1 + sqrt(1e-5)), abs=1e-6)

@@ -66,10 +66,10 @@ def test_lines_are_within_80_columns_and_every_option_has_a_text(words, shown):
     lines = out.splitlines()
     assert max(map(len, lines)) <= 80
     assert not re.search(r"\(default: ?(|None|False|'')\)", out)
-    for line, below in zip(lines, [*lines[1:], ""], strict=True):
+    for line, next_line in zip(lines, [*lines[1:], ""], strict=True):
         if re.match(r"  --\w", line):
-            # Beside the option, or below it.
-            text = line[COLUMN:] if line[COLUMN:] and line[COLUMN - 1] == " " else below[COLUMN:]
+            # The text is beside the option, or below it.
+            text = line[COLUMN:] if line[COLUMN:] and line[COLUMN - 1] == " " else next_line[COLUMN:]
             assert re.match(r"[A-Z0-9]", text), line
 
 
@@ -85,7 +85,9 @@ def test_a_basic_option_is_in_both_helps(shown):
 
 def test_every_option_is_in_the_long_help_once(shown):
     out = shown("train --help-all")
-    known = [one.name for table in tables_of(Config()).values() for one in fields(table) if one.name != "layers"]
+    known = [
+        setting.name for table in tables_of(Config()).values() for setting in fields(table) if setting.name != "layers"
+    ]
     for name in (*known, "config", "help", "help_all"):
         assert len(lines_with(out, name)) == 1, name
     assert f"all {len(known) + 3} options" in " ".join(shown("train").split())
@@ -95,11 +97,11 @@ def test_an_option_of_every_method_is_in_the_short_help_of_that_method(shown):
     for method, kind in all_methods().items():
         out = shown(f"train --method {method}")
         for settings in kind.settings:
-            for one in fields(settings):
-                assert len(lines_with(out, one.name)) == 1, (method, one.name)
-    others = {one.name for kind in all_methods()["ist"].settings for one in fields(kind)}
+            for setting in fields(settings):
+                assert len(lines_with(out, setting.name)) == 1, (method, setting.name)
+    ist_options = {setting.name for kind in all_methods()["ist"].settings for setting in fields(kind)}
     out = shown("train --method ist")
-    assert not any(lines_with(out, name) for name in set(OF_METHODS) - others)
+    assert not any(lines_with(out, name) for name in set(OF_METHODS) - ist_options)
 
 
 def test_a_method_of_a_file_has_its_options_in_the_short_help(shown, tmp_path):
@@ -111,22 +113,22 @@ def test_a_method_of_a_file_has_its_options_in_the_short_help(shown, tmp_path):
 @pytest.mark.parametrize("table", tables_of(Config()))
 def test_every_choice_has_a_line(table):
     section = tables_of(Config())[table]
-    for name, one in settings_options(type(section), section).items():
-        assert one.text, name
-        if one.only or name == "method":
-            assert one.choices and all(one.choices.values()), name
+    for name, setting in settings_options(type(section), section).items():
+        assert setting.text, name
+        if setting.only or name == "method":
+            assert setting.choices and all(setting.choices.values()), name
     if table in kinds_of_settings():
         return
-    for name in set(DESCRIBED) & {one.name for one in fields(section)}:
-        # In the short help too, on one line of 80 columns.
+    for name in set(DESCRIBED) & {setting.name for setting in fields(section)}:
+        # The short help too has each choice on one line of 80 columns.
         assert all(len(text) <= 56 for text in settings_options(type(section))[name].choices.values())
 
 
 def test_every_choice_of_a_setting_is_shown_beside_its_text(shown):
     lines = [" ".join(line.split()) for line in shown("train --help-all").splitlines()]
     for section in tables_of(Config()).values():
-        for one in settings_options(type(section), section).values():
-            for choice, text in one.choices.items():
+        for setting in settings_options(type(section), section).values():
+            for choice, text in setting.choices.items():
                 start = f"{choice} {' '.join(text.split()[:2])}"
                 assert any(line.startswith(start) for line in lines), start
 
@@ -139,13 +141,13 @@ def test_defaults_are_those_of_the_file(shown, tmp_path):
 
 
 def test_a_pipe_gets_100_columns_at_most():
-    for columns, most in (("200", WIDEST), ("90", 90)):
-        ended = subprocess.run(
+    for columns, widest in (("200", WIDEST), ("90", 90)):
+        process = subprocess.run(
             [sys.executable, "-m", "psmpi", "train", "--help-all"],
             capture_output=True, text=True, env={**ENVIRONMENT, "COLUMNS": columns}, check=True,
         )  # fmt: skip
-        assert most - 12 < max(map(len, ended.stdout.splitlines())) <= most
-        assert "\x1b" not in ended.stdout
+        assert widest - 12 < max(map(len, process.stdout.splitlines())) <= widest
+        assert "\x1b" not in process.stdout
 
 
 ENVIRONMENT = {"PATH": "/usr/bin:/bin", "PYTHONPATH": ":".join(sys.path)}
@@ -163,8 +165,8 @@ def test_help_starts_no_mpi():
         "import sys; from psmpi import command; status = command.main(['train', '--help'])\n"
         "assert status == 0 and 'mpi4py' not in sys.modules"
     )
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT, check=False)
-    assert ended.returncode == 0 and "--dataset" in ended.stdout, ended.stderr
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT, check=False)
+    assert process.returncode == 0 and "--dataset" in process.stdout, process.stderr
 
 
 @dataclass(frozen=True)
@@ -183,8 +185,8 @@ class Example:
 
 
 def test_a_docstring_is_a_text_and_choices():
-    found = settings_options(Example)
-    assert found["kind"].text == "Distance of the other one. It counts in steps."
-    assert found["kind"].choices == {"near": "one step, or two in all", "far": "more steps"}
-    assert found["kind"].summary == "Distance of the other one." and found["kind"].default_text == "near"
-    assert found["silent"].words == "--silent, --no-silent" and found["silent"].default_text == "--silent"
+    options = settings_options(Example)
+    assert options["kind"].text == "Distance of the other one. It counts in steps."
+    assert options["kind"].choices == {"near": "one step, or two in all", "far": "more steps"}
+    assert options["kind"].summary == "Distance of the other one." and options["kind"].default_text == "near"
+    assert options["silent"].words == "--silent, --no-silent" and options["silent"].default_text == "--silent"

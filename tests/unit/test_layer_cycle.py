@@ -54,7 +54,7 @@ class Problem:
 
 
 class Counted:
-    """Neighbours that count what is sent."""
+    """Neighbours that count their sent messages."""
 
     def __init__(self, line):
         self.line, self.sent = line, 0
@@ -68,7 +68,7 @@ class Counted:
 
 
 def solve(problem, ranks, factor, levels, relaxations, cycles, start=None, back=False):
-    """All states, or adjoints, after so many cycles; messages sent by each rank; residuals of each cycle."""
+    """States, or adjoints, after `cycles`; messages sent by each rank; residuals of each cycle."""
     serial, n = problem.serial(), problem.n // ranks
     exact = serial[1] if back else serial[0]
 
@@ -76,30 +76,30 @@ def solve(problem, ranks, factor, levels, relaxations, cycles, start=None, back=
         group = Group(world, range(ranks), Counter())
         boundaries = [Boundary(group, r, r + 1, SIZE, np.dtype(float)) for r in range(ranks - 1)]
         # The place of the rank in the direction of the pass.
-        at = ranks - 1 - world.rank if back else world.rank
+        place = ranks - 1 - world.rank if back else world.rank
         line = Counted(Line(boundaries, world.rank, back))
 
         def forward(stride, j, x, out):
-            out[...] = problem.step(at * n + j * stride, stride, x)
+            out[...] = problem.step(place * n + j * stride, stride, x)
 
         def adjoint(stride, j, x, out):
-            left = problem.n - (at * n + (j + 1) * stride)
+            left = problem.n - (place * n + (j + 1) * stride)
             out[...] = problem.adjoint(left, stride, serial[0][left], x)
 
         cycle = Cycle(adjoint if back else forward, line, np.empty((n + 1) * SIZE), relaxations, NumpyOps())
         factors = (factor,) * (levels - 1)
         cycle.reserve(n, SIZE, factors)
         states = cycle.shape(n, SIZE, factors)
-        states[...] = exact[0] if start is None else start[at * n : at * n + n + 1]
+        states[...] = exact[0] if start is None else start[place * n : place * n + n + 1]
         cycle.run(cycles)
-        return at, states.copy(), line.sent, cycle.residuals
+        return place, states.copy(), line.sent, cycle.residuals
 
-    found = sorted(run_ranks(ranks, work, timeout=60), key=lambda one: one[0])
-    for (_, one, *_), (_, other, *_) in pairwise(found):
-        assert np.array_equal(one[-1], other[0]), "neighbours have different copies of a point"
-    states = np.concatenate([found[0][1][:1], *(one[1][1:] for one in found)])
-    residuals = np.sum([one[3] for one in found], axis=0)
-    return states, [one[2] for one in found], residuals
+    results = sorted(run_ranks(ranks, work, timeout=60), key=lambda result: result[0])
+    for (_, left_states, *_), (_, right_states, *_) in pairwise(results):
+        assert np.array_equal(left_states[-1], right_states[0]), "neighbours have different copies of a point"
+    states = np.concatenate([results[0][1][:1], *(result[1][1:] for result in results)])
+    residuals = np.sum([result[3] for result in results], axis=0)
+    return states, [result[2] for result in results], residuals
 
 
 def error(states, exact):
@@ -115,7 +115,7 @@ def test_enough_cycles_are_exact(n, factor, levels, relaxations, back):
     enough = exact_cycles(n, (factor,) * (levels - 1), relaxations)
     assert enough == -(-n // ((relaxations + 1) * factor))
     assert error(solve(problem, 1, factor, levels, relaxations, enough, back=back)[0], exact) <= 1e-11
-    # Each cycle makes some more points exact, and the first one not all of them.
+    # Each cycle makes some more points exact, and the first cycle not all of them.
     for cycles in range(1, enough):
         reach = min(n, cycles * (relaxations + 1) * factor + factor - 1)
         states = solve(problem, 1, factor, levels, relaxations, cycles, back=back)[0]
@@ -140,12 +140,12 @@ def test_a_cycle_leaves_the_solution_alone(n, factor, levels, relaxations, back)
 def test_any_number_of_ranks_finds_the_same_bits(n, factor, levels, back):
     problem = Problem(n)
     for relaxations in (0, 1):
-        alone, _, residuals = solve(problem, 1, factor, levels, relaxations, 2, back=back)
-        assert error(alone, problem.serial()[back]) > 1e-9
+        one_rank, _, residuals = solve(problem, 1, factor, levels, relaxations, 2, back=back)
+        assert error(one_rank, problem.serial()[back]) > 1e-9
         for ranks in (2, 4, 8):
-            states, _, others = solve(problem, ranks, factor, levels, relaxations, 2, back=back)
-            assert np.array_equal(states, alone)
-            np.testing.assert_allclose(others, residuals, rtol=1e-12)
+            states, _, rank_residuals = solve(problem, ranks, factor, levels, relaxations, 2, back=back)
+            assert np.array_equal(states, one_rank)
+            np.testing.assert_allclose(rank_residuals, residuals, rtol=1e-12)
 
 
 @pytest.mark.parametrize("back", [False, True])
@@ -164,9 +164,9 @@ def test_one_level_is_the_serial_loop(ranks, back):
 def test_messages_are_counted_before(n, factor, levels, relaxations, ranks, back):
     for cycles in (1, 3):
         _, sent, _ = solve(Problem(n), ranks, factor, levels, relaxations, cycles, back=back)
-        each = cycles * messages_of_cycle(levels, relaxations)
-        assert each == cycles * ((levels - 1) * relaxations + 1)
-        assert sent == [each] * (ranks - 1) + [0]
+        messages = cycles * messages_of_cycle(levels, relaxations)
+        assert messages == cycles * ((levels - 1) * relaxations + 1)
+        assert sent == [messages] * (ranks - 1) + [0]
 
 
 @pytest.mark.parametrize("back", [False, True])
@@ -187,22 +187,22 @@ def test_steps_that_are_no_multiple_are_refused():
 
 
 class Clock:
-    """Neighbours that send the time, which steps take 1 of, and wait for later ones."""
+    """Neighbours that send their time: a step takes 1, and a receiver waits for the sender's time."""
 
-    def __init__(self, before, behind):
-        self.before, self.behind, self.now = before, behind, 0
+    def __init__(self, previous, following):
+        self.previous, self.following, self.now = previous, following, 0
 
     def send(self, values):
-        if self.behind is not None:
-            self.behind.put(self.now)
+        if self.following is not None:
+            self.following.put(self.now)
         return Handle([])
 
     def receive(self, into):
         return self
 
     def finish(self):
-        if self.before is not None:
-            self.now = max(self.now, self.before.get(timeout=30))
+        if self.previous is not None:
+            self.now = max(self.now, self.previous.get(timeout=30))
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4, 16])

@@ -1,4 +1,4 @@
-"""Every kind of layer, by the examples that have it: exports, memory, passes that are open at once, sums over ranks."""
+"""Every kind of layer, in example networks: exports, memory, simultaneous passes, sums over ranks."""
 
 import threading
 import tracemalloc
@@ -27,15 +27,15 @@ from psmpi.testing.layers import (
 
 
 def types(tables):
-    """The types of layer tables, those inside others too."""
+    """The types of layer tables, and of the tables inside them."""
     for table in tables:
         yield table["type"]
         yield from types(table.get("layers", ()))
 
 
 def test_every_kind_of_layer_has_an_example():
-    seen = {kind for _, layers, _ in NETWORKS.values() if layers is not None for kind in types(layers)}
-    assert seen == set(LAYERS)
+    kinds = {kind for _, layers, _ in NETWORKS.values() if layers is not None for kind in types(layers)}
+    assert kinds == set(LAYERS)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -66,12 +66,12 @@ def test_an_exported_network_has_the_scores_of_the_model(name):
         session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
         samples = np.ascontiguousarray(x.T).reshape(5, *network.in_shape)
         for lengths in (None, np.array([1, 5, 3, 2, 4], np.int32)) if network.sequences else (None,):
-            theirs = session.run(None, onnx_inputs(network, samples, lengths))[0]
-            ours = model.forward(x, None, Span(lengths)).scores.T
+            onnx_scores = session.run(None, onnx_inputs(network, samples, lengths))[0]
+            own_scores = model.forward(x, None, Span(lengths)).scores.T
             if network.steps and lengths is not None:
                 counted = np.arange(network.steps) < lengths[:, None]
-                theirs, ours = theirs[counted], ours.transpose(0, 1, 2)[counted]
-            assert abs(theirs - ours).max() <= 2e-5 * max(1.0, abs(ours).max())
+                onnx_scores, own_scores = onnx_scores[counted], own_scores.transpose(0, 1, 2)[counted]
+            assert abs(onnx_scores - own_scores).max() <= 2e-5 * max(1.0, abs(own_scores).max())
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -85,12 +85,12 @@ def test_passes_that_are_open_at_once_keep_apart(name):
     network = make(name)
     layout, w, x, d = random_problem(network, batch=9)
     slices, expected = [slice(0, 2), slice(2, 6), slice(4, 9)], []
-    for at in slices:
+    for columns in slices:
         model = make_model(network, layout, w)
-        model.backward(model.forward(np.ascontiguousarray(x[:, at])), d[..., at].copy())
+        model.backward(model.forward(np.ascontiguousarray(x[:, columns])), d[..., columns].copy())
         expected.append(model.g)
     model = make_model(network, layout, w)
-    tapes = [model.forward(np.ascontiguousarray(x[:, at]), model.open(9)) for at in slices]
+    tapes = [model.forward(np.ascontiguousarray(x[:, columns]), model.open(9)) for columns in slices]
     for k in (1, 0, 2):
         model.backward(tapes[k], d[..., slices[k]].copy())
         assert np.array_equal(model.g, expected[k])
@@ -110,20 +110,20 @@ def test_the_gradient_of_the_inputs_matches_central_differences(name):
 def test_with_the_sums_that_layers_state_slices_are_as_good_as_the_minibatch(name):
     network = make(name)
     layout, w, x, d = random_problem(network, batch=11)
-    whole = make_model(network, layout, w)
-    tape = whole.forward(x)
+    full_model = make_model(network, layout, w)
+    tape = full_model.forward(x)
     scores = tape.scores.copy()
-    whole.backward(tape, d.copy())
+    full_model.backward(tape, d.copy())
     cuts, together = [slice(0, 3), slice(3, 4), slice(4, 11)], Together(3)
     models = [
-        Model(network, layout, whole.w, np.full_like(whole.w, np.nan), NumpyOps(), total=together.total(k))
+        Model(network, layout, full_model.w, np.full_like(full_model.w, np.nan), NumpyOps(), total=together.total(k))
         for k in range(3)
     ]
-    found = [None] * 3
+    slice_scores = [None] * 3
 
     def work(k):
         tape = models[k].forward(np.ascontiguousarray(x[:, cuts[k]]))
-        found[k] = tape.scores.copy()
+        slice_scores[k] = tape.scores.copy()
         models[k].backward(tape, d[..., cuts[k]].copy())
 
     threads = [threading.Thread(target=work, args=(k,)) for k in range(3)]
@@ -131,18 +131,18 @@ def test_with_the_sums_that_layers_state_slices_are_as_good_as_the_minibatch(nam
         thread.start()
     for thread in threads:
         thread.join(60)
-    assert np.allclose(np.concatenate(found, axis=1), scores, rtol=1e-10, atol=1e-11)
+    assert np.allclose(np.concatenate(slice_scores, axis=1), scores, rtol=1e-10, atol=1e-11)
     total = sum(model.g for model in models)
-    assert np.allclose(total, whole.g, rtol=1e-9, atol=1e-10 * abs(whole.g).max())
-    stages = [one for stage in network.stages(range(network.classes)) for one in walk(stage)]
-    # Of the units that the model has: those that no score sees are not there.
+    assert np.allclose(total, full_model.g, rtol=1e-9, atol=1e-10 * abs(full_model.g).max())
+    stages = [leaf for stage in network.stages(range(network.classes)) for leaf in walk(stage)]
+    # The model has only units that some score depends on.
     parts = [stage.layer.restrict(int(stage.kept.sum()), stage.layer.in_shape) for stage in stages]
     stated = sum(sum(layer.rank_sums) for layer in parts)
     assert together.numbers == [stated] * 3
 
 
 def test_a_larger_minibatch_takes_the_place_of_smaller_ones():
-    """Also where somebody has kept the last pass."""
+    """This holds also while the last pass is kept."""
     network = make("dense")
     layout, w, x, _ = random_problem(network, batch=50_000)
     model = make_model(network, layout, w)
@@ -152,14 +152,14 @@ def test_a_larger_minibatch_takes_the_place_of_smaller_ones():
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert not tape.outputs and peak <= 1.05 * (model.activation_bytes + model.buffer_bytes)
-    gone = weakref.ref(model.room.buffers[0])
-    again = model.forward(x)
+    old_buffer = weakref.ref(model.room.buffers[0])
+    new_tape = model.forward(x)
     model.reserve(60_000)
-    assert gone() is None and not again.outputs
+    assert old_buffer() is None and not new_tape.outputs
 
 
 def test_products_of_what_is_not_finite_do_not_warn():
-    """A BLAS may raise flags for finite products too, and NaN is the loss's to find."""
+    """A BLAS may raise flags for finite products too, and the loss detects NaN."""
     out = np.empty((1, 1, 1), np.float32)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

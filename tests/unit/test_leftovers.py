@@ -1,4 +1,4 @@
-"""What killed MPI jobs leave on a host is removed, and what anybody still uses is not."""
+"""Leftovers of killed MPI jobs on a host are removed, unless a process still uses them."""
 
 import mmap
 import os
@@ -17,7 +17,7 @@ HERE, USER = socket.gethostname(), os.getuid()
 
 @pytest.fixture
 def places(tmp_path, monkeypatch):
-    """/dev/shm and /tmp of a host where nothing is just made."""
+    """Folders in place of /dev/shm and /tmp; no file in them is too young to be removed."""
     monkeypatch.setattr(leftovers, "YOUNG", -1.0)
     memory, folder = tmp_path / "shm", tmp_path / "tmp"
     memory.mkdir()
@@ -31,11 +31,11 @@ def segments(memory, *names):
 
 
 def session(folder, pid, host=HERE):
-    one = folder / f"ompi.{pid}"
-    (one / f"pmix.{host}.tool").mkdir(parents=True)
-    (one / "1").mkdir()
-    (one / "1" / "jobdata").write_bytes(bytes(4096))
-    return one
+    path = folder / f"ompi.{pid}"
+    (path / f"pmix.{host}.tool").mkdir(parents=True)
+    (path / "1").mkdir()
+    (path / "1" / "jobdata").write_bytes(bytes(4096))
+    return path
 
 
 @pytest.fixture
@@ -49,12 +49,18 @@ def dead():
 def test_segments_of_the_dead_go_and_others_stay(places):
     memory, folder = places
     left = ["mpich_shm_1007cfc0_0", "mpich_shm_121d_0", f"sm_segment.{HERE}.{USER}.35fa0000.0", "ucx_shm_posix_3f2a"]
-    kept = ["mpich_shm_zz_0", "mpich_shm_12_0.txt", "sem.mpich_shm_1_0", f"sm_segment.elsewhere.{USER}.35fa0000.0", "a"]
-    segments(memory, *left, *kept, "mpich_shm_aa_0")
+    staying = [
+        "mpich_shm_zz_0",
+        "mpich_shm_12_0.txt",
+        "sem.mpich_shm_1_0",
+        f"sm_segment.elsewhere.{USER}.35fa0000.0",
+        "a",
+    ]
+    segments(memory, *left, *staying, "mpich_shm_aa_0")
     (memory / "mpich_shm_bb_0").symlink_to(memory / "a")
     with open(memory / "mpich_shm_aa_0", "r+b") as file, mmap.mmap(file.fileno(), 4096):
         assert remove_leftovers(memory, folder) == (4, 4 * 4096)
-        assert sorted(os.listdir(memory)) == sorted([*kept, "mpich_shm_aa_0", "mpich_shm_bb_0"])
+        assert sorted(os.listdir(memory)) == sorted([*staying, "mpich_shm_aa_0", "mpich_shm_bb_0"])
     assert remove_leftovers(memory, folder) == (1, 4096)
 
 
@@ -74,45 +80,49 @@ def test_another_user_s_stay(places, monkeypatch):
 
 def test_sessions_of_the_dead_go(places, dead):
     memory, folder = places
-    living, gone, other = session(folder, os.getpid()), session(folder, dead), session(folder, dead + 1, "elsewhere")
+    living, ended, elsewhere = (
+        session(folder, os.getpid()),
+        session(folder, dead),
+        session(folder, dead + 1, "elsewhere"),
+    )
     (folder / "ompi.txt").write_text("mine")
     remove_leftovers(memory, folder)
-    assert living.exists() and other.exists() and not gone.exists() and (folder / "ompi.txt").exists()
+    assert living.exists() and elsewhere.exists() and not ended.exists() and (folder / "ompi.txt").exists()
 
 
 def test_ranks_that_outlive_their_launcher_keep_its_session(places, dead):
     memory, folder = places
-    one = session(folder, dead)
-    with open(one / "1" / "jobdata", "r+b") as file, mmap.mmap(file.fileno(), 4096):
+    session_folder = session(folder, dead)
+    with open(session_folder / "1" / "jobdata", "r+b") as file, mmap.mmap(file.fileno(), 4096):
         remove_leftovers(memory, folder)
-        assert one.exists()
+        assert session_folder.exists()
     remove_leftovers(memory, folder)
-    assert not one.exists()
+    assert not session_folder.exists()
 
 
 def test_sessions_of_single_processes_go_with_their_segments(places):
-    """One that has none may live: without shared memory, as with OMPI_MCA_btl=self."""
+    """A process without segments may be alive, as with OMPI_MCA_btl=self."""
     memory, folder = places
     segments(memory, *(f"sm_segment.{HERE}.{USER}.{job}.0" for job in ("12410000", "12420000")))
-    of = folder / f"ompi.{HERE}.{USER}" / "jf.0"
+    jobs_folder = folder / f"ompi.{HERE}.{USER}" / "jf.0"
     for job in (0x12410000, 0x12420000, 0x12430000):
-        (of / str(job) / "0").mkdir(parents=True)
+        (jobs_folder / str(job) / "0").mkdir(parents=True)
     with open(memory / f"sm_segment.{HERE}.{USER}.12410000.0", "r+b") as file, mmap.mmap(file.fileno(), 4096):
         remove_leftovers(memory, folder)
-    assert sorted(os.listdir(of)) == [str(0x12410000), str(0x12430000)]
+    assert sorted(os.listdir(jobs_folder)) == [str(0x12410000), str(0x12430000)]
 
 
 def test_a_segment_that_another_rank_has_made_anew_stays(places, monkeypatch):
-    """It was ahead: removed that of the dead, and made its own of that name, after this rank had looked."""
+    """Another rank removes the old segment and makes one of the same name after this rank has looked."""
     memory, folder = places
     segments(memory, "mpich_shm_10_0")
     look = leftovers._used
 
     def slowly():
-        found = list(look())
+        used = list(look())
         (memory / "mpich_shm_10_0").unlink()
         segments(memory, "mpich_shm_10_0")
-        return found
+        return used
 
     monkeypatch.setattr(leftovers, "_used", slowly)
     assert remove_leftovers(memory, folder) == (0, 0)
@@ -120,7 +130,7 @@ def test_a_segment_that_another_rank_has_made_anew_stays(places, monkeypatch):
 
 
 def test_what_is_in_use_is_known_under_its_place_s_other_name(places):
-    """As where /dev/shm is a link to /run/shm."""
+    """/dev/shm may be a link to /run/shm."""
     memory, folder = places
     (folder / "link").symlink_to(memory)
     segments(memory, "mpich_shm_10_0")
@@ -132,10 +142,10 @@ def test_what_is_in_use_is_known_under_its_place_s_other_name(places):
 def test_nothing_goes_where_processes_cannot_be_seen(places, dead, monkeypatch):
     memory, folder = places
     segments(memory, "mpich_shm_10_0")
-    one = session(folder, dead)
+    session_folder = session(folder, dead)
     monkeypatch.setattr(leftovers, "PROCESSES", str(folder / "none"))
     assert remove_leftovers(memory, folder) == (0, 0)
-    assert one.exists() and os.listdir(memory) == ["mpich_shm_10_0"]
+    assert session_folder.exists() and os.listdir(memory) == ["mpich_shm_10_0"]
 
 
 def test_other_files_of_a_full_folder_are_not_looked_at(places, monkeypatch):

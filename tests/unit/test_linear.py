@@ -38,23 +38,23 @@ def test_two_classes_have_one_score_and_the_loss_of_its_sign(loss):
     constant = len(c) * make_loss(loss, F64).constant / 9
     assert value - constant == pytest.approx(of_margin(t * c).mean(), rel=1e-12)
     model.backward(tape, grad)
-    along = t * slope(t * c) / 9
-    np.testing.assert_allclose(model.g, [*(x @ along), along.sum()], rtol=1e-10, atol=1e-13)
-    right = Metric(make_loss(loss, F64), 2).sums(tape.scores, labels)[1]
-    assert right == np.count_nonzero((c > 0) == labels)
+    derivatives = t * slope(t * c) / 9
+    np.testing.assert_allclose(model.g, [*(x @ derivatives), derivatives.sum()], rtol=1e-10, atol=1e-13)
+    correct = Metric(make_loss(loss, F64), 2).sums(tape.scores, labels)[1]
+    assert correct == np.count_nonzero((c > 0) == labels)
 
 
 @pytest.mark.parametrize("kept", [[0], [1]])
 def test_a_part_may_have_the_score_of_one_class(kept):
     network = make_network("linear", (7,), 2)
     layout, w, x, d = random_problem(network)
-    whole, some = make_model(network, layout, w), make_model(network, layout, w, kept)
-    assert np.array_equal(some.forward(x).scores, whole.forward(x).scores[kept])
-    only = np.zeros_like(d)
-    only[kept] = d[kept]
-    some.backward(some.forward(x), d[kept].copy())
-    whole.backward(whole.forward(x), only)
-    np.testing.assert_allclose(some.g, whole.g, rtol=1e-13)
+    full, part = make_model(network, layout, w), make_model(network, layout, w, kept)
+    assert np.array_equal(part.forward(x).scores, full.forward(x).scores[kept])
+    d_kept = np.zeros_like(d)
+    d_kept[kept] = d[kept]
+    part.backward(part.forward(x), d[kept].copy())
+    full.backward(full.forward(x), d_kept)
+    np.testing.assert_allclose(part.g, full.g, rtol=1e-13)
 
 
 def test_what_is_no_choice_of_two_classes_has_a_score_each():
@@ -84,22 +84,22 @@ def minimum(x, y, decay):
 def test_logistic_regression_of_sparse_samples_ends_in_its_minimum(tmp_path, ranks):
     options = ("--dataset", "sparse:60", "--model", "linear", "--loss", "logistic", "--optimizer", "lbfgs")
     options += ("--weight-decay", "0.01", "--batch-size", "8000", "--epochs", "25", "--dtype", "float64", "--lr", "1")
-    made = trainer(tmp_path)(ranks, *options, "--method", "data_parallel")
+    training = trainer(tmp_path)(ranks, *options, "--method", "data_parallel")
     rows = open_dataset("sparse:60", None).train.compressed
     x = np.column_stack([rows.dense(), np.ones(rows.n)]).astype(float)
     expected = minimum(x, open_dataset("sparse:60", None).train.targets, 0.01)
-    with h5py.File(made.checkpoint) as file:
+    with h5py.File(training.checkpoint) as file:
         weight, bias = (file[f"weights/dense1.{name}"][...].ravel() for name in ("weight", "bias"))
     np.testing.assert_allclose([*weight, *bias], expected, atol=2e-4)
-    assert made.rows[-1]["test_accuracy"] > 0.8
+    assert training.rows[-1]["test_accuracy"] > 0.8
 
 
 @pytest.mark.parametrize("options", [("--method", "psl", "--loss", "hinge"), ("--method", "local_sgd")])
 def test_other_methods_train_sparse_samples_and_predict_them(tmp_path, options):
     out = tmp_path / "out"
     trainer(tmp_path)(2, "--dataset", "sparse:60", "--model", "linear", "--epochs", "2", *options, out=out)
-    status, said, err = run(1, "-m", "psmpi.predict", out, "--dataset", "sparse:60", cwd=tmp_path)
-    assert status == 0 and "accuracy" in said, err
+    status, stdout, err = run(1, "-m", "psmpi.predict", out, "--dataset", "sparse:60", cwd=tmp_path)
+    assert status == 0 and "accuracy" in stdout, err
 
 
 def test_the_score_of_two_classes_is_exported(tmp_path):
@@ -110,5 +110,5 @@ def test_the_score_of_two_classes_is_exported(tmp_path):
     layout, w, x, _ = random_problem(network, dtype=np.float32)
     model = make_model(network, layout, w, fold=False)
     session = onnxruntime.InferenceSession(build_onnx(model).SerializeToString(), providers=["CPUExecutionProvider"])
-    theirs = session.run(None, {"x": np.ascontiguousarray(x.T)})[0]
-    np.testing.assert_allclose(theirs, model.forward(x).scores.T, rtol=1e-5)
+    onnx_scores = session.run(None, {"x": np.ascontiguousarray(x.T)})[0]
+    np.testing.assert_allclose(onnx_scores, model.forward(x).scores.T, rtol=1e-5)

@@ -1,4 +1,4 @@
-"""Long sums in float32 against the same in float64: of numbers of one sign and size, a sum one by one loses most."""
+"""Long sums in float32 against float64: adding numbers of one sign and size one by one loses most digits."""
 
 import numpy as np
 import pytest
@@ -29,15 +29,15 @@ def test_normalization_of_long_rows_is_that_in_float64(rows, m, backend):
     assert abs(scale / exact - 1).max() <= 1e-6
     expected = (wide - wide.mean(axis=1, keepdims=True)) * exact[:, None]
     assert abs(normal - expected).max() <= 2e-6
-    # Gradients that go along with the values: their products are all of one size too.
+    # Gradients have the signs of the values, so that their products are of one size too.
     dy *= np.sign(dy) * np.sign(normal)
     wide, dgamma, dbeta = dy.astype(np.float64), np.empty(rows, F32), np.empty(rows, F32)
-    along, mean = (wide * expected).mean(axis=1, keepdims=True), wide.mean(axis=1, keepdims=True)
+    projection, mean = (wide * expected).mean(axis=1, keepdims=True), wide.mean(axis=1, keepdims=True)
     ops.normalize_back(normal, scale, gamma, normal.copy(), dy, "identity", dgamma, dbeta)
-    assert abs(dgamma / (m * along[:, 0]) - 1).max() <= 4e-6
+    assert abs(dgamma / (m * projection[:, 0]) - 1).max() <= 4e-6
     assert abs(dbeta - m * mean[:, 0]).max() <= 1e-6 * 0.75 * m
-    # All that is left is of the size of rounding, times the scale.
-    exact = (gamma * exact)[:, None] * (wide - expected * along - mean)
+    # The remainder is rounding error times the scale.
+    exact = (gamma * exact)[:, None] * (wide - expected * projection - mean)
     assert abs(dy - exact).max() <= 5e-6
 
 
@@ -87,10 +87,10 @@ def test_weight_gradients_and_row_sums_lose_no_digits_with_the_minibatch(backend
     out = np.empty((1, 2), F32)
     ops.row_sums(y, out)
     assert abs(out / (0.7 * y.shape[2]) - 1).max() <= 1e-6
-    # Equal numbers, of which every sum one by one is off by the same.
+    # For equal numbers every sum one by one has the same error.
     x, dy = np.full((1, 114, 114, 128), 0.7, F32), np.full((1, 112, 112, 128), 0.7, F32)
     plan = ops.convolution([Stripes(1, 1, 1, 0, 0, 0)], x.shape[:3], dy.shape[:3], 3, 1, F32)
     plan.reserve(128)
-    found = np.empty((1, 1, 3, 3), F32)
-    plan.backward(x, dy, found, found, None)
-    assert abs(found / (float(F32.type(0.7)) ** 2 * dy.size) - 1).max() <= 2e-5
+    dkernels = np.empty((1, 1, 3, 3), F32)
+    plan.backward(x, dy, dkernels, dkernels, None)
+    assert abs(dkernels / (float(F32.type(0.7)) ** 2 * dy.size) - 1).max() <= 2e-5

@@ -27,7 +27,7 @@ def problem(classes=10, batch=16, seed=0, spread=2.0):
 
 
 class Given(Loss):
-    """A loss with these derivatives."""
+    """A loss with the derivatives `d`."""
 
     def __init__(self, d):
         super().__init__(F32)
@@ -86,10 +86,10 @@ def test_a_loss_cut_by_classes_is_the_loss_of_all_of_them(name, dtype, tolerance
     scores, labels = problem(batch=40, spread=spread)
     scores = scores.astype(dtype)
     kappa = {"kappa": 1.5} if "kappa" in LOSSES[name].settings else {}
-    whole, grad = make_loss(name, dtype, **kappa), np.empty(scores.shape)
-    value = whole(scores, labels, 0.5, grad)
-    found, parts, clipped = loss_by_parts(name, dtype, scores, labels, cuts, **kappa)
-    assert found == pytest.approx(value, rel=tolerance) and clipped == whole.clipped
+    full_loss, grad = make_loss(name, dtype, **kappa), np.empty(scores.shape)
+    value = full_loss(scores, labels, 0.5, grad)
+    total, parts, clipped = loss_by_parts(name, dtype, scores, labels, cuts, **kappa)
+    assert total == pytest.approx(value, rel=tolerance) and clipped == full_loss.clipped
     np.testing.assert_allclose(parts, grad, rtol=tolerance, atol=tolerance * abs(grad).max())
 
 
@@ -112,10 +112,11 @@ def test_samples_add_up_whatever_the_dtype_and_the_buffers_before(name, dtype):
     value = loss(scores, labels, 0.5, grad)
     assert value == pytest.approx(make_loss(name, F64, kappa=2.0)(scores.astype(F64), labels, 0.5), rel=1e-14)
     parts = [np.empty((10, 1)), np.empty((10, 15))]
-    apart = [
-        loss(scores[:, at], labels[at], 0.5, part) for at, part in zip((slice(0, 1), slice(1, 16)), parts, strict=True)
+    part_values = [
+        loss(scores[:, samples], labels[samples], 0.5, part)
+        for samples, part in zip((slice(0, 1), slice(1, 16)), parts, strict=True)
     ]
-    assert sum(apart) == pytest.approx(value, rel=1e-14)
+    assert sum(part_values) == pytest.approx(value, rel=1e-14)
     np.testing.assert_allclose(np.concatenate(parts, axis=1), grad, rtol=1e-14)
 
 
@@ -129,7 +130,7 @@ def test_every_loss_is_finite_at_margins_of_both_signs(name, margin, dtype):
         assert np.isfinite(value) and np.isfinite(grad).all()
 
 
-# What each name in SUMS stands for, of the scores of one sample and the derivatives of the loss.
+# The functional of each name in SUMS: of the scores of one sample and the derivatives of the loss.
 FUNCTIONALS = {
     "label": lambda c, y, d: c[y],
     "terms": lambda c, y, d: np.delete(d, y).sum(),
@@ -139,7 +140,7 @@ FUNCTIONALS = {
 
 
 def other_scores(loss, c, y, kept, rng):
-    """Scores of which those of the classes `kept`, and the sums that the loss states, are as in c; others are not."""
+    """Scores unlike c, but for the scores of the classes `kept` and the sums that the loss states."""
 
     def derivatives(c):
         grad = np.empty((len(c), 1))
@@ -150,21 +151,21 @@ def other_scores(loss, c, y, kept, rng):
         return np.array([FUNCTIONALS[name](c, y, derivatives(c)) for name in loss.sums])
 
     def off(value):
-        """How far the last of the sums that move with the solved score is off."""
-        made[solved] = value
-        return (sums(made) - target).sum()
+        """The error of the sums with `value` as the solved score."""
+        changed[solved] = value
+        return (sums(changed) - target).sum()
 
     target, fixed = sums(c), {*kept, *([y] if "label" in loss.sums else []), c.argmax()}
     free = [k for k in range(len(c)) if k not in fixed]
     for _ in range(10_000):
-        made = c.copy()
-        made[free] = rng.uniform(c.min() - 1, c.max(), len(free))
+        changed = c.copy()
+        changed[free] = rng.uniform(c.min() - 1, c.max(), len(free))
         solved = free[0]
-        if np.abs(sums(made) - target).max(initial=0.0) > 0 and off(-50.0) * off(c.max()) < 0:
-            made[solved] = brentq(off, -50.0, c.max(), xtol=1e-14, rtol=1e-14)
-        if np.abs(sums(made) - target).max(initial=0.0) <= 1e-11 * np.abs(target).max(initial=1.0):
-            assert np.abs(made - c)[free].max() > 0.1
-            return made, derivatives(made), derivatives(c)
+        if np.abs(sums(changed) - target).max(initial=0.0) > 0 and off(-50.0) * off(c.max()) < 0:
+            changed[solved] = brentq(off, -50.0, c.max(), xtol=1e-14, rtol=1e-14)
+        if np.abs(sums(changed) - target).max(initial=0.0) <= 1e-11 * np.abs(target).max(initial=1.0):
+            assert np.abs(changed - c)[free].max() > 0.1
+            return changed, derivatives(changed), derivatives(c)
     raise AssertionError("no such scores were found")
 
 
@@ -176,16 +177,16 @@ def test_a_derivative_follows_from_the_own_score_and_the_sums_that_the_loss_stat
     for j in (0, 1, 5, y):
         for _ in range(5):
             c = rng.normal(size=8)
-            _, ours, before = other_scores(loss, c, y, [j], rng)
-            assert ours[j] == pytest.approx(before[j], rel=1e-9, abs=1e-11)
+            _, changed_derivatives, derivatives = other_scores(loss, c, y, [j], rng)
+            assert changed_derivatives[j] == pytest.approx(derivatives[j], rel=1e-9, abs=1e-11)
             c = rng.normal(size=8)
             free = [k for k in range(8) if k not in (j, y)]
             grads = np.empty((8, 2))
-            both = np.stack([c, c], axis=1)
-            both[free, 1] += 2 * rng.normal(size=len(free))
-            loss(both, np.array([y, y]), 1.0, grads)
+            pair = np.stack([c, c], axis=1)
+            pair[free, 1] += 2 * rng.normal(size=len(free))
+            loss(pair, np.array([y, y]), 1.0, grads)
             moved = max(moved, abs(grads[j, 0] - grads[j, 1]))
-    # Without them it does not, unless there are none.
+    # Without equal sums the derivative changes, unless the loss states no sums.
     assert (moved > 1e-3) == bool(LOSSES[name].sums)
 
 
@@ -259,20 +260,20 @@ def test_clipped_terms_are_counted_and_refused_when_clipping_is_off():
 @pytest.mark.parametrize("kappa", [1e-3, 1.0, 100.0])
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_loss_is_hopeless_where_its_scores_are_a_million_steps_away(name, kappa, classes):
-    """Steps of the length of the largest derivative, whatever kappa and the number of classes; psl: on its tangent."""
-    found = []
+    """A step is as long as the largest derivative, for any kappa and number of classes; psl is on its tangent."""
+    diverged = []
     for distance in (1e5, 1e7):
         if name == "psl":
             distance /= min(1, kappa)
-        # All others above the label's score.
+        # All other scores are above the label's score.
         scores, labels = np.full((classes, 1), distance), np.array([0])
         scores[0] = 0
         loss, grad = make_loss(name, F32, kappa=kappa), np.empty((classes, 1))
         mean = loss(scores, labels, 1.0, grad)
-        found.append(loss.diverged(mean, 0.0, classes - 1))
-        # All losses but one are straight out there.
+        diverged.append(loss.diverged(mean, 0.0, classes - 1))
+        # The other losses are linear at this distance.
         assert name in ("squared", "psl") or mean == pytest.approx(distance * grad[1:].sum(), rel=0.02)
-    assert found == [name == "squared", True]
+    assert diverged == [name == "squared", True]
 
 
 def test_values_to_learn_are_hopeless_beside_their_own_size():

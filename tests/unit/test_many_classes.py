@@ -1,4 +1,4 @@
-"""Networks of very many classes: what is known of them is ranges of classes, and the same as unit by unit."""
+"""Networks of very many classes are described by ranges of classes, with the same results as unit by unit."""
 
 import json
 import tracemalloc
@@ -46,7 +46,7 @@ def spelled_out(layout):
 
 @st.composite
 def networks(draw):
-    """Layers with groups that fit those of the next layer, or cut them, or tie the classes."""
+    """Networks whose groups fit those of the next layer, cut them, or tie the classes."""
     classes = draw(st.integers(1, 9))
     shape, layers = (draw(st.integers(1, 40)),), []
     if draw(st.booleans()):
@@ -69,7 +69,7 @@ def networks(draw):
 
 
 def singles(uses):
-    """The runs of single classes one by one, an object each."""
+    """Yield the runs of `uses` with an object for each single class."""
     for first, last, users in uses:
         if isinstance(users, Classes):
             yield first, last, users
@@ -90,14 +90,18 @@ def plain(block):
 def test_layouts_are_those_that_units_one_by_one_have(network, data):
     layout, blocks = network.layout(), blocks_by_unit(network)
     assert [plain(block) for block in layout.blocks] == blocks
-    some = data.draw(st.sets(st.integers(0, network.classes - 1)))
-    wanted = Runs.union((start, stop) for of, start, stop, _ in blocks if of & some)
-    assert layout.part(some) == wanted and layout.part(Classes.of(some)) == wanted
+    chosen = data.draw(st.sets(st.integers(0, network.classes - 1)))
+    expected = Runs.union((start, stop) for classes, start, stop, _ in blocks if classes & chosen)
+    assert layout.part(chosen) == expected and layout.part(Classes.of(chosen)) == expected
     names = [p.name for p in layout.parameters]
     named = data.draw(st.sets(st.sampled_from(names)))
-    pieces = [(at, (last - first) * layout.parameters[k].unit_size) for *_, of in blocks for k, first, last, at in of
-              if names[k] in named]  # fmt: skip
-    assert layout.runs_of_parameters(named) == Runs.union((at, at + size) for at, size in pieces)
+    pieces = [
+        (offset, (last - first) * layout.parameters[k].unit_size)
+        for *_, parts in blocks
+        for k, first, last, offset in parts
+        if names[k] in named
+    ]
+    assert layout.runs_of_parameters(named) == Runs.union((offset, offset + size) for offset, size in pieces)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -119,49 +123,49 @@ def test_initial_weights_of_any_runs_are_those_of_each_unit_s_own_generator(netw
 
 @pytest.mark.parametrize("classes", [700, 3000])
 def test_initial_weights_of_many_classes_are_the_same_bits(classes):
-    """In tiles of classes, and where a shard ends inside a unit."""
+    """Weights are drawn in tiles of classes, and a shard may end inside a unit."""
     network = build("net", (30,), [dense(5), dense(classes)], classes)
     layout = network.layout()
-    whole = weights_by_unit(network, 2, "xavier", 1.0)
+    expected = weights_by_unit(network, 2, "xavier", 1.0)
     for runs in Runs.union([(0, layout.size)]).split(3):
         out = np.empty(runs.size, np.float32)
         initial_weights(network, layout, runs, out, seed=2)
-        assert np.array_equal(out, restrict(whole, runs).astype(np.float32))
+        assert np.array_equal(out, restrict(expected, runs).astype(np.float32))
 
 
 @settings(deadline=None, max_examples=30)
 @given(networks(), st.data())
 def test_subnetworks_compute_with_the_same_segments(network, data):
-    """Matrix products are of the same shapes, and so of the same bits, as from blocks of single classes."""
+    """Matrix products have the same shapes as with blocks of single classes, and so the same bits."""
     layout = network.layout()
     classes = sorted(data.draw(st.sets(st.integers(0, network.classes - 1), min_size=1)))
     first = data.draw(st.integers(0, len(network.layers) - 1))
     layers = data.draw(st.sampled_from([None, (first, len(network.layers))]))
-    made = []
-    for one in (layout, spelled_out(layout)):
-        part = one.part(classes)
-        part = part if layers is None else part & network.runs(one, *layers)
-        model = Model(network, one, np.zeros(part.size), np.zeros(part.size), NumpyOps(), classes, layers=layers)
-        made.append(([p.segments for p in model.chain.walk() if isinstance(p, LinearPart)], model.filled()))
-    assert made[0] == made[1]
+    results = []
+    for variant in (layout, spelled_out(layout)):
+        part = variant.part(classes)
+        part = part if layers is None else part & network.runs(variant, *layers)
+        model = Model(network, variant, np.zeros(part.size), np.zeros(part.size), NumpyOps(), classes, layers=layers)
+        results.append(([p.segments for p in model.chain.walk() if isinstance(p, LinearPart)], model.filled()))
+    assert results[0] == results[1]
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(1, 3), st.booleans()), max_size=12), st.data())
 def test_users_are_the_same_runs_however_they_were_put_together(units, data):
-    """Runs of single classes, of some of them together, and of sets between them."""
-    runs, at = [], 0
-    for c, count, alone in units:
-        runs.append((at, at + count, Each(c, c + 1) if alone else Classes(((c, c + 2),))))
-        at += count
+    """Runs of single classes and of pairs of classes join alike in any grouping."""
+    runs, start = [], 0
+    for c, count, single in units:
+        runs.append((start, start + count, Each(c, c + 1) if single else Classes(((c, c + 2),))))
+        start += count
     cuts = sorted(data.draw(st.sets(st.integers(0, len(runs)))))
     parts = [joined(runs[a:b]) for a, b in zip([0, *cuts], [*cuts, len(runs)], strict=True)]
-    whole = joined(runs)
-    assert joined(run for part in parts for run in part) == whole
-    of = [
+    at_once = joined(runs)
+    assert joined(run for part in parts for run in part) == at_once
+    classes_of_units = [
         users.classes if isinstance(users, Each) else users for first, last, users in runs for _ in range(first, last)
     ]
-    assert [classes for first, last, classes in singles(whole) for _ in range(first, last)] == of
-    assert all(isinstance(users, Each) or len(users) > 1 for *_, users in whole)
+    assert [classes for first, last, classes in singles(at_once) for _ in range(first, last)] == classes_of_units
+    assert all(isinstance(users, Each) or len(users) > 1 for *_, users in at_once)
 
 
 def test_the_set_up_has_no_objects_of_classes():
@@ -181,7 +185,7 @@ def test_the_set_up_has_no_objects_of_classes():
 
 
 def test_the_set_up_needs_no_memory_of_the_size_of_the_layer():
-    """Beside 13 MB of weights: tiles of initial weights, and numbers of a few bytes a class."""
+    """Beside 13 MB of weights there are tiles of initial weights, and a few bytes a class."""
     network = many(50_000)
     size = network.layout().size
     w, g = (np.zeros(size, np.float32) for _ in range(2))
@@ -190,10 +194,10 @@ def test_the_set_up_needs_no_memory_of_the_size_of_the_layer():
     initial_weights(network, layout, Runs.union([(0, size)]), w, seed=0)
     model = Model(network, layout, w, g, NumpyOps())
     tensors = make_tensors(layout)
-    kept, peak = tracemalloc.get_traced_memory()
+    remaining, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert len(model.parts) == 1 and len(tensors) == 2
-    assert w.nbytes == 13e6 and peak < 4e6 and kept < 5e5
+    assert w.nbytes == 13e6 and peak < 4e6 and remaining < 5e5
 
 
 def test_writing_a_checkpoint_needs_no_memory_of_the_size_of_the_layer(tmp_path):
@@ -219,7 +223,7 @@ def test_writing_a_checkpoint_needs_no_memory_of_the_size_of_the_layer(tmp_path)
 @settings(deadline=None, max_examples=30)
 @given(st.data(), st.sampled_from([0, 64]), st.sampled_from([0, 8, 1 << 14]), st.sampled_from([16, 1 << 22]))
 def test_what_ranks_have_spooled_is_read_in_the_order_of_the_tensors(tmp_path_factory, data, few, gap, read):
-    """Run by run and by arrays, with what lies between and without, whole and in small pieces."""
+    """Elements are read by runs or as arrays, with or without the gaps, at once or in small pieces."""
     layout = data.draw(layouts()) if data.draw(st.booleans()) else data.draw(networks()).layout()
     ownership = data.draw(ownerships(layout, 3))
     w = np.random.default_rng(0).random(layout.size)
@@ -236,12 +240,12 @@ def test_what_ranks_have_spooled_is_read_in_the_order_of_the_tensors(tmp_path_fa
             first = data.draw(st.integers(0, tensor.size - 1))
             into = np.full(data.draw(st.integers(1, tensor.size - first)), np.nan)
             source.read("weights", tensor, first, into)
-            whole = np.concatenate([w[offset : offset + b - a] for a, b, offset in tensor.spans])
-            assert np.array_equal(into, whole[first : first + len(into)])
+            expected = np.concatenate([w[offset : offset + b - a] for a, b, offset in tensor.spans])
+            assert np.array_equal(into, expected[first : first + len(into)])
 
 
 def as_version_1(path):
-    """A file as psmpi wrote it before ranges of classes: a block for each class, with a list of classes."""
+    """Rewrite a file in version 1 of the format: a block for each class, with a list of classes."""
     with h5py.File(path, "r+") as file:
         layout = json.loads(file["layout"].asstr()[0])
         del file["layout"]
@@ -252,9 +256,9 @@ def as_version_1(path):
             step = (b["stop"] - b["start"]) // count
             for k in range(count):
                 start, pieces = b["start"] + k * step, []
-                for p, first, last, at in b["pieces"]:
+                for p, first, last, offset in b["pieces"]:
                     units = (last - first) // count
-                    pieces.append([p, first + k * units, first + (k + 1) * units, at + k * step])
+                    pieces.append([p, first + k * units, first + (k + 1) * units, offset + k * step])
                 own = [classes[k]] if count > 1 else classes
                 blocks.append({"classes": own, "start": start, "stop": start + step, "pieces": pieces})
         layout["blocks"] = blocks
@@ -266,18 +270,18 @@ def as_version_1(path):
 
 
 def test_files_of_version_1_are_read(train, tmp_path):
-    """And a run of them goes on in the same bits."""
+    """A run that resumes from such a file has the same bits."""
     options = ("--model", "psnet", "--dtype", "float64", "--max-steps")
-    whole, first = train(2, *options, "6"), train(2, *options, "3")
+    straight, first = train(2, *options, "6"), train(2, *options, "3")
     path = tmp_path / "old" / "checkpoints" / first.checkpoint.name
     path.parent.mkdir(parents=True)
     path.write_bytes(first.checkpoint.read_bytes())
     as_version_1(path)
-    new, old = (checkpoint.validate(one).layout for one in (first.checkpoint, path))
+    new, old = (checkpoint.validate(file).layout for file in (first.checkpoint, path))
     assert old.blocks == new.blocks and len(old.bands) > len(new.bands)
     resumed = train(2, *options, "6", "--resume", path)
-    mine, theirs = whole.tensors(), resumed.tensors()
-    assert all(np.array_equal(mine[name], theirs[name]) for name in mine)
+    expected, actual = straight.tensors(), resumed.tensors()
+    assert all(np.array_equal(expected[name], actual[name]) for name in expected)
 
 
 def fletcher_by_words(data):
@@ -299,14 +303,14 @@ def test_checksums_of_chunks_are_those_of_hdf5(count, seed, value):
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.tuples(st.sampled_from([1, 1, 2]), st.integers(0, 1), st.integers(3, 4)), max_size=12), st.data())
 def test_stripes_join_alike_one_by_one_and_together(units, data):
-    """Neighbours of equal steps, joined before in any way, make the segments that single stripes make."""
+    """Neighbours of equal steps make the same segments, whichever neighbours are joined first."""
     stripes, out, source, weight = [], 0, 0, 0
     for n, across, step in units:
         stripes.append(Segment(1, n, 2, out, source, 0, weight, 0, out, 0, 2, 2))
         out, source, weight = out + n, source + across, weight + step
     cuts = sorted(data.draw(st.sets(st.integers(0, len(stripes)))))
     parts = [merge(stripes[a:b]) for a, b in pairwise([0, *cuts, len(stripes)])]
-    assert merge([one for part in parts for one in part]) == merge(stripes)
+    assert merge([segment for part in parts for segment in part]) == merge(stripes)
 
 
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2)), max_size=8), st.integers(1, 3), st.booleans())
@@ -315,7 +319,7 @@ def test_runs_are_copied_at_equal_and_other_distances(gaps, size, alike):
     starts, places = (np.cumsum([0, *(sizes + [gap[k] for gap in gaps])])[:-1].astype(np.int64) for k in (0, 1))
     source, target = np.arange(1.0, 60.0), np.zeros(60)
     copy_runs(source, starts, target, places, sizes)
-    wanted = np.zeros(60)
+    expected = np.zeros(60)
     for a, b, n in zip(starts, places, sizes, strict=True):
-        wanted[b : b + n] = source[a : a + n]
-    assert np.array_equal(target, wanted)
+        expected[b : b + n] = source[a : a + n]
+    assert np.array_equal(target, expected)

@@ -52,7 +52,7 @@ def test_labels_are_numbered_in_their_order(tmp_path: Path, end: str, y: Any, na
     assert split.names == names and split.labels.dtype == np.int64
     if names:
         assert [names[k] for k in split.labels] == [
-            one.decode() if isinstance(one, bytes) else str(one) for one in y.tolist()
+            label.decode() if isinstance(label, bytes) else str(label) for label in y.tolist()
         ]
         assert distinct <= set(names)
     else:
@@ -85,11 +85,11 @@ def test_labels_are_numbered_as_a_network_knows_them(tmp_path: Path) -> None:
 
 
 def test_other_names_are_another_data_set(tmp_path: Path) -> None:
-    one, other = (
+    named, renamed = (
         identify(open_dataset(save(tmp_path / f"{k}.npz", x=X, y=y), None))
         for k, y in enumerate((ANIMALS, np.char.replace(ANIMALS, "dog", "eel")))
     )
-    assert one.train.targets != other.train.targets and one.train.values == other.train.values
+    assert named.train.targets != renamed.train.targets and named.train.values == renamed.train.values
 
 
 @pytest.mark.parametrize("end", [".npz", ".h5"])
@@ -113,7 +113,7 @@ def test_names_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("psmpi.data.names.MOST", 2)
     with pytest.raises(UserError, match="3 different labels, of which there can be 2: are they classes"):
         open_dataset(save(tmp_path / "own.npz", x=X, y=ANIMALS), None)
-    # So many integers stay numbers, and very many with gaps.
+    # Integers with more than MOST distinct values stay numbers, as do those with gaps and MANY or more values.
     split = open_split(save(tmp_path / "own.npz", x=X, y=np.arange(12) % 3 * 2), None, "all")
     assert split.names == () and split.labels.max() == 4
     monkeypatch.setattr("psmpi.data.names.MOST", 20)
@@ -146,8 +146,8 @@ def test_pairs_are_found_by_their_folder_or_samples(tmp_path: Path) -> None:
     folder.mkdir()
     for key, values in {"x": X, "y": ANIMALS, "x_test": X[:4], "y_test": ANIMALS[:4]}.items():
         np.save(folder / f"{key}.npy", values)
-    for name, at in (("mine", tmp_path), (str(folder), None), (str(folder / "x.npy"), None)):
-        data = open_dataset(name, at)
+    for name, data_dir in (("mine", tmp_path), (str(folder), None), (str(folder / "x.npy"), None)):
+        data = open_dataset(name, data_dir)
         assert (data.train.n, data.test.n, data.outputs, data.held_out) == (12, 4, 3, False)
         np.testing.assert_array_equal(data.train.read(np.arange(12)), X)
     np.save(folder / "all.npy", X)
@@ -177,13 +177,13 @@ def test_images_may_have_their_channels_last(tmp_path: Path, end: str) -> None:
         save(tmp_path / f"{name}{end}", x=values, y=ANIMALS)
         for name, values in (("last", x), ("first", x.transpose(0, 3, 1, 2)))
     )
-    one, other = (open_dataset(name, None, channels_last=name == last) for name in (last, first))
-    assert one.shape == other.shape == (3, 4, 6) and one.train.n == 10
+    last_data, first_data = (open_dataset(name, None, channels_last=name == last) for name in (last, first))
+    assert last_data.shape == first_data.shape == (3, 4, 6) and last_data.train.n == 10
     for split in ("train", "test"):
-        a, b = getattr(one, split), getattr(other, split)
+        a, b = getattr(last_data, split), getattr(first_data, split)
         assert np.array_equal(a.read(np.arange(a.n)), b.read(np.arange(b.n)))
     views = [open_dataset(f"{name}:rows", None, channels_last=name == last).train for name in (last, first)]
-    assert views[0].shape == (18, 4) and np.array_equal(*(one.read(np.arange(10)) for one in views))
+    assert views[0].shape == (18, 4) and np.array_equal(*(view.read(np.arange(10)) for view in views))
     for name in ("digits", "own.csv", save(tmp_path / f"flat{end}", x=X, y=ANIMALS)):
         with pytest.raises(UserError, match="--layout nhwc is for images"):
             open_dataset(name, None, channels_last=True)
@@ -209,8 +209,8 @@ def test_channels_in_another_place_are_told(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_a_line_says_what_the_data_are(tmp_path: Path, arrays: dict[str, Any], says: str) -> None:
-    made = {"x": np.tile(np.arange(3, dtype=np.float32), (12, 1)), **arrays}
-    name = save(tmp_path / "own.npz", **made, x_test=made["x"], y_test=made["y"])
+    filled = {"x": np.tile(np.arange(3, dtype=np.float32), (12, 1)), **arrays}
+    name = save(tmp_path / "own.npz", **filled, x_test=filled["x"], y_test=filled["y"])
     assert describe(open_dataset(name, None)).startswith("data own.npz: ") and says in describe(
         open_dataset(name, None)
     )

@@ -1,4 +1,4 @@
-"""Partitions of the neurons of sparse networks, and the volume of what their parts send each other."""
+"""Partitions of the neurons of sparse networks, and the volume of messages between their parts."""
 
 import os
 import sys
@@ -27,18 +27,18 @@ def cut(layers, parts, mode, **given):
 
 
 def brute(layers, owners):
-    """km1, connections that are cut, and (sends, receives) by part, neuron by neuron with sets."""
+    """Count km1, cut connections, and (sends, receives) by part, neuron by neuron with sets."""
     km1, edges, sends, receives = 0, 0, {}, {}
     for number in range(len(layers) - 1):
         layer, own = layers[number + 1], owners[number]
         for u in range(len(own)):
-            there = set()
+            reading_parts = set()
             for r in range(layer.rows):
                 if u in layer.columns[layer.starts[r] : layer.starts[r + 1]]:
-                    there.add(int(owners[number + 1][r]))
+                    reading_parts.add(int(owners[number + 1][r]))
                     edges += owners[number + 1][r] != own[u]
-            km1 += len(there | {int(own[u])}) - 1
-            for part in there - {int(own[u])}:
+            km1 += len(reading_parts | {int(own[u])}) - 1
+            for part in reading_parts - {int(own[u])}:
                 sends[int(own[u])] = sends.get(int(own[u]), 0) + 1
                 receives[part] = receives.get(part, 0) + 1
     return km1, edges, sends, receives
@@ -49,14 +49,14 @@ def brute(layers, owners):
 def test_the_volume_is_that_of_sets(mode, parts):
     layers = network()
     owners = cut(layers, parts, mode)
-    assert [one.dtype for one in owners] == [np.int32] * 4 and [len(one) for one in owners] == [40, 30, 50, 20]
-    found = measure(layers, owners, parts)
+    assert [own.dtype for own in owners] == [np.int32] * 4 and [len(own) for own in owners] == [40, 30, 50, 20]
+    volume = measure(layers, owners, parts)
     km1, edges, sends, receives = brute(layers, owners)
-    assert (found.km1, found.edge_cut) == (km1, edges)
-    assert found.sends.tolist() == [sends.get(part, 0) for part in range(parts)]
-    assert found.receives.tolist() == [receives.get(part, 0) for part in range(parts)]
-    assert found.work.sum() == sum(one.size + one.rows for one in layers)
-    assert (found.km1 == 0) == (parts == 1)
+    assert (volume.km1, volume.edge_cut) == (km1, edges)
+    assert volume.sends.tolist() == [sends.get(part, 0) for part in range(parts)]
+    assert volume.receives.tolist() == [receives.get(part, 0) for part in range(parts)]
+    assert volume.work.sum() == sum(layer.size + layer.rows for layer in layers)
+    assert (volume.km1 == 0) == (parts == 1)
 
 
 @pytest.mark.parametrize("mode", ["hypergraph", "layered", "slab"])
@@ -67,39 +67,39 @@ def test_the_volume_is_that_which_the_partitioner_counts(mode):
     library = kahypar.initialize(1, False)
     context = library.context_from_preset(kahypar.PresetType.DETERMINISTIC)
     graph = library.create_hypergraph(context, 140, len(nets), nets)
-    theirs = graph.create_partitioned_hypergraph(context, parts, np.concatenate(owners).tolist())
-    assert theirs.km1() == measure(layers, owners, parts).km1
+    partitioned = graph.create_partitioned_hypergraph(context, parts, np.concatenate(owners).tolist())
+    assert partitioned.km1() == measure(layers, owners, parts).km1
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_partitions_are_balanced_and_functions_of_their_arguments(mode):
     layers = [random_pattern(200, 150, 8, (0,)), random_pattern(300, 200, 12, (1,)), random_pattern(120, 300, 30, (2,))]
     cores = os.sched_getaffinity(0)
-    owners, again = (cut(layers, 4, mode, seed=3) for _ in range(2))
-    assert all(np.array_equal(a, b) for a, b in zip(owners, again, strict=True))
+    owners, repeated = (cut(layers, 4, mode, seed=3) for _ in range(2))
+    assert all(np.array_equal(a, b) for a, b in zip(owners, repeated, strict=True))
     assert os.sched_getaffinity(0) == cores
-    found = measure(layers, owners, 4)
-    assert found.imbalance < 0.06
+    volume = measure(layers, owners, 4)
+    assert volume.imbalance < 0.06
     if mode in ("slab", "random", "layered"):
-        assert found.layer_imbalance < 0.06
+        assert volume.layer_imbalance < 0.06
     if mode == "random":
         assert any(not np.array_equal(a, b) for a, b in zip(owners, cut(layers, 4, mode, seed=4), strict=True))
 
 
 def test_slabs_are_runs_of_equal_weight_and_none_is_empty():
-    one = Pattern.of(np.array([0, 5, 6, 7, 8]), np.array([0, 1, 2, 3, 4, 0, 1, 2]), 5)
+    layer = Pattern.of(np.array([0, 5, 6, 7, 8]), np.array([0, 1, 2, 3, 4, 0, 1, 2]), 5)
     for weights, expected in (
         ([1, 1, 1, 1], [0, 0, 1, 1]),
         ([100, 1, 1, 1], [0, 1, 1, 1]),
         ([1, 1, 1, 100], [0, 0, 0, 1]),
     ):
-        assert partition([one], 2, "slab", [np.array(weights)])[0].tolist() == expected
+        assert partition([layer], 2, "slab", [np.array(weights)])[0].tolist() == expected
     for weights in ([9, 1, 1, 1], [1, 1, 1, 9], [0, 0, 0, 0]):
         for parts in (3, 4):
-            assert set(partition([one], parts, "slab", [np.array(weights)])[0].tolist()) == set(range(parts))
-    assert weights_of([one])[0].tolist() == [6, 2, 2, 2]
-    # Of the whole network: layers one after the other.
-    owners = partition([one, Pattern.of(np.arange(5), np.arange(4), 4)], 2, "contiguous", [np.ones(4), np.ones(4)])
+            assert set(partition([layer], parts, "slab", [np.array(weights)])[0].tolist()) == set(range(parts))
+    assert weights_of([layer])[0].tolist() == [6, 2, 2, 2]
+    # A contiguous partition cuts the whole network, layer after layer.
+    owners = partition([layer, Pattern.of(np.arange(5), np.arange(4), 4)], 2, "contiguous", [np.ones(4), np.ones(4)])
     assert [own.tolist() for own in owners] == [[0] * 4, [1] * 4]
 
 

@@ -12,7 +12,7 @@ from psmpi.methods.next.settings import Settings, owners
 
 
 def test_metropolis_weights_of_random_graphs():
-    """Also of agents without a link."""
+    """Some agents have no link."""
     rng = np.random.default_rng(0)
     for _ in range(50):
         n = int(rng.integers(1, 12))
@@ -50,8 +50,8 @@ def test_links_fail_alike_for_all_and_as_often_as_asked():
     graph = Graph(20, make_graph("complete", 20, 0).links, 0.3, 7)
     share = np.mean([len(graph.active(k)) for k in range(200)]) / len(graph.links)
     assert share == pytest.approx(0.3, abs=0.02)
-    other = Graph(20, graph.links, 0.3, 7)
-    assert [other.active(k) for k in (5, 3, 5)] == [graph.active(k) for k in (5, 3, 5)]
+    same_seed = Graph(20, graph.links, 0.3, 7)
+    assert [same_seed.active(k) for k in (5, 3, 5)] == [graph.active(k) for k in (5, 3, 5)]
 
 
 def test_a_file_has_links_of_its_own(tmp_path):
@@ -79,12 +79,12 @@ def test_a_file_has_links_of_its_own(tmp_path):
 def test_every_sample_is_of_one_agent():
     dataset = open_dataset("digits", "")
     labels = dataset.train.labels
-    for how in ("iid", "sorted", "skewed:2"):
-        dealt = deal_samples(dataset, 8, how, 0)
+    for dealing in ("iid", "sorted", "skewed:2"):
+        dealt = deal_samples(dataset, 8, dealing, 0)
         assert np.array_equal(np.sort(np.concatenate(dealt)), np.arange(dataset.train.n))
         kinds = [len(np.unique(labels[ids])) for ids in dealt]
         # A piece of a sixteenth of the samples, sorted by class, has two classes at most.
-        assert min(kinds) == 10 if how == "iid" else max(kinds) <= {"sorted": 3, "skewed:2": 4}[how]
+        assert min(kinds) == 10 if dealing == "iid" else max(kinds) <= {"sorted": 3, "skewed:2": 4}[dealing]
 
 
 def test_minima_of_convex_models():
@@ -98,17 +98,17 @@ def test_minima_of_convex_models():
             r = {"none": 0.0, "l2": x @ x, "l1": np.abs(x).sum()}[kind]
             return y @ (x - w) + s.tau / 2 * (x - w) @ (x - w) + s.regularizer_weight * r
 
-        found = y.copy()
-        found *= -1 / s.tau
-        found += w
-        s.terms.nearest(NumpyOps(), found, s.tau)
+        minimum = y.copy()
+        minimum *= -1 / s.tau
+        minimum += w
+        s.terms.nearest(NumpyOps(), minimum, s.tau)
         for k in range(6):
             for step in (1e-6, -1e-6):
-                there = found.copy()
-                there[k] += step
-                assert value(there) >= value(found)
-            slope = (value(found + 1e-6 * np.eye(6)[k]) - value(found - 1e-6 * np.eye(6)[k])) / 2e-6
-            assert abs(slope) <= (1e-6 if found[k] or kind != "l1" else 0.4)
+                moved = minimum.copy()
+                moved[k] += step
+                assert value(moved) >= value(minimum)
+            slope = (value(minimum + 1e-6 * np.eye(6)[k]) - value(minimum - 1e-6 * np.eye(6)[k])) / 2e-6
+            assert abs(slope) <= (1e-6 if minimum[k] or kind != "l1" else 0.4)
 
 
 def test_agents_are_dealt_to_ranks_in_order():

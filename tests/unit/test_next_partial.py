@@ -40,11 +40,11 @@ def jacobian():
 
 
 def scores(jacobian, w):
-    kept = jacobian.model.w.copy()
+    saved_w = jacobian.model.w.copy()
     jacobian.model.w[:] = w
-    found = jacobian.model.forward(np.ascontiguousarray(jacobian.samples.x.T)).scores.copy()
-    jacobian.model.w[:] = kept
-    return found
+    values = jacobian.model.forward(np.ascontiguousarray(jacobian.samples.x.T)).scores.copy()
+    jacobian.model.w[:] = saved_w
+    return values
 
 
 def test_rows_are_the_derivatives_of_the_scores(jacobian):
@@ -54,8 +54,8 @@ def test_rows_are_the_derivatives_of_the_scores(jacobian):
     for q in range(w.size):
         step = np.zeros(w.size)
         step[q] = 1e-6
-        found = (scores(jacobian, w + step) - scores(jacobian, w - step)).reshape(-1) / 2e-6
-        np.testing.assert_allclose(rows[:, q], found, rtol=0, atol=1e-8)
+        differences = (scores(jacobian, w + step) - scores(jacobian, w - step)).reshape(-1) / 2e-6
+        np.testing.assert_allclose(rows[:, q], differences, rtol=0, atol=1e-8)
 
 
 @pytest.mark.parametrize("n", [3, 30])
@@ -67,7 +67,7 @@ def test_both_systems_give_the_dense_solution(n):
 
 
 def solved(jacobian, name, terms, blocks, cores=1, tau=0.5, scale=0.1):
-    """Weights, tracked gradient, solution, and the gradient of the model without its regularizer at a point."""
+    """Weights, solution, and the gradient of the model without its regularizer at the solution."""
     rng = np.random.default_rng(11)
     loss, labels = LOSSES[name](F64), rng.integers(CLASSES, size=SAMPLES)
     inner = Inner(jacobian, lambda: LOSSES[name](F64), terms, tau, blocks, cores)
@@ -83,19 +83,19 @@ def solved(jacobian, name, terms, blocks, cores=1, tau=0.5, scale=0.1):
         steps = 1e-5 * np.eye(d.size)
         return np.array([(function(d + s) - function(d - s)) / 2e-5 for s in steps])
 
-    pull = y - slope(value, np.zeros(w.size))
-    found = np.zeros(w.size)
-    for at in inner.blocks:
-        own = slope(lambda d, at=at: value(d, at), x - w)
-        found[at] = own[at] + pull[at]
-    return w, x, found
+    correction = y - slope(value, np.zeros(w.size))
+    gradient = np.zeros(w.size)
+    for block in inner.blocks:
+        block_slope = slope(lambda d, at=block: value(d, at), x - w)
+        gradient[block] = block_slope[block] + correction[block]
+    return w, x, gradient
 
 
 @pytest.mark.parametrize("blocks", [1, 3, "all"])
 @pytest.mark.parametrize("name", ["squared", "nll", "logistic", "psl"])
 @pytest.mark.parametrize("regularizer", ["none", "l2", "l1"])
 def test_solutions_meet_the_conditions_of_their_model(jacobian, name, regularizer, blocks):
-    """In each block alone, the others at the agent's weights."""
+    """Each block meets its conditions with the other blocks at the agent's weights."""
     blocks = jacobian.model.w.size if blocks == "all" else blocks
     terms = Terms(regularizer, 0.0 if regularizer == "none" else 0.3)
     _, x, slope = solved(jacobian, name, terms, blocks)
@@ -108,7 +108,7 @@ def test_solutions_meet_the_conditions_of_their_model(jacobian, name, regularize
 
 
 def test_l1_of_the_squared_loss_meets_its_conditions_closely(jacobian):
-    """KKT residual by dense algebra."""
+    """The KKT residual is computed by dense algebra."""
     rng = np.random.default_rng(2)
     w, y = jacobian.model.w.copy(), rng.normal(size=jacobian.model.w.size)
     labels = rng.integers(CLASSES, size=SAMPLES)
@@ -133,16 +133,16 @@ def test_sets_hold(jacobian, regularizer):
     _, x, slope = solved(jacobian, "nll", Terms(regularizer, lam, "ball", 1.0), 1)
     assert np.linalg.norm(x) == pytest.approx(1.0)
     gradient = slope + (2 * lam * x if regularizer == "l2" else lam * np.sign(x))
-    away = x != 0
-    # Along the normal of the ball, inwards.
-    share = gradient[away] @ x[away] / (x @ x)
-    np.testing.assert_allclose(gradient[away], share * x[away], rtol=0, atol=1e-6)
-    assert share <= 0
+    nonzero = x != 0
+    # The gradient is along the normal of the ball, inwards.
+    multiplier = gradient[nonzero] @ x[nonzero] / (x @ x)
+    np.testing.assert_allclose(gradient[nonzero], multiplier * x[nonzero], rtol=0, atol=1e-6)
+    assert multiplier <= 0
 
 
 def test_cores_change_nothing(jacobian):
-    one, several = (solved(jacobian, "nll", Terms("l1", 0.1), 5, cores)[1] for cores in (1, 3))
-    assert np.array_equal(one, several)
+    serial, parallel = (solved(jacobian, "nll", Terms("l1", 0.1), 5, cores)[1] for cores in (1, 3))
+    assert np.array_equal(serial, parallel)
 
 
 @pytest.mark.parametrize("words", ["", "box", "ball:0", "box:nan", "box:inf", "cone:1", "ball:-2", "none:1"])

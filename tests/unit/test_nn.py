@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from helpers.layer_examples import APART, FLAT, NETWORKS, dense, make, residual, separable
+from helpers.layer_examples import FLAT, INDEPENDENT, NETWORKS, dense, make, residual, separable
 from helpers.problems import make_model, random_problem
 from scipy.signal import correlate2d
 from scipy.special import erf, softmax
@@ -32,15 +32,15 @@ def plain_scores(network, layout, w, x):
                 count = piece.last - piece.first
                 rows[piece.first : piece.last] = w[piece.offset : piece.offset + count * p.unit_size].reshape(count, -1)
         tensors[p.name] = rows.reshape(p.shape)
-    found = plain_layers(network.layers, tensors, [sample.reshape(network.in_shape) for sample in x.T])
-    return np.stack(found, axis=-1)
+    outputs = plain_layers(network.layers, tensors, [sample.reshape(network.in_shape) for sample in x.T])
+    return np.stack(outputs, axis=-1)
 
 
 def plain_layers(layers, tensors, batch):
     for layer in layers:
         kind = type(layer).__name__
         if kind == "BatchNorm":
-            # Of all samples at once: the mean and the variance of each unit.
+            # The mean and the variance of each unit are those of all samples.
             axes = (0, *range(2, 1 + len(layer.out_shape)))
             a = np.stack(batch)
             a = (a - a.mean(axis=axes, keepdims=True)) / np.sqrt(a.var(axis=axes, keepdims=True) + 1e-5)
@@ -81,30 +81,30 @@ def plain_states(layer, p, x):
 
 
 def plain_slab(layer, a, tensors):
-    """Tile by tile of a field with zeros around it."""
+    """Compute a slab layer tile by tile of a field with zeros around it."""
     (rows, columns), halo, (_, height, width) = layer.inputs.grid, layer.halo, layer.outputs.field
-    field, made = a.reshape(layer.inputs.field), np.empty(layer.outputs.field)
+    field, output = a.reshape(layer.inputs.field), np.empty(layer.outputs.field)
     down, right = halo * (rows > 1), halo * (columns > 1)
     padded = np.pad(field, [(0, 0), (down, down), (right, right)])
     h, w = field.shape[1] // rows, field.shape[2] // columns
-    into = height // rows, width // columns
+    tile_shape = height // rows, width // columns
     for d in range(rows * columns):
         r, c = divmod(d, columns)
-        seen = padded[:, r * h : (r + 1) * h + 2 * down, c * w : (c + 1) * w + 2 * right]
-        values = tensors[f"{layer.name}.weight"][d] @ seen.reshape(-1) + tensors[f"{layer.name}.bias"][d]
-        tile = made[:, r * into[0] : (r + 1) * into[0], c * into[1] : (c + 1) * into[1]]
+        window = padded[:, r * h : (r + 1) * h + 2 * down, c * w : (c + 1) * w + 2 * right]
+        values = tensors[f"{layer.name}.weight"][d] @ window.reshape(-1) + tensors[f"{layer.name}.bias"][d]
+        tile = output[:, r * tile_shape[0] : (r + 1) * tile_shape[0], c * tile_shape[1] : (c + 1) * tile_shape[1]]
         tile[...] = values.reshape(tile.shape)
-    return made.reshape(layer.out_shape)
+    return output.reshape(layer.out_shape)
 
 
 def plain_head(qkv, causal):
     """The outputs (units, steps) of a head for one sequence, step by step."""
     q, k, v = np.split(qkv, 3)
-    found = []
+    outputs = []
     for t in range(q.shape[1]):
-        seen = slice(0, t + 1 if causal else None)
-        found.append(v[:, seen] @ softmax(q[:, t] @ k[:, seen] / np.sqrt(len(q))))
-    return np.stack(found, axis=1)
+        visible = slice(0, t + 1 if causal else None)
+        outputs.append(v[:, visible] @ softmax(q[:, t] @ k[:, visible] / np.sqrt(len(q))))
+    return np.stack(outputs, axis=1)
 
 
 def plain_layer(kind, layer, tensors, a):
@@ -145,9 +145,9 @@ def plain_layer(kind, layer, tensors, a):
     if kind == "Last":
         return a[:, -1]
     if kind == "LayerNorm":
-        apart, shape = a - a.mean(axis=0), (-1, *(1,) * (a.ndim - 1))
+        centred, shape = a - a.mean(axis=0), (-1, *(1,) * (a.ndim - 1))
         weight, bias = (tensors[f"{layer.name}.{k}"].reshape(shape) for k in ("weight", "bias"))
-        return weight * apart / np.sqrt((apart**2).mean(axis=0) + 1e-5) + bias
+        return weight * centred / np.sqrt((centred**2).mean(axis=0) + 1e-5) + bias
     if kind == "Gelu":
         return a * (1 + erf(a / np.sqrt(2))) / 2
     if kind == "Positions":
@@ -206,29 +206,29 @@ def test_float32_follows_float64(name):
         assert np.linalg.norm(single - double) <= 1e-5 * np.linalg.norm(double)
 
 
-@pytest.mark.parametrize("name", APART)
+@pytest.mark.parametrize("name", INDEPENDENT)
 def test_gradients_of_samples_are_those_of_minibatches_of_one(name):
     sample_gradients_are_weighed(make(name))
 
 
-@pytest.mark.parametrize("name", [name for name in APART if not any(layer.keeps for layer in make(name).walk())])
+@pytest.mark.parametrize("name", [name for name in INDEPENDENT if not any(layer.keeps for layer in make(name).walk())])
 def test_a_model_that_borrows_has_the_gradient_of_one_that_computes(name):
-    """Also where its units do not lie side by side in the lender's."""
+    """The units of the part may lie apart in the model of the lender."""
     network = make(name)
     layout, w, x, d = random_problem(network, batch=5)
-    whole = make_model(network, layout, w)
-    theirs = whole.forward(x)
+    lender = make_model(network, layout, w)
+    lender_tape = lender.forward(x)
     for classes in ((1,), (0, 2), tuple(range(network.classes))):
         part = layout.part(classes)
-        mine = np.concatenate([w[a:b] for a, b in part.intervals])
+        part_weights = np.concatenate([w[a:b] for a, b in part.intervals])
         models = [
-            Model(network, layout, mine, np.full_like(mine, np.nan), NumpyOps(), classes, space=space)
-            for space in (None, whole.space)
+            Model(network, layout, part_weights, np.full_like(part_weights, np.nan), NumpyOps(), classes, space=space)
+            for space in (None, lender.space)
         ]
-        tapes = models[0].forward(x), Borrowed(models[1], whole).tape(theirs)
+        tapes = models[0].forward(x), Borrowed(models[1], lender).tape(lender_tape)
         for model, tape in zip(models, tapes, strict=True):
             model.backward(tape, d[list(classes)].copy())
-        assert np.array_equal(tapes[1].scores, theirs.scores[list(classes)])
+        assert np.array_equal(tapes[1].scores, lender_tape.scores[list(classes)])
         assert np.linalg.norm(models[1].g - models[0].g) <= 1e-12 * np.linalg.norm(models[0].g)
 
 
@@ -237,13 +237,13 @@ def test_any_batch_size_uses_the_same_buffers():
     layout, w, x, d = random_problem(network, batch=9)
     model = make_model(network, layout, w)
     model.reserve(9)
-    whole = model.forward(x).scores.copy()
-    held = model.activation_bytes + model.buffer_bytes
+    scores = model.forward(x).scores.copy()
+    held_bytes = model.activation_bytes + model.buffer_bytes
     for batch in (1, 4, 9):
         tape = model.forward(np.ascontiguousarray(x[:, :batch]))
-        np.testing.assert_allclose(tape.scores, whole[:, :batch], rtol=1e-12)
+        np.testing.assert_allclose(tape.scores, scores[:, :batch], rtol=1e-12)
         model.backward(tape, d[:, :batch].copy())
-    assert model.activation_bytes + model.buffer_bytes == held
+    assert model.activation_bytes + model.buffer_bytes == held_bytes
 
 
 def test_max_pooling_sends_a_tie_to_the_first_entry():
@@ -279,15 +279,15 @@ def test_sigmoid_and_loss_do_not_overflow_for_large_inputs():
 def test_initial_weights_depend_on_seed_and_place_alone():
     network = make_network("psnet", (1, 28, 28), 10)
     layout = network.layout()
-    whole = np.empty(layout.size)
-    initial_weights(network, layout, Runs(((0, layout.size),)), whole, seed=3)
+    full_w = np.empty(layout.size)
+    initial_weights(network, layout, Runs(((0, layout.size),)), full_w, seed=3)
     for runs in (layout.part([2, 7]), Runs(((1000, 1100), (20001, 30003)))):
-        some = np.empty(runs.size)
-        initial_weights(network, layout, runs, some, seed=3)
-        assert np.array_equal(some, restrict(whole, runs))
-    other = np.empty(layout.size)
-    initial_weights(network, layout, Runs(((0, layout.size),)), other, seed=4)
-    assert not np.array_equal(whole, other)
+        part_w = np.empty(runs.size)
+        initial_weights(network, layout, runs, part_w, seed=3)
+        assert np.array_equal(part_w, restrict(full_w, runs))
+    other_w = np.empty(layout.size)
+    initial_weights(network, layout, Runs(((0, layout.size),)), other_w, seed=4)
+    assert not np.array_equal(full_w, other_w)
 
 
 def widths(network, kind, gain):
@@ -410,20 +410,20 @@ def test_backward_through_some_steps_is_that_of_all():
     tapes = [model.forward(x) for model in models]
     models[0].backward(tapes[0], d.copy())
     top = next(k for k, part in enumerate(models[1].parts) if part.layer.linear and k > 0)
-    below = np.full(tapes[1].outputs[top].shape, np.nan)
-    models[1].backward(tapes[1], d.copy(), first=top, dx=below)
-    models[1].backward(tapes[1], below, last=top - 1)
+    cut_gradient = np.full(tapes[1].outputs[top].shape, np.nan)
+    models[1].backward(tapes[1], d.copy(), first=top, dx=cut_gradient)
+    models[1].backward(tapes[1], cut_gradient, last=top - 1)
     np.testing.assert_array_equal(models[1].g, models[0].g)
 
 
 def test_batch_normalization_takes_the_place_of_biases():
     plain, normalized = (make_network("lenet", (1, 28, 28), 10, batch_norm=on) for on in (False, True))
     kinds = [type(layer).__name__ for layer in normalized.layers]
-    # Before the activation, behind the pooling that is folded into the convolution.
+    # The normalization is before the activation, and after the pooling that is folded into the convolution.
     assert kinds[:4] == ["Conv", "Pool", "BatchNorm", "Activation"] and kinds[-1] == "BatchNorm"
     names = {p.name for p in normalized.layout().parameters}
     assert "conv1.bias" not in names and {"batch_norm1.weight", "batch_norm1.bias"} <= names
-    # That of the scores has no parameters.
+    # The normalization of the scores has no parameters.
     assert "batch_norm5.weight" not in names and "batch_norm4.weight" in names
     assert normalized.layout().size == plain.layout().size + 6 + 16 + 120 + 84 - 10
 
@@ -466,19 +466,19 @@ def test_blocks_that_do_not_fit_are_named(table, says):
 
 def test_evaluations_take_the_same_minibatches_on_any_number_of_ranks():
     plain, normalized = (make_network("mlp", (1, 8, 8), 10, batch_norm=on) for on in (False, True))
-    assert [at.stop - at.start for at in plain.evaluation_batches(250)] == [100, 100, 50]
+    assert [batch.stop - batch.start for batch in plain.evaluation_batches(250)] == [100, 100, 50]
     for n, count in ((1, 1), (999, 1), (1500, 2), (10_000, 10), (10_001, 10)):
         batches = normalized.evaluation_batches(n)
-        sizes = [at.stop - at.start for at in batches]
+        sizes = [batch.stop - batch.start for batch in batches]
         assert len(sizes) == count and sum(sizes) == n and max(sizes) - min(sizes) <= 1
-        assert [at.start for at in batches[1:]] == [at.stop for at in batches[:-1]]
+        assert [batch.start for batch in batches[1:]] == [batch.stop for batch in batches[:-1]]
 
 
 def test_radix_networks_are_mixed_radix_systems_behind_a_random_layer():
     network = make_network("radix", (1, 28, 28), 10, depth=4)
-    first, *more = [layer for layer in network.layers if layer.name.startswith("sparse")]
+    first, *mixed_radix = [layer for layer in network.layers if layer.name.startswith("sparse")]
     assert first.pattern.inputs == 784 and (first.pattern.fan_in == 32).all() and first.init == "he"
-    assert [one.pattern for one in more] == [radix_pattern(1024, 32, stride) for stride in (1, 32, 1)]
+    assert [sparse.pattern for sparse in mixed_radix] == [radix_pattern(1024, 32, stride) for stride in (1, 32, 1)]
     assert network.layout().size == 4 * 33 * 1024 + 10 * 1025
     small = make_network("radix", (5,), 3, widths=(64,), depth=2, batch_norm=True)
     assert small.layers[0].pattern.size == 64 * 5 and not small.layers[0].bias and small.normalized
@@ -513,7 +513,7 @@ def test_deep_networks_are_steps_of_a_march():
     network = make_network("deep", (3,), 4, widths=(5,), depth=6, final_time=3.0, activation="relu")
     opening, act, *march, closing = network.layers
     assert (opening.out_shape, act.activation, closing.out_shape) == ((5,), "relu", (4,))
-    assert len(march) == 6 and all(one.scale == 0.5 and len(one.inner) == 2 for one in march)
+    assert len(march) == 6 and all(step.scale == 0.5 and len(step.inner) == 2 for step in march)
     assert network.layout().size == 5 * 4 + 6 * 5 * 6 + 4 * 6
     images = make_network("deep-conv", (1, 7, 7), 4, depth=2)
     assert images.layout().size == 4 * 10 + 2 * 4 * 37 + 4 * (4 * 49 + 1)

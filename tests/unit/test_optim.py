@@ -38,16 +38,16 @@ from psmpi.testing.optimizers import saved_state_goes_on
 FIRST_ORDER = [name for name in OPTIMIZERS if is_first_order(name)]
 
 
-# Those of vectors that have room for them.
+# Matrices of vectors of more than 1,500 elements.
 MATRICES = (Matrix(7, 30, 20), Matrix(700, 20, 40))
 
 
-def alone(values):
+def no_sum(values):
     return values
 
 
 def make_optimizer(name, n, dtype, hyper, ops=None, counted=False):
-    """An optimizer that knows of `MATRICES`."""
+    """Make an optimizer that knows `MATRICES` if the vector has them."""
     return make(name, n, dtype, hyper, ops, counted, MATRICES if n > 1500 else ())
 
 
@@ -83,12 +83,12 @@ def reference(name, w, gradients, lr, h):
 
 
 def muon_reference(w, gradients, lr, h):
-    """AdamW, and in matrices Muon as its authors write it."""
+    """Muon in matrices as its authors write it, and AdamW elsewhere."""
     beta = h.momentum or 0.95
-    found = reference("adamw", w, gradients, 0.015 * lr, h)
+    expected = reference("adamw", w, gradients, 0.015 * lr, h)
     for matrix in MATRICES if w.size > 1500 else ():
         shape = matrix.rows, matrix.columns
-        own, buffer = w[matrix.place].reshape(shape), np.zeros(shape)
+        matrix_w, buffer = w[matrix.place].reshape(shape), np.zeros(shape)
         for g in gradients:
             g = g[matrix.place].reshape(shape)
             buffer = buffer + (1 - beta) * (g - buffer)
@@ -99,12 +99,12 @@ def muon_reference(w, gradients, lr, h):
                 a = x @ x.T
                 x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
             x = x.T if matrix.rows > matrix.columns else x
-            own = own * (1 - lr * h.weight_decay) - lr * max(1, matrix.rows / matrix.columns) ** 0.5 * x
-        found[matrix.place] = own.reshape(-1)
-    return found
+            matrix_w = matrix_w * (1 - lr * h.weight_decay) - lr * max(1, matrix.rows / matrix.columns) ** 0.5 * x
+        expected[matrix.place] = matrix_w.reshape(-1)
+    return expected
 
 
-# The classes of PyTorch, which has no Lion, and no Muon beside others.
+# Classes of PyTorch, which has no Lion, and a Muon for matrices only.
 TORCH = {"sgd": "SGD", "momentum": "SGD", "nesterov": "SGD", "adam": "Adam", "adamw": "AdamW", "rmsprop": "RMSprop"}
 
 
@@ -119,12 +119,12 @@ def problem(n=40_000, steps=5, seed=0):
 def test_updates_follow_the_formulas(name, dtype, tolerance, decay):
     w, gradients = problem()
     hyper = Hyper(weight_decay=decay)
-    mine, optimizer = w.astype(dtype), make_optimizer(name, w.size, dtype, hyper)
+    own_w, optimizer = w.astype(dtype), make_optimizer(name, w.size, dtype, hyper)
     for g in gradients:
-        optimizer.step(mine, g.astype(dtype), 0.01, alone)
-    assert mine.dtype == dtype
+        optimizer.step(own_w, g.astype(dtype), 0.01, no_sum)
+    assert own_w.dtype == dtype
     expected = reference(name, w, gradients, 0.01, hyper)
-    assert np.linalg.norm(mine - expected) <= tolerance * np.linalg.norm(expected)
+    assert np.linalg.norm(own_w - expected) <= tolerance * np.linalg.norm(expected)
 
 
 @pytest.mark.parametrize("name", TORCH)
@@ -133,13 +133,13 @@ def test_updates_follow_pytorch(name):
     w, gradients = problem(n=1000, steps=50)
     parameter = torch.nn.Parameter(torch.tensor(w))
     momentum = {"momentum": 0.9, "nesterov": name == "nesterov"} if name in ("momentum", "nesterov") else {}
-    theirs = getattr(torch.optim, TORCH[name])([parameter], lr=0.01, weight_decay=0.1, **momentum)
-    mine, optimizer = w.copy(), make_optimizer(name, w.size, np.float64, Hyper(weight_decay=0.1))
+    torch_optimizer = getattr(torch.optim, TORCH[name])([parameter], lr=0.01, weight_decay=0.1, **momentum)
+    own_w, optimizer = w.copy(), make_optimizer(name, w.size, np.float64, Hyper(weight_decay=0.1))
     for g in gradients:
         parameter.grad = torch.tensor(g)
-        theirs.step()
-        optimizer.step(mine, g.copy(), 0.01, alone)
-    np.testing.assert_allclose(mine, parameter.detach().numpy(), rtol=1e-11, atol=1e-12)
+        torch_optimizer.step()
+        optimizer.step(own_w, g.copy(), 0.01, no_sum)
+    np.testing.assert_allclose(own_w, parameter.detach().numpy(), rtol=1e-11, atol=1e-12)
 
 
 def in_shards(name, w, objective, steps, lr, cuts, hyper=None):
@@ -153,14 +153,14 @@ def rosenbrock(w):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_shards_and_an_empty_one_step_as_the_whole_vector(name):
     start = np.linspace(-1, 1, 20)
-    whole = in_shards(name, start, rosenbrock, 10, 1e-3, [])
+    unsharded = in_shards(name, start, rosenbrock, 10, 1e-3, [])
     shards = in_shards(name, start, rosenbrock, 10, 1e-3, [3, 3, 11])
-    np.testing.assert_allclose(shards, whole, rtol=1e-12 if name in FIRST_ORDER else 1e-8)
-    assert not np.array_equal(whole, start)
+    np.testing.assert_allclose(shards, unsharded, rtol=1e-12 if name in FIRST_ORDER else 1e-8)
+    assert not np.array_equal(unsharded, start)
 
 
 def lbfgs_to_the_end(objective, start, steps, hyper):
-    """Returns the last point and the number of evaluations."""
+    """Return the last point, the number of evaluations and the optimizer."""
     evals, w, g = [0], start.copy(), np.zeros_like(start)
 
     def closure():
@@ -170,7 +170,7 @@ def lbfgs_to_the_end(objective, start, steps, hyper):
 
     optimizer = make_optimizer("lbfgs", w.size, w.dtype, hyper)
     for _ in range(steps):
-        optimizer.step(w, g, 1.0, alone, closure)
+        optimizer.step(w, g, 1.0, no_sum, closure)
         if np.abs(g).max() < 1e-9:
             break
     return w, evals[0], optimizer
@@ -178,11 +178,13 @@ def lbfgs_to_the_end(objective, start, steps, hyper):
 
 def test_lbfgs_finds_the_minimiser_that_scipy_finds():
     start = np.tile([-1.2, 1.0], 10)
-    theirs = minimize(rosen, start, jac=rosen_der, method="L-BFGS-B", options={"maxiter": 500, "gtol": 1e-9, "ftol": 0})
-    mine, evals, _ = lbfgs_to_the_end(rosenbrock, start, 300, Hyper())
-    np.testing.assert_allclose(mine, np.ones(20), atol=1e-6)
-    np.testing.assert_allclose(mine, theirs.x, atol=1e-5)
-    assert evals <= 3 * theirs.nfev
+    scipy_result = minimize(
+        rosen, start, jac=rosen_der, method="L-BFGS-B", options={"maxiter": 500, "gtol": 1e-9, "ftol": 0}
+    )
+    minimiser, evals, _ = lbfgs_to_the_end(rosenbrock, start, 300, Hyper())
+    np.testing.assert_allclose(minimiser, np.ones(20), atol=1e-6)
+    np.testing.assert_allclose(minimiser, scipy_result.x, atol=1e-5)
+    assert evals <= 3 * scipy_result.nfev
 
 
 def test_lbfgs_solves_a_quadratic():
@@ -211,7 +213,7 @@ def test_a_failed_line_search_restores_the_weights():
     start = np.ones(3)
 
     def liar(w):
-        """A gradient that points uphill everywhere."""
+        """A loss that rises along the negative of the returned gradient."""
         return float(np.abs(w - start).sum()), np.ones(3)
 
     w, _, optimizer = lbfgs_to_the_end(liar, start, 1, Hyper())
@@ -223,10 +225,10 @@ def test_a_step_allocates_no_vector(name):
     n = 1_000_000
     w, g = np.ones(n, np.float32), np.ones(n, np.float32)
     optimizer = make_optimizer(name, n, np.float32, Hyper(weight_decay=0.1))
-    optimizer.step(w, g, 0.1, alone)
+    optimizer.step(w, g, 0.1, no_sum)
     tracemalloc.start()
-    optimizer.step(w, g, 0.1, alone)
-    clip_by_global_norm(g, 1.0, alone)
+    optimizer.step(w, g, 0.1, no_sum)
+    clip_by_global_norm(g, 1.0, no_sum)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 0.05 * w.nbytes
@@ -242,7 +244,7 @@ def test_saved_state_goes_on_to_the_same_bits(name):
 def test_clipping_gives_the_norm_and_keeps_the_direction(limit, seed):
     g = np.random.default_rng(seed).normal(size=30)
     norm, direction = np.linalg.norm(g), g / np.linalg.norm(g)
-    assert clip_by_global_norm(g, limit, alone) == pytest.approx(norm)
+    assert clip_by_global_norm(g, limit, no_sum) == pytest.approx(norm)
     assert np.linalg.norm(g) == pytest.approx(min(limit, norm))
     np.testing.assert_allclose(g / np.linalg.norm(g), direction, atol=1e-12)
 
@@ -303,32 +305,34 @@ def test_wrong_optimizers_say_what_is_right(name, hyper, says):
 def test_a_hundred_steps_follow_pytorch_in_both_dtypes(name, dtype, tolerance, decay):
     torch = pytest.importorskip("torch")
     w, gradients = problem(n=CHUNK + 1000, steps=100, seed=3)
-    mine, gradients = w.astype(dtype), gradients.astype(dtype)
-    parameter = torch.nn.Parameter(torch.tensor(mine))
+    own_w, gradients = w.astype(dtype), gradients.astype(dtype)
+    parameter = torch.nn.Parameter(torch.tensor(own_w))
     momentum = {"momentum": 0.8, "nesterov": name == "nesterov"} if name in ("momentum", "nesterov") else {}
     betas = {"betas": (0.8, 0.99), "eps": 1e-6} if name in ("adam", "adamw") else {}
     rms = {"alpha": 0.95, "eps": 1e-6} if name == "rmsprop" else {}
-    theirs = getattr(torch.optim, TORCH[name])([parameter], lr=0.01, weight_decay=decay, **momentum, **betas, **rms)
+    torch_optimizer = getattr(torch.optim, TORCH[name])(
+        [parameter], lr=0.01, weight_decay=decay, **momentum, **betas, **rms
+    )
     hyper = Hyper(momentum=0.8, beta1=0.8, beta2=0.99, alpha=0.95, eps=1e-6, weight_decay=decay)
     optimizer = make_optimizer(name, w.size, dtype, hyper)
     for g in gradients:
         parameter.grad = torch.tensor(g)
-        theirs.step()
-        optimizer.step(mine, g.copy(), 0.01, alone)
+        torch_optimizer.step()
+        optimizer.step(own_w, g.copy(), 0.01, no_sum)
     expected = parameter.detach().numpy()
-    assert mine.dtype == expected.dtype
+    assert own_w.dtype == expected.dtype
     # Weights that end near 0 have the rounding errors of the path that led there.
-    np.testing.assert_allclose(mine, expected, rtol=tolerance, atol=tolerance)
+    np.testing.assert_allclose(own_w, expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("name", FIRST_ORDER)
 def test_a_hundred_steps_with_other_settings_follow_the_formulas(name):
     w, gradients = problem(n=300, steps=100, seed=4)
     hyper = Hyper(momentum=0.5, beta1=0.7, beta2=0.95, alpha=0.8, eps=1e-3, weight_decay=0.2)
-    mine, optimizer = w.copy(), make_optimizer(name, w.size, np.float64, hyper)
+    own_w, optimizer = w.copy(), make_optimizer(name, w.size, np.float64, hyper)
     for g in gradients:
-        optimizer.step(mine, g.copy(), 0.02, alone)
-    np.testing.assert_allclose(mine, reference(name, w, gradients, 0.02, hyper), rtol=1e-11, atol=1e-12)
+        optimizer.step(own_w, g.copy(), 0.02, no_sum)
+    np.testing.assert_allclose(own_w, reference(name, w, gradients, 0.02, hyper), rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.parametrize("size", [2.0**50, 2.0**-140, 0.0])
@@ -336,7 +340,7 @@ def test_a_hundred_steps_with_other_settings_follow_the_formulas(name):
 def test_float32_stays_finite_from_the_largest_gradients_to_none(name, size):
     w, optimizer = np.ones(9, np.float32), make_optimizer(name, 9, np.float32, Hyper())
     for _ in range(20):
-        optimizer.step(w, np.full(9, size, np.float32), np.float64(1e-3), alone)
+        optimizer.step(w, np.full(9, size, np.float32), np.float64(1e-3), no_sum)
     assert w.dtype == np.float32 and np.isfinite(w).all()
     assert all(v.dtype == np.float32 and np.isfinite(v).all() for v in optimizer.vectors.values())
     assert size > 0 or np.array_equal(w, np.ones(9))
@@ -346,9 +350,9 @@ def test_float32_stays_finite_from_the_largest_gradients_to_none(name, size):
 def test_a_float64_step_allocates_no_vector(name):
     n = 1_000_000
     w, g, optimizer = np.ones(n), np.ones(n), make_optimizer(name, n, np.float64, Hyper(weight_decay=0.1))
-    optimizer.step(w, g, 0.1, alone)
+    optimizer.step(w, g, 0.1, no_sum)
     tracemalloc.start()
-    optimizer.step(w, g, 0.1, alone)
+    optimizer.step(w, g, 0.1, no_sum)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 20_000
@@ -361,12 +365,12 @@ def test_an_empty_shard_steps(name, decay, dtype):
     optimizer = make_optimizer(name, 0, dtype, Hyper(weight_decay=decay, history=2))
     w, g = np.empty(0, dtype), np.empty(0, dtype)
 
-    def others(values):
+    def sum_of_other_shards(values):
         values[:] = 1.0
         return values
 
     for _ in range(3):
-        optimizer.step(w, g, 0.1, others, lambda: 1.0)
+        optimizer.step(w, g, 0.1, sum_of_other_shards, lambda: 1.0)
     assert all(vector.shape == (0,) for vector in optimizer.vectors.values())
 
 
@@ -388,8 +392,8 @@ def test_constructors_take_their_settings_by_keyword():
     momentum, nesterov, adamw = (OPTIMIZERS[name] for name in ("momentum", "nesterov", "adamw"))
     assert (momentum(1, "float32", momentum=0.5).momentum, nesterov(1, "float32").momentum) == (0.5, 0.9)
     adam = adamw(1, np.float32, beta1=0.5, beta2=0.6, eps=1e-3, weight_decay=0.1)
-    made = make_optimizer("adamw", 1, np.float32, Hyper(beta1=0.5, beta2=0.6, eps=1e-3, weight_decay=0.1))
-    for optimizer in (adam, made):
+    from_hyper = make_optimizer("adamw", 1, np.float32, Hyper(beta1=0.5, beta2=0.6, eps=1e-3, weight_decay=0.1))
+    for optimizer in (adam, from_hyper):
         settings = (optimizer.beta1, optimizer.beta2, optimizer.eps, optimizer.weight_decay)
         assert settings == (0.5, 0.6, 1e-3, 0.1)
     lbfgs = make_optimizer("lbfgs", 1, np.float32, Hyper(history=3, max_evals=7))
@@ -407,11 +411,11 @@ def test_constructors_take_their_settings_by_keyword():
 @pytest.mark.parametrize("decay", [0.0, 0.01])
 def test_lbfgs_on_shards_is_lbfgs_on_the_whole_to_the_last_digits(decay):
     start, hyper = np.linspace(-1, 1, 20), Hyper(weight_decay=decay, history=4)
-    whole = in_shards("lbfgs", start, rosenbrock, 8, 1.0, [], hyper)
+    unsharded = in_shards("lbfgs", start, rosenbrock, 8, 1.0, [], hyper)
     shards = in_shards("lbfgs", start, rosenbrock, 8, 1.0, [3, 3, 11], hyper)
     # Eight curved steps amplify the rounding errors of the sums a little.
-    np.testing.assert_allclose(shards, whole, rtol=1e-11, atol=1e-12)
-    assert rosen(whole) < 0.1 * rosen(start)
+    np.testing.assert_allclose(shards, unsharded, rtol=1e-11, atol=1e-12)
+    assert rosen(unsharded) < 0.1 * rosen(start)
 
 
 def dense_direction(g, pairs):
@@ -450,11 +454,11 @@ def test_the_ring_holds_the_newest_pairs_and_their_directions():
     for _ in range(12):
         before = w.copy()
         points.clear()
-        optimizer.step(w, g, 1.0, alone, closure)
+        optimizer.step(w, g, 1.0, no_sum, closure)
         assert np.array_equal(points[0], before)
         if pairs:
-            seen, expected = points[1] - before, dense_direction(rosen_der(before), pairs[-history:])
-            np.testing.assert_allclose(seen, expected, rtol=1e-6, atol=1e-10)
+            actual, expected = points[1] - before, dense_direction(rosen_der(before), pairs[-history:])
+            np.testing.assert_allclose(actual, expected, rtol=1e-6, atol=1e-10)
         pairs.append((w - before, rosen_der(w) - rosen_der(before)))
         newest = (optimizer.scalars["head"] - 1) % history
         np.testing.assert_array_equal(optimizer.vectors[f"s{newest}"], pairs[-1][0])
@@ -471,7 +475,7 @@ def test_the_first_trial_is_scaled_by_the_gradient_and_lr():
             g[:] = g0 + 0.1 * w
             return float(g0 @ w + 0.05 * w @ w)
 
-        make_optimizer("lbfgs", 2, np.float64, Hyper()).step(w, g, 0.5, alone, closure)
+        make_optimizer("lbfgs", 2, np.float64, Hyper()).step(w, g, 0.5, no_sum, closure)
         np.testing.assert_allclose(points[1], -length * g0, rtol=1e-14)
 
 
@@ -487,7 +491,7 @@ def test_a_changed_minibatch_makes_no_pair():
     optimizer = make_optimizer("lbfgs", 4, np.float64, Hyper())
     for k in range(6):
         current[0] = 1.0 + k % 3
-        optimizer.step(w, g, 1.0, alone, closure)
+        optimizer.step(w, g, 1.0, no_sum, closure)
         assert optimizer.scalars["pairs_taken"] == k + 1
         s, y = optimizer.vectors[f"s{k}"], optimizer.vectors[f"y{k}"]
         np.testing.assert_allclose(y, np.arange(1.0, 5.0) * current[0] * s, rtol=1e-6, atol=1e-13)
@@ -498,10 +502,10 @@ def test_weight_decay_of_lbfgs_is_the_penalty_on_the_loss():
         return rosen(w) + 0.15 * w @ w, rosen_der(w) + 0.3 * w
 
     start = np.linspace(-1, 1, 8)
-    ours, _, _ = lbfgs_to_the_end(rosenbrock, start, 60, Hyper(weight_decay=0.3))
+    decayed, _, _ = lbfgs_to_the_end(rosenbrock, start, 60, Hyper(weight_decay=0.3))
     expected, _, _ = lbfgs_to_the_end(penalised, start, 60, Hyper())
-    np.testing.assert_allclose(ours, expected, atol=1e-8)
-    assert np.abs(penalised(ours)[1]).max() < 1e-7 < np.abs(rosen_der(ours)).max()
+    np.testing.assert_allclose(decayed, expected, atol=1e-8)
+    assert np.abs(penalised(decayed)[1]).max() < 1e-7 < np.abs(rosen_der(decayed)).max()
 
 
 @pytest.mark.parametrize("max_evals", [2, 3, 20])
@@ -516,7 +520,7 @@ def test_a_step_keeps_to_its_evaluations_and_never_rises(max_evals):
     optimizer = make_optimizer("lbfgs", 10, np.float64, Hyper(max_evals=max_evals))
     for _ in range(50):
         evals[0], before, failed = 0, w.copy(), optimizer.scalars["failed_searches"]
-        optimizer.step(w, g, 30.0, alone, closure)
+        optimizer.step(w, g, 30.0, no_sum, closure)
         assert evals[0] <= max_evals
         if optimizer.scalars["failed_searches"] > failed:
             assert np.array_equal(w, before) and optimizer.scalars["count"] == 0
@@ -554,7 +558,7 @@ def test_a_long_history_costs_no_more_global_sums():
         for _ in range(20):
             optimizer.step(w, g, 1.0, counted, closure)
         counts[history] = sums[0] - evals[0]
-    # Products with g, the slope and the new pair, less the evaluation at the start, which needs none of its own.
+    # Sums of products with g and of the slope and the new pair; the first evaluation needs no sum of its own.
     assert counts[2] == counts[10] == 2 * 20
 
 
@@ -571,13 +575,13 @@ def test_what_is_not_finite_at_the_start_leaves_the_weights(where, bad):
 
     optimizer = make_optimizer("lbfgs", 4, np.float64, Hyper())
     for _ in range(3):
-        optimizer.step(w, g, 1.0, alone, closure)
+        optimizer.step(w, g, 1.0, no_sum, closure)
     broken[0], before = True, w.copy()
-    optimizer.step(w, g, 1.0, alone, closure)
+    optimizer.step(w, g, 1.0, no_sum, closure)
     assert np.array_equal(w, before)
     assert optimizer.scalars["failed_searches"] == 1 and optimizer.scalars["count"] == 0
     broken[0] = False
-    optimizer.step(w, g, 1.0, alone, closure)
+    optimizer.step(w, g, 1.0, no_sum, closure)
     assert rosen(w) < rosen(before) and optimizer.scalars["count"] == 1
 
 
@@ -589,7 +593,7 @@ def test_a_stationary_point_stays():
         g[:] = rosen_der(w)
         return rosen(w)
 
-    optimizer.step(w, g, 1.0, alone, closure)
+    optimizer.step(w, g, 1.0, no_sum, closure)
     assert np.array_equal(w, np.ones(4)) and optimizer.scalars["failed_searches"] == 0
 
 
@@ -602,7 +606,7 @@ def test_a_concave_pair_is_skipped():
         return float(-w.sum() - 1e-3 * w @ w)
 
     optimizer = make_optimizer("lbfgs", 3, np.float64, Hyper(max_evals=6))
-    optimizer.step(w, g, 1.0, alone, closure)
+    optimizer.step(w, g, 1.0, no_sum, closure)
     assert (w > 0).all() and optimizer.scalars["count"] == 0 and optimizer.scalars["failed_searches"] == 0
 
 
@@ -615,18 +619,18 @@ def test_spoiled_pairs_fall_back_to_the_gradient():
 
     optimizer = make_optimizer("lbfgs", 4, np.float64, Hyper())
     for _ in range(3):
-        optimizer.step(w, g, 1.0, alone, closure)
-    # As if it came from a damaged checkpoint: y against s makes the direction one of ascent.
+        optimizer.step(w, g, 1.0, no_sum, closure)
+    # As from a damaged checkpoint: y opposite to s makes the direction one of ascent.
     for k in range(3):
         optimizer.vectors[f"y{k}"] *= -1
     optimizer.scalars["curvature"] = 0.0
     before = rosen(w)
-    optimizer.step(w, g, 1.0, alone, closure)
+    optimizer.step(w, g, 1.0, no_sum, closure)
     assert rosen(w) < before and optimizer.scalars["count"] == 1
 
 
 def test_state_restored_over_other_state_goes_on_to_the_same_bits():
-    """The products of the pairs are not in checkpoints: they must follow the vectors, not linger."""
+    """Checkpoints hold no products of pairs: they are computed anew from the restored vectors."""
 
     def go(optimizer, w, steps):
         g = np.zeros_like(w)
@@ -636,38 +640,38 @@ def test_state_restored_over_other_state_goes_on_to_the_same_bits():
             return rosen(w)
 
         for _ in range(steps):
-            optimizer.step(w, g, 1.0, alone, closure)
+            optimizer.step(w, g, 1.0, no_sum, closure)
 
     first, w = make_optimizer("lbfgs", 10, np.float64, Hyper(history=4)), np.linspace(-1, 1, 10)
-    used, other = make_optimizer("lbfgs", 10, np.float64, Hyper(history=4)), np.linspace(1, 2, 10)
+    used, other_w = make_optimizer("lbfgs", 10, np.float64, Hyper(history=4)), np.linspace(1, 2, 10)
     go(first, w, 7)
-    go(used, other, 7)
+    go(used, other_w, 7)
     assert used.scalars["pairs_taken"] == first.scalars["pairs_taken"]
     for key, vector in first.vectors.items():
         used.vectors[key][:] = vector
     used.scalars.update(json.loads(json.dumps(first.scalars)))
-    other[:] = w
+    other_w[:] = w
     go(first, w, 6)
-    go(used, other, 6)
-    assert np.array_equal(w, other) and used.scalars == first.scalars
+    go(used, other_w, 6)
+    assert np.array_equal(w, other_w) and used.scalars == first.scalars
 
 
 # The line search by itself.
 
 
-def along(f, slope):
-    seen = []
+def recorded_line(f, slope):
+    points = []
 
     def trial(length):
-        seen.append(Point(length, f(length), slope(length)))
-        return seen[-1]
+        points.append(Point(length, f(length), slope(length)))
+        return points[-1]
 
-    return trial, seen
+    return trial, points
 
 
 @given(st.floats(1e-3, 1e3), st.floats(1e-4, 1e4), st.floats(0.0, 0.95))
 def test_a_search_ends_with_the_strong_wolfe_conditions(centre, first, wave):
-    """A wavy valley, from steps far too short to far too long."""
+    """The function is a wavy valley, and first steps are from far too short to far too long."""
 
     def f(t):
         return (t / centre - 1) ** 2 + 0.1 * wave * (1 - np.cos(6 * (t / centre - 1)))
@@ -675,41 +679,41 @@ def test_a_search_ends_with_the_strong_wolfe_conditions(centre, first, wave):
     def slope(t):
         return (2 * (t / centre - 1) + 0.6 * wave * np.sin(6 * (t / centre - 1))) / centre
 
-    trial, seen = along(f, slope)
+    trial, points = recorded_line(f, slope)
     origin = Point(0.0, f(0.0), slope(0.0))
     if not origin.slope < 0:
         return
-    kept = []
-    found = strong_wolfe(trial, lambda: kept.append(seen[-1]), origin, first, 40)
-    assert found is seen[-1]
-    assert found.value <= origin.value + 1e-4 * found.length * origin.slope
-    assert abs(found.slope) <= 0.9 * abs(origin.slope)
+    kept_points = []
+    end = strong_wolfe(trial, lambda: kept_points.append(points[-1]), origin, first, 40)
+    assert end is points[-1]
+    assert end.value <= origin.value + 1e-4 * end.length * origin.slope
+    assert abs(end.slope) <= 0.9 * abs(origin.slope)
 
 
 def test_a_search_without_an_end_takes_the_lowest_point_seen():
-    trial, seen = along(lambda t: -t, lambda t: -1.0)
-    kept = []
-    found = strong_wolfe(trial, lambda: kept.append(seen[-1]), Point(0.0, 0.0, -1.0), 1.0, 5)
-    assert len(seen) == 5 and found is seen[-1] is kept[-1] and found.length > 100
+    trial, points = recorded_line(lambda t: -t, lambda t: -1.0)
+    kept_points = []
+    end = strong_wolfe(trial, lambda: kept_points.append(points[-1]), Point(0.0, 0.0, -1.0), 1.0, 5)
+    assert len(points) == 5 and end is points[-1] is kept_points[-1] and end.length > 100
 
 
 def test_a_search_short_of_evaluations_returns_a_point_it_kept():
-    """A valley so narrow that its ground is missed: the point kept is not the last tried."""
-    trial, seen = along(lambda t: 1e3 * abs(t - 1.0), lambda t: 1e3 if t > 1 else -1e3)
-    kept = []
-    found = strong_wolfe(trial, lambda: kept.append(seen[-1]), Point(0.0, 1e3, -1e3), 0.3, 4)
-    assert found in kept and found.value == min(p.value for p in seen if p.value <= 1e3 - 0.1 * p.length)
+    """The valley is so narrow that the search misses its minimum: the kept point is not the last one tried."""
+    trial, points = recorded_line(lambda t: 1e3 * abs(t - 1.0), lambda t: 1e3 if t > 1 else -1e3)
+    kept_points = []
+    end = strong_wolfe(trial, lambda: kept_points.append(points[-1]), Point(0.0, 1e3, -1e3), 0.3, 4)
+    assert end in kept_points and end.value == min(p.value for p in points if p.value <= 1e3 - 0.1 * p.length)
 
 
 @pytest.mark.parametrize("evals", [1, 30])
 def test_a_search_uphill_or_flat_finds_nothing(evals):
     origin = Point(0.0, 0.0, -1.0)
-    assert strong_wolfe(along(lambda t: t, lambda t: 1.0)[0], lambda: None, origin, 1.0, evals) is None
+    assert strong_wolfe(recorded_line(lambda t: t, lambda t: 1.0)[0], lambda: None, origin, 1.0, evals) is None
     nowhere = strong_wolfe(lambda t: Point(t, np.inf, np.inf), lambda: None, origin, 1.0, evals)
     assert nowhere is None
-    # Values that do not move, where rounding hides what a tiny slope promises.
+    # The values are constant: rounding hides the decrease of a tiny slope.
     still = Point(0.0, 1.0, -1e-30)
-    assert strong_wolfe(along(lambda t: 1.0, lambda t: -1e-30)[0], lambda: None, still, 1.0, evals) is None
+    assert strong_wolfe(recorded_line(lambda t: 1.0, lambda t: -1e-30)[0], lambda: None, still, 1.0, evals) is None
 
 
 # Norms.
@@ -725,14 +729,14 @@ def test_the_norm_is_accumulated_in_float64(dtype):
 def test_clipping_by_0_or_from_below_only_measures():
     for limit in (0, 0.0, 5.0, 6.0, np.inf):
         g = np.array([3.0, 4.0], np.float32)
-        assert clip_by_global_norm(g, limit, alone) == 5.0 and np.array_equal(g, [3.0, 4.0])
+        assert clip_by_global_norm(g, limit, no_sum) == 5.0 and np.array_equal(g, [3.0, 4.0])
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_clipping_returns_a_norm_that_is_not_finite_and_leaves_the_gradient(bad):
     g = np.array([1.0, bad, 2.0], np.float32)
     before = g.copy()
-    assert not np.isfinite(clip_by_global_norm(g, 1.0, alone))
+    assert not np.isfinite(clip_by_global_norm(g, 1.0, no_sum))
     np.testing.assert_array_equal(g, before)
     # The other shards' gradients stay too.
     assert not np.isfinite(clip_by_global_norm(g[:1], 1.0, lambda a: a + bad * bad)) and g[0] == 1.0
@@ -740,7 +744,7 @@ def test_clipping_returns_a_norm_that_is_not_finite_and_leaves_the_gradient(bad)
 
 def test_clipping_far_below_the_smallest_float32_factor():
     g = np.full(4, 1e38, np.float32)
-    assert clip_by_global_norm(g, 1e-6, alone) == pytest.approx(2e38, rel=1e-6)
+    assert clip_by_global_norm(g, 1e-6, no_sum) == pytest.approx(2e38, rel=1e-6)
     np.testing.assert_allclose(g, 5e-7, rtol=1e-5)
     assert g.dtype == np.float32
 
@@ -748,7 +752,7 @@ def test_clipping_far_below_the_smallest_float32_factor():
 @pytest.mark.parametrize("limit", [-1.0, np.nan])
 def test_a_wrong_largest_norm_says_what_is_right(limit):
     with pytest.raises(UserError, match="expected 0"):
-        clip_by_global_norm(np.ones(3), limit, alone)
+        clip_by_global_norm(np.ones(3), limit, no_sum)
 
 
 # Schedules.
@@ -835,12 +839,14 @@ def test_arrays_that_are_not_the_shard_are_refused(name):
     right, long, wide = np.ones(3, np.float32), np.ones(4, np.float32), np.ones(3)
     for w, g in ((long, right), (right, long), (wide, right), (right, wide)):
         with pytest.raises(ValueError, match="this optimizer steps"):
-            optimizer.step(w, g, 0.1, alone, lambda: 0.0)
+            optimizer.step(w, g, 0.1, no_sum, lambda: 0.0)
 
 
 def test_lbfgs_asks_for_its_closure():
     with pytest.raises(ValueError, match="closure"):
-        make_optimizer("lbfgs", 3, np.float32, Hyper()).step(np.ones(3, np.float32), np.ones(3, np.float32), 1.0, alone)
+        make_optimizer("lbfgs", 3, np.float32, Hyper()).step(
+            np.ones(3, np.float32), np.ones(3, np.float32), 1.0, no_sum
+        )
 
 
 SETTINGS = (Hyper, NewtonSettings, ScheduleSettings)
@@ -874,13 +880,13 @@ def test_settings_that_nothing_uses_name_who_does():
         Unused("gamma", "schedule", ("step",)),
         Unused("damping", "optimizer", ("plbfgs",)),
     ]
-    assert [one.setting for one in unused_settings("plse", "step", values)] == ["min_lr", "beta1", "damping"]
+    assert [unused.setting for unused in unused_settings("plse", "step", values)] == ["min_lr", "beta1", "damping"]
     assert unused_settings("lbfgs", "constant", {"history": 3, "max_evals": 9, "weight_decay": 0.1}) == []
     assert unused_settings("lsr1-tr", "constant", {"max_evals": 9}) == [Unused("max_evals", "optimizer", ("lbfgs",))]
-    # Even as by default where it is said.
-    values, said = {"history": 10, "gamma": 0.1, "momentum": None, "sigma": 0.0}, {"history", "gamma", "lr"}
-    assert [one.setting for one in unused_settings("adam", "constant", values, said)] == ["history", "gamma"]
-    assert unused_settings("lbfgs", "step", values, said) == []
+    # A setting that was given counts even with its default value.
+    values, stated = {"history": 10, "gamma": 0.1, "momentum": None, "sigma": 0.0}, {"history", "gamma", "lr"}
+    assert [unused.setting for unused in unused_settings("adam", "constant", values, stated)] == ["history", "gamma"]
+    assert unused_settings("lbfgs", "step", values, stated) == []
     with pytest.raises(UserError, match="choose one of sgd"):
         unused_settings("adagrad", "cosine", {})
 
@@ -891,7 +897,7 @@ def test_settings_that_nothing_uses_name_who_does():
 @pytest.mark.parametrize("n", [1, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 1])
 def test_every_element_is_stepped(n):
     w, g = np.zeros(n), np.ones(n)
-    make_optimizer("sgd", n, np.float64, Hyper()).step(w, g, 0.5, alone)
+    make_optimizer("sgd", n, np.float64, Hyper()).step(w, g, 0.5, no_sum)
     assert np.array_equal(w, np.full(n, -0.5)) and NumpyOps().squared_norm(g) == n
 
 
@@ -909,7 +915,7 @@ def test_a_point_accepted_before_the_last_trial_is_restored_with_its_gradient():
             return value
 
         optimizer = make_optimizer("lbfgs", 1, np.float64, Hyper(max_evals=max_evals))
-        optimizer.step(w, g, 300.0, alone, closure)
+        optimizer.step(w, g, 300.0, no_sum, closure)
         assert any(np.array_equal(point, w) for point in points)
         assert kink(w)[0] == min(kink(point)[0] for point in points)
         if optimizer.scalars["count"]:
@@ -926,24 +932,24 @@ def test_a_loss_of_minus_infinity_is_too_long():
         g[:] = w
         return float(0.5 * w @ w) if np.abs(w).max() <= 1 else -np.inf
 
-    make_optimizer("lbfgs", 2, np.float64, Hyper()).step(w, g, 50.0, alone, closure)
+    make_optimizer("lbfgs", 2, np.float64, Hyper()).step(w, g, 50.0, no_sum, closure)
     assert np.abs(w).max() < 1
 
 
 def test_a_decrease_must_be_sufficient():
-    found = strong_wolfe(lambda t: Point(t, -5e-5 * t, 0.0), lambda: None, Point(0.0, 0.0, -1.0), 1.0, 1)
-    assert found is None
+    point = strong_wolfe(lambda t: Point(t, -5e-5 * t, 0.0), lambda: None, Point(0.0, 0.0, -1.0), 1.0, 1)
+    assert point is None
 
 
 def test_the_trial_after_one_not_finite_is_a_tenth():
-    seen = []
+    lengths = []
 
     def trial(length):
-        seen.append(length)
+        lengths.append(length)
         return Point(length, np.inf, np.inf) if length > 0.5 else Point(length, -length, 0.0)
 
     assert strong_wolfe(trial, lambda: None, Point(0.0, 0.0, -1.0), 1.0, 5).length == pytest.approx(0.1)
-    assert seen == pytest.approx([1.0, 0.1])
+    assert lengths == pytest.approx([1.0, 0.1])
 
 
 def test_the_cubic_finds_the_minimum_from_either_side():
@@ -955,47 +961,47 @@ def test_the_cubic_finds_the_minimum_from_either_side():
 
 @pytest.mark.parametrize("name", ["adam", "adamw"])
 def test_counted_steps_are_those_of_optimizers_of_their_own(name):
-    """Weights that come and go, against an optimizer for each group of them that is stepped together."""
+    """Weights that come and go step as with an optimizer for each group of weights that are stepped together."""
     rng, hyper = np.random.default_rng(0), Hyper(weight_decay=0.01)
     n, groups = 40_000, [slice(0, 15_000), slice(15_000, 40_000)]
     w = rng.standard_normal(n)
     state = {key: np.zeros(n) for key in ("m", "v", "t")}
-    theirs = [make_optimizer(name, g.stop - g.start, np.float64, hyper) for g in groups]
+    group_optimizers = [make_optimizer(name, g.stop - g.start, np.float64, hyper) for g in groups]
     expected = w.copy()
     for step in range(12):
         stepped = [k for k in (0, 1) if k == 0 or step % 3 == 2]
         gradient = rng.standard_normal(n)
         ids = np.concatenate([np.arange(groups[k].start, groups[k].stop) for k in stepped])
-        ours = make_optimizer(name, len(ids), np.float64, hyper, counted=True)
-        assert not ours.scalars
+        counted = make_optimizer(name, len(ids), np.float64, hyper, counted=True)
+        assert not counted.scalars
         for key, values in state.items():
-            ours.vectors[key][...] = values[ids]
+            counted.vectors[key][...] = values[ids]
         part, g = w[ids], gradient[ids]
-        ours.step(part, g, 0.01, lambda values: values)
+        counted.step(part, g, 0.01, lambda values: values)
         w[ids] = part
         for key, values in state.items():
-            values[ids] = ours.vectors[key]
+            values[ids] = counted.vectors[key]
         for k in stepped:
-            theirs[k].step(expected[groups[k]], gradient[groups[k]].copy(), 0.01, lambda values: values)
+            group_optimizers[k].step(expected[groups[k]], gradient[groups[k]].copy(), 0.01, lambda values: values)
     assert abs(w - expected).max() <= 1e-12
-    # Without decay of a moment the first step is its whole length.
-    one = make_optimizer(name, 3, np.float32, Hyper(beta1=0.0, beta2=0.0), counted=True)
+    # With betas of 0 the first step has the length of the rate.
+    no_moments = make_optimizer(name, 3, np.float32, Hyper(beta1=0.0, beta2=0.0), counted=True)
     w = np.zeros(3, np.float32)
-    one.step(w, np.array([1, -2, 3], np.float32), 0.5, lambda values: values)
+    no_moments.step(w, np.array([1, -2, 3], np.float32), 0.5, lambda values: values)
     assert np.allclose(w, [-0.5, 0.5, -0.5], rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", FIRST_ORDER)
 def test_a_fused_pass_is_found_once_and_does_the_whole_step(name):
-    asked, calls = [], []
+    operations, calls = [], []
 
     class Fused(NumpyOps):
         def fused(self, operation):
-            asked.append(operation)
+            operations.append(operation)
             return lambda w, g, *state: calls.append((w.size, g.size))
 
     optimizer = make(name, 3 * CHUNK, np.float64, Hyper(weight_decay=0.1), Fused(), matrices=())
     w, g = np.ones(3 * CHUNK), np.ones(3 * CHUNK)
     for _ in range(2):
-        optimizer.step(w, g, 0.1, alone)
-    assert asked == [type(optimizer).operation] and calls == [(3 * CHUNK,) * 2] * 2 and (w == 1).all()
+        optimizer.step(w, g, 0.1, no_sum)
+    assert operations == [type(optimizer).operation] and calls == [(3 * CHUNK,) * 2] * 2 and (w == 1).all()

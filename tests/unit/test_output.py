@@ -1,4 +1,4 @@
-"""What a person sees: full disks, readers that go, encodings without Unicode, terminals and files."""
+"""Printed output: full disks, closed pipes, encodings without Unicode, terminals and files."""
 
 import errno
 import io
@@ -22,7 +22,7 @@ GOES_ON = "training goes on"
 
 
 def unread():
-    """The writing end of a pipe whose reader has gone."""
+    """The writing end of a pipe whose reader is closed."""
     reader, writer = os.pipe()
     os.close(reader)
     return os.fdopen(writer, "w")
@@ -34,7 +34,7 @@ def full():
 
 
 class Filling(io.StringIO):
-    """A file on a disk that is full for some writes."""
+    """A file on a disk that is full for the first `failures` writes."""
 
     def __init__(self, failures):
         super().__init__()
@@ -81,7 +81,7 @@ def test_other_commands_end_where_nobody_reads(show, monkeypatch):
         with pytest.raises(UserError, match="standard output: No space left"):
             show("text")
         file = Stream(file)
-        # What waits in its buffer is no error at the end of the program.
+        # Text in the buffer causes no second error at the end of the program.
         with pytest.raises(UserError):
             file.flush()
         assert finish(0) == 1
@@ -101,15 +101,17 @@ TRAIN = [sys.executable, "-m", "psmpi.train", "--epochs", "2", "--batch-size", "
 
 @pytest.mark.parametrize("sink", [unread, full, None])
 def test_training_outlives_its_standard_output(sink, tmp_path):
-    """A pipe without a reader, a full disk, and none at all; the same for standard error in the last case."""
+    """Standard output is a pipe without a reader, a full disk, or closed together with standard error."""
     command = TRAIN if sink else ["sh", "-c", '"$@" >&- 2>&- <&-', "sh", *TRAIN]
     with sink() if sink else open(os.devnull) as file:
-        done = subprocess.run(command, stdout=file if sink else None, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
-        assert done.returncode == 0 and without_note(done.stderr).count("\n") == bool(sink), done.stderr
+        process = subprocess.run(
+            command, stdout=file if sink else None, stderr=subprocess.PIPE, text=True, cwd=tmp_path
+        )
+        assert process.returncode == 0 and without_note(process.stderr).count("\n") == bool(sink), process.stderr
         if sink is full:
-            # Such as is the log of a whole job.
-            done = subprocess.run([*TRAIN, "--resume", "auto"], stdout=file, stderr=file, cwd=tmp_path)
-            assert done.returncode == 0
+            # The log of a job takes both streams.
+            process = subprocess.run([*TRAIN, "--resume", "auto"], stdout=file, stderr=file, cwd=tmp_path)
+            assert process.returncode == 0
     assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 2
     assert len(list((tmp_path / "run/checkpoints").iterdir())) == 2
     words = ["inspect", "verify", str(tmp_path / "run")]
@@ -117,21 +119,21 @@ def test_training_outlives_its_standard_output(sink, tmp_path):
     for words in (["inspect", "show", "run"], ["predict", "run"], ["--version"], ["plot", "run", "--out", "x.png"]):
         with unread() as file:
             command = [sys.executable, "-m", "psmpi", *words]
-            done = subprocess.run(command, stdout=file, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
-        assert (done.returncode, without_note(done.stderr)) == (CLOSED, ""), words
+            process = subprocess.run(command, stdout=file, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+        assert (process.returncode, without_note(process.stderr)) == (CLOSED, ""), words
         if sink:
             break
 
 
 def command_status(words):
     """Exit status and standard error of a command."""
-    done = subprocess.run([sys.executable, "-m", "psmpi", *words], capture_output=True, text=True)
-    return done.returncode, without_note(done.stderr)
+    process = subprocess.run([sys.executable, "-m", "psmpi", *words], capture_output=True, text=True)
+    return process.returncode, without_note(process.stderr)
 
 
 @pytest.fixture
 def ascii_stdout(monkeypatch):
-    """ascii_stdout() makes standard output one of the locale C; what it returns, called, gives what was printed."""
+    """ascii_stdout() encodes standard output as the locale C does, and returns a function that returns its bytes."""
 
     def make():
         raw = io.BytesIO()
@@ -186,13 +188,13 @@ def test_names_that_an_encoding_lacks_are_printed_as_they_can_be(ascii_stdout):
     [("läufe", "läufe"), ("l\udcc3\udca4ufe", "läufe"), ("r\udcff", r"r\u0000ff"), ("[", "[")],
 )
 def test_run_directories_of_any_name_can_be_trained_in(name, kept, train, tmp_path):
-    """Names in UTF-8, ones that the locale C did not decode, ones in no encoding, and ones like rich's markup."""
-    name, kept = (f"{one}/b]" if one == "[" else one for one in (name, kept))
-    found = train(1, "--max-steps", "1", "--data-dir", tmp_path / name, out=tmp_path / name)
-    config = (found.out / "config.toml").read_bytes().decode()
+    """Names are in UTF-8, undecoded in the locale C, in no encoding, or like rich's markup."""
+    name, kept = (f"{part}/b]" if part == "[" else part for part in (name, kept))
+    training = train(1, "--max-steps", "1", "--data-dir", tmp_path / name, out=tmp_path / name)
+    config = (training.out / "config.toml").read_bytes().decode()
     assert f'{tmp_path / kept}"' in config
     named = tmp_path / ("läufe" if name.startswith("l") else name)
-    assert from_toml(read_contents(found.checkpoint).config, "checkpoint").data.data_dir == str(named)
+    assert from_toml(read_contents(training.checkpoint).config, "checkpoint").data.data_dir == str(named)
 
 
 @pytest.mark.parametrize(
@@ -220,19 +222,19 @@ def test_colours_are_for_terminals_that_a_person_reads(environ, on_terminal, in_
 
 
 def shown_on_terminal(words, cwd, **environ):
-    """What a command prints on a pseudo-terminal."""
-    status, found = on_terminal(words, cwd, **environ)
-    assert status == 0, found
-    return found
+    """Run a command on a pseudo-terminal; return its output."""
+    status, output = on_terminal(words, cwd, **environ)
+    assert status == 0, output
+    return output
 
 
 def test_a_launchers_terminal_gets_no_escape_codes(tmp_path):
-    """As Open MPI gives its ranks, whose output may end in a file."""
+    """Open MPI gives its ranks a terminal, and their output may end in a file."""
     assert b"\x1b[" in shown_on_terminal([*TRAIN, "--max-steps", "1"], tmp_path, TERM="xterm")
     # MPICH does not start under Open MPI's launcher unless it is told not to look for it.
-    one = {"TERM": "xterm", "OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0", "MPIR_CVAR_PMI_VERSION": "1"}
-    assert b"\x1b" not in shown_on_terminal([*TRAIN, "--resume", "auto"], tmp_path, **one)
-    assert b"\x1b" not in shown_on_terminal([*TRAIN[:3], "--help"], tmp_path, **one)
+    one_rank = {"TERM": "xterm", "OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0", "MPIR_CVAR_PMI_VERSION": "1"}
+    assert b"\x1b" not in shown_on_terminal([*TRAIN, "--resume", "auto"], tmp_path, **one_rank)
+    assert b"\x1b" not in shown_on_terminal([*TRAIN[:3], "--help"], tmp_path, **one_rank)
     assert b"\x1b" not in shown_on_terminal([*TRAIN[:3], "--help"], tmp_path, TERM="xterm", NO_COLOR="1")
 
 
@@ -245,19 +247,19 @@ def test_a_terminal_of_few_columns_still_shows_the_table(columns, tmp_path):
 @pytest.mark.parametrize("module", ["train", "predict", "inspect", "inspect show", "plot", "bench", "bench compute"])
 def test_help_is_as_wide_on_a_terminal_of_few_columns(module, monkeypatch):
     """Lines have HELP_WIDTH columns at least, so that no word is broken."""
-    given, (name, *words) = shutil.get_terminal_size, module.split()
-    shown = ""
+    original, (name, *words) = shutil.get_terminal_size, module.split()
+    help_text = ""
     for columns in (str(HELP_WIDTH), "20", "1"):
         monkeypatch.setitem(TERMINAL, "COLUMNS", columns)
-        ended = run_program(1, f"psmpi.{name}", [*words, "--help"])
-        shown = shown or ended.stdout
-        assert ended.status == 0 and ended.stdout == shown and "--help " in shown
-    assert shutil.get_terminal_size is given
+        process = run_program(1, f"psmpi.{name}", [*words, "--help"])
+        help_text = help_text or process.stdout
+        assert process.status == 0 and process.stdout == help_text and "--help " in help_text
+    assert shutil.get_terminal_size is original
     monkeypatch.setitem(TERMINAL, "COLUMNS", "100")
     assert max(map(len, run_program(1, "psmpi.train", ["--help"]).stdout.splitlines())) > HELP_WIDTH
 
 
 def test_what_is_wrong_with_an_option_is_said_in_whole_words_on_a_terminal_of_few_columns(monkeypatch):
     monkeypatch.setitem(TERMINAL, "COLUMNS", "20")
-    ended = run_program(1, "psmpi.train", ["--learning-rate", "1"])
-    assert ended.status == 1 and "Unrecognized options" in ended.stderr
+    process = run_program(1, "psmpi.train", ["--learning-rate", "1"])
+    assert process.status == 1 and "Unrecognized options" in process.stderr

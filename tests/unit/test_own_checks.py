@@ -1,4 +1,4 @@
-"""Checks for classes of one's own: the examples pass them, and faults of theirs are found."""
+"""Checks for user classes: the examples pass them, and faulty variants fail."""
 
 import importlib
 from unittest import mock
@@ -16,9 +16,9 @@ from psmpi.testing import check_layer, check_loss, check_optimizer
 
 @pytest.fixture
 def example(monkeypatch):
-    """The module of an example, whose class is registered while the test runs."""
-    for one in (LAYERS, LOSSES, OPTIMIZERS):
-        monkeypatch.setattr(one, "registered", {})
+    """A function that imports an example module and registers its class for the test."""
+    for registry in (LAYERS, LOSSES, OPTIMIZERS):
+        monkeypatch.setattr(registry, "registered", {})
     monkeypatch.syspath_prepend(ROOT / "examples")
 
     def load(name):
@@ -55,10 +55,10 @@ def test_the_example_s_loss_passes(example):
 
 def test_a_loss_that_is_wrong_is_found(example):
     module = example("own_loss")
-    right = module.SquaredHinge.of_margins
+    original = module.SquaredHinge.of_margins
 
     def wrong(self, z, values, grad, own, pairs):
-        value = right(self, z, values, grad, own, pairs)
+        value = original(self, z, values, grad, own, pairs)
         if grad is not None:
             grad *= 0.5
         return value
@@ -76,11 +76,11 @@ def test_the_example_s_optimizer_passes(example):
 
 def test_an_optimizer_with_state_that_is_not_saved_is_found(example):
     kind = example("own_optimizer").Adagrad
-    right = kind.update
+    original = kind.update
 
     def wrong(self, w, g, lr, state, a, b):
         self.count = getattr(self, "count", 0) + 1
-        right(self, w, g, lr / self.count, state, a, b)
+        original(self, w, g, lr / self.count, state, a, b)
 
     with mock.patch.object(kind, "update", wrong), pytest.raises(AssertionError, match="its state is not all in"):
         check_optimizer("adagrad")

@@ -24,50 +24,50 @@ def partitioned(element, runs, start, rule, steps, *, search, done, memory=5):
     step, g, work = np.empty_like(x), np.empty_like(x), np.empty((3, len(x)))
     v, s = (np.zeros((len(runs), width)) for _ in range(2))
 
-    def at(point):
+    def evaluate(point):
         restriction.restrict(point, v)
         return element(v)
 
     def value(x, step, length):
-        return at(x + length * step)[0].sum()
+        return evaluate(x + length * step)[0].sum()
 
     for taken in range(steps):
-        values, before = at(x)
-        restriction.accumulate(before, g)
+        values, old_gradients = evaluate(x)
+        restriction.accumulate(old_gradients, g)
         if done(g):
             return x, taken
-        found = truncated_cg(
+        cg_step = truncated_cg(
             g, step, lambda p, q: operators.restricted_product(restriction, p, q), lambda a: None, lambda sums: sums,
             work, radius=np.inf if search else region.radius, rtol=1e-10, itmax=4 * len(x),
         )  # fmt: skip
         start_value = values.sum()
         if search:
-            searched = armijo(partial(value, x, step), start_value, found.slope, extend=False)
+            searched = armijo(partial(value, x, step), start_value, cg_step.slope, extend=False)
             length = searched[0] if searched else 0.0
         else:
-            decrease = -(found.slope + found.curvature / 2)
-            length = float(region.judge(start_value, value(x, step, 1.0), decrease, found.length))
+            decrease = -(cg_step.slope + cg_step.curvature / 2)
+            length = float(region.judge(start_value, value(x, step, 1.0), decrease, cg_step.length))
         if length:
             x += length * step
             restriction.restrict(length * step, s)
-            operators.push(s, at(x)[1] - before, np.ones(len(runs), bool))
+            operators.push(s, evaluate(x)[1] - old_gradients, np.ones(len(runs), bool))
     return x, steps
 
 
 @pytest.mark.parametrize("search", [True, False], ids=["line search", "trust region"])
 @pytest.mark.parametrize("rule", RULES)
 def test_a_convex_quadratic_is_solved_in_at_most_n_steps(rule, search):
-    """60 variables in overlapping elements of 4: an element's matrix is learnt in 4 steps, whatever their number."""
+    """The matrix of an element of 4 variables is learnt in 4 steps, for any number of overlapping elements."""
     n, width = 60, 4
     rng = np.random.default_rng(0)
     runs = [(k, k + width) for k in range(0, n - width + 1, 2)]
     a = np.stack([np.linalg.qr(rng.standard_normal((width, width)))[0] for _ in runs])
     a = np.einsum("eij,j,ekj->eik", a, np.array([0.3, 1.0, 2.0, 5.0]), a)
     b = rng.standard_normal((len(runs), width))
-    dense, right = np.zeros((n, n)), np.zeros(n)
+    dense, rhs = np.zeros((n, n)), np.zeros(n)
     for (i, j), matrix, vector in zip(runs, a, b, strict=True):
         dense[i:j, i:j] += matrix
-        right[i:j] += vector
+        rhs[i:j] += vector
 
     def element(v):
         av = np.einsum("eij,ej->ei", a, v)
@@ -76,7 +76,7 @@ def test_a_convex_quadratic_is_solved_in_at_most_n_steps(rule, search):
     x, taken = partitioned(
         element, runs, np.zeros(n), rule, n, search=search, done=lambda g: np.linalg.norm(g) <= 1e-10
     )
-    solution = np.linalg.solve(dense, right)
+    solution = np.linalg.solve(dense, rhs)
     assert taken < n and np.linalg.norm(x - solution) <= 1e-8 * np.linalg.norm(solution)
 
 
@@ -100,17 +100,17 @@ def test_the_chained_rosenbrock_function_has_the_minimiser_that_scipy_finds(rule
     runs = [(k, k + 2) for k in range(n - 1)]
     # A region of the smallest radius lets a gradient be that radius times the largest curvature, here about 1,000:
     # steps along it are rejected where the model is wrong, and a rejected step mends no model.
-    least = 1e-8 if search else 1e3 * SMALLEST
+    tolerance = 1e-8 if search else 1e3 * SMALLEST
     x, taken = partitioned(
-        rosenbrock, runs, start, rule, 2000, search=search, done=lambda g: np.linalg.norm(g) <= least
+        rosenbrock, runs, start, rule, 2000, search=search, done=lambda g: np.linalg.norm(g) <= tolerance
     )
     expected = minimize(rosen, start, jac=rosen_der, method="L-BFGS-B", options={"maxiter": 5000, "gtol": 1e-10})
     assert taken < 2000 and rosen(x) <= rosen(expected.x) + 1e-10
     assert np.linalg.norm(x - 1) <= 1e-6 and np.linalg.norm(expected.x - 1) <= 1e-4
 
 
-def whole(name, objective, start, steps, hyper):
-    """Steps of an optimizer of the whole vector: (x, the steps after which the gradient was as good as zero)."""
+def unpartitioned(name, objective, start, steps, hyper):
+    """Step an optimizer of the whole vector until the gradient vanishes: (x, steps taken, optimizer)."""
     optimizer, w, g = make_optimizer(name, len(start), F64, hyper), start.copy(), np.zeros_like(start)
     for taken in range(steps):
 
@@ -127,24 +127,24 @@ def whole(name, objective, start, steps, hyper):
 @pytest.mark.parametrize("name", ["lbfgs-tr", "lsr1-tr"])
 def test_whole_vectors_in_a_trust_region_find_what_scipy_finds(name):
     start = np.tile([-1.2, 1.0], 5)
-    x, taken, _ = whole(name, lambda w: (rosen(w), rosen_der(w)), start, 1000, Hyper())
+    x, taken, _ = unpartitioned(name, lambda w: (rosen(w), rosen_der(w)), start, 1000, Hyper())
     assert taken < 1000
     expected = minimize(rosen, start, jac=rosen_der, method="L-BFGS-B", options={"gtol": 1e-10})
     assert np.linalg.norm(x - expected.x) <= 1e-4
 
 
 def test_sr1_on_the_whole_vector_learns_an_indefinite_matrix():
-    """With as many pairs as variables it ends with the quadratic's own matrix; L-BFGS keeps one that is definite."""
+    """With as many pairs as variables SR1 learns the matrix of the quadratic; L-BFGS keeps a definite matrix."""
     n = 6
     rng = np.random.default_rng(1)
     q = np.linalg.qr(rng.standard_normal((n, n)))[0]
     a = (q * np.array([-1.0, 0.5, 1, 2, 3, 4])) @ q.T
     for name in ("lsr1-tr", "lbfgs-tr"):
-        _, _, optimizer = whole(name, lambda w: (w @ a @ w / 2, a @ w), np.ones(n), 3 * n, Hyper(history=n))
+        _, _, optimizer = unpartitioned(name, lambda w: (w @ a @ w / 2, a @ w), np.ones(n), 3 * n, Hyper(history=n))
         z = np.stack(optimizer.rows)
         b = optimizer.scalars["sigma"] * np.eye(n) + z.T @ optimizer.middle @ z
         if name == "lsr1-tr":
-            # Its steps are no basis to choose: they are far from orthogonal, which costs digits.
+            # Its steps are far from orthogonal, which costs digits.
             assert np.linalg.norm(b - a) <= 1e-4 * np.linalg.norm(a)
         else:
             assert np.linalg.eigvalsh(b).min() > 0

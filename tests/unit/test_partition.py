@@ -131,7 +131,7 @@ def test_networks_that_share_nothing_or_not_all_can_be_partitioned():
 
 
 def test_the_analysis_of_many_classes_needs_little_memory():
-    """Who uses what is kept as runs: no table of classes times units, as large as the network and larger."""
+    """The users of units are kept as runs, without a table of classes times units."""
     network = make_network("psnet", (1, 8, 8), 1000)
     tracemalloc.start()
     layout = network.layout()
@@ -171,9 +171,9 @@ def test_restrict_and_accumulate_are_adjoint(which, seed):
 @given(intervals, intervals)
 def test_a_vector_inside_another_is_the_same_slice(first, second):
     a, b = Runs.union(first), Runs.union(second)
-    at, w = a.inside(b), np.arange(60)
-    if at is not None:
-        assert restrict(w, b)[at].tolist() == restrict(w, a).tolist()
+    place, w = a.inside(b), np.arange(60)
+    if place is not None:
+        assert restrict(w, b)[place].tolist() == restrict(w, a).tolist()
 
 
 @given(st.integers(2, 12), st.integers(1, 60), st.integers(0, 6))
@@ -218,29 +218,29 @@ NETWORKS = [
 
 
 def play(roles, layout, w, grads):
-    """Carry out a plan on plain arrays: what parts receive, what shards receive back."""
+    """Carry out a plan on plain arrays; return what parts receive and what shards receive back."""
     shards = [restrict(w, runs) for runs in roles.shards]
     parts = [np.full(runs.size, np.nan) for runs in roles.parts]
     back = [np.zeros(runs.size) for runs in roles.shards]
 
-    def of(runs, vector, span):
+    def view(runs, vector, span):
         return vector[runs.local(*span)]
 
     for rank in range(roles.size):
         for span in (roles.parts[rank] & roles.shards[rank]).intervals:
-            of(roles.parts[rank], parts[rank], span)[:] = of(roles.shards[rank], shards[rank], span)
-            of(roles.shards[rank], back[rank], span)[:] = of(roles.parts[rank], grads[rank], span)
+            view(roles.parts[rank], parts[rank], span)[:] = view(roles.shards[rank], shards[rank], span)
+            view(roles.shards[rank], back[rank], span)[:] = view(roles.parts[rank], grads[rank], span)
     for move in plan_moves(roles):
         for k, rank in enumerate(move.ranks):
             span = move.slices[k] if move.kind == "deal" else move.slices[0]
             if span[0] == span[1]:
                 continue
             if move.kind == "sum":
-                total = sum(of(roles.parts[r], grads[r], span) for r in move.ranks)
-                of(roles.shards[rank], back[rank], span)[:] = total
+                total = sum(view(roles.parts[r], grads[r], span) for r in move.ranks)
+                view(roles.shards[rank], back[rank], span)[:] = total
             elif rank != move.root:
-                of(roles.parts[rank], parts[rank], span)[:] = of(roles.shards[move.root], shards[move.root], span)
-                of(roles.shards[move.root], back[move.root], span)[:] += of(roles.parts[rank], grads[rank], span)
+                view(roles.parts[rank], parts[rank], span)[:] = view(roles.shards[move.root], shards[move.root], span)
+                view(roles.shards[move.root], back[move.root], span)[:] += view(roles.parts[rank], grads[rank], span)
     return parts, back
 
 
@@ -266,8 +266,8 @@ def test_scatter_and_gather_of_any_plan_are_adjoint(layout, size, masters, coloc
         assert np.array_equal(part, restrict(w, runs))
         accumulate(total, runs, grad)
     owned = np.zeros(layout.size, int)
-    for runs, got in zip(roles.shards, back, strict=True):
-        np.testing.assert_allclose(got, restrict(total, runs), rtol=1e-12, atol=1e-12)
+    for runs, received in zip(roles.shards, back, strict=True):
+        np.testing.assert_allclose(received, restrict(total, runs), rtol=1e-12, atol=1e-12)
         accumulate(owned, runs, np.ones(runs.size, int))
     assert owned.min() >= 1, "every weight has an owner"
 
@@ -311,16 +311,16 @@ def test_impossible_roles_say_what_would_do(size, options, says):
 
 @pytest.mark.parametrize("classes", [2, 3, 7, 10, 12])
 def test_more_workers_never_have_larger_slices_or_more_pairs(classes):
-    """Every pair belongs to one worker, whatever their number; those of full sets of groups are the table's."""
-    before, pairs = (classes + 1, classes**2), set(combinations(range(classes), 2))
+    """Every pair belongs to one worker, for any number of workers; full sets of groups have the sizes of the table."""
+    previous, pairs = (classes + 1, classes**2), set(combinations(range(classes), 2))
     for workers in range(1, len(pairs) + 1):
         grid = make_grid("pairs", classes, workers, 1)
         assert len(grid) == workers and min(len(w.elements) for w in grid) >= 1
         assert sum(len(w.elements) for w in grid) == len(pairs) == len(set().union(*(w.elements for w in grid)))
         assert all(set(w.classes) == {c for pair in w.elements for c in pair} for w in grid)
-        now = max((len(w.classes), len(w.elements)) for w in grid)
-        assert now <= before
-        before = now
+        largest = max((len(w.classes), len(w.elements)) for w in grid)
+        assert largest <= previous
+        previous = largest
     if classes == 10:
         sizes = {n: max(len(w.classes) for w in make_grid("pairs", 10, n, 1)) for n in (1, 3, 6, 10, 15, 45)}
         assert sizes == {1: 10, 3: 7, 6: 6, 10: 4, 15: 4, 45: 2}

@@ -1,4 +1,4 @@
-"""Ranks that sleep while they wait: bells between processes, what is asked for, and cores of their own."""
+"""Ranks that sleep while they wait: bells between processes, the choice to sleep, and cores for each rank."""
 
 import os
 import sys
@@ -20,7 +20,7 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="bells are Linux's")
 
 
 class Request:
-    """Done at the given look, from 1."""
+    """A request that is done at the test number `look`, counted from 1."""
 
     def __init__(self, look):
         self.looks, self.look = 0, look
@@ -31,7 +31,7 @@ class Request:
 
 
 def on_two(work):
-    """work(bells) on two ranks of one host, which are threads."""
+    """Run work(bells) on two ranks of one host, which are threads."""
     return run_ranks(2, lambda world: work(Bells(world)))
 
 
@@ -50,7 +50,7 @@ def test_a_bell_ends_a_sleep():
 
 @linux
 def test_a_bell_that_rang_before_the_sleep_is_heard():
-    """Between the last look and the sleep: a rank would else sleep though what it waits for is there."""
+    """A rank that misses a bell between its last look and its sleep would sleep although its message is there."""
 
     def work(bells):
         bells.arm()
@@ -88,25 +88,25 @@ def test_bells_leave_no_files(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("awake", [False, True])
 def test_who_may_wait_is_woken_at_the_begin_and_at_the_end(awake):
-    rung = []
+    rings = []
 
     def work(bells):
         bells.awake = awake
-        bells.ring = lambda places: rung.append((bells.number, tuple(places)))
+        bells.ring = lambda places: rings.append((bells.number, tuple(places)))
         if bells.number == 0:
             PatientRequest(Request(12), bells, (1,), (0, 1), (1e-4, 1e-4, 0.0)).Wait()
 
     on_two(work)
-    assert rung[0] == (0, (1,)) and rung[-1] == (0, (0, 1))
+    assert rings[0] == (0, (1,)) and rings[-1] == (0, (0, 1))
 
 
 def test_a_test_that_finds_it_done_wakes_too():
-    rung = []
+    rings = []
 
     def work(bells):
-        bells.ring = rung.append
+        bells.ring = rings.append
         request = PatientRequest(Request(2), bells, (), (5,), (1e-4, 1e-4, 0.0))
-        return [request.Test(), len(rung), request.Test(), len(rung)]
+        return [request.Test(), len(rings), request.Test(), len(rings)]
 
     assert run_ranks(1, lambda world: work(Bells(world))) == [[False, 1, True, 2]]
 
@@ -116,16 +116,16 @@ def test_a_test_that_finds_it_done_wakes_too():
     [("", 2, 2, False), ("", 3, 2, True), ("spin", 3, 2, False), ("sleep", 1, 2, True)],
 )
 def test_ranks_sleep_where_they_outnumber_cores_or_are_told_to(monkeypatch, said, ranks, cores, sleeps):
-    """Ranks and cores of one of two hosts; on the other there are cores enough."""
+    """One of two hosts has these ranks and cores; the other has cores enough."""
     monkeypatch.setenv("PSMPI_WAIT", said)
 
     class Answer(Exception):
         pass
 
-    def made(local):
+    def raise_answer(local):
         raise Answer
 
-    monkeypatch.setattr(patience, "Bells", made)
+    monkeypatch.setattr(patience, "Bells", raise_answer)
 
     def work(world):
         try:
@@ -145,7 +145,7 @@ def test_other_ways_to_wait_are_refused(monkeypatch):
 @linux
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core")
 def test_ranks_that_compute_get_a_core_each(tmp_path):
-    """Of three ranks on two cores the first one does not compute; if it did, none would sleep."""
+    """Of three ranks on two cores the first does not compute; if it computes too, all ranks stay awake."""
     program = tmp_path / "program.py"
     program.write_text(
         "import os\n"
@@ -155,9 +155,9 @@ def test_ranks_that_compute_get_a_core_each(tmp_path):
         "from psmpi.comm.world import start\n"
         "world = start()\n"
         "settle(world, cores, world.rank > 0)\n"
-        "found = sorted(os.sched_getaffinity(0))\n"
+        "own_cores = sorted(os.sched_getaffinity(0))\n"
         "expected = [cores, cores[:1], cores[1:]][world.rank]\n"
-        "assert found == expected, (world.rank, found)\n"
+        "assert own_cores == expected, (world.rank, own_cores)\n"
         "assert world.bells.awake == (world.rank > 0)\n"
         "settle(world, cores, True)\n"
         "assert sorted(os.sched_getaffinity(0)) == expected\n"

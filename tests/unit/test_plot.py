@@ -1,4 +1,4 @@
-"""Curves of runs: what is drawn, and what is said of runs that cannot be."""
+"""Curves of runs: drawn lines and bands, and errors about runs that cannot be drawn."""
 
 import json
 
@@ -62,7 +62,7 @@ def test_a_picture_that_cannot_be_written_is_named(make_run, tmp_path, capsys):
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The figure that is saved last."""
+    """A function that returns the axes of the last saved figure."""
     from matplotlib.figure import Figure
 
     saved, savefig = [], Figure.savefig
@@ -73,9 +73,9 @@ def drawn(monkeypatch):
 def test_one_epoch_is_a_point_that_is_seen(make_run, tmp_path, drawn):
     runs = [f"adam={make_run(name, [value])}" for name, value in (("a", 0.5), ("b", 0.75))]
     assert main([*runs, str(make_run("c", [0.25, 0.5])), "--out", str(tmp_path / "x.png")]) == 0
-    one, two = drawn().lines
-    assert (one.get_marker(), two.get_marker()) == ("o", "None")
-    # From the least to the most of several runs.
+    point, line = drawn().lines
+    assert (point.get_marker(), line.get_marker()) == ("o", "None")
+    # The bar spans the lowest to the highest of several runs.
     assert drawn().collections[0].get_segments()[0].tolist() == [[1, 50], [1, 75]]
 
 
@@ -106,8 +106,8 @@ def test_labels_and_titles_are_drawn_as_they_are(make_run, tmp_path, drawn, labe
     assert main([f"{label}={run}", "--out", str(tmp_path / "x.png"), "--title", label]) == 0
     (text,) = drawn().get_legend().get_texts()
     # A byte that is not UTF-8 cannot be drawn.
-    shown = label.replace("\udcff", "\ufffd")
-    assert (text.get_text(), drawn().get_title()) == (shown, shown)
+    expected = label.replace("\udcff", "\ufffd")
+    assert (text.get_text(), drawn().get_title()) == (expected, expected)
 
 
 def test_rows_without_what_goes_along_are_named(make_run, tmp_path, capsys):

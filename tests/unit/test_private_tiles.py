@@ -1,4 +1,4 @@
-"""Layers of which each class has units of its own, by tiles of classes, against the pass of all classes at once."""
+"""Layers with private units of each class, by tiles of classes, against a pass of all classes at once."""
 
 import tracemalloc
 
@@ -56,12 +56,12 @@ def problem(network, dtype, batch=9, size=0.5, seed=0):
 
 @pytest.fixture
 def tile(monkeypatch):
-    """tile(n): tiles of n classes from now on."""
+    """tile(n) sets the size of tiles to n classes."""
     return lambda n: monkeypatch.setattr(tail, "tile_size", lambda numbers: n)
 
 
 def test_networks_with_private_layers_have_a_tail():
-    """From outputs that all classes see on, where no two classes share a unit."""
+    """A tail begins at outputs that all classes see, and from there no two classes share a unit."""
     tails = {
         "psnet": (make_network("psnet", (1, 28, 28), 10), (3, 12)),
         "psnet, normalized": (make_network("psnet", (3, 32, 32), 10, batch_norm=True), (4, 17)),
@@ -87,64 +87,64 @@ def test_all_layers_go_by_tiles(name, size, backend, tile):
     for kind in ("psl", "nll", "bce"):
         loss = lambda kind=kind: make_loss(kind, F64, outputs=network.classes)  # noqa: E731
         value, g, _ = derive(network, w, x, labels, loss(), NumpyOps(), tiled=False)
-        found, ours, _ = derive(network, w, x, labels, loss(), make_ops(backend), tiled=True)
-        assert found == pytest.approx(value, rel=1e-11)
-        assert abs(ours - g).max() <= 1e-10 * abs(g).max()
+        tiled_value, tiled_g, _ = derive(network, w, x, labels, loss(), make_ops(backend), tiled=True)
+        assert tiled_value == pytest.approx(value, rel=1e-11)
+        assert abs(tiled_g - g).max() <= 1e-10 * abs(g).max()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(F64, 1e-11), (F32, 5e-5)])
 @pytest.mark.parametrize("name", LOSSES)
 def test_every_loss_goes_by_tiles(name, dtype, tolerance, backend, tile):
-    """Of few samples, too, whose labels are in few of the tiles."""
+    """With few samples the labels are in few of the tiles."""
     network = make_network("psnet", (1, 8, 8), 23)
     for size, batch in ((4, 33), (7, 3)):
         tile(size)
         w, x, labels = problem(network, dtype, batch)
         loss = lambda: make_loss(name, dtype, outputs=23)  # noqa: E731
         value, g, _ = derive(network, w, x, labels, loss(), NumpyOps(), tiled=False)
-        found, ours, _ = derive(network, w, x, labels, loss(), make_ops(backend), tiled=True)
-        assert found == pytest.approx(value, rel=tolerance)
-        assert abs(ours - g).max() <= tolerance * abs(g).max()
+        tiled_value, tiled_g, _ = derive(network, w, x, labels, loss(), make_ops(backend), tiled=True)
+        assert tiled_value == pytest.approx(value, rel=tolerance)
+        assert abs(tiled_g - g).max() <= tolerance * abs(g).max()
 
 
 def widened(network, w, spread):
     """The weights with those of the last layer `spread` times as large."""
-    found = w.copy()
+    wide_w = w.copy()
     for first, stop in network.runs(network.layout(), len(network.layers) - 1, len(network.layers)).intervals:
-        found[first:stop] *= spread
-    return found
+        wide_w[first:stop] *= spread
+    return wide_w
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("spread", "clips"), [(10, False), (25, False), (1000, True)])
 def test_large_derivatives_of_psl_are_scaled_down(spread, clips, backend, tile):
-    """Those beyond float32 too, where terms go on as tangents; and found again at the same weights."""
+    """Terms beyond float32 go on as tangents, and a second pass at the same weights gives the same gradient."""
     tile(4)
     network = make_network("psnet", (1, 8, 8), 10)
     w, x, labels = problem(network, F32)
-    w, whole, loss = widened(network, w, spread), make_loss("psl", F32), make_loss("psl", F32)
-    value, g, _ = derive(network, w, x, labels, whole, NumpyOps(), tiled=False)
-    ours = np.empty_like(w)
-    model = Model(network, network.layout(), w, ours, make_ops(backend), tiled=True)
+    w, full_loss, loss = widened(network, w, spread), make_loss("psl", F32), make_loss("psl", F32)
+    value, g, _ = derive(network, w, x, labels, full_loss, NumpyOps(), tiled=False)
+    tiled_g = np.empty_like(w)
+    model = Model(network, network.layout(), w, tiled_g, make_ops(backend), tiled=True)
     objective = TiledObjective(loss, model)
     objective.reserve(10, len(labels))
     tape = model.forward(x)
     objective.losses(tape.scores.reshape(-1, len(labels)), labels, 0.125)
     objective.backward(tape)
-    assert objective.value() == pytest.approx(value, rel=1e-3) and loss.clipped == whole.clipped
-    assert (loss.clipped > 0) == clips and abs(ours - g).max() <= 1e-3 * abs(g).max()
-    before, clipped = ours.copy(), loss.clipped
-    ours.fill(np.nan)
+    assert objective.value() == pytest.approx(value, rel=1e-3) and loss.clipped == full_loss.clipped
+    assert (loss.clipped > 0) == clips and abs(tiled_g - g).max() <= 1e-3 * abs(g).max()
+    first_g, clipped = tiled_g.copy(), loss.clipped
+    tiled_g.fill(np.nan)
     objective.again(tape)
-    assert np.allclose(ours, before, rtol=1e-5, atol=1e-6 * abs(before).max()) and loss.clipped == clipped
+    assert np.allclose(tiled_g, first_g, rtol=1e-5, atol=1e-6 * abs(first_g).max()) and loss.clipped == clipped
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("lenient", [False, True])
 @pytest.mark.parametrize("name", LOSSES)
 def test_what_is_no_number_is_found_in_its_class(name, lenient, backend, tile):
-    """A weight of one class so large that its scores, and no other's, are infinite or NaN."""
+    """One class has weights so large that its scores alone are infinite or NaN."""
     tile(4)
     network = make_network("psnet", (1, 8, 8), 10)
     w, x, labels = problem(network, F32)
@@ -172,7 +172,7 @@ def test_what_is_no_number_is_found_in_its_class(name, lenient, backend, tile):
 
 
 def test_what_is_no_number_in_several_tiles_is_told_at_once(tile):
-    """The first layer of all tiles, with all of its classes: one weight of two classes, and a later one of another."""
+    """The first layer that fails in any tile is named with all of its classes; another class fails in a later layer."""
     tile(4)
     tables = [{"type": "dense", "units": 20}, {"type": "relu"}, {"type": "separable_dense", "units": 10, "groups": 10}]
     network = build("wide", (6,), [{"type": "dense", "units": 6}, TANH, *tables], 10)
@@ -188,7 +188,7 @@ def test_what_is_no_number_in_several_tiles_is_told_at_once(tile):
     tape = model.forward(x)
     with np.errstate(invalid="ignore", over="ignore"), pytest.raises(FloatingPointError):
         objective.losses(tape.scores.reshape(-1, len(labels)), labels, 0.125)
-    # Weights that are not finite come first; these are, as far as is known here.
+    # find_cause would name the weights; _first_of_tiles does not look at them.
     features = tape.scores.reshape(-1, len(labels))
     with np.errstate(invalid="ignore", over="ignore"):
         cause = _first_of_tiles(model, objective.tail, features)
@@ -199,7 +199,7 @@ def test_what_is_no_number_in_several_tiles_is_told_at_once(tile):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", LOSSES)
 def test_tests_count_as_with_all_classes_at_once(name, backend, tile):
-    """Equal scores included: several classes have the same weights."""
+    """Several classes have the same weights, and so equal scores."""
     tile(5)
     network = make_network("psnet", (1, 8, 8), 13)
     w, x, labels = problem(network, F32, 40)
@@ -209,28 +209,28 @@ def test_tests_count_as_with_all_classes_at_once(name, backend, tile):
         own.append(w[first:stop])
     for c in range(4, 13):
         own[c][...] = own[c % 4]
-    whole = Model(network, layout, w, None, make_ops(backend)).forward(x).scores
+    all_scores = Model(network, layout, w, None, make_ops(backend)).forward(x).scores
     metric = lambda: Metric(make_loss(name, F32, outputs=13), 13)  # noqa: E731
-    expected = metric().sums(whole, labels)
+    expected = metric().sums(all_scores, labels)
     model = Model(network, layout, w, None, make_ops(backend), tiled=True)
     features = model.forward(x).scores.reshape(-1, 40)
-    found = metric().sums_by_tiles(make_tail(model), features, labels, np.arange(13))
-    assert found[0] == pytest.approx(expected[0], rel=1e-5) and 0 < found[1] < found[2]
+    tiled_sums = metric().sums_by_tiles(make_tail(model), features, labels, np.arange(13))
+    assert tiled_sums[0] == pytest.approx(expected[0], rel=1e-5) and 0 < tiled_sums[1] < tiled_sums[2]
     if backend != "numpy":
-        assert np.array_equal(found[1:], expected[1:])
+        assert np.array_equal(tiled_sums[1:], expected[1:])
         return
     # A BLAS may give classes with the same weights other bits, by their places in a product: ties may fall either way.
-    own_scores = whole[labels, np.arange(40)]
-    above, near = (np.count_nonzero(whole > own_scores + by, axis=0) for by in (1e-4, -1e-4))
-    for count, top in zip(found[1:], (1, 5), strict=False):
-        assert np.count_nonzero(near - 1 < top) <= count <= np.count_nonzero(above < top)
-    assert found[3] == 40
+    own_scores = all_scores[labels, np.arange(40)]
+    above, near_or_above = (np.count_nonzero(all_scores > own_scores + shift, axis=0) for shift in (1e-4, -1e-4))
+    for count, top in zip(tiled_sums[1:], (1, 5), strict=False):
+        assert np.count_nonzero(near_or_above - 1 < top) <= count <= np.count_nonzero(above < top)
+    assert tiled_sums[3] == 40
 
 
 @pytest.mark.parametrize("name", ["psl", "nll", "bce"])
 def test_memory_beside_weights_and_gradients_does_not_grow_with_classes(name):
-    """Nor is anything allocated in a step, but what is found of a few samples."""
-    taken = []
+    """A step allocates no more than results of a few samples."""
+    peaks = []
     for classes in (256, 1024):
         network = make_network("psnet", (1, 8, 8), classes)
         w, x, labels = problem(network, F32, 64)
@@ -247,27 +247,27 @@ def test_memory_beside_weights_and_gradients_does_not_grow_with_classes(name):
                 if step == 0:
                     tracemalloc.reset_peak()
                     before = tracemalloc.get_traced_memory()[0]
-            taken.append(tracemalloc.get_traced_memory()[1])
-            assert taken[-1] - before < 2e5
+            peaks.append(tracemalloc.get_traced_memory()[1])
+            assert peaks[-1] - before < 2e5
         finally:
             tracemalloc.stop()
-    assert taken[1] < 1.1 * taken[0] < 0.2 * 1024 * 138 * 64 * 4
+    assert peaks[1] < 1.1 * peaks[0] < 0.2 * 1024 * 138 * 64 * 4
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_some_of_the_classes_go_by_tiles(backend, tile):
-    """Those of a rank, or of a part of a network, neighbours or not."""
+    """The classes are those of a rank or of a part of a network, adjacent or not."""
     tile(2)
     network = make_network("psnet", (1, 8, 8), 12, batch_norm=True)
     w, x, labels = problem(network, F64)
     layout = network.layout()
     for classes in ((1, 2, 3, 4, 5), (0, 2, 3, 7, 11)):
         own = restrict(w, layout.part(classes))
-        whole = Model(network, layout, own, None, make_ops(backend), classes).forward(x).scores
+        expected = Model(network, layout, own, None, make_ops(backend), classes).forward(x).scores
         model = Model(network, layout, own, None, make_ops(backend), classes, tiled=True)
         features = model.forward(x).scores.reshape(-1, len(labels))
-        found = np.concatenate([scores.copy() for _, scores in make_tail(model).tiles(features)])
-        assert np.allclose(found, whole, rtol=1e-12, atol=1e-14)
+        tiled_scores = np.concatenate([scores.copy() for _, scores in make_tail(model).tiles(features)])
+        assert np.allclose(tiled_scores, expected, rtol=1e-12, atol=1e-14)
 
 
 def test_tiles_are_taken_where_all_classes_at_once_do_not_fit_the_caches():

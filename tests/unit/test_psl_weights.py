@@ -1,4 +1,4 @@
-"""psl whose samples are weighed by their loss: against cross-entropy, logistic losses and finite differences."""
+"""psl with samples weighted by their loss: against cross-entropy, logistic losses and finite differences."""
 
 from itertools import pairwise
 
@@ -17,16 +17,16 @@ def problem(classes=10, batch=16, spread=2.0):
 
 
 def by_parts(scores, labels, cuts, scale=0.5, divisors=None, **settings):
-    """Value and derivatives of psl by ranks that have the scores of cuts[k] classes each, told of others by sums."""
+    """Value and derivatives of psl on ranks with cuts[k] classes each, which exchange sums."""
     spans = [slice(a, b) for a, b in pairwise(np.cumsum([0, *cuts]).tolist())]
     losses = [make_loss("psl", F64, **settings) for _ in cuts]
-    label = sum(loss.summarize(scores[at], labels - at.start) for loss, at in zip(losses, spans, strict=True))
+    label = sum(loss.summarize(scores[span], labels - span.start) for loss, span in zip(losses, spans, strict=True))
     value, grad, rests = 0.0, np.full(scores.shape, np.nan), np.zeros((len(cuts), len(labels)))
-    for loss, at, rest in zip(losses, spans, rests, strict=True):
+    for loss, span, rest in zip(losses, spans, rests, strict=True):
         loss.divisors = divisors
-        value += loss.terms(scores[at], labels - at.start, scale, label, grad[at], rest)
-    for loss, at in zip(losses, spans, strict=True):
-        value += loss.close(grad[at], labels - at.start, rests.sum(axis=0), scale)
+        value += loss.terms(scores[span], labels - span.start, scale, label, grad[span], rest)
+    for loss, span in zip(losses, spans, strict=True):
+        value += loss.close(grad[span], labels - span.start, rests.sum(axis=0), scale)
     return value, grad
 
 
@@ -36,19 +36,19 @@ def by_parts(scores, labels, cuts, scale=0.5, divisors=None, **settings):
 def test_psl_divided_by_this_steps_sum_is_cross_entropy(kappa, cuts, spread):
     scores, labels = problem(batch=40, spread=spread)
     psl, nll = make_loss("psl", F64, kappa=kappa, weights="current"), make_loss("nll", F64)
-    whole, expected = np.empty(scores.shape), np.empty(scores.shape)
+    full_grad, expected = np.empty(scores.shape), np.empty(scores.shape)
     value = nll(kappa * scores, labels, 0.5, expected)
     expected *= kappa
     assert psl(scores, labels, 0.5) == pytest.approx(value, rel=1e-13)
-    assert psl(scores, labels, 0.5, whole) == pytest.approx(value, rel=1e-13)
-    found, parts = by_parts(scores, labels, cuts, kappa=kappa, weights="current")
-    assert found == pytest.approx(value, rel=1e-13)
-    for grad in (whole, parts):
+    assert psl(scores, labels, 0.5, full_grad) == pytest.approx(value, rel=1e-13)
+    parts_value, parts = by_parts(scores, labels, cuts, kappa=kappa, weights="current")
+    assert parts_value == pytest.approx(value, rel=1e-13)
+    for grad in (full_grad, parts):
         np.testing.assert_allclose(grad, expected, rtol=1e-12, atol=1e-12)
 
 
 def weighed(scores, labels, divisors, pairs=None, kappa=1.5):
-    """Value, derivatives and sums of psl with what is remembered of the samples."""
+    """Value, derivatives and sums of psl with remembered divisors of the samples, and the loss object."""
     loss, grad = make_loss("psl", F64, kappa=kappa, weights="remembered"), np.empty(scores.shape)
     loss.divisors = divisors
     return loss(scores, labels, 0.5, grad, pairs), grad, loss.rests, loss
@@ -58,18 +58,18 @@ def test_psl_divided_by_what_is_remembered_lies_between_logistic_and_cross_entro
     scores, labels = problem(batch=40)
     expected = np.empty(scores.shape)
     value = make_loss("logistic", F64, kappa=1.5)(scores, labels, 0.5, expected)
-    found, grad, sums, _ = weighed(scores, labels, None)
-    assert found == pytest.approx(value, rel=1e-13)
+    weighed_value, grad, sums, _ = weighed(scores, labels, None)
+    assert weighed_value == pytest.approx(value, rel=1e-13)
     np.testing.assert_allclose(grad, expected, rtol=1e-12, atol=1e-14)
-    # What it was, it is still.
+    # With the sums of the same scores as divisors the loss is cross-entropy.
     value = make_loss("nll", F64)(1.5 * scores, labels, 0.5, expected)
-    found, grad, again, _ = weighed(scores, labels, 1 + sums)
-    assert found == pytest.approx(value, rel=1e-13)
+    weighed_value, grad, second_sums, _ = weighed(scores, labels, 1 + sums)
+    assert weighed_value == pytest.approx(value, rel=1e-13)
     np.testing.assert_allclose(grad, 1.5 * expected, rtol=1e-12, atol=1e-14)
-    assert np.array_equal(again, sums)
+    assert np.array_equal(second_sums, sums)
     margins = 1.5 * (scores - np.take_along_axis(scores, labels[None], axis=0))
     np.testing.assert_allclose(1 + sums, np.exp(margins).sum(axis=0), rtol=1e-13)
-    # Elsewhere it is above.
+    # With other divisors the loss is above cross-entropy.
     for factor in (0.05, 0.3, 3.0, 20.0):
         assert weighed(scores, labels, np.maximum(1, factor * (1 + sums)))[0] > value
 
@@ -78,12 +78,12 @@ def test_derivatives_of_remembered_psl_match_central_differences_of_its_value():
     scores, labels = problem(batch=5)
     r, h = np.array([1.0, 1.5, 4.0, 30.0, 2000.0]), 1e-6
     _, grad, *_ = weighed(scores, labels, r)
-    for at in np.ndindex(scores.shape):
+    for index in np.ndindex(scores.shape):
         moved = scores.copy()
-        moved[at] += h
+        moved[index] += h
         above = weighed(moved, labels, r)[0]
-        moved[at] -= 2 * h
-        assert abs((above - weighed(moved, labels, r)[0]) / (2 * h) - grad[at]) <= 1e-8
+        moved[index] -= 2 * h
+        assert abs((above - weighed(moved, labels, r)[0]) / (2 * h) - grad[index]) <= 1e-8
 
 
 @pytest.mark.parametrize("cuts", [(5, 5), (3, 0, 2, 5), (1,) * 10], ids=str)
@@ -91,8 +91,8 @@ def test_remembered_psl_adds_up_over_classes_and_over_pairs(cuts):
     scores, labels = problem(batch=40)
     r = np.random.default_rng(1).uniform(1, 30, 40)
     value, grad, sums, loss = weighed(scores, labels, r)
-    found, parts = by_parts(scores, labels, cuts, divisors=r, kappa=1.5, weights="remembered")
-    assert found == pytest.approx(value, rel=1e-13)
+    parts_value, parts = by_parts(scores, labels, cuts, divisors=r, kappa=1.5, weights="remembered")
+    assert parts_value == pytest.approx(value, rel=1e-13)
     np.testing.assert_allclose(parts, grad, rtol=1e-12, atol=1e-13)
     total, summed, shares = 0.5 * loss.constants(r, 40), np.zeros_like(grad), np.zeros(40)
     first = np.cumsum([0, *cuts])
@@ -127,7 +127,10 @@ def test_a_device_leaves_weighed_samples_to_its_host():
             return print
 
     assert make_loss("psl", F32).fused(Device()) is not None
-    assert [make_loss("psl", F32, weights=one).fused(Device()) for one in ("remembered", "current")] == [None, None]
+    assert [make_loss("psl", F32, weights=weights).fused(Device()) for weights in ("remembered", "current")] == [
+        None,
+        None,
+    ]
 
 
 def test_weighed_samples_are_hopeless_where_many_terms_are_beyond_what_float64_holds():

@@ -1,4 +1,4 @@
-"""What a refused network is told to use instead is not refused in its turn."""
+"""The alternatives in the error about a refused network are not refused themselves."""
 
 import re
 from dataclasses import replace
@@ -21,14 +21,14 @@ SHAPES = [(1, 8, 8), (3, 32, 32), (20,), (1, 28, 28), (3, 224, 224), (2, 8, 6)]
 
 def digits_of(shape):
     def split(n):
-        # Samples that nobody reads.
+        # The samples are never read.
         return Split(frozen(np.arange(n) % 10), shape, 1.0, None)
 
     return Dataset("mine", 10, shape, split(40), split(10))
 
 
 def refusal(shape, ranks, model, method, replicas=0):
-    """Why a training is refused; nothing where it is not."""
+    """The error of a refused training, or an empty string."""
     config = usual_config()
     config = replace(
         config, model=replace(config.model, model=model), parallel=replace(config.parallel, method=method)
@@ -46,20 +46,20 @@ def refusal(shape, ranks, model, method, replicas=0):
 @pytest.mark.parametrize("model", [model for model in MODELS if model != "custom"])
 def test_what_is_named_instead_of_a_refused_network_is_taken(model, shape, ranks):
     for method in METHODS:
-        said = refusal(shape, ranks, model, method)
-        if not said:
+        message = refusal(shape, ranks, model, method)
+        if not message:
             continue
-        named = re.findall(r"--(model|method|replicas) ([\w-]+)", said.partition("se ")[2])
-        instead = [(option, value) for option, value in named if value != "custom"]
-        assert instead, said
-        if "on several ranks with --method" in said:
-            # Together, on one rank the network alone.
-            change = dict(instead) if ranks > 1 and method == "psl" else {"model": dict(instead)["model"]}
+        named = re.findall(r"--(model|method|replicas) ([\w-]+)", message.partition("se ")[2])
+        alternatives = [(option, value) for option, value in named if value != "custom"]
+        assert alternatives, message
+        if "on several ranks with --method" in message:
+            # The alternatives are used together, and on one rank the model alone.
+            change = dict(alternatives) if ranks > 1 and method == "psl" else {"model": dict(alternatives)["model"]}
             changes = [change]
         else:
-            changes = [{option: int(value) if option == "replicas" else value} for option, value in instead]
+            changes = [{option: int(value) if option == "replicas" else value} for option, value in alternatives]
         for change in changes:
-            assert not refusal(shape, ranks, **{"model": model, "method": method, **change}), (said, change)
+            assert not refusal(shape, ranks, **{"model": model, "method": method, **change}), (message, change)
 
 
 @pytest.mark.parametrize(

@@ -57,26 +57,26 @@ class Stepped(FirstOrder):
 @pytest.fixture
 def own(monkeypatch):
     """The program's classes, registered while a test runs."""
-    for one in (LAYERS, LOSSES, OPTIMIZERS):
-        monkeypatch.setattr(one, "registered", {})
+    for classes in (LAYERS, LOSSES, OPTIMIZERS):
+        monkeypatch.setattr(classes, "registered", {})
     LOSSES.register("tried")(Tried)
     OPTIMIZERS.register("stepped")(Stepped)
 
 
 @pytest.mark.parametrize("noun", REGISTRIES)
 def test_a_name_is_taken_once_and_a_class_has_its_base(noun, monkeypatch):
-    one, base, taken = REGISTRIES[noun]
-    monkeypatch.setattr(one, "registered", {})
-    mine = type("Mine", (base,), {})
-    assert one.register("mine")(mine) is mine and one["mine"] is mine and "mine" in one.names
-    one.register("mine")(mine)
-    for kind, name in ((type("Other", (base,), {}), "mine"), (mine, taken)):
+    classes, base, taken = REGISTRIES[noun]
+    monkeypatch.setattr(classes, "registered", {})
+    own_class = type("Mine", (base,), {})
+    assert classes.register("mine")(own_class) is own_class and classes["mine"] is own_class and "mine" in classes.names
+    classes.register("mine")(own_class)
+    for kind, name in ((type("Other", (base,), {}), "mine"), (own_class, taken)):
         with pytest.raises(ValueError, match=f"a {noun} called {name} is there already"):
-            one.register(name)(kind)
-    with pytest.raises(ValueError, match=f"int is no {one.base.replace(':', '.')}"):
-        one.register("strange")(int)
+            classes.register(name)(kind)
+    with pytest.raises(ValueError, match=f"int is no {classes.base.replace(':', '.')}"):
+        classes.register("strange")(int)
     with own_alone():
-        assert "mine" not in one and taken in one
+        assert "mine" not in classes and taken in classes
 
 
 def test_names_of_partitioned_optimizers_are_psmpi_s(own):
@@ -87,40 +87,40 @@ def test_names_of_partitioned_optimizers_are_psmpi_s(own):
 
 @pytest.fixture
 def broken(tmp_path, monkeypatch):
-    """An installed package whose classes cannot be imported, or are none."""
+    """An installed package with entry points that cannot be imported, or are no classes of psmpi."""
     folder = tmp_path / "broken-1.0.dist-info"
     folder.mkdir()
     (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n")
-    groups = "\n".join(f"[{one.group}]\ngone = no_such_module:X\nnone = fractions:Fraction" for one, _, _ in
+    groups = "\n".join(f"[{classes.group}]\ngone = no_such_module:X\nnone = fractions:Fraction" for classes, _, _ in
                        REGISTRIES.values())  # fmt: skip
     (folder / "entry_points.txt").write_text(groups)
     monkeypatch.syspath_prepend(tmp_path)
-    for forget in (registry._entries.cache_clear, registry._all_entries.cache_clear):
-        forget()
+    for clear in (registry._entries.cache_clear, registry._all_entries.cache_clear):
+        clear()
     yield
-    for forget in (registry._entries.cache_clear, registry._all_entries.cache_clear):
-        forget()
+    for clear in (registry._entries.cache_clear, registry._all_entries.cache_clear):
+        clear()
 
 
 @pytest.mark.parametrize("noun", REGISTRIES)
 def test_a_broken_package_ends_only_those_who_ask_for_its_class(noun, broken):
-    one, _, taken = REGISTRIES[noun]
-    assert {"gone", "none"} <= set(one.names) and not {"gone", "none"} & set(one) and taken in set(one)
+    classes, _, taken = REGISTRIES[noun]
+    assert {"gone", "none"} <= set(classes.names) and not {"gone", "none"} & set(classes) and taken in set(classes)
     with pytest.raises(UserError, match=r"gone'?: no_such_module:X of an installed package cannot be imported"):
-        one.find("gone")
+        classes.find("gone")
     with pytest.raises(UserError, match="fractions:Fraction of an installed package is no psmpi"):
-        one.find("none")
+        classes.find("none")
 
 
 @pytest.mark.parametrize("noun", REGISTRIES)
 def test_a_look_at_a_stranger_s_file_knows_psmpi_s_classes_alone(noun, broken, own):
-    one, _, taken = REGISTRIES[noun]
+    classes, _, taken = REGISTRIES[noun]
     with own_alone():
-        assert set(one.names) == set(one.own) and taken in one
-        assert not {"gone", "none", "tried", "stepped"} & {*one.names, *one}
+        assert set(classes.names) == set(classes.own) and taken in classes
+        assert not {"gone", "none", "tried", "stepped"} & {*classes.names, *classes}
         with pytest.raises(UserError, match="unknown"):
-            one.find("gone")
-    assert "gone" in one
+            classes.find("gone")
+    assert "gone" in classes
 
 
 def test_settings_of_a_loss_and_an_optimizer_are_those_of_the_command_line_and_of_files(own):
@@ -164,8 +164,8 @@ def test_two_settings_of_one_name_are_refused(own, monkeypatch):
 def test_a_checkpoint_of_a_loss_and_an_optimizer_that_are_not_here_is_read(own):
     table = {"objective": {"loss": "tried"}, "optimization": {"optimizer": "stepped"}, "tried": {"strength": 2}}
     text = to_toml(from_table(table, Config(), "here"))
-    for one in (LOSSES, OPTIMIZERS):
-        one.registered.clear()
+    for classes in (LOSSES, OPTIMIZERS):
+        classes.registered.clear()
     config = from_toml(text, "there", foreign=True)
     assert (config.objective.loss, config.optimization.optimizer) == ("tried", "stepped")
     with pytest.raises(

@@ -103,25 +103,25 @@ def test_a_name_is_taken_once(monkeypatch):
     assert register(Mine) is Mine and find_method("mine") is Mine
     # The same class again, as where a program is imported twice.
     register(Mine)
-    other = type("Theirs", (Method,), {"name": "mine"})
+    other_class = type("Theirs", (Method,), {"name": "mine"})
     with pytest.raises(ValueError, match="called mine is there already"):
-        register(other)
+        register(other_class)
     with pytest.raises(ValueError, match="called psl is there already"):
         register(type("Mine", (Method,), {"name": "psl"}))
 
 
 def test_tables_of_earlier_versions_are_read():
-    """Settings of methods stood in tables of their own kinds; defaults of other methods were written too."""
-    before = {
+    """Files of earlier versions have other tables for settings of methods, and defaults of other methods."""
+    earlier = {
         "parallel": {"method": "local_sgd", "partition": "scores", "masters": 1, "replicas": 0, "threads": 2},
         "replicated": {"local_steps": 7, "outer_lr": 0.7, "allreduce": "ring", "density": 0.01},
         "alignment": {"feedback": "normal", "feedback_seed": 0},
         "synthetic": {"part_epochs": [], "hand_over": "stored"},
         "optimization": {"optimizer": "adam", "momentum": 0.9, "beta2": 0.999},
     }
-    config = from_table(before, Config(), "before")
+    config = from_table(earlier, Config(), "before")
     check(config)
-    now = from_table(
+    current = from_table(
         {
             "parallel": {"method": "local_sgd", "threads": 2},
             "local_sgd": {"outer_lr": 0.7},
@@ -132,7 +132,7 @@ def test_tables_of_earlier_versions_are_read():
         Config(),
         "now",
     )
-    assert config == now and from_toml(to_toml(config), "again") == config
+    assert config == current and from_toml(to_toml(config), "again") == config
     with pytest.raises(UserError, match=r"unknown setting 'speed' in \[replicated\]"):
         from_table({"replicated": {"speed": 3}}, Config(), "before")
     with pytest.raises(UserError, match=r"unknown setting 'masters' in \[data\]"):

@@ -1,4 +1,4 @@
-"""Lines of a training: when they come, what they say, and what is said in the end."""
+"""Lines of a training: their times, their texts, and the lines at the end."""
 
 import shlex
 import sys
@@ -29,41 +29,41 @@ class Clock:
         return self.now
 
 
-def told(capsys, steps, seconds, heard=None, **terminal):
-    """What is printed of steps that take so many seconds each; heard(step): the sums over ranks."""
+def progress_lines(capsys, steps, seconds, sums_at=None, **terminal):
+    """The lines printed for steps of `seconds` each; sums_at(step) gives the sums over ranks."""
     clock, sums = Clock(), np.zeros(NUMBERS)
     report = Report(Screen(), config(**terminal), 50, sums, lambda: 0.0, clock)
     clock.now += 1000.0
     with report.showing(Progress(step=10), 10 + steps):
         for step in range(11, 11 + steps):
             clock.now += seconds
-            if heard is not None:
-                sums[:] = heard(step)
+            if sums_at is not None:
+                sums[:] = sums_at(step)
             report.step(Progress(step=step, epoch=step // 100))
     return capsys.readouterr().out.splitlines()
 
 
 def test_a_line_comes_every_30_seconds_with_rate_and_time_left(capsys):
-    found = told(capsys, 100, 1.0)
+    lines = progress_lines(capsys, 100, 1.0)
     assert LINE == 30.0
-    assert found == [
+    assert lines == [
         "epoch 1/4  step 40  50 samples/s  1:10 min left",
         "epoch 1/4  step 70  50 samples/s  40 s left",
         "epoch 2/4  step 100  50 samples/s  10 s left",
     ]
-    assert told(capsys, 100, 0.1) == []
+    assert progress_lines(capsys, 100, 0.1) == []
     # A step that takes longer is told when it is done.
-    assert [line.split("  ")[1] for line in told(capsys, 2, 3600.0)] == ["step 11", "step 12"]
+    assert [line.split("  ")[1] for line in progress_lines(capsys, 2, 3600.0)] == ["step 11", "step 12"]
 
 
 def test_a_line_has_the_mean_loss_and_the_share_of_all_ranks_time_in_communication(capsys):
     # Two ranks: 3 + 4 s of 10 + 10 s; a loss of 90 over 60 samples.
-    (line,) = told(capsys, 40, 1.0, lambda step: (90.0, 7.0, 20.0, 60.0))
+    (line,) = progress_lines(capsys, 40, 1.0, lambda step: (90.0, 7.0, 20.0, 60.0))
     assert line == "epoch 1/4  step 40  loss 1.5  50 samples/s  10 s left  comm 35 %" and len(line) <= 80
 
 
 def test_quiet_prints_none(capsys):
-    assert told(capsys, 100, 60.0, quiet=True) == []
+    assert progress_lines(capsys, 100, 60.0, quiet=True) == []
 
 
 def test_an_epoch_is_told_in_80_columns_and_in_more_lines_if_asked_for(capsys):
@@ -99,7 +99,7 @@ def rows(key, values):
         (rows("test_accuracy", [0.5, 0.75, 0.7]), "best test accuracy 75.00 % (epoch 2), last 70.00 % (epoch 3)"),
         (rows("test_accuracy", [0.5, 0.75]), "best and last test accuracy 75.00 % (epoch 2)"),
         (rows("test_rmse", [2.0, 1.5, 1.75]), "best test RMSE 1.5 (epoch 2), last 1.75 (epoch 3)"),
-        # Not a number is not the best.
+        # NaN is not the best.
         (rows("test_rmse", [2.0, float("nan")]), "best test RMSE 2 (epoch 1), last nan (epoch 2)"),
         (rows("test_rmse", [float("nan")]), ""),
     ],
@@ -114,28 +114,28 @@ def words(command, all_ranks, options):
 
 def test_the_end_says_where_things_are_and_what_to_type_next():
     progress = Progress(step=180, epoch=4, seconds=61.0)
-    found = rows("test_accuracy", [0.5, 0.75, 0.7, 0.7])
-    first, more, *typed = ended(config(), progress, found, 0.251, words)
+    epochs = rows("test_accuracy", [0.5, 0.75, 0.7, 0.7])
+    first, summary, *typed = ended(config(), progress, epochs, 0.251, words)
     assert first == "done in 1:01 min: best test accuracy 75.00 % (epoch 2), last 70.00 % (epoch 4)"
-    assert more == "180 steps, 5.0 MB sent, 25 % communication; in runs/a b"
+    assert summary == "180 steps, 5.0 MB sent, 25 % communication; in runs/a b"
     assert typed == [
         "predict: predict False 'runs/a b'",
         "inspect: inspect False show 'runs/a b'",
         "go on:   train True --resume auto --out 'runs/a b' --epochs 8",
     ]
-    assert ended(config(quiet=True), progress, found, 0.251, words) == [f"{first}; in runs/a b"]
-    # Cut short by --max-steps: the rest of the epochs is what is left.
+    assert ended(config(quiet=True), progress, epochs, 0.251, words) == [f"{first}; in runs/a b"]
+    # A run cut short by --max-steps goes on with the rest of its epochs.
     short = config()
     short = replace(short, run=replace(short.run, max_steps=90))
-    last = ended(short, Progress(step=90, epoch=2), found[:2], 0.0, words)[-1]
+    last = ended(short, Progress(step=90, epoch=2), epochs[:2], 0.0, words)[-1]
     assert last == "go on:   train True --resume auto --out 'runs/a b' --max-steps 0"
 
 
 def test_a_stopped_run_says_by_what_and_how_to_go_on():
     progress = Progress(step=77, epoch=1, rows=tuple(rows("test_accuracy", [0.5])))
-    for signal, by in (("SIGINT", " by SIGINT"), ("", "")):
+    for signal, reason in (("SIGINT", " by SIGINT"), ("", "")):
         assert stopped(config(), progress, signal, words) == [
-            f"stopped{by} after step 77, and saved in runs/a b",
+            f"stopped{reason} after step 77, and saved in runs/a b",
             "best and last test accuracy 50.00 % (epoch 1)",
             "go on:   train True --resume auto --out 'runs/a b'",
         ]

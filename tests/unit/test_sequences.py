@@ -54,14 +54,14 @@ def test_a_file_with_lengths_holds_sequences(tmp_path, suffix):
     assert dataset.shape == (F, T) and dataset.outputs == STEPS.max() + 1 and dataset.task == "classes"
     train = dataset.train
     assert train.by_step and train.steps == T and not train.tokens
-    beyond = np.arange(T) >= LENGTHS[:, None]
-    np.testing.assert_array_equal(train.targets, np.where(beyond, -1, STEPS))
+    padding = np.arange(T) >= LENGTHS[:, None]
+    np.testing.assert_array_equal(train.targets, np.where(padding, -1, STEPS))
     np.testing.assert_array_equal(train.counts, LENGTHS)
     assert train.count(np.array([0, 2])) == 8
-    resident, room = Resident(train, np.arange(N), np.float64), np.empty(F * T * N)
-    batch = resident.batch(np.array([7, 2]), room)
-    there = np.where((np.arange(T) < LENGTHS[[7, 2], None])[..., None], X[[7, 2]], 0)
-    np.testing.assert_array_equal(batch.inputs.reshape(F, T, 2), there.transpose(2, 1, 0))
+    resident, buffer = Resident(train, np.arange(N), np.float64), np.empty(F * T * N)
+    batch = resident.batch(np.array([7, 2]), buffer)
+    expected = np.where((np.arange(T) < LENGTHS[[7, 2], None])[..., None], X[[7, 2]], 0)
+    np.testing.assert_array_equal(batch.inputs.reshape(F, T, 2), expected.transpose(2, 1, 0))
     np.testing.assert_array_equal(batch.targets, train.targets[[7, 2]].T)
     np.testing.assert_array_equal(batch.lengths, [2, 3])
     assert dataset.test.n == 4 and dataset.test.lengths.tolist() == [5, 1, 3, 2]
@@ -82,16 +82,16 @@ def test_values_and_tokens_of_sequences(tmp_path):
     train = open_dataset(save(tmp_path, x=X, y=values, lengths=LENGTHS), None, -1).train
     assert train.by_step and train.task == "regression" and train.targets.shape[1:] == (T, 2)
     assert train.counts[0] == 4, "NaN marks a step that does not count"
-    one = open_dataset(save(tmp_path, x=X, y=values[:, 2, 0], lengths=LENGTHS), None).train
-    assert not one.by_step and one.targets.shape[1:] == (1,)
+    single_values = open_dataset(save(tmp_path, x=X, y=values[:, 2, 0], lengths=LENGTHS), None).train
+    assert not single_values.by_step and single_values.targets.shape[1:] == (1,)
     tokens = RNG.integers(0, 50, (N, T))
     tokens[3, 1] = 77
     train = open_split(save(tmp_path, x=tokens, y=Y, lengths=LENGTHS), None, "all")
     assert train.tokens and train.shape == (1, T)
     resident = Resident(train, np.arange(N), np.float32)
     assert resident.largest == 77
-    found = resident.batch(np.array([3]), np.empty(T, np.float32)).inputs[:, 0]
-    np.testing.assert_array_equal(found, np.where(np.arange(T) < LENGTHS[3], tokens[3], 0))
+    inputs = resident.batch(np.array([3]), np.empty(T, np.float32)).inputs[:, 0]
+    np.testing.assert_array_equal(inputs, np.where(np.arange(T) < LENGTHS[3], tokens[3], 0))
     tokens[3, 1] = -1
     with pytest.raises(UserError, match="sample 3 has the token -1; expected 0 to"):
         Resident(open_split(save(tmp_path, x=tokens, y=Y, lengths=LENGTHS), None, "all"), np.arange(N), np.float32)
@@ -128,17 +128,17 @@ def test_bad_sequences_are_refused(tmp_path, arrays, parts):
 
 
 def test_what_lies_behind_the_ends_is_not_looked_at(tmp_path):
-    """Padding that is no number, or no token, is as good as zeros."""
-    wild, beyond = X.copy(), np.arange(T) >= LENGTHS[:, None]
-    wild[beyond] = np.nan
-    found = [open_split(save(tmp_path, x=x, y=Y, lengths=LENGTHS), None, "all") for x in (wild, X)]
-    rooms = [np.empty((T * F, N), np.float32) for _ in found]
-    Resident(found[1], np.arange(N), np.float32).fetch(np.arange(N), rooms[1])
-    np.savez(tmp_path / "wild.npz", x=wild, y=Y, lengths=LENGTHS)
-    one = open_split(str(tmp_path / "wild.npz"), None, "all")
-    Resident(one, np.arange(N), np.float32).fetch(np.arange(N), rooms[0])
-    np.testing.assert_array_equal(rooms[0], rooms[1])
-    tokens = np.where(beyond, -1, 3)
+    """Padding of NaN, or of numbers that are no tokens, changes nothing."""
+    nan_padded, padding = X.copy(), np.arange(T) >= LENGTHS[:, None]
+    nan_padded[padding] = np.nan
+    splits = [open_split(save(tmp_path, x=x, y=Y, lengths=LENGTHS), None, "all") for x in (nan_padded, X)]
+    buffers = [np.empty((T * F, N), np.float32) for _ in splits]
+    Resident(splits[1], np.arange(N), np.float32).fetch(np.arange(N), buffers[1])
+    np.savez(tmp_path / "wild.npz", x=nan_padded, y=Y, lengths=LENGTHS)
+    wild_split = open_split(str(tmp_path / "wild.npz"), None, "all")
+    Resident(wild_split, np.arange(N), np.float32).fetch(np.arange(N), buffers[0])
+    np.testing.assert_array_equal(buffers[0], buffers[1])
+    tokens = np.where(padding, -1, 3)
     split = open_split(save(tmp_path, x=tokens, y=Y, lengths=LENGTHS), None, "all")
     assert Resident(split, np.arange(N), np.float32).largest == 3
 
@@ -146,16 +146,16 @@ def test_what_lies_behind_the_ends_is_not_looked_at(tmp_path):
 def test_layers_that_would_take_padding_are_found():
     lstm, dense_, last, flat = recurrent("lstm", 3), dense(3), LAST, {"type": "flatten"}
     residual_ = {"type": "residual", "layers": [lstm]}
-    for layers, held in (
+    for layers, accepted in (
         ([lstm, last], True), ([lstm, dense_, flat], True), ([lstm, residual_, last], True),
         ([dense_, lstm, last], True),
         ([residual_, last], False), ([dense_, last], False), ([flat], False), ([residual_, lstm, last], True),
         ([lstm, {"type": "residual", "layers": [dense_]}, last], True),
     ):  # fmt: skip
         network = build("net", (3, 5), [*layers, dense(2)], 2)
-        assert (find_padding(network, chunked=True) is None) == held, layers
-        # Of whole sequences it is known where they end.
-        assert (find_padding(network) is None) == (held or last in layers), layers
+        assert (find_padding(network, chunked=True) is None) == accepted, layers
+        # The ends of whole sequences are known.
+        assert (find_padding(network) is None) == (accepted or last in layers), layers
 
 
 def test_images_are_sequences_of_rows_or_pixels(tmp_path):
@@ -172,8 +172,8 @@ def test_images_are_sequences_of_rows_or_pixels(tmp_path):
     np.testing.assert_array_equal(step, colours[2, :, 1].reshape(-1))
     for _, piece in train.pieces(np.array([2])):
         np.testing.assert_array_equal(piece.reshape(18, 4)[:, 1], step)
-    for name, said in (("digits:columns", "digits:rows or digits:pixels"), (f"{path}:rows:rows", "are no images")):
-        with pytest.raises(UserError, match=said):
+    for name, message in (("digits:columns", "digits:rows or digits:pixels"), (f"{path}:rows:rows", "are no images")):
+        with pytest.raises(UserError, match=message):
             open_dataset(name, None)
 
 
@@ -189,9 +189,9 @@ def test_generated_tasks_can_be_solved_from_what_is_in_them():
     assert (x[:, 9, 16] == 1).all() and x[:, 9].sum() == 100
     repeat = open_dataset("repeat_copy:4", None).test
     for sample, targets, length in zip(repeat.read(np.arange(50)), repeat.targets, repeat.lengths, strict=False):
-        said = sample.reshape(5, 18)
-        size = int(np.flatnonzero(said[4])[0])
-        letters, times = said[:4, :size].argmax(axis=0), round(3 * said[4, size])
+        channels = sample.reshape(5, 18)
+        size = int(np.flatnonzero(channels[4])[0])
+        letters, times = channels[:4, :size].argmax(axis=0), round(3 * channels[4, size])
         assert length == size + 2 + times * size
         np.testing.assert_array_equal(targets[size + 1 : length], [*np.tile(letters, times), 4])
         assert (targets[: size + 1] == -1).all() and (targets[length:] == -1).all()
@@ -207,15 +207,15 @@ def test_generated_tasks_can_be_solved_from_what_is_in_them():
 def test_sums_modulo_a_number_are_of_each_pair_once(name, modulus):
     dataset = open_dataset(name, None)
     assert dataset.shape == (1, 3) and dataset.outputs == modulus and dataset.train.n == -(-(modulus**2) // 2)
-    seen = []
+    pairs = []
     for split in (dataset.train, dataset.test):
         assert split.tokens and not split.by_step and split.vocabulary == modulus + 1
         x = split.read(np.arange(split.n)).astype(int)
         assert (x[:, 2] == modulus).all()
         np.testing.assert_array_equal(x[:, :2].sum(axis=1) % modulus, split.targets)
-        seen.append(x[:, 0] * modulus + x[:, 1])
-    np.testing.assert_array_equal(np.sort(np.concatenate(seen)), np.arange(modulus**2))
-    assert (np.diff(seen[0]) < 0).any(), "in an order that is drawn"
+        pairs.append(x[:, 0] * modulus + x[:, 1])
+    np.testing.assert_array_equal(np.sort(np.concatenate(pairs)), np.arange(modulus**2))
+    assert (np.diff(pairs[0]) < 0).any(), "in an order that is drawn"
     np.testing.assert_array_equal(open_dataset(name, None).train.targets, dataset.train.targets)
     assert not np.array_equal(open_dataset(name, None, 1).train.targets, dataset.train.targets)
 
@@ -234,15 +234,15 @@ def test_what_is_padded_changes_nothing(name):
     model.backward(tape, d.copy(), dx=dx)
     total = np.zeros_like(model.g)
     for k, steps in enumerate(lengths):
-        one = make_model(network, layout, w)
-        alone = np.ascontiguousarray(x[:, :steps, k : k + 1])
-        tape, into = one.forward(alone), np.empty(alone.shape)
+        single_model = make_model(network, layout, w)
+        sequence = np.ascontiguousarray(x[:, :steps, k : k + 1])
+        tape, single_dx = single_model.forward(sequence), np.empty(sequence.shape)
         last = (slice(None), slice(0, steps)) if network.steps else (slice(None),)
         np.testing.assert_allclose(tape.scores[..., 0], scores[..., k][last], rtol=1e-12, atol=1e-14)
-        one.backward(tape, np.ascontiguousarray(d[..., k : k + 1][last]), dx=into)
-        np.testing.assert_allclose(into[..., 0], dx[:, :steps, k], rtol=1e-11, atol=1e-13)
+        single_model.backward(tape, np.ascontiguousarray(d[..., k : k + 1][last]), dx=single_dx)
+        np.testing.assert_allclose(single_dx[..., 0], dx[:, :steps, k], rtol=1e-11, atol=1e-13)
         assert (dx[:, steps:, k] == 0).all()
-        total += one.g
+        total += single_model.g
     np.testing.assert_allclose(total, model.g, rtol=1e-11, atol=1e-12)
 
 
@@ -252,26 +252,26 @@ def test_chunks_of_sequences_are_as_good_as_all_their_steps(kind, edges):
     network = build("stack", (3, 5), [recurrent(kind, 4), dense(6), recurrent(kind, 5), dense(2)], 2, True)
     layout, w, x, d = random_problem(network, batch=6)
     x, lengths = x.reshape(3, 5, 6), np.array([5, 1, 2, 3, 4, 5], np.int32)
-    for given in (None, lengths):
-        whole, dx = make_model(network, layout, w), np.empty(x.shape)
-        tape = whole.forward(x, None, Span(given))
+    for batch_lengths in (None, lengths):
+        full_model, dx = make_model(network, layout, w), np.empty(x.shape)
+        tape = full_model.forward(x, None, Span(batch_lengths))
         scores = tape.scores.copy()
-        whole.backward(tape, d.copy(), dx=dx)
+        full_model.backward(tape, d.copy(), dx=dx)
         model = make_model(network, layout, w)
         model.reserve(6)
         model.g.fill(0)
         spans = list(pairwise(edges))
         tapes = []
         for a, b in spans:
-            left = None if given is None else np.clip(given - a, 0, b - a).astype(np.int32)
-            span = Span(left, begins=a == 0, ends=b == 5)
+            chunk_lengths = None if batch_lengths is None else np.clip(batch_lengths - a, 0, b - a).astype(np.int32)
+            span = Span(chunk_lengths, begins=a == 0, ends=b == 5)
             tapes.append(model.forward(np.ascontiguousarray(x[:, a:b]), model.open(6), span))
             np.testing.assert_allclose(tapes[-1].scores, scores[:, a:b], rtol=1e-13, atol=1e-14)
         for (a, b), tape in zip(reversed(spans), reversed(tapes), strict=True):
             into = np.empty((3, b - a, 6))
             model.backward(tape, np.ascontiguousarray(d[:, a:b]), dx=into, add=True)
             np.testing.assert_allclose(into, dx[:, a:b], rtol=1e-12, atol=1e-13)
-        np.testing.assert_allclose(model.g, whole.g, rtol=1e-12, atol=1e-13)
+        np.testing.assert_allclose(model.g, full_model.g, rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.parametrize("task, name", [("classes", "nll"), ("classes", "psl"), ("regression", "squared")])
@@ -281,28 +281,28 @@ def test_the_loss_of_steps_is_that_of_the_steps_that_count(task, name):
     layout, w, x, _ = random_problem(network, batch=6)
     loss = make_loss(name, np.dtype(np.float64), task=task, outputs=4)
     targets = RNG.integers(0, 4, (5, 6)) if task == "classes" else RNG.standard_normal((4, 5, 6))
-    off = RNG.random((5, 6)) < 0.4
-    targets[..., off] = -1 if task == "classes" else np.nan
-    for given in (targets, np.where(targets < 0, 1, targets) if task == "classes" else np.nan_to_num(targets)):
+    ignored = RNG.random((5, 6)) < 0.4
+    targets[..., ignored] = -1 if task == "classes" else np.nan
+    for step_targets in (targets, np.where(targets < 0, 1, targets) if task == "classes" else np.nan_to_num(targets)):
         model = make_model(network, layout, w)
         objective = Objective(loss, model)
         objective.reserve(4, 30)
         model.reserve(6)
-        objective.bring(given)
+        objective.bring(step_targets)
         tape = model.forward(x)
         scores = tape.scores.copy()
         objective.derive(tape, tape.scores, objective.targets(6), 0.1)
-        counts = (given >= 0) if task == "classes" else ~np.isnan(given[0])
-        plain, flat = scores[:, counts], given[..., counts]
-        grad, again = np.zeros(plain.shape), make_model(network, layout, w)
+        counts = (step_targets >= 0) if task == "classes" else ~np.isnan(step_targets[0])
+        plain, flat = scores[:, counts], step_targets[..., counts]
+        grad, reference_model = np.zeros(plain.shape), make_model(network, layout, w)
         assert objective.value() == pytest.approx(loss(plain, flat, 0.1, grad), rel=1e-12)
         full = np.zeros(scores.shape)
         full[:, counts] = grad
-        again.backward(again.forward(x), full)
-        np.testing.assert_allclose(model.g, again.g, rtol=1e-11, atol=1e-13)
+        reference_model.backward(reference_model.forward(x), full)
+        np.testing.assert_allclose(model.g, reference_model.g, rtol=1e-11, atol=1e-13)
         metric = Metric(loss, 4)
-        np.testing.assert_allclose(metric.sums(scores, given), metric.sums(plain, flat), rtol=1e-12)
-        assert metric.sums(scores, given)[-1] == counts.sum()
+        np.testing.assert_allclose(metric.sums(scores, step_targets), metric.sums(plain, flat), rtol=1e-12)
+        assert metric.sums(scores, step_targets)[-1] == counts.sum()
 
 
 def test_networks_of_sequences_say_what_does_not_fit():
@@ -322,8 +322,8 @@ def test_networks_of_sequences_say_what_does_not_fit():
         (lambda: build("custom", (3, 5), [{"type": "embedding", "vocabulary": 3, "units": 2}, LAST, dense(3)], 3),
          "needs tokens"),
     ]  # fmt: skip
-    for make_it, said in bad:
-        with pytest.raises(UserError, match=said.replace("{", r"\{").replace("}", r"\}")):
+    for make_it, message in bad:
+        with pytest.raises(UserError, match=message.replace("{", r"\{").replace("}", r"\}")):
             make_it()
 
 

@@ -1,4 +1,4 @@
-"""Slabs: gradients beyond the edges, initial weights, and widths of halos that nobody gave."""
+"""Slabs: gradients beyond the edges, initial weights, and default widths of halos."""
 
 import numpy as np
 import pytest
@@ -23,13 +23,16 @@ def test_weights_beyond_both_edges_have_the_gradient_0_whatever_was_there():
     x, dy = rng.standard_normal((16, 5)), rng.standard_normal((8, 5))
     model = Model(network, layout, w, g, NumpyOps())
     model.backward(model.forward(x), dy.copy())
-    # Of each domain two outputs, and a window of its four inputs and two on either side.
+    # Each domain has two outputs, and a window of its four inputs and two more on either side.
     padded = np.pad(x, [(2, 2), (0, 0)])
     expected = np.stack([dy[2 * d : 2 * d + 2] @ padded[4 * d : 4 * d + 8].T for d in range(4)])
-    found = g[: expected.size].reshape(4, 2, 8)
-    assert np.allclose(found, expected, rtol=1e-13)
+    gradient = g[: expected.size].reshape(4, 2, 8)
+    assert np.allclose(gradient, expected, rtol=1e-13)
     assert (
-        not found[0, :, :2].any() and not found[-1, :, -2:].any() and found[0, :, 2:].all() and found[-1, :, :-2].all()
+        not gradient[0, :, :2].any()
+        and not gradient[-1, :, -2:].any()
+        and gradient[0, :, 2:].all()
+        and gradient[-1, :, :-2].all()
     )
 
 
@@ -54,7 +57,7 @@ def test_initial_weights_are_uniform_by_the_window_and_the_outputs_of_a_domain(k
         ((16,), {}, 1),
         ((4,), {"units": 4}, 1),
         ((64,), {"domains": 1}, 0),
-        # The narrower side of a tile, of the sides that are cut.
+        # An eighth of the narrowest side of a tile that is cut.
         ((3, 64, 96), {"units": [8, 8], "domains": [2, 2]}, 4),
         ((3, 96, 64), {"units": [8, 8], "domains": [2, 1]}, 6),
     ],
@@ -81,8 +84,8 @@ def test_the_halos_of_a_network_of_slabs(in_shape, domains, halos):
     tables = slabs((64, 64), domains, -1, 10, in_shape)
     layers = build("custom", in_shape, tables, 10).layers
     assert [layer.halo for layer in layers if type(layer).__name__ == "Slab"] == halos
-    given = build("custom", in_shape, slabs((64, 64), domains, 1, 10, in_shape), 10).layers
-    assert [layer.halo for layer in given if type(layer).__name__ == "Slab"] == [1, 1]
+    with_halo = build("custom", in_shape, slabs((64, 64), domains, 1, 10, in_shape), 10).layers
+    assert [layer.halo for layer in with_halo if type(layer).__name__ == "Slab"] == [1, 1]
 
 
 @pytest.mark.parametrize("domains", [(1,), (1, 1)])

@@ -34,44 +34,44 @@ def test_products_are_those_of_scipy(batch, bias, dtype, monkeypatch):
     monkeypatch.setattr("psmpi.backend.compiled.sparse.WORK", 1)
     monkeypatch.setattr("psmpi.backend.reference.sparse.TERMS", 100)
     rng, pattern = np.random.default_rng(0), some_pattern(23, 17, 0.3)
-    one, size = index_of(pattern, rng, bias)
+    index, size = index_of(pattern, rng, bias)
     w, x, dy = (rng.standard_normal(shape).astype(dtype) for shape in (size, (17, batch), (23, batch)))
-    entries = one.places[pattern.row_numbers] + np.arange(pattern.size) - pattern.starts[pattern.row_numbers]
+    entries = index.places[pattern.row_numbers] + np.arange(pattern.size) - pattern.starts[pattern.row_numbers]
     matrix = sparse.csr_array((w[entries], pattern.columns, pattern.starts), (23, 17))
-    y = matrix @ x + (w[one.biases][:, None] if bias else 0)
+    y = matrix @ x + (w[index.biases][:, None] if bias else 0)
     g = np.full(size, 7, dtype)
     g[entries] = (dy @ x.T)[pattern.row_numbers, pattern.columns]
     if bias:
-        g[one.biases] = dy.sum(axis=1)
+        g[index.biases] = dy.sum(axis=1)
     for ops in backends():
-        product = ops.sparse_product(one, dtype)
-        found, dx, into = np.full_like(y, np.nan), np.full_like(x, np.nan), np.full(size, 7, dtype)
-        product.forward(w, x, found)
-        product.backward(w, x, dy, dx, into)
-        for mine, expected in ((found, y), (dx, matrix.T @ dy), (into, g)):
-            assert abs(mine - expected).max() <= TOLERANCE[dtype] * abs(expected).max()
-        alone, others = np.full_like(x, np.nan), np.full(size, 7, dtype)
-        product.backward(w, x, dy, alone, None)
-        product.backward(w, x, dy, None, others)
-        assert np.array_equal(alone, dx) and np.array_equal(others, into)
+        product = ops.sparse_product(index, dtype)
+        own_y, dx, own_g = np.full_like(y, np.nan), np.full_like(x, np.nan), np.full(size, 7, dtype)
+        product.forward(w, x, own_y)
+        product.backward(w, x, dy, dx, own_g)
+        for actual, expected in ((own_y, y), (dx, matrix.T @ dy), (own_g, g)):
+            assert abs(actual - expected).max() <= TOLERANCE[dtype] * abs(expected).max()
+        only_dx, only_g = np.full_like(x, np.nan), np.full(size, 7, dtype)
+        product.backward(w, x, dy, only_dx, None)
+        product.backward(w, x, dy, None, only_g)
+        assert np.array_equal(only_dx, dx) and np.array_equal(only_g, own_g)
 
 
 @pytest.mark.skipif(not compiled.level(), reason="no compiled kernels, or none for this processor")
 def test_any_number_of_threads_gives_the_same_bits_and_wrong_arrays_are_refused(monkeypatch):
     monkeypatch.setattr("psmpi.backend.compiled.sparse.WORK", 1)
     rng, pattern = np.random.default_rng(0), some_pattern(40, 50, 0.2)
-    one, size = index_of(pattern, rng, True)
+    index, size = index_of(pattern, rng, True)
     w, x, dy = (rng.standard_normal(shape).astype(F32) for shape in (size, (50, 9), (40, 9)))
-    found = []
+    results = []
     for threads in (1, 2, 5):
-        product = CompiledOps(threads=threads).sparse_product(one, F32)
+        product = CompiledOps(threads=threads).sparse_product(index, F32)
         arrays = np.empty_like(dy), np.empty_like(x), np.zeros_like(w)
         product.forward(w, x, arrays[0])
         product.backward(w, x, dy, *arrays[1:])
-        found.append(arrays)
+        results.append(arrays)
         with pytest.raises(ValueError, match="cannot be multiplied"):
             product.forward(w, x[1:], arrays[0])
-    assert all(np.array_equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+    assert all(np.array_equal(a, b) for repeated in results[1:] for a, b in zip(results[0], repeated, strict=True))
 
 
 def test_a_radix_layer_is_the_sum_of_powers_of_a_cyclic_permutation():
@@ -79,9 +79,9 @@ def test_a_radix_layer_is_the_sum_of_powers_of_a_cyclic_permutation():
     for stride, radix in ((1, 3), (3, 2), (6, 2)):
         power = np.linalg.matrix_power(permutation, stride)
         expected = np.kron(np.ones((2, 2), int), sum(np.linalg.matrix_power(power, j) for j in range(radix)))
-        pattern, found = radix_pattern(24, radix, stride, 2), np.zeros((24, 24), int)
-        found[pattern.row_numbers, pattern.columns] = 1
-        assert np.array_equal(found, expected) and pattern.size == expected.sum()
+        pattern, dense = radix_pattern(24, radix, stride, 2), np.zeros((24, 24), int)
+        dense[pattern.row_numbers, pattern.columns] = 1
+        assert np.array_equal(dense, expected) and pattern.size == expected.sum()
     # A system joins each input to each output by exactly one path.
     paths = np.eye(1024, dtype=int)
     assert radix_strides(1024, 32) == [1, 32] and radix_strides(64, 4) == [1, 4, 16]
@@ -144,10 +144,10 @@ def test_a_file_of_scipy_is_a_pattern_and_a_table_that_needs_no_file(tmp_path):
     pattern = some_pattern(6, 9, 0.5)
     values = np.random.default_rng(0).standard_normal(pattern.size)
     matrix = sparse.csr_array((values, pattern.columns, pattern.starts), (6, 9))
-    # As products leave them: columns of a row in any order.
+    # Columns of a row are in any order, as SciPy's products leave them.
     for row in range(6):
-        some = slice(*matrix.indptr[row : row + 2])
-        matrix.indices[some] = matrix.indices[some][::-1]
+        row_entries = slice(*matrix.indptr[row : row + 2])
+        matrix.indices[row_entries] = matrix.indices[row_entries][::-1]
     path = str(tmp_path / "pattern.npz")
     sparse.save_npz(path, matrix)
     assert read_pattern(path) == pattern
@@ -248,14 +248,14 @@ def test_damaged_headers_and_bytes_are_one_error(tmp_path):
     bad += [("indptr", sound["indptr"][:6] + b"\3" + sound["indptr"][7:]), ("indices", sound["indices"][:-1])]
     for name, content in bad:
         with zipfile.ZipFile(path, "w") as archive:
-            for other, one in sound.items():
-                archive.writestr(f"{other}.npy", content if other == name else one)
+            for array_name, sound_content in sound.items():
+                archive.writestr(f"{array_name}.npy", content if array_name == name else sound_content)
         with pytest.raises(UserError):
             read_pattern(str(path))
     np.savez_compressed(path, **GOOD)
-    whole = np.frombuffer(path.read_bytes(), np.uint8)
+    intact = np.frombuffer(path.read_bytes(), np.uint8)
     for _ in range(500):
-        wrong = whole.copy()
+        wrong = intact.copy()
         wrong[rng.integers(len(wrong), size=3)] = rng.integers(256, size=3)
         path.write_bytes(wrong[: rng.integers(len(wrong) // 2, 2 * len(wrong))].tobytes())
         with suppress(UserError):
@@ -282,20 +282,23 @@ def test_settings_that_make_no_layer_are_refused(settings, says):
 
 
 def test_a_local_pattern_has_its_columns_in_any_order():
-    """The rows of a rank over inputs that are numbered anew compute what they do in the whole layer."""
+    """The rows of a rank over renumbered inputs compute the same as in the whole layer."""
     rng, pattern = np.random.default_rng(0), some_pattern(12, 10, 0.4)
     rows, order = np.isin(np.arange(12), [1, 4, 5, 11]), rng.permutation(10)
-    some, firsts = pattern.restricted(rows, np.ones(10, bool))
-    local = Pattern.of(some.starts, np.argsort(order)[some.columns], 10)
+    own_rows, firsts = pattern.restricted(rows, np.ones(10, bool))
+    local = Pattern.of(own_rows.starts, np.argsort(order)[own_rows.columns], 10)
     w = rng.standard_normal(pattern.size)
-    entries = np.concatenate([np.arange(a, a + n) for a, n in zip(firsts, some.fan_in, strict=True)])
+    entries = np.concatenate([np.arange(a, a + n) for a, n in zip(firsts, own_rows.fan_in, strict=True)])
     x, d, outputs, gradients = rng.standard_normal((10, 5)), rng.standard_normal((12, 5)), [], []
-    for one, weights, inputs, dy in ((pattern, w, x, d * rows[:, None]), (local, w[entries], x[order], d[rows])):
-        layer = Sparse("sparse1", (10,), (one.rows,), one, bias=False)
+    for layer_pattern, weights, inputs, dy in (
+        (pattern, w, x, d * rows[:, None]),
+        (local, w[entries], x[order], d[rows]),
+    ):
+        layer = Sparse("sparse1", (10,), (layer_pattern.rows,), layer_pattern, bias=False)
         network = Network("local", (10,), (layer,))
         model = Model(network, network.layout(), weights, np.zeros_like(weights), NumpyOps())
         # The flat vector has the rows in their order.
-        assert network.layout().size == one.size
+        assert network.layout().size == layer_pattern.size
         tape, dx = model.forward(inputs), np.empty_like(inputs)
         outputs.append(tape.scores.copy())
         model.backward(tape, dy.copy(), dx=dx)

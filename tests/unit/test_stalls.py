@@ -1,4 +1,4 @@
-"""Who is waited for, found from hand-made records of what ranks were doing."""
+"""Ranks that others wait for, found from hand-made records of operations."""
 
 import itertools
 from types import SimpleNamespace
@@ -32,17 +32,17 @@ def done(name, group=ALL, number=0, peer=-1):
     return call(name, group, number, peer, 101.0)
 
 
-def rank(number, state, *operations, seconds=100.0, **more):
+def rank(number, state, *operations, seconds=100.0, **fields):
     calls = {}
-    for one in operations:
-        calls[one.group] = max(calls.get(one.group, 0), one.number)
-    return Rank(number, "host", state, seconds, len(operations), 5, "", "", calls, operations, **more)
+    for operation in operations:
+        calls[operation.group] = max(calls.get(operation.group, 0), operation.number)
+    return Rank(number, "host", state, seconds, len(operations), 5, "", "", calls, operations, **fields)
 
 
 def named(*ranks, warn=60.0, **options):
-    """The ranks that are waited for, None where nobody is."""
+    """The ranks that are waited for, or None."""
     finding = diagnose(ranks, warn, **options)
-    return None if finding is None else [one.rank for one in finding.culprits]
+    return None if finding is None else [culprit_rank.rank for culprit_rank in finding.culprits]
 
 
 @pytest.mark.parametrize("state", [SILENT, COMPUTING, BUSY])
@@ -54,11 +54,11 @@ def test_whoever_is_not_in_the_call_is_waited_for(state, culprit):
         for k in range(3)
     ]
     finding = diagnose(ranks, 60.0)
-    assert [one.rank for one in finding.culprits] == [culprit] and finding.seconds == 100.0
+    assert [culprit_rank.rank for culprit_rank in finding.culprits] == [culprit] and finding.seconds == 100.0
     text = "\n".join(describe(finding, 1e9))
     assert f"rank {culprit} on host" in text.splitlines()[0]
-    others = [k for k in range(3) if k != culprit]
-    assert f"ranks {others[0]}, {others[1]} wait in Allreduce, call 4 among ranks 0-2 (world), step 5" in text
+    waiting = [k for k in range(3) if k != culprit]
+    assert f"ranks {waiting[0]}, {waiting[1]} wait in Allreduce, call 4 among ranks 0-2 (world), step 5" in text
     perhaps = "perhaps " if state == SILENT else ""
     assert f"missing: Allreduce, call 4 among ranks 0-2 (world): {perhaps}not made by rank {culprit}" in text
     assert {SILENT: "stopped", COMPUTING: "endless loop", BUSY: "reading the file x"}[state] in text
@@ -66,26 +66,26 @@ def test_whoever_is_not_in_the_call_is_waited_for(state, culprit):
 
 def test_a_chain_of_waits_ends_at_the_one_who_does_not_wait():
     """Rank 0 waits for a message of rank 1, which waits in a call for rank 2, which computes."""
-    found = named(
+    culprits = named(
         rank(0, WAITING, call("Recv", peer=1)),
         rank(1, WAITING, call("Wait(Iallreduce)", PAIR, 9)),
         rank(2, COMPUTING, done("Allreduce", PAIR, 8)),
     )
-    assert found == [2]
+    assert culprits == [2]
 
 
 def test_a_rank_that_passed_the_call_is_not_at_fault():
     """Rank 1 has left a reduction early, and waits in the next call, for the root that waits for rank 2."""
-    found = named(
+    culprits = named(
         rank(0, WAITING, call("Reduce", number=4, peer=0)),
         rank(1, WAITING, done("Reduce", number=4, peer=0), call("Bcast", number=5, peer=0)),
         rank(2, COMPUTING, done("Bcast", number=3, peer=0)),
     )
-    assert found == [2]
+    assert culprits == [2]
 
 
 def test_a_rank_that_goes_on_is_waited_for_rightly():
-    """However long others wait for it: an evaluation, a rank that exchanges much with a third one."""
+    """Others may wait long for a rank that evaluates, or that exchanges many messages with a third rank."""
     waiting = rank(0, WAITING, call("Recv", peer=1), seconds=500.0)
     for state in (COMPUTING, WAITING, BUSY):
         busy = rank(1, state, call("Recv", PAIR, peer=2), seconds=0.5)
@@ -142,7 +142,7 @@ def test_a_rank_that_was_never_heard_of_is_named_only_where_no_other_is():
 
 
 def test_no_states_of_three_ranks_are_beyond_it():
-    """Any state of each: it ends, and names no rank that waits."""
+    """diagnose ends for any states of the ranks, and names no rank that waits."""
     states = [
         lambda k: rank(k, WAITING, call("Barrier", number=2)),
         lambda k: rank(k, WAITING, call("Recv", peer=(k + 1) % 3)),
@@ -152,11 +152,11 @@ def test_no_states_of_three_ranks_are_beyond_it():
         lambda k: rank(k, COMPUTING, done("Barrier", number=1)),
         lambda k: rank(k, UNWATCHED),
     ]
-    for some in itertools.product(states, repeat=3):
-        ranks = [state(k) for k, state in enumerate(some)]
+    for combination in itertools.product(states, repeat=3):
+        ranks = [state(k) for k, state in enumerate(combination)]
         finding = diagnose(ranks, 60.0)
-        assert all(one.state != WAITING for one in (finding.culprits if finding else ()))
-        assert not any(one.state == SILENT for one in ranks) or finding.culprits
+        assert all(candidate.state != WAITING for candidate in (finding.culprits if finding else ()))
+        assert not any(candidate.state == SILENT for candidate in ranks) or finding.culprits
         assert finding is None or describe(finding, 1e9)
 
 

@@ -1,4 +1,4 @@
-"""HDF5 files whose values are not there: never written, or in other files that are gone."""
+"""HDF5 files with missing values: never written, or in other files that are missing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 from psmpi.data import open_dataset, open_split
 from psmpi.errors import UserError
 
-# Virtual arrays and links to other files are for files of one's own alone.
+# Virtual arrays and links to other files are read only on request, for the user's own files.
 opened = partial(open_dataset, external=True)
 KEYS = ("x", "y", "x_test", "y_test")
 RNG = np.random.default_rng(0)
@@ -41,7 +41,7 @@ def write(path: Path, leave_out: str = "", **arrays: Any) -> h5py.File:
 
 
 def virtual(file: h5py.File, key: str, parts: dict[str, int], total: int, inner: str = "part") -> None:
-    """Put `key` together from arrays of so many rows in other files."""
+    """Create `key` as a virtual array of the arrays `inner` of other files; parts: {file name: rows}."""
     shape = ARRAYS[key].shape[1:]
     layout, first = h5py.VirtualLayout((total, *shape), ARRAYS[key].dtype), 0
     for name, rows in parts.items():
@@ -51,7 +51,7 @@ def virtual(file: h5py.File, key: str, parts: dict[str, int], total: int, inner:
 
 
 def parts(folder: Path, key: str) -> dict[str, int]:
-    """Write an array in two files, and tell how many rows each has."""
+    """Write an array in two files; return {file name: rows}."""
     folder.mkdir(exist_ok=True)
     for name, rows in (("first.h5", slice(0, 12)), ("second.h5", slice(12, 20))):
         with h5py.File(folder / name, "w") as file:
@@ -91,8 +91,8 @@ def test_zeros_that_were_written_are_samples(tmp_path: Path) -> None:
     with write(tmp_path / "own.h5", "x", x_test=np.zeros_like(X)) as file:
         file.create_dataset("x", data=np.zeros_like(X), chunks=(3, 2), compression="gzip")
         del file["y_test"]
-        made = h5py.h5d.create(file.id, b"y_test", h5py.h5t.NATIVE_INT64, h5py.h5s.create_simple((20,)), compact)
-        h5py.Dataset(made)[...] = 0
+        dataset_id = h5py.h5d.create(file.id, b"y_test", h5py.h5t.NATIVE_INT64, h5py.h5s.create_simple((20,)), compact)
+        h5py.Dataset(dataset_id)[...] = 0
     data = opened(str(tmp_path / "own.h5"), None)
     assert not data.train.read(np.arange(20)).any() and not data.test.labels.any()
 
@@ -133,13 +133,13 @@ def test_virtual_arrays_without_a_source_file_name_it(tmp_path: Path, key: str) 
 
 
 def test_virtual_sources_are_looked_for_where_hdf5_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = {str(tmp_path / "far" / name): rows for name, rows in parts(tmp_path / "far", "x").items()}
+    absolute_parts = {str(tmp_path / "far" / name): rows for name, rows in parts(tmp_path / "far", "x").items()}
     (tmp_path / "near").mkdir()
-    for folder, names in (("near", parts(tmp_path / "far", "x")), ("far", found)):
+    for folder, names in (("near", parts(tmp_path / "far", "x")), ("far", absolute_parts)):
         with write(tmp_path / folder / "own.h5", "x") as file:
             virtual(file, "x", names, 20)
     rows = np.arange(20)
-    # By an absolute name and, when that is gone, by the last part of it beside the file.
+    # Sources are found by an absolute name or, if that file is missing, by its last part beside the virtual file.
     assert np.array_equal(opened(str(tmp_path / "far" / "own.h5"), None).train.read(rows), X)
     (tmp_path / "far").rename(tmp_path / "moved")
     assert np.array_equal(opened(str(tmp_path / "moved" / "own.h5"), None).train.read(rows), X)
@@ -186,28 +186,28 @@ def test_virtual_arrays_of_parts_of_arrays_are_read(tmp_path: Path) -> None:
 
 
 def growing(file: h5py.File, key: str, sources: dict[str, Any], step: int = 1) -> None:
-    """Put `key` together from arrays of any length, `step` apart, of which the k-th has rows from k on."""
+    """Create `key` as a virtual array of arrays of any length; the k-th has every `step`-th row from row k on."""
     end, shape = h5py.h5s.UNLIMITED, ARRAYS[key].shape[1:]
     layout = h5py.VirtualLayout((20, *shape), ARRAYS[key].dtype, maxshape=(None, *shape))
     for k, (name, values) in enumerate(sources.items()):
-        with h5py.File(Path(file.filename).parent / name, "w") as other:
-            other.create_dataset("part", data=values, maxshape=(None, *shape), chunks=True)
+        with h5py.File(Path(file.filename).parent / name, "w") as source_file:
+            source_file.create_dataset("part", data=values, maxshape=(None, *shape), chunks=True)
         source = h5py.VirtualSource(name, "part", values.shape, values.dtype, maxshape=(None, *shape))
         layout[k:end:step] = source[0:end]
     file.create_virtual_dataset(key, layout)
 
 
 def numbered(file: h5py.File, key: str, pattern: str, rows: int, inner: bytes = b"part") -> None:
-    """Put `key` together from as many arrays of so many rows as a pattern finds."""
+    """Create `key` as a virtual array of all arrays of `rows` rows that match a pattern."""
     shape, dtype = ARRAYS[key].shape[1:], h5py.h5t.py_create(ARRAYS[key].dtype, logical=True)
-    made, ones = h5py.h5p.create(h5py.h5p.DATASET_CREATE), (1,) * len(shape)
+    properties, ones = h5py.h5p.create(h5py.h5p.DATASET_CREATE), (1,) * len(shape)
     space = h5py.h5s.create_simple((rows, *shape), (h5py.h5s.UNLIMITED, *shape))
-    whole = h5py.h5s.create_simple((rows, *shape), (h5py.h5s.UNLIMITED, *shape))
+    array_space = h5py.h5s.create_simple((rows, *shape), (h5py.h5s.UNLIMITED, *shape))
     space.select_hyperslab(
         (0, *(0 for _ in shape)), (h5py.h5s.UNLIMITED, *ones), stride=(rows, *ones), block=(rows, *shape)
     )
-    made.set_virtual(space, pattern.encode(), inner, h5py.h5s.create_simple((rows, *shape)))
-    h5py.h5d.create(file.id, key.encode(), dtype, whole, made)
+    properties.set_virtual(space, pattern.encode(), inner, h5py.h5s.create_simple((rows, *shape)))
+    h5py.h5d.create(file.id, key.encode(), dtype, array_space, properties)
 
 
 @pytest.mark.parametrize("key", KEYS)
@@ -219,7 +219,7 @@ def test_virtual_arrays_of_unlimited_size_are_read(tmp_path: Path, key: str) -> 
         data = opened(str(path), None)
         assert np.array_equal(data.train.read(np.arange(20)), X) and np.array_equal(data.test.labels, Y[::-1])
         assert np.array_equal(data.test.read(np.arange(20)), X + 1) and np.array_equal(data.train.labels, Y)
-    # One source is shorter than the others, or was not written to its end.
+    # One source is shorter than the other sources, or was not written to its end.
     with h5py.File(tmp_path / "1.h5", "a") as file:
         file["part"].resize(5, axis=0)
     refused(path, f"{key} takes more from part in", "1.h5", "than this has, with its shape (5,")
@@ -246,7 +246,7 @@ def test_virtual_arrays_of_numbered_files_are_read(tmp_path: Path, key: str, pat
     data = opened(str(path), None)
     assert np.array_equal(data.train.read(np.arange(20)), X) and np.array_equal(data.test.labels, Y[::-1])
     assert np.array_equal(data.test.read(np.arange(20)), X + 1) and np.array_equal(data.train.labels, Y)
-    # HDF5 ends at the first one that is not there, or has not its array.
+    # HDF5 ends at the first file that is missing or lacks the array.
     (tmp_path / names[2]).rename(tmp_path / "gone")
     refused(path, f"{key} is put together from files named {pattern}, and ends before {names[2]}", names[3], "bring it")
     (tmp_path / names[3]).unlink()
@@ -261,7 +261,7 @@ def test_virtual_arrays_of_numbered_files_are_read(tmp_path: Path, key: str, pat
 
 
 def test_virtual_arrays_of_numbered_arrays_are_read(tmp_path: Path) -> None:
-    """In one file, and in the file itself."""
+    """The arrays are in one other file, or in the file itself."""
     for name, place in (("other.h5", "other.h5"), ("own.h5", ".")):
         with write(tmp_path / "own.h5", "x") as file:
             numbered(file, "x", place, 10, b"%%/part-%b")
@@ -301,9 +301,9 @@ def test_virtual_arrays_behind_a_link_are_beside_their_own_sources(tmp_path: Pat
 
 
 def test_virtual_arrays_in_a_circle_are_refused(tmp_path: Path) -> None:
-    for name, other in (("own.h5", "other.h5"), ("other.h5", "own.h5")):
+    for name, source in (("own.h5", "other.h5"), ("other.h5", "own.h5")):
         with write(tmp_path / name, "x") as file:
-            virtual(file, "x", {other: 20}, 20, "x")
+            virtual(file, "x", {source: 20}, 20, "x")
     with pytest.raises(UserError, match=r"(own|other)\.h5: x is virtual, of virtual arrays without end"):
         opened(str(tmp_path / "own.h5"), None)
 
@@ -341,16 +341,16 @@ def test_links_to_other_files_are_followed_or_named(tmp_path: Path) -> None:
 
 
 def test_a_filter_that_is_not_installed_is_named(tmp_path: Path) -> None:
-    """The filter is optional, so that HDF5 makes the array, and its one chunk says that it was used."""
+    """The filter is optional, so that HDF5 makes the array, and the mask of the chunk says that the filter was used."""
     if h5py.h5z.filter_avail(32013):
         pytest.skip("this HDF5 has the filter zfp")
     path = tmp_path / "own.h5"
     for used, ends in ((0, "is packed"), (1, "")):
-        made = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-        made.set_chunk(X.shape)
-        made.set_filter(32013, h5py.h5z.FLAG_OPTIONAL, (1, 2))
+        properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        properties.set_chunk(X.shape)
+        properties.set_filter(32013, h5py.h5z.FLAG_OPTIONAL, (1, 2))
         with write(path, "x") as file:
-            x = h5py.h5d.create(file.id, b"x", h5py.h5t.IEEE_F32LE, h5py.h5s.create_simple(X.shape), made)
+            x = h5py.h5d.create(file.id, b"x", h5py.h5t.IEEE_F32LE, h5py.h5s.create_simple(X.shape), properties)
             x.write_direct_chunk((0, 0), X.tobytes(), used)
         if ends:
             refused(path, "x is packed by the HDF5 filter 32013 (zfp)", "pip install hdf5plugin", "h5repack -f GZIP")
@@ -359,8 +359,8 @@ def test_a_filter_that_is_not_installed_is_named(tmp_path: Path) -> None:
 
 def test_a_file_that_is_being_written_is_told_so(tmp_path: Path) -> None:
     write(tmp_path / "own.h5").close()
-    with (tmp_path / "own.h5").open("rb") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
+    with (tmp_path / "own.h5").open("rb") as locked:
+        fcntl.flock(locked, fcntl.LOCK_EX)
         refused(tmp_path / "own.h5", "another program has the file open for writing")
     with h5py.File(tmp_path / "live.h5", "w", libver="latest") as file:
         for key, values in ARRAYS.items():
@@ -374,9 +374,9 @@ def test_a_file_that_is_being_written_is_told_so(tmp_path: Path) -> None:
 def test_a_wrong_checksum_of_a_chunk_is_damage(tmp_path: Path) -> None:
     with write(tmp_path / "own.h5", "x") as file:
         file.create_dataset("x", data=X, chunks=X.shape, fletcher32=True)
-        at = file["x"].id.get_chunk_info(0).byte_offset
+        offset = file["x"].id.get_chunk_info(0).byte_offset
     content = bytearray((tmp_path / "own.h5").read_bytes())
-    content[at + 5] ^= 4
+    content[offset + 5] ^= 4
     (tmp_path / "own.h5").write_bytes(content)
     data = opened(str(tmp_path / "own.h5"), None)
     with pytest.raises(UserError, match=r"own\.h5: the file is damaged .*filter returned failure"):

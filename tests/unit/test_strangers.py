@@ -1,4 +1,4 @@
-"""Files of strangers: nothing of another file is read, and no crash, time or memory beyond what their size explains."""
+"""Files of strangers lead to no read of other files, and to no crash, time or memory beyond their size."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ GROWN = 400 << 20
 
 @pytest.fixture
 def private(tmp_path: Path) -> Path:
-    """An HDF5 file, and as bytes a raw file, that nobody else is to read."""
+    """An HDF5 file, also used as raw bytes, that the files of strangers may not read."""
     path = tmp_path / "private.h5"
     with h5py.File(path, "w") as file:
         file["x"], file["y"] = X + 41, Y
@@ -68,7 +68,7 @@ def edited(path: Path, name: str, **changes: Any) -> None:
 
 @pytest.fixture
 def good(tmp_path: Path) -> Path:
-    """A checkpoint that is as it should be."""
+    """A sound checkpoint."""
     path = tmp_path / "run" / "checkpoints" / "step-000000003.h5"
     path.parent.mkdir(parents=True)
     path.write_bytes(good_checkpoint(0))
@@ -77,8 +77,8 @@ def good(tmp_path: Path) -> Path:
 
 
 def external_link(file: h5py.File, private: Path) -> None:
-    with h5py.File(private, "a") as other:
-        other.create_dataset("right", data=file["weights/dense1.bias"][...] + 42, chunks=True)
+    with h5py.File(private, "a") as private_file:
+        private_file.create_dataset("right", data=file["weights/dense1.bias"][...] + 42, chunks=True)
     del file["weights/dense1.bias"]
     file["weights/dense1.bias"] = h5py.ExternalLink(str(private), "/right")
 
@@ -138,7 +138,7 @@ INSIDE = (
 
 @pytest.mark.parametrize("change", INSIDE, ids=lambda change: change.__name__)
 def test_checkpoints_have_all_their_values_themselves(good: Path, private: Path, change: Any) -> None:
-    """A right digest is no excuse."""
+    """A correct digest does not help."""
     with h5py.File(good, "r+") as file:
         change(file, private)
     seal(good)
@@ -193,12 +193,12 @@ def test_a_configuration_of_another_network_is_refused_before_it_is_built(good: 
 def test_a_network_with_a_layer_of_the_program_is_compared_with_the_layout_too(
     good: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The other process knows psmpi's layers alone."""
+    """The process that examines files knows psmpi's layers alone."""
     tables = '{type = "mine"}, {type = "dense", units = 7}, {type = "dense", units = 4}'
     with h5py.File(good, "r+") as file:
         put(file, "config", f'[model]\nmodel = "custom"\nlayers = [{tables}]\n')
     seal(good)
-    # Without the layer nothing can be said of the network; whatever needs it says so.
+    # Without the layer the network cannot be built, and is not compared.
     checkpoint.validate(good)
     monkeypatch.setattr(LAYERS, "registered", {"mine": type("Mine", (Gelu,), {})})
     good.touch()
@@ -207,14 +207,14 @@ def test_a_network_with_a_layer_of_the_program_is_compared_with_the_layout_too(
 
 
 def bomb(dataset: h5py.Dataset, nbytes: int) -> None:
-    """A first chunk that unpacks to zeros of so many bytes."""
+    """Write a first chunk that unpacks to `nbytes` zeros."""
     packer = zlib.compressobj(9)
     packed = b"".join(packer.compress(bytes(1 << 20)) for _ in range(nbytes >> 20))
     dataset.id.write_direct_chunk((0,) * dataset.ndim, packed + packer.flush())
 
 
 def test_chunks_unpack_to_their_size_and_no_more(tmp_path: Path, good: Path) -> None:
-    """A thousandth of what comes out: HDF5 itself would take all of it."""
+    """A chunk has a thousandth of its unpacked size, and HDF5 itself would unpack all of it."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     path = tmp_path / "own.h5"
     for key, shape in (("x", (20, 6)), ("y", (20,))):
@@ -229,10 +229,10 @@ def test_chunks_unpack_to_their_size_and_no_more(tmp_path: Path, good: Path) -> 
     with h5py.File(good, "r+") as file:
         shape = file["weights/dense1.bias"].shape
         del file["weights/dense1.bias"]
-        made = file["weights"].create_dataset(
+        dataset = file["weights"].create_dataset(
             "dense1.bias", shape, "f4", chunks=shape, compression="gzip", shuffle=True
         )
-        bomb(made, 1 << 30)
+        bomb(dataset, 1 << 30)
     seal(good)
     with pytest.raises(DamagedError, match="unpacks to more than"):
         checkpoint.validate(good)
@@ -243,11 +243,11 @@ def test_a_text_that_unpacks_to_two_gigabytes_is_not_unpacked(good: Path) -> Non
     size = 2_000_000_000
     with h5py.File(good, "r+") as file:
         del file["provenance"]
-        made = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-        made.set_chunk((1,))
-        made.set_deflate(9)
+        properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        properties.set_chunk((1,))
+        properties.set_deflate(9)
         kind = h5py.h5t.py_create(h5py.string_dtype("utf-8", size), logical=True)
-        h5py.h5d.create(file.id, b"provenance", kind, h5py.h5s.create_simple((1,)), made)
+        h5py.h5d.create(file.id, b"provenance", kind, h5py.h5s.create_simple((1,)), properties)
         bomb(file["provenance"], size)
     seal(good)
     with pytest.raises(DamagedError, match="wrong length"):
@@ -277,29 +277,29 @@ def test_packed_arrays_are_those_that_hdf5_reads(
         unpacker = Unpacker(file["x"])
         assert np.array_equal(unpacker.read(), values)
         rows = np.array([0, 0, *range(1, shape[0], 2)])
-        found = [part for _, part in unpacker.pieces(rows)]
-        assert np.array_equal(np.concatenate(found), values[rows])
+        parts = [part for _, part in unpacker.pieces(rows)]
+        assert np.array_equal(np.concatenate(parts), values[rows])
 
 
 def test_chunks_that_were_written_without_a_filter_and_damaged_ones(tmp_path: Path) -> None:
     values = np.arange(24, dtype="f4")
     with h5py.File(tmp_path / "a.h5", "w") as file:
-        made = file.create_dataset("x", (24,), "f4", chunks=(12,), compression="gzip", fletcher32=True)
-        names = filters_of(made)
-        made[:12] = values[:12]
-        # Bit by bit the filters that were left out.
-        made.id.write_direct_chunk((12,), values[12:].tobytes(), filter_mask=2 ** len(names) - 1)
+        dataset = file.create_dataset("x", (24,), "f4", chunks=(12,), compression="gzip", fletcher32=True)
+        names = filters_of(dataset)
+        dataset[:12] = values[:12]
+        # The mask has a bit for each filter that was left out.
+        dataset.id.write_direct_chunk((12,), values[12:].tobytes(), filter_mask=2 ** len(names) - 1)
     with h5py.File(tmp_path / "a.h5") as file:
         assert np.array_equal(Unpacker(file["x"]).read(), values) and np.array_equal(file["x"][...], values)
-        assert [one.size for one in chunks_of(file["x"])][1] == 48
-    whole = zlib.compress(bytes(48))
+        assert [chunk.size for chunk in chunks_of(file["x"])][1] == 48
+    sound = zlib.compress(bytes(48))
     for checked, damage, says in (
-        (True, whole, "checksum"), (False, b"\x78\x9c\x00", "cannot be unpacked"), (False, whole[:-3], "ends early"),
+        (True, sound, "checksum"), (False, b"\x78\x9c\x00", "cannot be unpacked"), (False, sound[:-3], "ends early"),
         (False, zlib.compress(bytes(40)), "has 40 bytes, and should have 48"),
     ):  # fmt: skip
         with h5py.File(tmp_path / "a.h5", "w") as file:
-            made = file.create_dataset("x", (12,), "f4", chunks=(12,), compression="gzip", fletcher32=checked)
-            made.id.write_direct_chunk((0,), damage)
+            dataset = file.create_dataset("x", (12,), "f4", chunks=(12,), compression="gzip", fletcher32=checked)
+            dataset.id.write_direct_chunk((0,), damage)
         with h5py.File(tmp_path / "a.h5") as file, pytest.raises(OSError, match=says):
             Unpacker(file["x"]).read()
 
@@ -326,22 +326,22 @@ def test_data_read_no_other_file_unless_that_is_allowed(tmp_path: Path, private:
             layout[...] = h5py.VirtualSource(str(private), key, shape)
             file.create_virtual_dataset(key, layout)
         else:
-            made = [(str(private), 0, h5py.h5f.UNLIMITED)]
-            file.create_dataset(key, (20, 6) if key == "x" else (20,), "f4" if key == "x" else "i8", external=made)
+            external = [(str(private), 0, h5py.h5f.UNLIMITED)]
+            file.create_dataset(key, (20, 6) if key == "x" else (20,), "f4" if key == "x" else "i8", external=external)
     for opening in (open_dataset, lambda *names: open_split(*names, "all")):
         with pytest.raises(UserError, match=r"another file|other files"):
             opening(str(path), None)
     if way != "storage":
-        found = open_dataset(str(path), None, external=True).train
-        assert np.allclose(found.read(np.arange(1)), X[:1] + 41) or key == "y"
-    # Names inside the file lead on.
+        train = open_dataset(str(path), None, external=True).train
+        assert np.allclose(train.read(np.arange(1)), X[:1] + 41) or key == "y"
+    # Links inside the file are followed.
     with h5py.File(path, "w") as file:
         file["g/x"], file["y"], file["x"] = X, Y, h5py.SoftLink("g/x")
     assert open_dataset(str(path), None).train.n == 16
 
 
 def test_a_checkpoint_does_not_say_that_other_files_may_be_read(train: Any, tmp_path: Path, private: Path) -> None:
-    """Neither for a prediction nor for going on: who starts these does."""
+    """A resumed run reads other files only if its own command allows that."""
     path = tmp_path / "own.h5"
     with h5py.File(path, "w") as file:
         file["x"], file["y"] = h5py.ExternalLink(str(private), "x"), Y
@@ -349,15 +349,15 @@ def test_a_checkpoint_does_not_say_that_other_files_may_be_read(train: Any, tmp_
     with pytest.raises(AssertionError, match="--allow-external"):
         train(1, *options)
     assert not from_toml("[data]\nallow_external = true\n", "a file", foreign=True).data.allow_external
-    done = train(1, *options, "--allow-external")
-    text = checkpoint.read_contents(done.checkpoint).config
+    training = train(1, *options, "--allow-external")
+    text = checkpoint.read_contents(training.checkpoint).config
     assert "allow_external = false" in text
-    with h5py.File(done.checkpoint, "r+") as file:
+    with h5py.File(training.checkpoint, "r+") as file:
         put(file, "config", text.replace("allow_external = false", "allow_external = true"))
-    seal(done.checkpoint)
+    seal(training.checkpoint)
     with pytest.raises(AssertionError, match="--allow-external"):
-        train(1, "--resume", done.checkpoint, "--epochs", "2")
-    train(1, "--resume", done.checkpoint, "--epochs", "2", "--allow-external")
+        train(1, "--resume", training.checkpoint, "--epochs", "2")
+    train(1, "--resume", training.checkpoint, "--epochs", "2", "--allow-external")
 
 
 @pytest.mark.parametrize(
@@ -371,10 +371,10 @@ def test_scalars_are_what_an_optimizer_can_have(
     train: Any, optimizer: str, scalar: str, value: Any, range_: str
 ) -> None:
     options = ("--model", "linear", "--optimizer", optimizer, "--max-steps")
-    done = train(1, *options, "2").checkpoint
-    edited(done, "scalars", **{scalar: value})
+    path = train(1, *options, "2").checkpoint
+    edited(path, "scalars", **{scalar: value})
     with pytest.raises(AssertionError, match=rf"scalars: {scalar} is .*should be {range_}"):
-        train(1, *options, "4", "--resume", done)
+        train(1, *options, "4", "--resume", path)
 
 
 def images() -> dict[str, Any]:
@@ -405,8 +405,8 @@ def test_pickles_take_no_more_than_their_size_explains(tmp_path: Path, name: str
 def test_a_file_that_ends_the_process_that_looks_at_it_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And the next file is looked at by another one."""
-    # Its own limits end it.
+    """Another process then examines the next file."""
+    # The limits of the process itself end it.
     monkeypatch.setattr(examiner, "PATIENCE", 1000)
     path = tmp_path / "own.h5"
     path.write_bytes(b"x" * 100)
@@ -456,20 +456,20 @@ def test_no_codes_for_terminals_come_from_files(good: Path, capsys: pytest.Captu
     complain(CODES)
     Screen().tell(CODES)
     Screen().print(CODES, markup=False)
-    found = "".join(capsys.readouterr())
-    assert "title" in found and not set(found) & set("\x1b\x07\x9b\u202e\x08\x00")
+    printed = "".join(capsys.readouterr())
+    assert "title" in printed and not set(printed) & set("\x1b\x07\x9b\u202e\x08\x00")
     assert printable("tab\tline\nnext é 漢") == "tab\tline\nnext é 漢"
 
 
 def test_errors_say_names_of_arrays_without_codes_for_terminals(tmp_path: Path) -> None:
     np.savez(tmp_path / "own.npz", **{f"x{CODES.strip(chr(0))}": X})
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-m", "psmpi.train", "--dataset", tmp_path / "own.npz"],
         capture_output=True,
         text=True,
         cwd=ROOT,
     )
-    assert done.returncode == 1 and "\\x1b[31m" in done.stderr and "\x1b" not in done.stderr + done.stdout
+    assert process.returncode == 1 and "\\x1b[31m" in process.stderr and "\x1b" not in process.stderr + process.stdout
 
 
 def test_files_are_written_whole_under_names_that_nobody_guesses(tmp_path: Path) -> None:
@@ -492,7 +492,7 @@ def test_files_are_written_whole_under_names_that_nobody_guesses(tmp_path: Path)
 
 
 def test_a_run_writes_through_no_link_and_as_the_umask_says(train: Any, tmp_path: Path) -> None:
-    """Links of the names that a run writes to lead nowhere else, and others read what the umask lets them."""
+    """Links under the names of a run's files are not followed, and the modes of files follow the umask."""
     secret, out = tmp_path / "secret", tmp_path / "run"
     secret.write_text("kept")
     (out / "checkpoints").mkdir(parents=True)
@@ -510,14 +510,14 @@ def test_a_run_writes_through_no_link_and_as_the_umask_says(train: Any, tmp_path
 
 
 def test_names_in_checkpoints_are_no_markup(good: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Of a network of another version, whose layers are not known here, names are not compared with these."""
+    """A network with unknown layers is not built, so names in the layout are not compared with its names."""
     with h5py.File(good, "r+") as file:
         layout = json.loads(file["layout"].asstr()[0])
-        for number, one in enumerate(layout["parameters"]):
-            name, mark = one["name"], ("[/b]", "[link=http:x]", ":boom:", "[red]")[number % 4]
-            one["name"] = f"{mark}{name}"
+        for number, parameter in enumerate(layout["parameters"]):
+            name, mark = parameter["name"], ("[/b]", "[link=http:x]", ":boom:", "[red]")[number % 4]
+            parameter["name"] = f"{mark}{name}"
             for group in ("weights", "optimizer/m", "optimizer/v"):
-                file.move(f"{group}/{name}", f"{group}/{one['name']}")
+                file.move(f"{group}/{name}", f"{group}/{parameter['name']}")
         text = str(file["config"].asstr()[0])
         layers = 'model = "custom"\nlayers = [{type = "unheard"}]'
         put(file, "config", text.replace('model = "mlp"', layers).replace("layers = []\n", ""))
@@ -525,13 +525,13 @@ def test_names_in_checkpoints_are_no_markup(good: Path, capsys: pytest.CaptureFi
     seal(good)
     for command in (show, stats, lambda path: diff(path, path)):
         command(good)
-        found = capsys.readouterr().out
+        printed = capsys.readouterr().out
         for mark in ("[link=http:x]dense1.bias", ":boom:dense2.weight"):
-            assert mark in found.replace(" ", "") or command is stats
+            assert mark in printed.replace(" ", "") or command is stats
 
 
 def test_a_checkpoint_names_no_file_of_a_pattern(good: Path, tmp_path: Path) -> None:
-    """A pipe would be waited for."""
+    """A pipe in the place of the pattern would block its reader."""
     os.mkfifo(tmp_path / "pattern.npz")
     table = f'{{type = "sparse", units = 4, pattern = "{tmp_path / "pattern.npz"}"}}'
     inner = f'{{type = "residual", layers = [{table}]}}'
@@ -565,7 +565,7 @@ def test_tables_of_many_rows_are_compared_some_at_a_time(
     assert "bit-identical" in capsys.readouterr().out
     if 0 not in shape:
         opened = Opened(good)
-        rows = np.concatenate([one.copy() for one in opened.rows(next(iter(opened.tables)))])
+        rows = np.concatenate([piece.copy() for piece in opened.rows(next(iter(opened.tables)))])
         assert rows.tobytes() == np.arange(np.prod(shape), dtype=np.uint8).tobytes()
 
 
@@ -582,7 +582,7 @@ ROWS = {
 
 @pytest.mark.parametrize("kind", ROWS)
 def test_rows_of_runs_are_rows_of_numbers(tmp_path: Path, kind: str) -> None:
-    content, said = ROWS[kind]
+    content, message = ROWS[kind]
     path = tmp_path / "metrics.jsonl"
     if content is None:
         os.mkfifo(path)
@@ -590,7 +590,7 @@ def test_rows_of_runs_are_rows_of_numbers(tmp_path: Path, kind: str) -> None:
         path.write_bytes(content)
         if not content:
             os.truncate(path, 1 << 30)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         plot((str(tmp_path),), out=tmp_path / "a.png")
     with pytest.raises(DamagedError, match=r"holds no operations"):
         read_flights(path)
@@ -599,12 +599,12 @@ def test_rows_of_runs_are_rows_of_numbers(tmp_path: Path, kind: str) -> None:
 def test_labels_of_curves_have_no_codes_for_terminals(
     tmp_path: Path, recwarn: pytest.WarningsRecorder, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The library that draws warns of characters that it cannot."""
+    """Matplotlib warns of characters that it cannot draw."""
     run = tmp_path / "a\x1b[31m"
     run.mkdir()
     (run / "metrics.jsonl").write_text('{"epoch": 1, "test_accuracy": 0.5}\n')
     plot((str(run),), out=tmp_path / "a.png")
-    assert "\x1b" not in "".join([*capsys.readouterr(), *(str(one.message) for one in recwarn)])
+    assert "\x1b" not in "".join([*capsys.readouterr(), *(str(warning.message) for warning in recwarn)])
 
 
 @pytest.mark.parametrize("read", [checkpoint.validate, lambda path: read_pattern(str(path))])
@@ -616,17 +616,17 @@ def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path: Path, read: A
 
 @pytest.mark.parametrize("wrong", [10**15, -1, -5])
 def test_minibatches_in_flight_are_of_training_samples(train: Any, tmp_path: Path, wrong: int) -> None:
-    done = train(1, "--method", "dni", "--max-steps", "4", "--epochs", "1", out=tmp_path / "run")
-    with h5py.File(done.checkpoint, "r+") as file:
+    training = train(1, "--method", "dni", "--max-steps", "4", "--epochs", "1", out=tmp_path / "run")
+    with h5py.File(training.checkpoint, "r+") as file:
         samples = file["dni_samples/samples"]
         samples[...] = np.full(samples.shape, wrong)
-    seal(done.checkpoint)
+    seal(training.checkpoint)
     with pytest.raises(AssertionError, match="are not training samples of this data set"):
-        train(1, "--resume", done.checkpoint, "--max-steps", "8")
+        train(1, "--resume", training.checkpoint, "--max-steps", "8")
 
 
 def test_sizes_that_only_the_directory_of_a_zip_file_claims(tmp_path: Path) -> None:
-    """Labels of samples without any would be made, 8 bytes each, before a sample is read."""
+    """Labels of 8 bytes a sample would be allocated before a sample is read."""
     header, count, path = io.BytesIO(), 10**11, tmp_path / "own.npz"
     np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (count, 4)})
     with zipfile.ZipFile(path, "w") as archive:

@@ -1,4 +1,4 @@
-"""Scripts of jobs: what they ask for, that the shell takes them, and that they train."""
+"""Scripts of jobs: their requests, their shell syntax, and their trainings."""
 
 import os
 import re
@@ -23,19 +23,19 @@ TRAINING = ("--", "--dataset", "digits", "--epochs", "2")
 
 @pytest.fixture
 def script(tmp_path, monkeypatch, capsys):
-    """script(*words): what psmpi submit prints for them."""
+    """script(*words): the script that psmpi submit prints for these words."""
     monkeypatch.chdir(tmp_path)
 
-    def of(*words):
+    def print_script(*words):
         assert submit([*words, "--activate", "", "--mpi", "pmi2", "--dry-run", *TRAINING]) == 0
         return capsys.readouterr().out
 
-    return of
+    return print_script
 
 
 @pytest.fixture
-def standing_in(tmp_path, monkeypatch):
-    """A sbatch and a srun that note their words, one a line; sbatch has status 1 where there is a file `refuse`."""
+def fake_slurm(tmp_path, monkeypatch):
+    """Stand-ins for sbatch and srun that write their words, one a line; sbatch fails if a file `refuse` exists."""
     folder = tmp_path / "bin"
     folder.mkdir()
     (folder / "sbatch").write_text(
@@ -51,8 +51,14 @@ def standing_in(tmp_path, monkeypatch):
     return tmp_path
 
 
-def run_script(text, folder, status=0, task=0, **more):
-    environment = {**os.environ, "SLURM_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": str(task), "STATUS": str(status), **more}
+def run_script(text, folder, status=0, task=0, **variables):
+    environment = {
+        **os.environ,
+        "SLURM_JOB_ID": "17",
+        "SLURM_ARRAY_TASK_ID": str(task),
+        "STATUS": str(status),
+        **variables,
+    }
     (folder / "job").write_text(text)
     return subprocess.run(
         ["bash", "job", "--seed", "5"], cwd=folder, env=environment, capture_output=True, text=True, timeout=60,
@@ -76,8 +82,8 @@ def test_there_is_a_script_for_each_kind_of_job():
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="no shellcheck")
 def test_shellcheck_finds_nothing(path):
-    done = subprocess.run(["shellcheck", path], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout
+    process = subprocess.run(["shellcheck", path], capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stdout
 
 
 @pytest.mark.parametrize(
@@ -88,7 +94,7 @@ def test_shellcheck_finds_nothing(path):
     ],
 )
 def test_the_scripts_train(path, tmp_path):
-    """On one process, which srun stands for."""
+    """One process takes the place of those that srun starts."""
     environment = {**os.environ, "SLURM_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "1", "PYTHONPATH": str(ROOT)}
     text = path.read_text()
     if "cupy" in text:
@@ -99,11 +105,11 @@ def test_the_scripts_train(path, tmp_path):
         "source .venv", "true .venv"
     )
     (tmp_path / "job").write_text(text)
-    done = subprocess.run(
+    process = subprocess.run(
         ["bash", "job", "--dataset", "digits", "--epochs", "1", "--max-steps", "3"], cwd=tmp_path, capture_output=True,
         text=True, env=environment, timeout=60, check=False,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    assert process.returncode == 0, process.stderr
     assert len(list((tmp_path / "runs").rglob("metrics.jsonl"))) == 1
 
 
@@ -121,32 +127,32 @@ def test_what_is_asked_for_stands_in_the_script(script):
     assert "module load openmpi/5\n" in text and "--threads 4" in text and "scontrol requeue" not in text
 
 
-def test_a_job_is_submitted(standing_in, capsys):
+def test_a_job_is_submitted(fake_slurm, capsys):
     assert submit(["--name", "mine", *TRAINING]) == 0
-    assert (standing_in / "told").read_text() == "mine.sh\n"
+    assert (fake_slurm / "told").read_text() == "mine.sh\n"
     assert "mine.sh: Submitted batch job 17; it trains in runs/mine" in capsys.readouterr().out
-    # Its own script is written anew, another file is not.
+    # submit writes its own script anew, and no other file.
     assert submit(["--name", "mine", "--ranks", "3", *TRAINING]) == 0
-    assert "--ntasks=3" in (standing_in / "mine.sh").read_text()
-    (standing_in / "mine.sh").write_text("precious")
+    assert "--ntasks=3" in (fake_slurm / "mine.sh").read_text()
+    (fake_slurm / "mine.sh").write_text("precious")
     with pytest.raises(UserError, match=r"mine\.sh is a file that psmpi has not written"):
         submit(["--name", "mine", *TRAINING])
 
 
-def test_where_no_script_can_be_written_the_error_says_so(standing_in):
-    (standing_in / "file").touch()
+def test_where_no_script_can_be_written_the_error_says_so(fake_slurm):
+    (fake_slurm / "file").touch()
     for path in (".", "file/job.sh"):
         with pytest.raises(UserError, match=rf"--script {re.escape(path)}: .*: name a file that can be written"):
             submit(["--script", path, *TRAINING])
-    assert not (standing_in / "told").exists()
+    assert not (fake_slurm / "told").exists()
 
 
-def test_an_environment_that_is_not_there_is_named(standing_in):
+def test_an_environment_that_is_not_there_is_named(fake_slurm):
     with pytest.raises(UserError, match="--activate none/activate: no such file"):
         submit(["--activate", "none/activate", *TRAINING])
 
 
-def test_that_a_job_goes_on_with_a_run_is_told(standing_in, capsys):
+def test_that_a_job_goes_on_with_a_run_is_told(fake_slurm, capsys):
     assert train.main(["--dataset", "digits", "--epochs", "1", "--out", "runs/mine/seed=1"]) == 0
     for words, says in ((("--seeds", "2"), "goes on with the run"), ((), "trains"), (("--seeds", "1"), "trains")):
         assert submit(["--name", "mine", *words, *TRAINING]) == 0
@@ -154,21 +160,21 @@ def test_that_a_job_goes_on_with_a_run_is_told(standing_in, capsys):
 
 
 def test_the_script_holds_whatever_the_shell_has_set(monkeypatch):
-    """Variables of sbatch go before a script's directives, those of a job around go on to srun."""
+    """Variables of sbatch override the directives of a script, and those of an enclosing job reach srun."""
     text = "#!/bin/bash\n#SBATCH --time=01:00:00\n#SBATCH --array=0-3\n#SBATCH --requeue\n"
     shell = {"PATH": "/bin", "SBATCH_ACCOUNT": "me", "SLURM_CONF": "/c", "SLURM_CPU_BIND": "none"}
-    spoiling = {"SBATCH_TIMELIMIT": "7", "SBATCH_ARRAY_INX": "9", "SBATCH_NO_REQUEUE": "1"}
-    assert submitting({**shell, **spoiling}, text) == shell
-    around = {"SLURM_JOB_ID": "1", "SLURM_RESTART_COUNT": "999", "SRUN_DEBUG": "3", "PMI_RANK": "0"}
+    overriding = {"SBATCH_TIMELIMIT": "7", "SBATCH_ARRAY_INX": "9", "SBATCH_NO_REQUEUE": "1"}
+    assert submitting({**shell, **overriding}, text) == shell
+    enclosing_job = {"SLURM_JOB_ID": "1", "SLURM_RESTART_COUNT": "999", "SRUN_DEBUG": "3", "PMI_RANK": "0"}
     del shell["SLURM_CPU_BIND"]
-    assert submitting({**shell, **around, "SLURM_CPU_BIND": "none"}, text) == shell
+    assert submitting({**shell, **enclosing_job, "SLURM_CPU_BIND": "none"}, text) == shell
 
 
-def test_scripts_of_environments_may_use_variables_that_are_not_set(script, standing_in, capsys):
-    (standing_in / "activate").write_text('export FOUND="$NOWHERE_SET.it"\n')
+def test_scripts_of_environments_may_use_variables_that_are_not_set(script, fake_slurm, capsys):
+    (fake_slurm / "activate").write_text('export FOUND="$NOWHERE_SET.it"\n')
     assert submit(["--activate", "activate", "--dry-run", *TRAINING]) == 0
     text = capsys.readouterr().out.replace("\nsrun", '\necho "$FOUND"\nsrun')
-    assert run_script(text, standing_in).stdout == ".it\n"
+    assert run_script(text, fake_slurm).stdout == ".it\n"
 
 
 def test_a_python_of_no_environment_is_named_by_its_path(tmp_path, monkeypatch, capsys):
@@ -194,8 +200,8 @@ def test_a_value_of_sbatch_may_have_spaces(script):
     assert "#SBATCH --comment='two words'\n" in text
 
 
-def test_what_sbatch_says_is_passed_on(standing_in):
-    (standing_in / "refuse").touch()
+def test_what_sbatch_says_is_passed_on(fake_slurm):
+    (fake_slurm / "refuse").touch()
     with pytest.raises(UserError, match=r"sbatch does not take psmpi\.sh: sbatch: error: invalid partition"):
         submit([*TRAINING])
 
@@ -210,20 +216,20 @@ def test_without_sbatch_the_error_says_so(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("status", "starts", "again"), [(85, 0, True), (85, 1000, False), (0, 0, False), (1, 0, False)]
 )
-def test_a_run_that_was_saved_is_requeued(script, standing_in, status, starts, again):
-    done = run_script(script("--requeue"), standing_in, status, SLURM_RESTART_COUNT=str(starts))
-    assert done.returncode == status
-    requeued = standing_in / "requeued"
+def test_a_run_that_was_saved_is_requeued(script, fake_slurm, status, starts, again):
+    process = run_script(script("--requeue"), fake_slurm, status, SLURM_RESTART_COUNT=str(starts))
+    assert process.returncode == status
+    requeued = fake_slurm / "requeued"
     assert requeued.exists() == again
     if again:
         assert requeued.read_text().split() == ["requeue", "17"]
 
 
-def test_one_job_of_an_array_is_requeued_alone(script, standing_in):
-    """The number of the last one is that of the array, which SLURM would start again, done jobs too."""
-    done = run_script(script("--requeue", "--seeds", "3"), standing_in, 85, task=2, SLURM_ARRAY_JOB_ID="17")
-    assert done.returncode == 85
-    assert (standing_in / "requeued").read_text().split() == ["requeue", "17_2"]
+def test_one_job_of_an_array_is_requeued_alone(script, fake_slurm):
+    """The last job has the number of the array, and by that number SLURM would restart all jobs, done ones too."""
+    process = run_script(script("--requeue", "--seeds", "3"), fake_slurm, 85, task=2, SLURM_ARRAY_JOB_ID="17")
+    assert process.returncode == 85
+    assert (fake_slurm / "requeued").read_text().split() == ["requeue", "17_2"]
 
 
 def test_a_job_of_another_number_has_the_same_run_directory(script):
@@ -231,19 +237,30 @@ def test_a_job_of_another_number_has_the_same_run_directory(script):
     assert "--out runs/mine --resume auto" in text and "SLURM_JOB_ID" not in text
 
 
-def test_jobs_of_an_array_have_their_own_options_and_run_directories(script, standing_in):
-    (standing_in / "grid.toml").write_text(
+def test_jobs_of_an_array_have_their_own_options_and_run_directories(script, fake_slurm):
+    (fake_slurm / "grid.toml").write_text(
         "model = ['mlp']\nlr = [0.1, 1e-3]\nwidths = [[8, 4]]\nshuffle = [true, false]\n"
     )
     text = script("--grid", "grid.toml")
     assert "#SBATCH --array=0-3\n" in text
     cases = [(rate, shuffle) for rate in ("0.1", "0.001") for shuffle in (True, False)]
     for task, (rate, shuffle) in enumerate(cases):
-        assert run_script(text, standing_in, task=task).returncode == 0
-        told = (standing_in / f"told-{task}").read_text().splitlines()
-        assert told[told.index("--out") + 1] == f"runs/psmpi/model=mlp,lr={rate},widths=8-4,shuffle={shuffle}"
-        own = ["--model", "mlp", "--lr", rate, "--widths", "8", "4", "--shuffle" if shuffle else "--no-shuffle"]
-        assert told[told.index("auto") + 1 :] == [*own, "--seed", "5"]
+        assert run_script(text, fake_slurm, task=task).returncode == 0
+        srun_words = (fake_slurm / f"told-{task}").read_text().splitlines()
+        assert (
+            srun_words[srun_words.index("--out") + 1] == f"runs/psmpi/model=mlp,lr={rate},widths=8-4,shuffle={shuffle}"
+        )
+        task_options = [
+            "--model",
+            "mlp",
+            "--lr",
+            rate,
+            "--widths",
+            "8",
+            "4",
+            "--shuffle" if shuffle else "--no-shuffle",
+        ]
+        assert srun_words[srun_words.index("auto") + 1 :] == [*task_options, "--seed", "5"]
 
 
 @pytest.mark.parametrize(

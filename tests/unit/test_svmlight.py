@@ -1,4 +1,4 @@
-"""Texts of sparse samples, and compressed rows in arrays: what is read, what is refused, training and predicting."""
+"""Texts of sparse samples, and compressed rows in arrays: reading, refusals, training and prediction."""
 
 import bz2
 import gzip
@@ -24,7 +24,7 @@ def write(folder, text, name="own.svm"):
     return str(folder / name)
 
 
-def every(path):
+def open_all(path):
     return open_split(path, None, "all")
 
 
@@ -41,7 +41,7 @@ def random_text(n, features, seed=0, first=1, share=0.2):
 
 
 def test_a_text_is_read_as_it_says(tmp_path):
-    split = every(write(tmp_path, TEXT))
+    split = open_all(write(tmp_path, TEXT))
     np.testing.assert_allclose(split.compressed.dense(), np.array(DENSE, np.float32))
     assert split.labels.tolist() == [1, 0, 0, 1, 0] and split.shape == (4,)
     assert split.compressed.dtype == np.float32 and split.numbering == Numbering(1, (-1, 1), 4)
@@ -60,30 +60,30 @@ def test_a_text_is_read_as_it_says(tmp_path):
     ],
 )
 def test_spaces_newlines_and_comments_change_nothing(tmp_path, changed):
-    one, other = every(write(tmp_path, TEXT)), every(write(tmp_path, changed, "other.svm"))
-    assert np.array_equal(one.compressed.dense(), other.compressed.dense())
-    assert np.array_equal(one.labels, other.labels)
+    plain, respelled = open_all(write(tmp_path, TEXT)), open_all(write(tmp_path, changed, "other.svm"))
+    assert np.array_equal(plain.compressed.dense(), respelled.compressed.dense())
+    assert np.array_equal(plain.labels, respelled.labels)
 
 
 @pytest.mark.parametrize(("end", "pack"), [(".gz", gzip.compress), (".bz2", bz2.compress), (".xz", lzma.compress)])
 def test_packed_texts_are_read_and_damaged_ones_refused(tmp_path, end, pack):
     text, dense, _ = random_text(300, 40)
     packed = pack(text.encode())
-    split = every(write(tmp_path, packed, f"own.svm{end}"))
+    split = open_all(write(tmp_path, packed, f"own.svm{end}"))
     assert np.array_equal(split.compressed.dense(), dense[:, : split.features])
     with pytest.raises(UserError, match=r"damaged, truncated|cannot be read"):
-        every(write(tmp_path, packed[: len(packed) // 2], f"half.svm{end}"))
+        open_all(write(tmp_path, packed[: len(packed) // 2], f"half.svm{end}"))
     with pytest.raises(UserError, match=r"damaged, truncated|cannot be read"):
-        every(write(tmp_path, text, f"plain.svm{end}"))
+        open_all(write(tmp_path, text, f"plain.svm{end}"))
     with pytest.raises(UserError, match=rf"it is packed as \{end}, with which its name has to end"):
-        every(write(tmp_path, packed, "packed.svm"))
+        open_all(write(tmp_path, packed, "packed.svm"))
 
 
 @pytest.mark.parametrize("block", [7, 64, 1000, 1 << 20])
 def test_blocks_of_any_size_give_the_same_samples(tmp_path, monkeypatch, block):
     text, dense, labels = random_text(200, 30, seed=3)
     monkeypatch.setattr(svmtext, "BLOCK", block)
-    split = every(write(tmp_path, text))
+    split = open_all(write(tmp_path, text))
     assert np.array_equal(split.compressed.dense(), dense) and np.array_equal(2 * split.labels - 1, labels)
 
 
@@ -127,9 +127,9 @@ NO_NUMBER = "expected a number, as -0.5 or 1e-3"
     ],
 )
 def test_lines_that_are_not_in_order_are_refused_with_their_place(tmp_path, line, message):
-    with pytest.raises(UserError, match=message) as told:
-        every(write(tmp_path, f"1 1:2 # first\n\n{line}\n-1 2:3\n"))
-    assert str(told.value).startswith(f"{tmp_path}/own.svm, line 3")
+    with pytest.raises(UserError, match=message) as error:
+        open_all(write(tmp_path, f"1 1:2 # first\n\n{line}\n-1 2:3\n"))
+    assert str(error.value).startswith(f"{tmp_path}/own.svm, line 3")
 
 
 @pytest.mark.parametrize(
@@ -153,31 +153,31 @@ def test_texts_that_are_no_data_set_are_refused(tmp_path, text, message):
 def test_a_packed_text_that_repeats_itself_is_not_unpacked_to_its_end(tmp_path, monkeypatch):
     monkeypatch.setattr("psmpi.data.files.UNPACKED_BYTES", 1 << 20)
     with pytest.raises(UserError, match="nearly all of it repeats itself"):
-        every(write(tmp_path, gzip.compress(b"1 1:1\n" * 1_000_000), "own.svm.gz"))
+        open_all(write(tmp_path, gzip.compress(b"1 1:1\n" * 1_000_000), "own.svm.gz"))
 
 
 def test_the_operations_on_all_bytes_agree_with_those_line_by_line():
-    """On texts with a byte changed, here and there two: the same samples, or both refuse."""
+    """On texts with one or two bytes changed both readers give the same samples, or both refuse."""
     rng, refused = np.random.default_rng(0), 0
-    odd = [*b"0123456789+-.eE:# \t\n,nx\x7f", 200]
+    replacements = [*b"0123456789+-.eE:# \t\n,nx\x7f", 200]
     for trial in range(4000):
         text = bytearray(random_text(4, 6, seed=trial % 50, share=0.5)[0].encode())
         if trial % 3:
             text = text.replace(b"0.", b"4e-1")
         for _ in range(1 + trial % 2):
-            text[rng.integers(len(text) - 1)] = odd[rng.integers(len(odd))]
+            text[rng.integers(len(text) - 1)] = replacements[rng.integers(len(replacements))]
         plain = svmtext.COMMENT.sub(b"", bytes(text))
-        found = svmtext.fast(plain)
+        fast_rows = svmtext.fast(plain)
         try:
             expected = svmtext.by_line(plain, "own", 1)
         except UserError:
-            assert found is None, plain
+            assert fast_rows is None, plain
             refused += 1
             continue
-        assert found is not None, plain
-        assert found.real_line == expected.real_line
-        for one, other in zip(found, expected, strict=True):
-            np.testing.assert_array_equal(one, other)
+        assert fast_rows is not None, plain
+        assert fast_rows.real_line == expected.real_line
+        for actual, reference in zip(fast_rows, expected, strict=True):
+            np.testing.assert_array_equal(actual, reference)
     assert 1000 < refused < 3500
 
 
@@ -212,7 +212,7 @@ def test_a_test_label_that_is_no_integer_among_classes_is_refused_with_its_line(
     write(tmp_path, tests, "own.svm.t")
     with pytest.raises(UserError, match=r"own\.svm\.t, line 5: .* write an integer here, .* own\.svm with a point"):
         open_dataset(path, None)
-    # Either of what it says helps, and values of a test may all be whole ones.
+    # Both remedies of the message help, and all values of a test may be whole numbers.
     write(tmp_path, tests.replace(f"\n{label} ", "\n1 ").replace("2.5", "1"), "own.svm.t")
     assert open_dataset(path, None).task == "classes"
     for written in (tests, "1 1:1\n"):
@@ -230,7 +230,7 @@ def test_test_samples_lie_beside_and_have_the_same_features(tmp_path, beside):
     assert data.shape == data.test.shape == (7,) and not data.held_out
     np.testing.assert_allclose(data.train.compressed.dense()[:, 1:5], np.array(DENSE, np.float32))
     assert data.test.compressed.dense().tolist() == [[2, 0, 0, 0, 0, 0, 1], [0, 1, 0, 0, 0, 0, 0]]
-    assert is_svmlight(beside) and every(str(tmp_path / beside)).n == 2
+    assert is_svmlight(beside) and open_all(str(tmp_path / beside)).n == 2
     write(tmp_path, TEXT, "own.svm.t.xz")
     with pytest.raises(UserError, match="the test samples may be those of own"):
         open_dataset(path, None)
@@ -261,10 +261,12 @@ def test_predicted_texts_are_numbered_as_those_that_were_trained_on(tmp_path):
         open_split(write(tmp_path, "1 1:3\n2 2:1\n", "new.svm"), None, "all", numbering=trained)
     with pytest.raises(UserError, match="found the index 0, and what the network was trained on has features numbered"):
         open_split(write(tmp_path, "1 0:3\n", "new.svm"), None, "all", numbering=trained)
-    many = Numbering(0, (1,), 9)
-    assert open_split(write(tmp_path, "3 1:3\n", "new.svm"), None, "all", numbering=many).labels.tolist() == [2]
+    class_numbers = Numbering(0, (1,), 9)
+    assert open_split(write(tmp_path, "3 1:3\n", "new.svm"), None, "all", numbering=class_numbers).labels.tolist() == [
+        2
+    ]
     with pytest.raises(UserError, match="sample 0 has the label -2; what the network was trained on has labels from 1"):
-        open_split(write(tmp_path, "-2 1:3\n", "new.svm"), None, "all", numbering=many)
+        open_split(write(tmp_path, "-2 1:3\n", "new.svm"), None, "all", numbering=class_numbers)
     table = identify(open_dataset(str(tmp_path / "own.svm"), None)).table()
     assert Identity.of(table).numbering == trained and table["numbering"] == {"first": 1, "labels": [-1, 1]}
     zero = Identity.of({**table, "numbering": {"first": 0, "labels": [-1, 1]}})
@@ -280,28 +282,28 @@ def test_a_text_is_trained_on_predicted_and_gone_on_with(tmp_path):
     train = trainer(tmp_path)
     options = ("--model", "linear", "--loss", "hinge", "--method", "data_parallel", "--lr", "0.02", "--epochs", "8")
     options += ("--batch-size", "16")
-    made = train(2, "--dataset", "own.svm", *options, out=tmp_path / "out")
-    assert made.rows[-1]["test_accuracy"] > 0.85
-    # One class, fewer features, and no labels; the scores are those of the same samples in an array.
-    for name, some, zeros in (("few.svm", np.flatnonzero(labels > 0)[:9], False), ("none.svm", np.arange(7), True)):
+    training = train(2, "--dataset", "own.svm", *options, out=tmp_path / "out")
+    assert training.rows[-1]["test_accuracy"] > 0.85
+    # Texts of one class with fewer features, or without labels, have the scores of the same samples in an array.
+    for name, rows, zeros in (("few.svm", np.flatnonzero(labels > 0)[:9], False), ("none.svm", np.arange(7), True)):
         lines = [f"0 {line.split(' ', 1)[1]}" if zeros else line for line in text.splitlines()]
-        write(tmp_path, "\n".join(" ".join(lines[k].split()[:3]) for k in some), name)
-        few = open_split(str(tmp_path / name), None, "all", numbering=Numbering(1, (-1, 1), 30))
-        np.savez(tmp_path / "few.npz", x=few.compressed.dense(), y=np.maximum(labels[some], 0))
+        write(tmp_path, "\n".join(" ".join(lines[k].split()[:3]) for k in rows), name)
+        text_samples = open_split(str(tmp_path / name), None, "all", numbering=Numbering(1, (-1, 1), 30))
+        np.savez(tmp_path / "few.npz", x=text_samples.compressed.dense(), y=np.maximum(labels[rows], 0))
         scores = []
         for data in (name, "few.npz"):
-            status, said, err = run(
+            status, stdout, err = run(
                 1, "-m", "psmpi.predict", "out", "--dataset", data, "--split", "all", "--out", "p.npz", cwd=tmp_path
             )
             assert status == 0, err
-            assert ("no accuracy" in said) == (zeros and data == name), said
-            with np.load(tmp_path / "p.npz") as found:
-                scores.append(found["scores"])
+            assert ("no accuracy" in stdout) == (zeros and data == name), stdout
+            with np.load(tmp_path / "p.npz") as predictions:
+                scores.append(predictions["scores"])
         np.testing.assert_allclose(scores[0], scores[1], rtol=1e-5, atol=1e-6)
     train(1, "--resume", "out", "--epochs", "9", out=tmp_path / "out")
     write(tmp_path, text.replace("-1 ", "2 "), "own.svm")
-    more = ("--resume", "out", "--epochs", "10", "--new-data", "--out", "out")
-    status, _, err = run(1, "-m", "psmpi.train", *more, cwd=tmp_path)
+    resume_options = ("--resume", "out", "--epochs", "10", "--new-data", "--out", "out")
+    status, _, err = run(1, "-m", "psmpi.train", *resume_options, cwd=tmp_path)
     assert status != 0 and "numbered otherwise" in err and "the labels -1 and 1, there 1 and 2" in err, err
 
 
@@ -320,18 +322,18 @@ def matrix():
 
 @pytest.mark.parametrize("kind", ["npz", "packed npz", "h5"])
 def test_matrices_of_scipy_are_read(tmp_path, matrix, kind):
-    y, given = np.arange(50) % 3, {}
-    given = {**arrays(matrix), "y": y, **arrays(matrix[:7], "x_test"), "y_test": y[:7]}
+    y, contents = np.arange(50) % 3, {}
+    contents = {**arrays(matrix), "y": y, **arrays(matrix[:7], "x_test"), "y_test": y[:7]}
     if kind == "h5":
         import h5py
 
         path = tmp_path / "own.h5"
         with h5py.File(path, "w") as file:
-            for name, values in given.items():
+            for name, values in contents.items():
                 file[name] = values
     else:
         path = tmp_path / "own.npz"
-        (np.savez_compressed if kind == "packed npz" else np.savez)(path, **given)
+        (np.savez_compressed if kind == "packed npz" else np.savez)(path, **contents)
     data = open_dataset(str(path), None)
     assert data.shape == (20,) and data.outputs == 3 and data.train.compressed.dtype == np.float64
     assert np.array_equal(data.train.compressed.dense(), matrix.toarray())
@@ -363,8 +365,8 @@ def test_matrices_of_scipy_are_read(tmp_path, matrix, kind):
     ],
 )
 def test_arrays_that_are_no_matrix_are_refused(tmp_path, matrix, change, message):
-    given = {**arrays(matrix), "y": np.arange(50) % 3, **change}
-    np.savez(tmp_path / "own.npz", **{name: values for name, values in given.items() if values is not None})
+    contents = {**arrays(matrix), "y": np.arange(50) % 3, **change}
+    np.savez(tmp_path / "own.npz", **{name: values for name, values in contents.items() if values is not None})
     with pytest.raises(UserError, match=message):
         open_dataset(str(tmp_path / "own.npz"), None)
 

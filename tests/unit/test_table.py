@@ -31,9 +31,9 @@ def write(path: Path, text: str | bytes) -> str:
 def test_a_table_has_samples_and_names_of_classes(tmp_path: Path) -> None:
     split = open_split(write(tmp_path / "flowers.csv", FLOWERS), None, "all")
     assert split.names == ("setosa", "ver, sicolor", "virginica") and split.labels.tolist() == [0, 2, 0, 1, 2]
-    wanted = [[5.1, 3.5], [4.9, -0.3], [4.7, 0.5], [4.6, 3], [5, 3.6]]
+    expected = [[5.1, 3.5], [4.9, -0.3], [4.7, 0.5], [4.6, 3], [5, 3.6]]
     read = split.read(np.arange(5))
-    assert read.dtype == np.float32 and np.array_equal(read, np.array(wanted, np.float32))
+    assert read.dtype == np.float32 and np.array_equal(read, np.array(expected, np.float32))
     data = open_dataset(str(tmp_path / "flowers.csv"), None)
     assert (data.train.n, data.test.n, data.outputs, data.held_out) == (4, 1, 3, True)
 
@@ -71,7 +71,7 @@ def test_tables_of_all_forms_are_read(
     split = open_split(write(tmp_path / "own.csv", text), None, "all", label=label)
     assert np.array_equal(split.read(np.arange(len(x))), np.array(x, np.float32))
     if isinstance(y[0], float):
-        assert split.targets.tolist() == [[one] for one in y]
+        assert split.targets.tolist() == [[target] for target in y]
     else:
         assert ([split.names[k] for k in split.labels] if split.names else split.labels.tolist()) == (
             list(map(str, y)) if split.names else y
@@ -79,36 +79,36 @@ def test_tables_of_all_forms_are_read(
 
 
 def test_records_are_those_of_pythons_csv(tmp_path: Path) -> None:
-    """Numbers, labels with delimiters, quotes and newlines, written by the csv module in every way it has."""
-    pick = random.Random(0)
+    """Numbers, and labels with delimiters, quotes and newlines, as the csv module writes them in all its ways."""
+    rng = random.Random(0)
     for case in range(60):
-        n, features = pick.randint(1, 30), pick.randint(1, 5)
-        values = [
-            [pick.choice([pick.uniform(-9, 9), pick.randint(-99, 99)]) for _ in range(features)] for _ in range(n)
-        ]
-        labels = [pick.choice(["a", "b c", 'd"e', "f,g", "h\ni", "é", "1"]) for _ in range(n)] + ["z"]
+        n, features = rng.randint(1, 30), rng.randint(1, 5)
+        values = [[rng.choice([rng.uniform(-9, 9), rng.randint(-99, 99)]) for _ in range(features)] for _ in range(n)]
+        labels = [rng.choice(["a", "b c", 'd"e', "f,g", "h\ni", "é", "1"]) for _ in range(n)] + ["z"]
         values.append([0.5] * features)
-        room = io.StringIO(newline="")
-        quoting = pick.choice([csv.QUOTE_MINIMAL, csv.QUOTE_ALL, csv.QUOTE_NONNUMERIC])
-        end = pick.choice(["\n", "\r\n"])
-        writer = csv.writer(room, quoting=quoting, lineterminator=end)
+        buffer = io.StringIO(newline="")
+        quoting = rng.choice([csv.QUOTE_MINIMAL, csv.QUOTE_ALL, csv.QUOTE_NONNUMERIC])
+        end = rng.choice(["\n", "\r\n"])
+        writer = csv.writer(buffer, quoting=quoting, lineterminator=end)
         writer.writerow([f"f{k}" for k in range(features)] + ["label"])
         writer.writerows([*row, label] for row, label in zip(values, labels, strict=True))
         split = (
-            open_split(write(tmp_path / f"{case}.csv", room.getvalue()), None, "all") if "h\ni" not in labels else None
+            open_split(write(tmp_path / f"{case}.csv", buffer.getvalue()), None, "all")
+            if "h\ni" not in labels
+            else None
         )
         if split is None:
-            # A newline is in no name.
+            # No name has a newline.
             with pytest.raises(UserError, match="printable"):
-                open_split(write(tmp_path / f"{case}.csv", room.getvalue()), None, "all")
+                open_split(write(tmp_path / f"{case}.csv", buffer.getvalue()), None, "all")
             continue
         assert [split.names[k] for k in split.labels] == labels
         assert np.array_equal(split.read(np.arange(n + 1)), np.array(values, np.float32))
 
 
 def test_blocks_are_read_as_records_are_one_by_one() -> None:
-    """Random bytes, where what is read fast is what the csv module and Python's float read."""
-    pick, seen = random.Random(1), 0
+    """Random fields that the fast reader accepts have the values that the csv module and float() read."""
+    rng, compared = random.Random(1), 0
     for _ in range(4000):
         fields = [
             "1",
@@ -132,17 +132,20 @@ def test_blocks_are_read_as_records_are_one_by_one() -> None:
             "inf",
         ]
         weights = [8, 8, 4, 4, 4] + [1] * 14
-        rows = [",".join(pick.choices(fields, weights, k=2)) for _ in range(pick.randint(1, 3))]
+        rows = [",".join(rng.choices(fields, weights, k=2)) for _ in range(rng.randint(1, 3))]
         text = ("\n".join(rows) + "\n").encode()
         for form in (Form(",", ("", ""), -1), Form(",", ("", ""), 1), Form(",", ("", ""), 1, True)):
-            found = fast(text, form)
-            if found is None:
+            fast_rows = fast(text, form)
+            if fast_rows is None:
                 continue
-            seen += 1
-            wanted = by_record(text, form, "t", 1)
-            assert np.array_equal(found.values, wanted.values) and found.labels.tolist() == wanted.labels.tolist()
-            assert found.real == wanted.real
-    assert seen > 1000
+            compared += 1
+            expected = by_record(text, form, "t", 1)
+            assert (
+                np.array_equal(fast_rows.values, expected.values)
+                and fast_rows.labels.tolist() == expected.labels.tolist()
+            )
+            assert fast_rows.real == expected.real
+    assert compared > 1000
 
 
 @pytest.mark.parametrize(
@@ -224,9 +227,9 @@ def test_packed_tables_are_read(tmp_path: Path) -> None:
 
 
 def test_features_of_a_network_are_found_by_their_names(tmp_path: Path) -> None:
-    """Wherever they are in a table; without names in its first line they come by position."""
+    """Features are found in any column; without names in the first line they are taken by position."""
     known = ("a", "b", "c")
-    want = np.array([[1, 2, 3], [4, 5, 6]], np.float32)
+    expected = np.array([[1, 2, 3], [4, 5, 6]], np.float32)
 
     def read(text: str, label: str = "") -> tuple[Any, Any]:
         (tmp_path / "new.csv").write_text(text)
@@ -236,10 +239,10 @@ def test_features_of_a_network_are_found_by_their_names(tmp_path: Path) -> None:
 
     for text in ("a,b,c\n1,2,3\n4,5,6\n", "c,a,b\n3,1,2\n6,4,5\n", "1,2,3\n4,5,6\n"):
         values, labels = read(text)
-        assert np.array_equal(values, want) and labels == [-1, -1]
+        assert np.array_equal(values, expected) and labels == [-1, -1]
     for text, label in (("c,kind,b,a\n3,y,2,1\n6,x,5,4\n", "kind"), ("kind,c,b,a\ny,3,2,1\nx,6,5,4\n", "other")):
         values, labels = read(text, label)
-        assert np.array_equal(values, want) and labels == [1, 0]
+        assert np.array_equal(values, expected) and labels == [1, 0]
     for text, label, says in (
         ("a,b\n1,2\n", "kind", "no column 'c'; the network was trained on a, b, c, and the table has a, b"),
         ("a,b,d\n1,2,3\n", "", "no column 'c'"), ("a,b,c,d,e\n1,2,3,4,x\n", "", "2 columns more, d, e"),

@@ -1,4 +1,4 @@
-"""The world of threads: what goes wrong ends it with a message, and what belongs to the process is as it was."""
+"""The world of threads: errors end it with a message, and the state of the process is restored."""
 
 import ast
 import gc
@@ -31,9 +31,9 @@ def test_a_rank_that_raises_ends_the_others():
 
 
 def test_ranks_compute_without_warnings_of_numbers():
-    """As in training: warnings are errors here."""
-    found = run_ranks(2, lambda world: np.float32([3e38]) * np.float32(world.rank + 10))
-    assert np.isinf(found).all()
+    """Overflow does not warn on ranks, as in training; elsewhere in tests warnings are errors."""
+    products = run_ranks(2, lambda world: np.float32([3e38]) * np.float32(world.rank + 10))
+    assert np.isinf(products).all()
 
 
 def test_a_rank_that_raises_ends_those_that_compute_at_their_next_call():
@@ -127,12 +127,12 @@ def test_messages_of_one_tag_come_in_the_order_of_their_receives():
 def test_groups_have_collectives_of_their_own():
     def work(world):
         group = Group(world, [2, 0], Counter())
-        other = Group(world, [1, 0], Counter())
+        other_group = Group(world, [1, 0], Counter())
         value = np.full(1, 10.0 + world.rank)
         if group.rank >= 0:
             group.bcast(value)
-        if other.rank >= 0:
-            other.bcast(value)
+        if other_group.rank >= 0:
+            other_group.bcast(value)
         return value[0]
 
     assert run_ranks(3, work) == [11, 11, 12]
@@ -147,8 +147,8 @@ def state():
 def test_the_process_is_afterwards_as_it_was(tmp_path, options):
     random = np.random.get_state()[1].copy()
     before = state()
-    ended = testing.train(3, ["--out", tmp_path / "run", *options], cwd=tmp_path)
-    assert ended.status == (options[0] != "--max-steps")
+    result = testing.train(3, ["--out", tmp_path / "run", *options], cwd=tmp_path)
+    assert result.status == (options[0] != "--max-steps")
     assert state() == before and np.array_equal(np.random.get_state()[1], random)
     assert not [thread for thread in threading.enumerate() if thread.name.startswith(("rank ", "builder"))]
     # The run directory is free.
@@ -156,48 +156,50 @@ def test_the_process_is_afterwards_as_it_was(tmp_path, options):
 
 
 def test_rank_zero_speaks_and_paths_are_of_the_folder(tmp_path):
-    ended = testing.train(3, ["--out", "here", "--max-steps", "2"], cwd=tmp_path)
+    result = testing.train(3, ["--out", "here", "--max-steps", "2"], cwd=tmp_path)
     assert (tmp_path / "here" / "metrics.jsonl").exists()
-    assert ended.stdout.count("computes with") == 1 and ended.stdout.count("\nepoch ") == 1 and not ended.stderr
+    assert result.stdout.count("computes with") == 1 and result.stdout.count("\nepoch ") == 1 and not result.stderr
 
 
 def test_a_failure_is_told_as_under_mpirun(tmp_path):
-    ended = testing.train(3, ["--out", tmp_path, "--dataset", "none.npz"])
-    assert ended.status == 1 and ended.stderr.startswith("psmpi, rank 0 of 3 on ") and "Traceback" not in ended.stderr
+    result = testing.train(3, ["--out", tmp_path, "--dataset", "none.npz"])
+    assert (
+        result.status == 1 and result.stderr.startswith("psmpi, rank 0 of 3 on ") and "Traceback" not in result.stderr
+    )
 
 
 def test_ranks_may_all_parse_source_at_once(monkeypatch):
-    """np.load does, and inspect; a callback of the collector lets other threads in meanwhile."""
+    """np.load and inspect parse source; a callback of the garbage collector lets other threads run meanwhile."""
 
     def wait(phase, info):
         time.sleep(1e-5)
 
     source = "x = [(1, 2), {3: f(4)}]\n" * 800
     monkeypatch.setitem(sys.modules, "parser", SimpleNamespace(main=lambda _: len(ast.parse(source).body) != 800))
-    often = gc.get_threshold()
+    threshold = gc.get_threshold()
     gc.callbacks.append(wait)
     try:
         gc.set_threshold(100)
-        ended = testing.run_program(3, "parser", [])
+        result = testing.run_program(3, "parser", [])
     finally:
-        gc.set_threshold(*often)
+        gc.set_threshold(*threshold)
         gc.callbacks.remove(wait)
-    assert ended.status == 0, ended.stderr
+    assert result.status == 0, result.stderr
 
 
 def test_ranks_parse_their_command_lines_one_at_a_time(monkeypatch):
-    inside, seen = [], []
+    inside, counts = [], []
 
     def cli(*_, **__):
         inside.append(1)
         time.sleep(0.05)
-        seen.append(len(inside))
+        counts.append(len(inside))
         inside.pop()
         raise SystemExit(0)
 
     monkeypatch.setattr("tyro.cli", cli)
     assert testing.run_program(3, "psmpi.bench", ["network"]).status == 0
-    assert seen == [1, 1, 1]
+    assert counts == [1, 1, 1]
 
 
 def test_a_deadlock_in_a_program_is_an_error(tmp_path, monkeypatch):

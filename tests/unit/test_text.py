@@ -1,4 +1,4 @@
-"""Texts as data sets: windows of characters, what they stand for, and what is no text."""
+"""Texts as data sets: windows of characters, their targets, and refused files."""
 
 import tracemalloc
 from dataclasses import replace
@@ -28,7 +28,7 @@ def words(dataset, tokens):
 @pytest.mark.parametrize("context", [1, 7, 64])
 @pytest.mark.parametrize("chunk", [1, 5, 1 << 20])
 def test_windows_follow_each_other_and_targets_are_the_next_characters(tmp_path, monkeypatch, context, chunk):
-    """Against slices of the string, however the file is read."""
+    """Windows equal slices of the string, for any size of the chunks that are read."""
     monkeypatch.setattr("psmpi.data.text.CHUNK_BYTES", chunk)
     dataset = open_dataset(save(tmp_path, SONG), None, context=context)
     assert dataset.train.characters == "".join(sorted(set(SONG)))
@@ -38,9 +38,9 @@ def test_windows_follow_each_other_and_targets_are_the_next_characters(tmp_path,
         assert split.tokens and split.by_step and split.lengths is None
         assert split.n == (len(part) - 1) // context
         for k in (0, 1, split.n - 1):
-            at = k * context
-            assert words(dataset, split.read([k])) == part[at : at + context]
-            assert words(dataset, split.targets[k]) == part[at + 1 : at + 1 + context]
+            start = k * context
+            assert words(dataset, split.read([k])) == part[start : start + context]
+            assert words(dataset, split.targets[k]) == part[start + 1 : start + 1 + context]
     resident = Resident(dataset.train, np.arange(dataset.train.n), np.float32)
     batch = resident.batch(np.array([3, 1]), np.empty(2 * context, np.float32))
     assert (
@@ -52,11 +52,11 @@ def test_windows_follow_each_other_and_targets_are_the_next_characters(tmp_path,
 
 def test_all_is_the_whole_text_and_given_characters_number_it(tmp_path):
     path = save(tmp_path, SONG)
-    whole = open_split(path, None, "all", context=10)
-    assert whole.n == (len(SONG) - 1) // 10
-    more = "".join(sorted({*SONG, "A", "z"}))
-    dataset = open_dataset(path, None, context=10, characters=more)
-    assert dataset.outputs == len(more) and words(dataset, dataset.train.read([2])) == SONG[20:30]
+    all_windows = open_split(path, None, "all", context=10)
+    assert all_windows.n == (len(SONG) - 1) // 10
+    larger_alphabet = "".join(sorted({*SONG, "A", "z"}))
+    dataset = open_dataset(path, None, context=10, characters=larger_alphabet)
+    assert dataset.outputs == len(larger_alphabet) and words(dataset, dataset.train.read([2])) == SONG[20:30]
     with pytest.raises(UserError, match=r"the character 'ö' \(U\+00F6\) is not among the"):
         open_dataset(path, None, characters="".join(sorted(set(SONG) - {"ö"})))
     np.testing.assert_array_equal(encode("ab a", " ab"), [1, 2, 0, 1])
@@ -65,8 +65,8 @@ def test_all_is_the_whole_text_and_given_characters_number_it(tmp_path):
 
 
 def test_a_text_is_as_it_is_in_the_file(tmp_path):
-    """But for a byte-order mark at its beginning; another one within is a character."""
-    plain, marked = (open_dataset(save(tmp_path, one), None) for one in (SONG, b"\xef\xbb\xbf" + SONG.encode()))
+    """A byte-order mark at the beginning is dropped; elsewhere it is a character."""
+    plain, marked = (open_dataset(save(tmp_path, content), None) for content in (SONG, b"\xef\xbb\xbf" + SONG.encode()))
     assert "\r" in plain.train.characters and identify(plain) == identify(marked)
     within = open_dataset(save(tmp_path, "\ufeff" + SONG + "\ufeff"), None)
     assert "\ufeff" in within.train.characters
@@ -78,9 +78,9 @@ def test_a_text_takes_one_or_two_bytes_a_character(tmp_path):
     path = save(tmp_path, "abcdefgh" * 250_000)
     tracemalloc.start()
     dataset = open_dataset(path, None)
-    held, most = tracemalloc.get_traced_memory()
+    current, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert dataset.train.targets.dtype == np.int8 and held < 2.2e6 and most < 20e6, (held, most)
+    assert dataset.train.targets.dtype == np.int8 and current < 2.2e6 and peak < 20e6, (current, peak)
     wide = open_dataset(save(tmp_path, "".join(map(chr, range(0x4E00, 0x5300))) * 2), None)
     assert wide.train.targets.dtype == np.int16 and wide.train.targets.base is not None
 
@@ -142,11 +142,11 @@ def test_a_text_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch):
 
     path = save(tmp_path, SONG)
     real = text._code_points
-    for other in (SONG + "the", SONG[:-1], SONG.replace("T", "?")):
-        calls = iter((SONG, other))
+    for changed in (SONG + "the", SONG[:-1], SONG.replace("T", "?")):
+        calls = iter((SONG, changed))
 
-        def points(one, calls=calls):
-            yield from real(type(one)(save(tmp_path, next(calls))))
+        def points(source, calls=calls):
+            yield from real(type(source)(save(tmp_path, next(calls))))
 
         monkeypatch.setattr(text, "_code_points", points)
         with pytest.raises(UserError, match="was changed while it was read"):
@@ -154,22 +154,22 @@ def test_a_text_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch):
 
 
 def test_malformed_files_are_refused_or_read_whole(tmp_path):
-    """Bytes turned, cut and put in at random: what Python decodes is read, and of the rest the same byte is named."""
+    """Bytes are flipped, cut and inserted at random: what Python decodes is read, and errors name Python's byte."""
     rng = np.random.default_rng(0)
     base, refused = bytearray(SONG.encode()), 0
     for k in range(60):
         data = bytearray(base)
         for _ in range(int(rng.integers(1, 4))):
-            at = int(rng.integers(len(data)))
+            position = int(rng.integers(len(data)))
             kind = rng.integers(4)
             if kind == 0:
-                data[at] ^= 1 << int(rng.integers(8))
+                data[position] ^= 1 << int(rng.integers(8))
             elif kind == 1:
-                del data[at : at + int(rng.integers(1, 400))]
+                del data[position : position + int(rng.integers(1, 400))]
             elif kind == 2:
-                data[at:at] = rng.bytes(int(rng.integers(1, 5)))
+                data[position:position] = rng.bytes(int(rng.integers(1, 5)))
             else:
-                data = data[: at + 1]
+                data = data[: position + 1]
         path = save(tmp_path, bytes(data), f"{k}.txt")
         try:
             text = bytes(data).decode()
@@ -190,29 +190,29 @@ def test_malformed_files_are_refused_or_read_whole(tmp_path):
 
 
 def test_the_identity_is_of_the_characters_too(tmp_path):
-    """Of a text with other letters in the same places, of one changed letter, and of another window."""
-    one = identify(open_dataset(save(tmp_path, SONG), None))
-    assert identify(open_dataset(save(tmp_path, SONG, "other.txt"), None)) == one
-    for other in (SONG.replace("😀", "😁"), SONG[:500] + "a" + SONG[501:], SONG[:-500] + "a" + SONG[-499:]):
-        assert differences(one, identify(open_dataset(save(tmp_path, other, "other.txt"), None)))
-    assert differences(one, identify(open_dataset(save(tmp_path, SONG), None, context=32)))
+    """The identity differs for other letters in the same places, for one changed letter, and for another window."""
+    identity = identify(open_dataset(save(tmp_path, SONG), None))
+    assert identify(open_dataset(save(tmp_path, SONG, "other.txt"), None)) == identity
+    for changed in (SONG.replace("😀", "😁"), SONG[:500] + "a" + SONG[501:], SONG[:-500] + "a" + SONG[-499:]):
+        assert differences(identity, identify(open_dataset(save(tmp_path, changed, "other.txt"), None)))
+    assert differences(identity, identify(open_dataset(save(tmp_path, SONG), None, context=32)))
 
 
 def test_characters_of_the_test_alone_are_told(tmp_path):
     rng = np.random.default_rng(0)
     text = "".join(rng.choice(list("abcd "), 5000))
     assert list(find_doubts(open_dataset(save(tmp_path, text), None))) == []
-    (found,) = find_doubts(open_dataset(save(tmp_path, text[:-300] + "xyzuvwuuuu" + text[-290:]), None))
-    assert found.startswith("6 characters of the last tenth of the text, ") and "'u' (U+0075), 'v'" in found
-    assert found.endswith("and 1 more")
+    (doubt,) = find_doubts(open_dataset(save(tmp_path, text[:-300] + "xyzuvwuuuu" + text[-290:]), None))
+    assert doubt.startswith("6 characters of the last tenth of the text, ") and "'u' (U+0075), 'v'" in doubt
+    assert doubt.endswith("and 1 more")
 
 
 def test_checkpoints_hold_the_characters():
     characters = "".join(sorted('\0\x1b"\\ aé\u2028😀'))
-    made = Contents("", (1, 4), Layout((), (), len(characters)), by_step=True, characters=characters)
-    texts = made.texts()
+    contents = Contents("", (1, 4), Layout((), (), len(characters)), by_step=True, characters=characters)
+    texts = contents.texts()
     assert texts["characters"].isascii() and Contents.of(texts).characters == characters
-    assert "characters" not in replace(made, characters="").texts()
+    assert "characters" not in replace(contents, characters="").texts()
     for wrong in ('"ab"', "7", '["a"]', '"' + "b" * len(characters) + '"', '"' + "a" * 400_000 + '"', '"\\ud800"'):
         with pytest.raises((ValueError, TypeError)):
             Contents.of({**texts, "characters": wrong})

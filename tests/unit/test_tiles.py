@@ -39,7 +39,7 @@ def problem(network, dtype, batch=33, size=1.0):
 
 @pytest.fixture
 def tile(monkeypatch):
-    """tile(n): tiles of n classes from now on."""
+    """tile(n) sets the size of tiles to n classes."""
     return lambda n: monkeypatch.setattr(tail, "tile_size", lambda batch: n)
 
 
@@ -56,9 +56,9 @@ def test_loss_and_gradient_are_those_of_all_scores_at_once(name, dtype, toleranc
         w, x, labels = problem(network, dtype)
         make = lambda: make_loss(name, dtype, outputs=13, **kappa)  # noqa: E731
         value, g, _ = derive(network, w, x, labels, make(), NumpyOps(), tiled=False)
-        found, ours, _ = derive(network, w, x, labels, make(), make_ops(backend), tiled=True)
-        assert found == pytest.approx(value, rel=tolerance)
-        assert abs(ours - g).max() <= tolerance * abs(g).max()
+        tiled_value, tiled_g, _ = derive(network, w, x, labels, make(), make_ops(backend), tiled=True)
+        assert tiled_value == pytest.approx(value, rel=tolerance)
+        assert abs(tiled_g - g).max() <= tolerance * abs(g).max()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -66,13 +66,15 @@ def test_loss_and_gradient_are_those_of_all_scores_at_once(name, dtype, toleranc
 @pytest.mark.parametrize("spread", [10.0, 40.0, 400.0])
 def test_large_margins_of_psl_have_tangents_and_gradients_that_are_scaled_down(spread, dtype, backend, tile):
     tile(4)
-    # Behind the head such derivatives cancel, and what is left is rounding.
+    # Behind the head such derivatives cancel, and rounding errors remain.
     network = network_of(13, trunk=False)
     w, x, labels = problem(network, dtype, size=spread)
     value, g, clipped = derive(network, w, x, labels, make_loss("psl", dtype), NumpyOps(), tiled=False)
-    found, ours, ours_clipped = derive(network, w, x, labels, make_loss("psl", dtype), make_ops(backend), tiled=True)
-    assert found == pytest.approx(value, rel=1e-3 if dtype == F32 else 1e-10) and ours_clipped == clipped
-    assert abs(ours - g).max() <= (1e-3 if dtype == F32 else 1e-10) * abs(g).max()
+    tiled_value, tiled_g, tiled_clipped = derive(
+        network, w, x, labels, make_loss("psl", dtype), make_ops(backend), tiled=True
+    )
+    assert tiled_value == pytest.approx(value, rel=1e-3 if dtype == F32 else 1e-10) and tiled_clipped == clipped
+    assert abs(tiled_g - g).max() <= (1e-3 if dtype == F32 else 1e-10) * abs(g).max()
     assert spread < 400 or clipped or dtype == F64
 
 
@@ -82,11 +84,13 @@ def test_tangents_begin_where_they_are_asked_for(exp_clip, backend, tile):
     tile(4)
     network = network_of(13)
     w, x, labels = problem(network, F32, size=2.0)
-    whole, ours = make_loss("psl", F32, exp_clip=exp_clip), make_loss("psl", F32, exp_clip=exp_clip)
-    value, g, clipped = derive(network, w, x, labels, whole, NumpyOps(), tiled=False)
-    found, mine, seen = derive(network, w, x, labels, ours, make_ops(backend), tiled=True)
-    assert found == pytest.approx(value, rel=1e-5) and seen == clipped and (exp_clip == "30" or clipped > 0)
-    assert abs(mine - g).max() <= 1e-5 * abs(g).max()
+    full_loss, tiled_loss = make_loss("psl", F32, exp_clip=exp_clip), make_loss("psl", F32, exp_clip=exp_clip)
+    value, g, clipped = derive(network, w, x, labels, full_loss, NumpyOps(), tiled=False)
+    tiled_value, tiled_g, tiled_clipped = derive(network, w, x, labels, tiled_loss, make_ops(backend), tiled=True)
+    assert (
+        tiled_value == pytest.approx(value, rel=1e-5) and tiled_clipped == clipped and (exp_clip == "30" or clipped > 0)
+    )
+    assert abs(tiled_g - g).max() <= 1e-5 * abs(g).max()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -96,8 +100,8 @@ def test_large_scores_of_squared_are_scaled_down_and_limited(size, backend, tile
     network = network_of(13, trunk=False)
     w, x, labels = problem(network, F32, size=size)
     _, g, _ = derive(network, w, x, labels, make_loss("squared", F32), NumpyOps(), tiled=False)
-    _, ours, _ = derive(network, w, x, labels, make_loss("squared", F32), make_ops(backend), tiled=True)
-    assert abs(ours - g).max() <= 1e-5 * abs(g).max() and abs(ours).max() <= GRADIENT_LIMIT[F32]
+    _, tiled_g, _ = derive(network, w, x, labels, make_loss("squared", F32), make_ops(backend), tiled=True)
+    assert abs(tiled_g - g).max() <= 1e-5 * abs(g).max() and abs(tiled_g).max() <= GRADIENT_LIMIT[F32]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -125,10 +129,10 @@ def test_a_gradient_is_made_again_whatever_has_become_of_it(name, backend, sprea
     tape = model.forward(x)
     objective.losses(tape.scores, labels, 0.25)
     objective.backward(tape)
-    before, clipped = g.copy(), objective.loss.clipped
+    first_g, clipped = g.copy(), objective.loss.clipped
     g.fill(np.nan)
     objective.again(tape)
-    assert np.allclose(g, before, rtol=1e-12, atol=0) and objective.loss.clipped == clipped
+    assert np.allclose(g, first_g, rtol=1e-12, atol=0) and objective.loss.clipped == clipped
 
 
 @pytest.mark.parametrize("lenient", [False, True])
@@ -153,7 +157,7 @@ def test_a_score_that_is_no_number_is_an_error_or_a_loss_that_is_none(name, back
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", LOSSES)
 def test_tests_count_as_with_all_scores_at_once(name, backend, tile):
-    """Equal scores of several classes included: many rows of weights are the same."""
+    """Many rows of weights are the same, so that several classes have equal scores."""
     tile(5)
     network, ops = network_of(13), make_ops(backend)
     w, x, labels = problem(network, F32)
@@ -161,12 +165,12 @@ def test_tests_count_as_with_all_scores_at_once(name, backend, tile):
     weights, biases = Head(model).weights, Head(model).biases
     for k in range(4, 13):
         weights[k], biases[k] = weights[k % 4], biases[k % 4]
-    whole = Model(network, network.layout(), w, None, ops).forward(x).scores
-    expected = Metric(make_loss(name, F32, outputs=13), 13).sums(whole, labels)
+    all_scores = Model(network, network.layout(), w, None, ops).forward(x).scores
+    expected = Metric(make_loss(name, F32, outputs=13), 13).sums(all_scores, labels)
     metric = Metric(make_loss(name, F32, outputs=13), 13)
-    found = metric.sums_by_tiles(Head(model), model.forward(x).scores, labels, np.arange(13))
-    assert found[0] == pytest.approx(expected[0], rel=1e-6) and np.array_equal(found[1:], expected[1:])
-    assert 0 < found[1] < found[2]
+    tiled_sums = metric.sums_by_tiles(Head(model), model.forward(x).scores, labels, np.arange(13))
+    assert tiled_sums[0] == pytest.approx(expected[0], rel=1e-6) and np.array_equal(tiled_sums[1:], expected[1:])
+    assert 0 < tiled_sums[1] < tiled_sums[2]
 
 
 @pytest.fixture(scope="module", params=BACKENDS)
@@ -199,7 +203,7 @@ def test_no_array_of_all_scores_is_ever_made(name, many):
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("name", ["nll", "psl"])
 def test_a_test_of_shards_makes_no_array_of_all_scores(name, ranks):
-    """Nor keeps those of all samples; it counts as with all scores at once."""
+    """The evaluator keeps no scores of all samples either, and its sums are those of all scores at once."""
     classes, n = 40_000, 120
     network, rng = network_of(classes), np.random.default_rng(0)
     layout = network.layout()
@@ -220,9 +224,9 @@ def test_a_test_of_shards_makes_no_array_of_all_scores(name, ranks):
     run_ranks(ranks, work)
     tracemalloc.start()
     try:
-        found = sum(run_ranks(ranks, work))
-        # Beside the weights, of which each rank has a shard, and brings those of a layer together.
+        sums = sum(run_ranks(ranks, work))
+        # Beside the weights, of which each rank has a shard and gathers those of a layer.
         assert tracemalloc.get_traced_memory()[1] < ranks * (4 * classes * 100 / 2 + 2 * w.nbytes)
     finally:
         tracemalloc.stop()
-    assert found[0] == pytest.approx(expected[0], rel=1e-6) and np.array_equal(found[1:], expected[1:])
+    assert sums[0] == pytest.approx(expected[0], rel=1e-6) and np.array_equal(sums[1:], expected[1:])

@@ -1,4 +1,4 @@
-"""What ranks do in a step, from operations at times that are known, and from those that ranks make."""
+"""Times of ranks in a step, from operations at known times and from operations of ranks."""
 
 import json
 
@@ -13,17 +13,17 @@ from psmpi.testing import run_ranks
 ALL = (0, 1, 2)
 
 
-def made(*tracks, optimizing=((), (), ()), steps=(0.0, 10.0)):
+def make_tracks(*tracks, optimizing=((), (), ()), steps=(0.0, 10.0)):
     """Tracks of ranks 0 to 2, whose operations are (name, begun, ended, options)."""
-    found = []
+    result = []
     for rank, (operations, times) in enumerate(zip(tracks, optimizing, strict=True)):
-        made = [
-            Operation(name, "world", ALL, more.get("number", 0), more.get("peer", -1), 8, begun, ended,
-                      more.get("since", -1))
-            for name, begun, ended, more in operations
+        calls = [
+            Operation(name, "world", ALL, options.get("number", 0), options.get("peer", -1), 8, begun, ended,
+                      options.get("since", -1))
+            for name, begun, ended, options in operations
         ]  # fmt: skip
-        found.append(Track(rank, made, list(times), [steps]))
-    return found
+        result.append(Track(rank, calls, list(times), [steps]))
+    return result
 
 
 def times(tracks, kind):
@@ -35,7 +35,7 @@ ONE = {"number": 1}
 
 @pytest.mark.parametrize("name", ["Allreduce", "Barrier", "Reduce_scatter", "Allgatherv", "Alltoallv"])
 def test_a_collective_of_all_waits_for_the_last(name):
-    tracks = made([(name, 1, 6, ONE)], [(name, 4, 6, ONE)], [(name, 2, 7, ONE)])
+    tracks = make_tracks([(name, 1, 6, ONE)], [(name, 4, 6, ONE)], [(name, 2, 7, ONE)])
     assert times(tracks, "wait") == [3, 0, 2] and times(tracks, "transfer") == [2, 2, 3]
     assert times(tracks, "compute") == [5, 8, 5]
 
@@ -43,35 +43,35 @@ def test_a_collective_of_all_waits_for_the_last(name):
 @pytest.mark.parametrize("name", ["Bcast", "Scatterv"])
 def test_what_comes_from_a_root_waits_for_the_root(name):
     root = {"number": 1, "peer": 1}
-    tracks = made([(name, 1, 6, root)], [(name, 4, 5, root)], [(name, 9, 9.5, root)])
+    tracks = make_tracks([(name, 1, 6, root)], [(name, 4, 5, root)], [(name, 9, 9.5, root)])
     assert times(tracks, "wait") == [3, 0, 0] and times(tracks, "transfer") == [2, 1, 0.5]
 
 
 @pytest.mark.parametrize("name", ["Reduce", "Gather", "Gatherv"])
 def test_what_goes_to_a_root_has_the_root_wait_for_the_others(name):
     root = {"number": 1, "peer": 1}
-    tracks = made([(name, 1, 2, root)], [(name, 2, 9, root)], [(name, 8, 8.5, root)])
+    tracks = make_tracks([(name, 1, 2, root)], [(name, 2, 9, root)], [(name, 8, 8.5, root)])
     assert times(tracks, "wait") == [0, 6, 0] and times(tracks, "transfer") == [1, 1, 0.5]
 
 
 def test_messages_wait_for_their_sender_and_large_ones_for_their_receiver():
-    """The second of two from rank 0 to rank 1; what is begun at once waits where its end is waited for."""
-    tracks = made(
+    """Rank 0 sends two messages to rank 1; the one that is begun at once waits in its Wait."""
+    tracks = make_tracks(
         [("Isend", 1, 1, {"peer": 1}), ("Send", 6, 9, {"peer": 1})],
         [("Irecv", 0, 0, {"peer": 0}), ("Wait(Irecv)", 2, 3, {"peer": 0, "since": 0}), ("Recv", 5, 9, {"peer": 0})],
         [],
     )
     assert times(tracks, "wait") == [0, 1, 0] and times(tracks, "transfer") == [3, 4, 0]
-    late = made([("Send", 1, 9, {"peer": 2})], [], [("Recv", 7, 9, {"peer": 0})])
+    late = make_tracks([("Send", 1, 9, {"peer": 2})], [], [("Recv", 7, 9, {"peer": 0})])
     assert times(late, "wait") == [6, 0, 0]
-    around = {"peer": 2}, {"peer": 0}, {"peer": 1}
-    ring = made(*([("Sendrecv", begun, 6, more)] for begun, more in zip((1, 2, 4), around, strict=True)))
+    peers = {"peer": 2}, {"peer": 0}, {"peer": 1}
+    ring = make_tracks(*([("Sendrecv", begun, 6, peer)] for begun, peer in zip((1, 2, 4), peers, strict=True)))
     assert times(ring, "wait") == [3, 0, 0]
 
 
 def test_a_sum_that_was_begun_waits_from_when_its_end_is_waited_for():
     begun, wait = {"number": 1}, {"number": 1, "since": 0}
-    tracks = made(
+    tracks = make_tracks(
         [("Iallreduce", 1, 1, begun), ("Wait(Iallreduce)", 2, 8, wait)],
         [("Iallreduce", 7, 7, begun), ("Wait(Iallreduce)", 7.5, 8, wait)],
         [("Iallreduce", 0, 0, begun), ("Wait(Iallreduce)", 9, 9.5, wait)],
@@ -80,7 +80,7 @@ def test_a_sum_that_was_begun_waits_from_when_its_end_is_waited_for():
 
 
 def test_an_optimizer_is_no_computing_and_its_sums_are_no_optimizer():
-    tracks = made([("Allreduce", 4, 5, ONE)], [], [], optimizing=([(3.0, 7.0)], [(0.0, 1.0)], []))
+    tracks = make_tracks([("Allreduce", 4, 5, ONE)], [], [], optimizing=([(3.0, 7.0)], [(0.0, 1.0)], []))
     assert times(tracks, "optimizer") == [3, 1, 0] and times(tracks, "compute") == [6, 9, 10]
     for track, steps in zip(tracks, shares(tracks), strict=True):
         assert sum(steps[0][kind] for kind in KINDS) == steps[0]["step"] == 10
@@ -95,7 +95,7 @@ def _meetings(tracks):
 
 
 def test_a_trace_has_each_rank_s_steps_and_operations():
-    tracks = made([("Bcast", 1, 6, {"number": 1, "peer": 1})], [("Bcast", 4, 5, {"number": 1, "peer": 1})], [])
+    tracks = make_tracks([("Bcast", 1, 6, {"number": 1, "peer": 1})], [("Bcast", 4, 5, {"number": 1, "peer": 1})], [])
     events = json.loads(json.dumps(chrome_trace(tracks, {0: "rank 0 master"})))["traceEvents"]
     assert [e["args"]["name"] for e in events if e["ph"] == "M"] == ["rank 0 master", "rank 1", "rank 2"]
     (first, second) = (e for e in events if e["name"] == "Bcast")
@@ -105,28 +105,28 @@ def test_a_trace_has_each_rank_s_steps_and_operations():
 
 
 def test_operations_of_ranks_meet_each_other():
-    """Of every kind that waits: each is found on the other ranks, and waits know what had begun."""
+    """Each waiting operation is matched with those of the other ranks, and each Wait with its begin."""
 
     def work(world):
         flight = Tracing()
         comm = recorded(world, flight)
         group = comm.Create_group(comm.group.Incl([0, 1, 2]))
-        values, found = np.ones(3), np.zeros(3)
+        values, received = np.ones(3), np.zeros(3)
         group.Bcast(values, 1)
-        request = comm.Irecv(found, (comm.rank - 1) % 3)
+        request = comm.Irecv(received, (comm.rank - 1) % 3)
         comm.Isend(values, (comm.rank + 1) % 3).Wait()
         request.Wait()
-        group.Iallreduce(values, found).Wait()
-        comm.Allreduce(values, found)
+        group.Iallreduce(values, received).Wait()
+        comm.Allreduce(values, received)
         track = Track(comm.rank, flight.operations(0), [], [(0.0, 1e12)])
         return _track(json.loads(json.dumps(_moved(track, 0.0))))
 
     tracks = run_ranks(3, work)
     meetings = _meetings(tracks)
     for track in tracks:
-        waits = [one for one in track.operations if one.name.startswith("Wait")]
-        assert [track.operations[one.since].name for one in waits] == ["Isend", "Irecv", "Iallreduce"]
-        for place, one in enumerate(track.operations):
+        waits = [operation for operation in track.operations if operation.name.startswith("Wait")]
+        assert [track.operations[operation.since].name for operation in waits] == ["Isend", "Irecv", "Iallreduce"]
+        for place, operation in enumerate(track.operations):
             known = meetings.ready(track, place) > 0
-            needs = one.name in ("Wait(Isend)", "Wait(Irecv)", "Wait(Iallreduce)", "Allreduce", "Create_group")
-            assert known == (needs or (one.name == "Bcast" and track.rank != 1)), one
+            needs = operation.name in ("Wait(Isend)", "Wait(Irecv)", "Wait(Iallreduce)", "Allreduce", "Create_group")
+            assert known == (needs or (operation.name == "Bcast" and track.rank != 1)), operation

@@ -1,6 +1,6 @@
-"""Trackers: what they write of a run is what metrics.jsonl has, over stops and starts; their errors end nothing.
+"""Trackers record the rows of metrics.jsonl, over stops and starts; their errors do not end a training.
 
-TensorBoard's and MLflow's own packages are read back where they are installed, stand-ins of them elsewhere.
+The records are read back by TensorBoard's and MLflow's packages where these are installed, else by stand-ins.
 """
 
 import json
@@ -36,7 +36,7 @@ def row(step, **more):
 
 @pytest.fixture(autouse=True)
 def packages(monkeypatch):
-    """Stand-ins for what is not installed; what psmpi sets for MLflow is undone."""
+    """Use stand-ins for packages that are not installed; undo the variables that psmpi sets for MLflow."""
     for name in ("DISABLE_TELEMETRY", "ALLOW_FILE_STORE", "TRACKING_URI", "EXPERIMENT_NAME"):
         monkeypatch.setenv(f"MLFLOW_{name}", "")
         monkeypatch.delenv(f"MLFLOW_{name}")
@@ -47,15 +47,15 @@ def packages(monkeypatch):
         del sys.modules[name]
 
 
-# What is read back.
+# Reading records back.
 
 
 def events(folder):
     """Events of TensorBoard's files, the oldest first: (step, start?, scalars, settings or None)."""
-    found = []
+    all_events = []
     for path in sorted((folder / "tensorboard").glob("events.out.tfevents.*")):
-        found += _real_events(path) if REAL["tensorboard"] else _fake_events(path)
-    return found
+        all_events += _real_events(path) if REAL["tensorboard"] else _fake_events(path)
+    return all_events
 
 
 def _fake_events(path):
@@ -70,30 +70,30 @@ def _real_events(path):
     from tensorboardX.proto.event_pb2 import Event, SessionLog
     from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
 
-    data, at = path.read_bytes(), 0
-    while at < len(data):
-        (size,) = struct.unpack_from("<Q", data, at)
-        event = Event.FromString(data[at + 12 : at + 12 + size])
-        at += 16 + size
+    data, offset = path.read_bytes(), 0
+    while offset < len(data):
+        (size,) = struct.unpack_from("<Q", data, offset)
+        event = Event.FromString(data[offset + 12 : offset + 12 + size])
+        offset += 16 + size
         scalars, settings = {}, None
-        for one in event.summary.value:
-            if one.tag == "_hparams_/session_start_info":
-                told = HParamsPluginData.FromString(one.metadata.plugin_data.content).session_start_info.hparams
-                settings = {name: getattr(value, value.WhichOneof("kind")) for name, value in told.items()}
-            elif one.WhichOneof("value") == "simple_value":
-                scalars[one.tag] = one.simple_value
+        for item in event.summary.value:
+            if item.tag == "_hparams_/session_start_info":
+                hparams = HParamsPluginData.FromString(item.metadata.plugin_data.content).session_start_info.hparams
+                settings = {name: getattr(value, value.WhichOneof("kind")) for name, value in hparams.items()}
+            elif item.WhichOneof("value") == "simple_value":
+                scalars[item.tag] = item.simple_value
         yield event.step, event.session_log.status == SessionLog.START, scalars, settings
 
 
 def curve(folder, tag):
-    """[(step, value)] as TensorBoard shows it: a start hides what came before of its step and later ones."""
-    shown = []
+    """[(step, value)] as TensorBoard shows it: a start hides the earlier points of its step and of later steps."""
+    points = []
     for step, start, scalars, _ in events(folder):
         if start:
-            shown = [one for one in shown if one[0] < step]
+            points = [point for point in points if point[0] < step]
         if tag in scalars:
-            shown.append((step, scalars[tag]))
-    return shown
+            points.append((step, scalars[tag]))
+    return points
 
 
 def metrics(folder):
@@ -104,25 +104,28 @@ def client(folder):
     """MLflow's client, and the number of the run that a run directory names."""
     import mlflow
 
-    said = json.loads((folder / "mlflow.json").read_text())
+    note = json.loads((folder / "mlflow.json").read_text())
     os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
-    return mlflow.MlflowClient(tracking_uri=said["store"]), said["run"]
+    return mlflow.MlflowClient(tracking_uri=note["store"]), note["run"]
 
 
 def history(folder, key):
-    of, run = client(folder)
-    return [(one.step, one.value) for one in sorted(of.get_metric_history(run, key), key=lambda one: one.step)]
+    mlflow_client, run = client(folder)
+    return [
+        (point.step, point.value)
+        for point in sorted(mlflow_client.get_metric_history(run, key), key=lambda point: point.step)
+    ]
 
 
 def assert_same(folder, rows):
     """Both trackers have these rows, each step once."""
     for name, tag in (("train_loss", "train/loss"), ("test_accuracy", "test/accuracy"), ("epoch", "run/epoch")):
-        wanted = [(one["step"], one[name]) for one in rows]
-        assert curve(folder, tag) == [(step, pytest.approx(value, rel=1e-6)) for step, value in wanted]
-        assert history(folder, name) == wanted
+        expected = [(entry["step"], entry[name]) for entry in rows]
+        assert curve(folder, tag) == [(step, pytest.approx(value, rel=1e-6)) for step, value in expected]
+        assert history(folder, name) == expected
 
 
-# Whole runs.
+# Trainings.
 
 
 @pytest.fixture
@@ -137,68 +140,68 @@ def tracked(tmp_path, train):
 
 
 def test_trackers_have_the_rows_of_the_metrics(tracked):
-    done = tracked(2, *SHORT)
-    assert len(done.rows) == 4
-    assert_same(done.out, done.rows)
-    of, run = client(done.out)
-    found = of.get_run(run)
-    assert found.info.status == "FINISHED" and found.info.run_name == "run"
-    settings = next(settings for *_, settings in events(done.out) if settings)
+    training = tracked(2, *SHORT)
+    assert len(training.rows) == 4
+    assert_same(training.out, training.rows)
+    mlflow_client, run = client(training.out)
+    mlflow_run = mlflow_client.get_run(run)
+    assert mlflow_run.info.status == "FINISHED" and mlflow_run.info.run_name == "run"
+    settings = next(settings for *_, settings in events(training.out) if settings)
     for name, value in (("lr", 0.001), ("batch_size", 500), ("model", "psnet"), ("ranks", 2), ("epochs", 4)):
-        assert settings[name] == value and found.data.params[name] in (value, json.dumps(value)), name
-    assert "out" not in settings and "WARNING" not in done.stdout
+        assert settings[name] == value and mlflow_run.data.params[name] in (value, json.dumps(value)), name
+    assert "out" not in settings and "WARNING" not in training.stdout
 
 
 def test_a_run_that_goes_on_goes_on_in_its_records(tracked):
     tracked(1, *SHORT, "--max-steps", "6")
-    done = tracked(2, "--resume", "auto", "--max-steps", "0", "--lr", "0.002")
-    assert len(done.rows) == 4
-    assert_same(done.out, done.rows)
-    of, run = client(done.out)
-    params = of.get_run(run).data.params
+    training = tracked(2, "--resume", "auto", "--max-steps", "0", "--lr", "0.002")
+    assert len(training.rows) == 4
+    assert_same(training.out, training.rows)
+    mlflow_client, run = client(training.out)
+    params = mlflow_client.get_run(run).data.params
     assert params["lr"] == "0.001" and params["lr.from_step_6"] == "0.002" and params["ranks.from_step_6"] == "2"
 
 
 def test_steps_that_are_trained_again_are_there_once(tracked, tmp_path):
-    """As after a kill between a row and its checkpoint."""
+    """The run is as after a kill between a row and its checkpoint."""
     tracked(1, *SHORT, "--max-steps", "6")
-    whole = tracked(1, "--resume", "auto", "--max-steps", "0")
+    straight = tracked(1, "--resume", "auto", "--max-steps", "0")
     newest = sorted((tmp_path / "run" / "checkpoints").glob("step-*.h5"))
     for path in newest[-1:]:
         path.unlink()
-    again = tracked(1, "--resume", "auto", "--max-steps", "0")
-    assert [one["step"] for one in again.rows] == [one["step"] for one in whole.rows]
-    assert_same(again.out, again.rows)
+    repeated = tracked(1, "--resume", "auto", "--max-steps", "0")
+    assert [entry["step"] for entry in repeated.rows] == [entry["step"] for entry in straight.rows]
+    assert_same(repeated.out, repeated.rows)
 
 
 def test_a_tracker_that_comes_later_gets_the_rows_before(train, tmp_path):
     first = train(1, *SHORT, "--max-steps", "6", out=tmp_path / "run")
-    done = train(
+    training = train(
         1, "--resume", "auto", "--max-steps", "0", "--track", "tensorboard", "mlflow", "--track-dir", tmp_path / "s",
         out=first.out,
     )  # fmt: skip
-    assert_same(done.out, done.rows)
+    assert_same(training.out, training.rows)
 
 
 def test_a_run_that_goes_on_without_its_trackers_leaves_them(tracked, train):
     first = tracked(1, *SHORT, "--max-steps", "6")
-    done = train(1, "--resume", "auto", "--max-steps", "0", "--track", out=first.out)
-    assert len(done.rows) == 4 and len(history(done.out, "epoch")) == len(curve(done.out, "run/epoch")) == 2
+    training = train(1, "--resume", "auto", "--max-steps", "0", "--track", out=first.out)
+    assert len(training.rows) == 4 and len(history(training.out, "epoch")) == len(curve(training.out, "run/epoch")) == 2
 
 
 def test_a_stopped_and_a_failed_run_are_told_apart(tracked, tmp_path, monkeypatch):
     tracked(1, *SHORT, "--max-steps", "6")
-    of, run = client(tmp_path / "run")
-    assert of.get_run(run).info.status == "FINISHED"
+    mlflow_client, run = client(tmp_path / "run")
+    assert mlflow_client.get_run(run).info.status == "FINISHED"
     with Trackers(("mlflow",), Run(tmp_path / "run", {}, str(tmp_path / "store"))) as trackers:
         trackers.start([])
-        assert of.get_run(run).info.status == "RUNNING"
+        assert mlflow_client.get_run(run).info.status == "RUNNING"
         trackers.close("stopped")
-    assert of.get_run(run).info.status == "KILLED"
+    assert mlflow_client.get_run(run).info.status == "KILLED"
     with pytest.raises(KeyError), Trackers(("mlflow",), Run(tmp_path / "run", {}, str(tmp_path / "store"))) as trackers:
         trackers.start([])
         raise KeyError
-    assert of.get_run(run).info.status == "FAILED"
+    assert mlflow_client.get_run(run).info.status == "FAILED"
 
 
 def test_going_back_to_a_checkpoint_goes_back_in_the_records(tmp_path):
@@ -206,36 +209,42 @@ def test_going_back_to_a_checkpoint_goes_back_in_the_records(tmp_path):
     again = [row(20, train_loss=7.0), row(30, train_loss=8.0)]
     with Trackers(("tensorboard", "mlflow"), Run(tmp_path, {"lr": 1.0}, str(tmp_path / "store"))) as trackers:
         trackers.start([])
-        for one in rows:
-            trackers.row(one)
+        for entry in rows:
+            trackers.row(entry)
         trackers.start(rows[:1])
-        for one in again:
-            trackers.row(one)
+        for entry in again:
+            trackers.row(entry)
         trackers.close("done")
     assert curve(tmp_path, "train/loss") == [(10, pytest.approx(0.1)), (20, 7.0), (30, 8.0)]
-    # MLflow takes nothing back: the later value of a step is the one that holds.
+    # MLflow deletes nothing: the later value of a step holds.
     assert history(tmp_path, "train_loss")[-1] == (30, 8.0)
 
 
 def test_a_rollback_makes_rows_again_in_the_records(tracked):
-    """Epochs of 3 steps, checkpoints every 4: row 2 is behind the checkpoint that step 8 goes back to."""
+    """With epochs of 3 steps and checkpoints every 4, row 2 comes after the checkpoint that step 8 goes back to."""
     rollback = ("--on-nan", "rollback", "--batch-size", "480", "--checkpoint-every", "4", "--epochs", "4")
     with poisoned(lambda rank, step: step == 7) as hit:
-        done = tracked(2, *rollback)
-    assert hit and [one["step"] for one in done.rows] == [3, 6, 9, 12] and done.rows[1]["events"]["rollbacks"] == 1
-    assert curve(done.out, "train/loss") == [(one["step"], pytest.approx(one["train_loss"])) for one in done.rows]
-    assert curve(done.out, "events/rollbacks") == [(3, 0), (6, 1), (9, 1), (12, 1)]
-    assert dict(history(done.out, "train_loss")) == {one["step"]: one["train_loss"] for one in done.rows}
+        training = tracked(2, *rollback)
+    assert (
+        hit
+        and [entry["step"] for entry in training.rows] == [3, 6, 9, 12]
+        and training.rows[1]["events"]["rollbacks"] == 1
+    )
+    assert curve(training.out, "train/loss") == [
+        (entry["step"], pytest.approx(entry["train_loss"])) for entry in training.rows
+    ]
+    assert curve(training.out, "events/rollbacks") == [(3, 0), (6, 1), (9, 1), (12, 1)]
+    assert dict(history(training.out, "train_loss")) == {entry["step"]: entry["train_loss"] for entry in training.rows}
 
 
 def test_only_the_first_rank_writes(tracked, monkeypatch):
-    made = []
-    monkeypatch.setattr(track.tracker, "import_module", lambda name: made.append(name) or __import__("json"))
+    imported = []
+    monkeypatch.setattr(track.tracker, "import_module", lambda name: imported.append(name) or __import__("json"))
     tracked(3, *SHORT, "--max-steps", "3")
-    assert sorted(made) == sorted(module for module, *_ in TRACKERS.values())
+    assert sorted(imported) == sorted(module for module, *_ in TRACKERS.values())
 
 
-# What goes wrong.
+# Errors.
 
 
 class Broken:
@@ -253,8 +262,8 @@ class Broken:
 
 @pytest.mark.parametrize("at", ["start", "row", "close"])
 def test_a_tracker_that_fails_is_told_of_once_and_left(at, tmp_path):
-    told, broken, sound = [], Broken(at), Broken("")
-    trackers = Trackers((), Run(tmp_path), told.append)
+    messages, broken, sound = [], Broken(at), Broken("")
+    trackers = Trackers((), Run(tmp_path), messages.append)
     trackers.open = {"tensorboard": broken, "mlflow": sound}
     with trackers:
         trackers.start([])
@@ -262,31 +271,36 @@ def test_a_tracker_that_fails_is_told_of_once_and_left(at, tmp_path):
         trackers.row(row(20))
         trackers.close("done")
     assert sound.calls == ["start", "row", "row", "close"] and broken.calls[-1] == at
-    assert told == [
+    assert messages == [
         "WARNING: --track tensorboard ends here: no space left; training goes on, and metrics.jsonl has every row"
     ]
 
 
 def test_training_goes_on_without_a_tracker(tracked, tmp_path, monkeypatch):
-    """A file where the folder of events would be, a file where MLflow's would be."""
+    """A file is in the place of the folder of events, and a malformed one in that of MLflow's note."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "tensorboard").write_text("")
     (tmp_path / "run" / "mlflow.json").write_text("{")
-    done = tracked(1, *SHORT)
-    assert len(done.rows) == 4
-    assert done.stdout.count("WARNING: --track tensorboard") == 1 and done.stdout.count("WARNING: --track mlflow") == 1
+    training = tracked(1, *SHORT)
+    assert len(training.rows) == 4
+    assert (
+        training.stdout.count("WARNING: --track tensorboard") == 1
+        and training.stdout.count("WARNING: --track mlflow") == 1
+    )
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"run": "a"}', '{"store": 1}', "\xff"])
 def test_a_malformed_note_of_the_run_is_told(text, tmp_path):
     (tmp_path / "mlflow.json").write_bytes(text.encode("latin-1"))
-    told = []
-    with Trackers(("mlflow",), Run(tmp_path, {}, str(tmp_path / "store")), told.append) as trackers:
+    messages = []
+    with Trackers(("mlflow",), Run(tmp_path, {}, str(tmp_path / "store")), messages.append) as trackers:
         trackers.start([])
     if text == '{"store": 1}':
-        assert not told
+        assert not messages
     else:
-        assert len(told) == 1 and "mlflow.json is not what psmpi wrote" in told[0] and "remove it" in told[0]
+        assert (
+            len(messages) == 1 and "mlflow.json is not what psmpi wrote" in messages[0] and "remove it" in messages[0]
+        )
 
 
 def test_a_run_that_mlflow_has_no_more_begins_anew(tmp_path):
@@ -297,20 +311,20 @@ def test_a_run_that_mlflow_has_no_more_begins_anew(tmp_path):
     before = client(tmp_path)[1]
     note = json.loads((tmp_path / "mlflow.json").read_text())
     (tmp_path / "mlflow.json").write_text(json.dumps({**note, "run": "0123456789abcdef0123456789abcdef"}))
-    told = []
-    with Trackers(("mlflow",), run, told.append) as trackers:
+    messages = []
+    with Trackers(("mlflow",), run, messages.append) as trackers:
         trackers.start([row(10)])
-    assert not told and client(tmp_path)[1] not in (before, "0123456789abcdef0123456789abcdef")
+    assert not messages and client(tmp_path)[1] not in (before, "0123456789abcdef0123456789abcdef")
     assert history(tmp_path, "epoch") == [(10, 1)]
 
 
 def test_events_go_through_no_link(tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "tensorboard").symlink_to(tmp_path / "elsewhere")
-    told = []
-    with Trackers(("tensorboard",), Run(tmp_path), told.append) as trackers:
+    messages = []
+    with Trackers(("tensorboard",), Run(tmp_path), messages.append) as trackers:
         trackers.start([])
-    assert "symbolic link" in told[0] and not os.listdir(tmp_path / "elsewhere")
+    assert "symbolic link" in messages[0] and not os.listdir(tmp_path / "elsewhere")
 
 
 def test_refusals_name_the_extra(monkeypatch, tmp_path):
@@ -320,7 +334,7 @@ def test_refusals_name_the_extra(monkeypatch, tmp_path):
     for name, (_, _, package, extra) in TRACKERS.items():
         with pytest.raises(UserError, match=rf"--track {name} needs {package}: pip install 'psmpi\[{extra}\]'"):
             check_trackers((name,), "")
-        assert any(one.startswith(package) for one in extras[extra])
+        assert any(requirement.startswith(package) for requirement in extras[extra])
     status, out, err = run_program(2, "-m", "psmpi.train", "--track", "mlflow", "--out", tmp_path / "run")
     assert status == 1 and (out + err).count("pip install 'psmpi[mlflow]'") == 1 and not (tmp_path / "run").exists()
 
@@ -353,29 +367,29 @@ def test_mlflow_s_runs_lie_in_a_folder_and_on_no_server(tmp_path, monkeypatch):
 
 
 def test_numbers_of_a_row_are_told_by_name():
-    found = numbers({**row(10), "text": "a", "truth": True, "deep": {"a": {"b": 2}}})
+    named_numbers = numbers({**row(10), "text": "a", "truth": True, "deep": {"a": {"b": 2}}})
     of_row = {"epoch": 1, "train_loss": 0.1, "test_accuracy": 0.5, "events.steps_skipped": 0}
-    assert found == {**of_row, "truth": 1, "deep.a.b": 2}
+    assert named_numbers == {**of_row, "truth": 1, "deep.a.b": 2}
 
 
 def test_diagnostics_of_methods_are_numbers_with_names_that_mlflow_takes(tmp_path, monkeypatch, train):
     """Any method may add to a row."""
-    odd = {"a b": 1.0, "loss, in %": 2.0, "nan": float("nan")}
-    monkeypatch.setattr(DataParallel, "diagnostics", lambda self: odd)
-    done = train(
+    named_values = {"a b": 1.0, "loss, in %": 2.0, "nan": float("nan")}
+    monkeypatch.setattr(DataParallel, "diagnostics", lambda self: named_values)
+    training = train(
         1, "--method", "data_parallel", *SHORT, "--max-steps", "3", "--track", "tensorboard", "mlflow", "--track-dir",
         tmp_path / "store",
     )  # fmt: skip
-    assert "WARNING" not in done.stdout and history(done.out, "loss_ in _") == [(3, 2.0)]
+    assert "WARNING" not in training.stdout and history(training.out, "loss_ in _") == [(3, 2.0)]
 
 
 @pytest.mark.skipif(not REAL["mlflow"], reason="no MLflow: pip install 'psmpi[mlflow]'")
 def test_mlflow_itself_finds_the_run(tracked, tmp_path):
-    done = tracked(1, *SHORT)
+    training = tracked(1, *SHORT)
     import mlflow
 
     assert "site-packages" in mlflow.__file__
-    of = mlflow.MlflowClient(tracking_uri=(tmp_path / "store").as_uri())
-    (experiment,) = [one for one in of.search_experiments() if one.name == "psmpi"]
-    (found,) = of.search_runs([experiment.experiment_id])
-    assert found.data.metrics["test_accuracy"] == done.rows[-1]["test_accuracy"]
+    mlflow_client = mlflow.MlflowClient(tracking_uri=(tmp_path / "store").as_uri())
+    (experiment,) = [candidate for candidate in mlflow_client.search_experiments() if candidate.name == "psmpi"]
+    (mlflow_run,) = mlflow_client.search_runs([experiment.experiment_id])
+    assert mlflow_run.data.metrics["test_accuracy"] == training.rows[-1]["test_accuracy"]

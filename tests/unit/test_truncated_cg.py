@@ -11,7 +11,7 @@ from psmpi.optim.truncated_cg import truncated_cg
 
 
 def solve(b, g, **options):
-    """(x, direction, x as one who only hears of the lengths has it)."""
+    """(x, result) of truncated_cg on b x = -g; `follow` builds the same x from the lengths of the steps alone."""
     n = len(g)
     x, followed, last = np.empty(n, g.dtype), np.zeros(n, g.dtype), np.empty(n, g.dtype)
 
@@ -23,11 +23,13 @@ def solve(b, g, **options):
         nonlocal followed
         followed += g.dtype.type(a) * last
 
-    found = truncated_cg(g, x, product, follow, lambda v: v, np.empty((3, n), g.dtype), **options)
+    result = truncated_cg(g, x, product, follow, lambda v: v, np.empty((3, n), g.dtype), **options)
     assert np.array_equal(followed, x)
-    assert found.length == pytest.approx(np.linalg.norm(x), abs=1e-12) and found.slope == pytest.approx(g @ x, rel=1e-9)
-    assert found.curvature == pytest.approx(x @ b @ x, rel=1e-7, abs=1e-7)
-    return x, found
+    assert result.length == pytest.approx(np.linalg.norm(x), abs=1e-12) and result.slope == pytest.approx(
+        g @ x, rel=1e-9
+    )
+    assert result.curvature == pytest.approx(x @ b @ x, rel=1e-7, abs=1e-7)
+    return x, result
 
 
 def test_a_definite_system_is_solved():
@@ -35,8 +37,8 @@ def test_a_definite_system_is_solved():
     for n in (1, 3, 12, 40):
         q = np.linalg.qr(rng.standard_normal((n, n)))[0]
         b, g = (q * np.linspace(1, 50, n)) @ q.T, rng.standard_normal(n)
-        x, found = solve(b, g, rtol=1e-13, itmax=4 * n)
-        assert np.allclose(x, np.linalg.solve(b, -g), rtol=1e-9, atol=1e-12) and found.end == "converged"
+        x, result = solve(b, g, rtol=1e-13, itmax=4 * n)
+        assert np.allclose(x, np.linalg.solve(b, -g), rtol=1e-9, atol=1e-12) and result.end == "converged"
 
 
 def test_the_tolerance_and_the_cap_end_it():
@@ -44,25 +46,25 @@ def test_the_tolerance_and_the_cap_end_it():
     q = np.linalg.qr(rng.standard_normal((30, 30)))[0]
     b, g = (q * np.geomspace(1, 1e4, 30)) @ q.T, rng.standard_normal(30)
     for rtol in (0.5, 1e-1, 1e-2):
-        x, found = solve(b, g, rtol=rtol, itmax=100)
-        assert np.linalg.norm(b @ x + g) <= rtol * np.linalg.norm(g) and found.end == "converged"
-    _, found = solve(b, g, rtol=1e-9, itmax=5)
-    assert (found.iterations, found.end) == (5, "iterations")
-    _, found = solve(b, np.zeros(30))
-    assert (found.iterations, found.length) == (0, 0)
+        x, result = solve(b, g, rtol=rtol, itmax=100)
+        assert np.linalg.norm(b @ x + g) <= rtol * np.linalg.norm(g) and result.end == "converged"
+    _, result = solve(b, g, rtol=1e-9, itmax=5)
+    assert (result.iterations, result.end) == (5, "iterations")
+    _, result = solve(b, np.zeros(30))
+    assert (result.iterations, result.length) == (0, 0)
 
 
 def test_a_trust_region_step_is_as_good_as_the_cauchy_point():
-    """200 random indefinite systems: inside the radius, on it when it says so, and never worse."""
+    """On 200 random indefinite systems the step is inside the radius, or on it if its end says so, and never worse."""
     rng, ends = np.random.default_rng(2), set()
     for _ in range(200):
         a = rng.standard_normal((12, 12))
         b, g = (a + a.T) / 2 + rng.uniform(-1, 6) * np.eye(12), rng.standard_normal(12)
         radius = float(rng.uniform(0.1, 3))
-        x, found = solve(b, g, radius=radius, itmax=24)
-        ends.add(found.end)
+        x, result = solve(b, g, radius=radius, itmax=24)
+        ends.add(result.end)
         assert np.linalg.norm(x) <= radius * (1 + 1e-12)
-        if found.end == "boundary":
+        if result.end == "boundary":
             assert np.linalg.norm(x) == pytest.approx(radius, rel=1e-12)
         gbg, norm = g @ b @ g, np.linalg.norm(g)
         tau = 1.0 if gbg <= 0 else min(1.0, norm**3 / (radius * gbg))
@@ -76,10 +78,10 @@ def test_without_a_radius_the_direction_always_descends():
     for _ in range(200):
         a = rng.standard_normal((12, 12))
         b, g = (a + a.T) / 2 + rng.uniform(-3, 6) * np.eye(12), rng.standard_normal(12)
-        x, found = solve(b, g, itmax=24)
-        ends.add(found.end)
+        x, result = solve(b, g, itmax=24)
+        ends.add(result.end)
         assert g @ x < 0
-        if found.end == "curvature" and found.iterations == 1:
+        if result.end == "curvature" and result.iterations == 1:
             assert np.array_equal(x, -g)
     assert {"curvature", "converged"} <= ends
 
@@ -87,17 +89,17 @@ def test_without_a_radius_the_direction_always_descends():
 @pytest.mark.parametrize("parts", [1, 2, 5])
 @pytest.mark.parametrize("radius", [np.inf, 0.7])
 def test_shards_take_the_same_iterations(parts, radius):
-    """Vectors cut into shards, each in a thread of its own, that know of each other through sums alone."""
+    """The vectors are cut into shards, a thread each, which exchange sums alone."""
     rng, n = np.random.default_rng(4), 40
     a = rng.standard_normal((n, n))
     b, g = a @ a.T / n + np.eye(n), rng.standard_normal(n)
-    whole, expected = solve(b, g, rtol=1e-4, itmax=80, radius=radius)
+    full_x, expected = solve(b, g, rtol=1e-4, itmax=80, radius=radius)
     edges, meet = np.linspace(0, n, parts + 1).astype(int), Barrier(parts)
     sums: list = [None] * parts
-    p_whole, x = np.empty(n), np.empty(n)
+    full_p, x = np.empty(n), np.empty(n)
 
     def shard(k):
-        at = slice(edges[k], edges[k + 1])
+        span = slice(edges[k], edges[k + 1])
 
         def allsum(values):
             sums[k] = values.copy()
@@ -107,22 +109,24 @@ def test_shards_take_the_same_iterations(parts, radius):
             return values
 
         def product(p, q):
-            p_whole[at] = p
+            full_p[span] = p
             meet.wait(60)
-            q[:] = b[at] @ p_whole
+            q[:] = b[span] @ full_p
             meet.wait(60)
 
-        work = np.empty((3, len(g[at])))
-        return truncated_cg(g[at], x[at], product, lambda a: None, allsum, work, rtol=1e-4, itmax=80, radius=radius)
+        work = np.empty((3, len(g[span])))
+        return truncated_cg(g[span], x[span], product, lambda a: None, allsum, work, rtol=1e-4, itmax=80, radius=radius)
 
     with ThreadPoolExecutor(parts) as pool:
-        found = list(pool.map(shard, range(parts)))
-    assert all(one == found[0] for one in found)
-    assert (found[0].iterations, found[0].end) == (expected.iterations, expected.end)
-    assert np.allclose(x, whole, rtol=1e-12, atol=1e-12) and found[0].slope == pytest.approx(expected.slope, rel=1e-12)
+        results = list(pool.map(shard, range(parts)))
+    assert all(result == results[0] for result in results)
+    assert (results[0].iterations, results[0].end) == (expected.iterations, expected.end)
+    assert np.allclose(x, full_x, rtol=1e-12, atol=1e-12) and results[0].slope == pytest.approx(
+        expected.slope, rel=1e-12
+    )
 
 
 def test_numbers_that_are_not_finite_end_it_at_once():
     x, g = np.empty(3), np.array([1.0, nan, 0.0])
-    found = truncated_cg(g, x, lambda p, q: None, lambda a: None, lambda v: v, np.empty((3, 3)))
-    assert found.iterations == 0 and (x == 0).all()
+    result = truncated_cg(g, x, lambda p, q: None, lambda a: None, lambda v: v, np.empty((3, 3)))
+    assert result.iterations == 0 and (x == 0).all()

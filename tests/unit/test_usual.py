@@ -1,4 +1,4 @@
-"""Epochs, minibatch and learning rate that are not given: what stands for them, and what they reach."""
+"""Epochs, minibatch and learning rate by default: their values, and the accuracy that they reach."""
 
 import pytest
 from helpers.runs import Trained, run
@@ -51,8 +51,8 @@ def test_a_run_keeps_the_numbers_that_it_found(tmp_path):
     status, out, err = run(2, *TRAIN, "--out", tmp_path / "run", "--max-steps", "2")
     assert status == 0, err
     assert "60 epochs, 32 samples a minibatch, learning rate 0.01: usual for 1,438 samples, psnet and adam" in out
-    kept = read_file(str(tmp_path / "run" / "config.toml"))
-    assert (kept.run.epochs, kept.data.batch_size, kept.optimization.lr) == (60, 32, 0.01)
+    saved = read_file(str(tmp_path / "run" / "config.toml"))
+    assert (saved.run.epochs, saved.data.batch_size, saved.optimization.lr) == (60, 32, 0.01)
 
 
 def test_one_is_no_plural_and_what_is_refused_is_told_without_usual_numbers(tmp_path):
@@ -69,25 +69,25 @@ def test_what_is_given_is_used(tmp_path):
     options = ("--config", tmp_path / "run.toml", "--epochs", "3", "--batch-size", "700", "--max-steps", "1")
     status, out, err = run(1, *TRAIN, "--out", tmp_path / "run", *options)
     assert status == 0 and "usual" not in out, err
-    kept = read_file(str(tmp_path / "run" / "config.toml"))
-    assert (kept.run.epochs, kept.data.batch_size, kept.optimization.lr) == (3, 700, 0.25)
+    saved = read_file(str(tmp_path / "run" / "config.toml"))
+    assert (saved.run.epochs, saved.data.batch_size, saved.optimization.lr) == (3, 700, 0.25)
 
 
 def test_a_resumed_run_goes_on_with_its_own_numbers(train, tmp_path):
-    begun = train(1, "--epochs", "1", "--batch-size", "700", "--lr", "0.02")
-    again = ("--out", begun.out, "--resume", "auto", "--epochs", "2")
-    status, out, err = run(1, *TRAIN, *again)
+    first = train(1, "--epochs", "1", "--batch-size", "700", "--lr", "0.02")
+    resume_options = ("--out", first.out, "--resume", "auto", "--epochs", "2")
+    status, out, err = run(1, *TRAIN, *resume_options)
     assert status == 0 and "usual" not in out, err
-    kept = read_file(str(begun.out / "config.toml"))
-    assert (kept.run.epochs, kept.data.batch_size, kept.optimization.lr) == (2, 700, 0.02)
-    # The rate of one optimizer is not that of another.
-    path = Trained(begun.out, "").checkpoint
+    saved = read_file(str(first.out / "config.toml"))
+    assert (saved.run.epochs, saved.data.batch_size, saved.optimization.lr) == (2, 700, 0.02)
+    # Another optimizer has its own rate by default.
+    path = Trained(first.out, "").checkpoint
     status, out, err = run(
         1, *TRAIN, "--out", tmp_path / "other", "--resume", path, "--optimizer", "sgd", "--epochs", "3"
     )
     assert status == 0, err
-    kept = read_file(str(tmp_path / "other" / "config.toml"))
-    assert (kept.data.batch_size, kept.optimization.lr) == (700, RATES["sgd"].small)
+    saved = read_file(str(tmp_path / "other" / "config.toml"))
+    assert (saved.data.batch_size, saved.optimization.lr) == (700, RATES["sgd"].small)
 
 
 @pytest.mark.parametrize(

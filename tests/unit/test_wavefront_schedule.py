@@ -17,24 +17,24 @@ from psmpi.nn.zoo import make_network
 def test_diagonals_visit_each_cell_once_and_after_those_it_needs(layers, steps, each):
     edges = chunks(steps, each)
     assert [step for a, b in edges for step in range(a, b)] == list(range(steps))
-    count, done = len(edges), set()
+    count, visited = len(edges), set()
     assert count == -(-steps // each)
     ahead = list(diagonals(layers, count))
     assert len(ahead) == layers + count - 1
     for cells in ahead:
         for lane, c in cells:
-            assert (lane, c) not in done
-            assert (lane == 0 or (lane - 1, c) in done) and (c == 0 or (lane, c - 1) in done)
-        done |= set(cells)
-    assert len(done) == layers * count
-    back, done = list(back_diagonals(layers, count)), set()
+            assert (lane, c) not in visited
+            assert (lane == 0 or (lane - 1, c) in visited) and (c == 0 or (lane, c - 1) in visited)
+        visited |= set(cells)
+    assert len(visited) == layers * count
+    back, visited = list(back_diagonals(layers, count)), set()
     assert len(back) == layers + count - 1
     for cells in back:
         for lane, c in cells:
-            assert (lane, c) not in done
-            assert (lane == layers - 1 or (lane + 1, c) in done) and (c == count - 1 or (lane, c + 1) in done)
-        done |= set(cells)
-    assert len(done) == layers * count
+            assert (lane, c) not in visited
+            assert (lane == layers - 1 or (lane + 1, c) in visited) and (c == count - 1 or (lane, c + 1) in visited)
+        visited |= set(cells)
+    assert len(visited) == layers * count
 
 
 def test_chunks_are_enough_for_all_lanes():
@@ -53,11 +53,11 @@ def test_layers_are_dealt_by_their_multiplications(ranks):
     assert runs[0][0] == 0 and runs[-1][1] == len(network.layers) and dealt.head == (6, 8)
     assert all(a[1] == b[0] for a, b in pairwise(runs))
 
-    def cost(first, behind):
-        return sum(layer.macs for layer in leaves(network.layers[first:behind]))
+    def cost(first, stop):
+        return sum(layer.macs for layer in leaves(network.layers[first:stop]))
 
     def best(first, parts):
-        """The least largest cost of recurrent layers from the first on, by trying everything."""
+        """The least largest cost of recurrent layers from `first` on, by brute force."""
         if parts == 1:
             return cost(first, 6)
         return min(max(cost(first, k), best(k, parts - 1)) for k in range(first + 1, 6 - parts + 2))

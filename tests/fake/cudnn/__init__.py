@@ -179,16 +179,16 @@ class pygraph:
 
         cuda.current().enqueue(work)
 
-    def _roles(self, *three):
+    def _roles(self, *arrays):
         """Return the arrays of the graph in the order x, w, y."""
         order = {"fprop": (0, 1, 2), "wgrad": (0, 2, 1), "dgrad": (2, 1, 0)}[self.kind]
-        return tuple(three[k] for k in order)
+        return tuple(arrays[k] for k in order)
 
     def _packed(self):
         return all(t.stride[0] == prod(t.dim[1:]) for t in self.tensors)
 
 
-def _convolve(kind, x, w, y, pace):
+def _convolve(kind, x, w, y, stride):
     n, groups = x.shape[0], x.shape[1] // w.shape[1]
     rows, columns = y.shape[2:]
     by_group = w.reshape(groups, -1, *w.shape[1:])
@@ -198,10 +198,10 @@ def _convolve(kind, x, w, y, pace):
         for i in range(w.shape[2]):
             for j in range(w.shape[3]):
                 part = np.einsum("ngkpq,gkc->ngcpq", dy, by_group[..., i, j]).reshape(n, -1, rows, columns)
-                gradient[:, :, i : i + pace * rows : pace, j : j + pace * columns : pace] += part
+                gradient[:, :, i : i + stride * rows : stride, j : j + stride * columns : stride] += part
         x[...] = gradient
         return
-    windows = sliding_window_view(x, w.shape[2:], axis=(2, 3))[:, :, ::pace, ::pace]
+    windows = sliding_window_view(x, w.shape[2:], axis=(2, 3))[:, :, ::stride, ::stride]
     windows = windows.reshape(n, groups, -1, *windows.shape[2:])
     if kind == "fprop":
         y[...] = np.einsum("ngcpqrs,gkcrs->ngkpq", windows, by_group).reshape(y.shape)

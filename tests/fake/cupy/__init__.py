@@ -98,7 +98,7 @@ def _operand(value):
     raise TypeError(f"Unsupported type {type(value)}")
 
 
-# Keeps all memory alive: CuPy's pool too reuses freed memory only for later work on the stream.
+# Keeps all memory alive: CuPy's pool, too, reuses freed memory only for later work on the stream.
 _memory = []
 
 
@@ -161,20 +161,20 @@ class RawModule:
         kinds = self.module.kernels[name]
 
         def start(grid, block, args):
-            passed = []
+            values = []
             for kind, arg in zip(kinds, args, strict=True):
                 if "*" in kind and type(arg) is int and arg == 0:
-                    passed.append(None)
+                    values.append(None)
                 elif "*" in kind:
                     _check(kind, arg, self.real)
-                    passed.append(cuda_host.Address(arg.data.ptr))
+                    values.append(cuda_host.Address(arg.data.ptr))
                 else:
-                    passed.append(arg)
+                    values.append(arg)
 
             # `held` keeps the arguments alive until the work has run.
             def work(held=args):
                 cuda.clock.spend(name)
-                self.module.launch(name, grid, block, tuple(passed))
+                self.module.launch(name, grid, block, tuple(values))
 
             current().enqueue(work)
 
@@ -182,15 +182,15 @@ class RawModule:
 
 
 def _check(kind, array, real):
-    """Raise TypeError if an array does not have the type of the parameter, which a GPU would not notice."""
+    """Raise TypeError if an array does not have the parameter's type; a GPU would compute on it all the same."""
     types = {
         "float": ("float32",), "double": ("float64",), "int": ("int32",), "long long": ("int64",),
         "unsigned char": ("uint8", "bool"),
     }  # fmt: skip
     name = kind.replace("const", "").replace("*", "").strip()
-    wanted = types[real if name == "T" else name]
-    if not isinstance(array, ndarray) or array.dtype.name not in wanted:
-        raise TypeError(f"a kernel wants {wanted}, not {type(array)} {getattr(array, 'dtype', '')}")
+    expected = types[real if name == "T" else name]
+    if not isinstance(array, ndarray) or array.dtype.name not in expected:
+        raise TypeError(f"a kernel wants {expected}, not {type(array)} {getattr(array, 'dtype', '')}")
 
 
 __all__ = [

@@ -45,7 +45,7 @@ class MemoryPointer:
 
 
 class Stream(threading.local):
-    """A queue of work, which runs in order when something waits for it. Each thread, a rank, has its own queue."""
+    """A queue of work, run in order when something waits for the stream. Each thread, a rank, has its own queue."""
 
     ptr = 7
 
@@ -162,7 +162,7 @@ class runtime:
     def deviceGetPCIBusId(device):
         from psmpi.launcher import announced_rank
 
-        # Fault "alone": as if a scheduler showed each process only its own device, as number 0.
+        # Fault "alone": each process sees only its own device, as number 0, as some schedulers have it.
         first = announced_rank(dict(os.environ)) if FAULT == "alone" else 0
         return f"0000:{first + device:02x}:00.0"
 
@@ -199,10 +199,10 @@ class compiler:
 
 
 class _Cublas:
-    """A shared library in place of cuBLAS, called through ctypes like the real one, that forwards calls to Python."""
+    """A shared library in place of cuBLAS, called through ctypes like cuBLAS, that forwards calls to Python."""
 
     def __init__(self):
-        # One callback for all ranks, since they share the library, which is never unloaded.
+        # All ranks have the same callback, since they share the library, and it is never unloaded.
         self.callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.POINTER(ctypes.c_longlong))(_called)
 
     @property
@@ -271,8 +271,8 @@ def _called(which, arguments):
         return as_strided(flat, (count, rows, columns), tuple(dtype.itemsize * s for s in (step, *steps)))
 
     left, right = matrices(a, m, k, lda, a_step, transa), matrices(b, k, n, ldb, b_step, transb)
-    into = matrices(c, m, n, ldc, c_step, False)
-    current().enqueue(lambda: np.copyto(into, left @ right))
+    product = matrices(c, m, n, ldc, c_step, False)
+    current().enqueue(lambda: np.copyto(product, left @ right))
     return SUCCESS
 
 

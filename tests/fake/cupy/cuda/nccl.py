@@ -1,4 +1,4 @@
-"""NCCL between processes of one host, through files. A call first waits for the stream, which keeps its order."""
+"""NCCL between processes of one host, through files. A call waits for the stream, so work keeps the stream's order."""
 
 import ctypes
 import os

@@ -1,4 +1,4 @@
-"""A stand-in for MLflow's client, with a folder as its store: one JSON file for each run."""
+"""A stand-in for MLflow's client; its store is a folder with a JSON file for each run."""
 
 import itertools
 import json
@@ -32,8 +32,8 @@ class MlflowClient:
         (self.folder / run_id).write_text(json.dumps(run))
 
     def get_experiment_by_name(self, name):
-        there = (self.folder / f"experiment-{name}").exists()
-        return SimpleNamespace(experiment_id=name) if there else None
+        exists = (self.folder / f"experiment-{name}").exists()
+        return SimpleNamespace(experiment_id=name) if exists else None
 
     def create_experiment(self, name):
         (self.folder / f"experiment-{name}").touch(exist_ok=False)
@@ -41,8 +41,8 @@ class MlflowClient:
 
     def create_run(self, experiment_id, tags, run_name):
         run_id = next(f"run{k}" for k in itertools.count() if not (self.folder / f"run{k}").exists())
-        about = {"experiment": experiment_id, "name": run_name, "tags": tags, "status": "RUNNING"}
-        self._save(run_id, {**about, "params": {}, "metrics": {}})
+        run = {"experiment": experiment_id, "name": run_name, "tags": tags, "status": "RUNNING"}
+        self._save(run_id, {**run, "params": {}, "metrics": {}})
         return SimpleNamespace(info=SimpleNamespace(run_id=run_id))
 
     def get_run(self, run_id):
