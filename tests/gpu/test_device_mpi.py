@@ -219,6 +219,7 @@ def test_the_rows_of_a_part_sum_by_nccl(mpi_train, monkeypatch):
     assert distance(host_run.tensors(), device_run.tensors()) <= 1e-9
 
 
+@pytest.mark.slow
 def test_what_was_handed_over_is_made_anew_on_the_other_kind_of_memory(train, tmp_path):
     """The run changes its backend at the hand-over, twice in the part after it, and in the recovery."""
     folder, options = tmp_path / "begun", (*SIL, *DEEP, "--recovery-epochs", "2", "--max-steps")
@@ -292,7 +293,9 @@ def pair_distance(first, second):
     return distance(*tensors)
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "plsr1")) for n in RULES])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in ("plsr1", "plbfgs"))) for n in RULES]
+)
 def test_partitioned_quasi_newton_on_devices_has_the_weights_of_the_host(train, name):
     ranks, options = RULES[name]
     host_run, device_run = (
@@ -303,6 +306,7 @@ def test_partitioned_quasi_newton_on_devices_has_the_weights_of_the_host(train, 
     assert device_run.rows[-1]["bytes_sent_by_rank"] == host_run.rows[-1]["bytes_sent_by_rank"]
 
 
+@pytest.mark.slow
 def test_curvature_goes_on_on_the_other_kind_of_memory(train, tmp_path):
     options = (*NEWTON, "--scaling", "moments", "--optimizer", "plse", "--extrapolation", "adaptive")
     host_run = train(1, "--backend", "numpy", *options, "--max-steps", "2")
@@ -371,7 +375,9 @@ def test_a_run_goes_on_on_the_other_kind_of_memory(train, host, tmp_path, first,
     assert distance(host(*options).tensors(), result.tensors()) <= tolerance
 
 
-@pytest.mark.parametrize("then", [("--optimizer", "adam"), ("--optimizer", "lbfgs", "--lr", "1")])
+@pytest.mark.parametrize(
+    "then", [("--optimizer", "adam"), pytest.param(("--optimizer", "lbfgs", "--lr", "1"), marks=pytest.mark.slow)]
+)
 def test_an_optimizer_that_starts_afresh_starts_from_nothing(train, tmp_path, then):
     runs = []
     for backend in ("numpy", "cupy"):
@@ -387,7 +393,7 @@ def test_without_a_compiler_auto_computes_on_the_host(mpi_train, monkeypatch):
     assert result.stdout.count("the GPU is not used") == 1 and "backend cupy" not in result.stdout
 
 
-@pytest.mark.parametrize("seen", ["all", "one"])
+@pytest.mark.parametrize("seen", ["all", pytest.param("one", marks=pytest.mark.slow)])
 def test_nccl_exchanges_scores_and_sums_replicas(mpi_train, host, monkeypatch, seen):
     options = ("--nccl", "--placement", "owner", "--replicas", "2")
     # A rank sees all devices, or only its own.
@@ -470,6 +476,12 @@ def test_a_gpu_aware_mpi_gives_the_same_weights(host, tmp_path):
         status, stdout, stderr = launch(ranks, *command)
         assert status == 0, stderr
         assert distance(host(*EXACT).tensors(), Trained(out / str(ranks), stdout).tensors()) <= 1e-10
+
+
+@pytest.mark.slow
+def test_parts_of_layers_by_a_gpu_aware_mpi_have_the_weights_of_the_host(tmp_path):
+    program, out = tmp_path / "direct.py", tmp_path / "run"
+    program.write_text(DIRECT)
     for name in ("dfa", "sil stored, two rows"):
         ranks, options = PARTS[name]
         tensors = []

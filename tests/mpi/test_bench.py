@@ -215,6 +215,7 @@ def test_a_step_says_what_is_wrong_before_it_begins(tmp_path):
         assert status == 1 and message in err and "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_ways_to_share_a_step_are_compared(tmp_path):
     options = ("--rounds", "1", "--batch-size", "20", "--json", tmp_path / "a.json")
     status, out, err = launch(1, "-m", "psmpi.bench", "trunk", *options)
@@ -482,6 +483,7 @@ sys.stdout.write("peak %s\\n" % line.split()[1])
 """
 
 
+@pytest.mark.slow
 def test_nine_ranks_train_what_one_process_cannot_hold(tmp_path):
     """Limit each process's address space: the peak of a small run on as many ranks, plus half the bytes of the wide
     network's weights, gradient and Adam moments."""
@@ -538,6 +540,7 @@ def test_the_recorder_is_timed_beside_steps_without_it(monkeypatch):
     assert status == 1 and "a single rank has no operations to record" in err
 
 
+@pytest.mark.slow
 def test_predictions_are_measured_beside_steps(tmp_path):
     """The test bounds times from below only, because other tests share the machine."""
     options = ("--methods", "psl", "local_sgd", "--rates", "0", "--sleep-ms", "1", "--json", tmp_path / "a.json")
@@ -582,6 +585,7 @@ def test_transfers_are_timed_beside_bare_calls(tmp_path):
     assert status == 1 and "expected some of spread, deal" in err
 
 
+@pytest.mark.slow
 def test_decoupled_blocks_are_timed_beside_a_pipeline_of_the_same_blocks(tmp_path):
     """With passes that sleep, three blocks in lock-step take six passes a minibatch, and decoupled blocks two."""
     options = ("--ranks", "3", "--ahead", "2", "--width", "8", "--batch-size", "40", "--sleep-ms", "20")
@@ -639,6 +643,7 @@ def test_a_wavefront_is_timed_beside_its_schedule(tmp_path):
     assert all(min(row["ms"]) >= row["least ms"] for row in rows)
 
 
+@pytest.mark.slow
 def test_passes_through_layers_are_timed_beside_the_cost_model(tmp_path):
     """With layers that sleep, a pass on four ranks takes at least its longest chain of evaluations."""
     options = ("--ranks", "4", "--depth", "32", "--width", "4", "--batch-size", "20", "--sleep-ms", "10")
@@ -653,6 +658,7 @@ def test_passes_through_layers_are_timed_beside_the_cost_model(tmp_path):
     assert status == 1 and "expected numbers from 1 to 250" in err
 
 
+@pytest.mark.slow
 def test_networks_of_slabs_are_timed_on_characters(tmp_path):
     pytest.importorskip("matplotlib")
     options = ("--sides", "16", "24", "--variations", "2", "--domains", "4", "--epochs", "1", "--ranks", "2")

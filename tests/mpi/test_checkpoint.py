@@ -35,7 +35,7 @@ LAYOUTS = [
 
 
 @pytest.mark.parametrize(
-    ("ranks", "layout"), [pytest.param(*case, marks=[pytest.mark.slow] * (case[0] > 6)) for case in LAYOUTS]
+    ("ranks", "layout"), [pytest.param(*case, marks=[pytest.mark.slow] * (case[0] > 4)) for case in LAYOUTS]
 )
 def test_a_resumed_run_ends_in_the_same_bits(train, ranks, layout):
     """Stop inside an epoch and resume on as many ranks: the weights have the same bits, and metrics agree but for
@@ -217,7 +217,13 @@ def test_inside_an_epoch_the_order_of_samples_is_fixed(train, tmp_path):
     assert "--batch-size 100" in refusal(tmp_path, "--resume", half, "--batch-size", "50")
 
 
-@pytest.mark.parametrize(("ranks", "layout"), [(1, ()), (4, ("--replicas", "3")), (4, ("--partition", "pairs"))])
+@pytest.mark.parametrize(
+    ("ranks", "layout"),
+    [
+        (4, ("--replicas", "3")),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, ()), (4, ("--partition", "pairs")))),
+    ],
+)
 def test_a_resumed_run_of_larger_images_ends_in_the_same_bits(train, tmp_path, ranks, layout):
     """Convolutions of larger images run in chunks; the number of chunks must not depend on earlier computations."""
     rng = np.random.default_rng(0)

@@ -429,7 +429,9 @@ def test_pairs_without_shared_weights_meet_where_they_have_a_class_in_common():
     assert sparsity.delta == 9 / 45 and sparsity.rho == 17 / 45
 
 
-@pytest.mark.parametrize("kind", ["raw", "accumulate", "server"])
+@pytest.mark.parametrize(
+    "kind", ["raw", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("accumulate", "server"))]
+)
 def test_elements_train_as_whole_minibatches_do(train, kind):
     options = (*PAIRS, "--lr", "0.3", "--epochs", "8", "--clip", "1")
     elements = train(3, "--method", "hogwild", "--updates", kind, *options)
@@ -469,9 +471,8 @@ def test_kernels_of_factors_and_networks_make_the_same_steps(train):
 def test_factors_in_components_are_those_of_one_rank_and_learn_the_matrix(train, tmp_path):
     options = (*RATINGS, "--batch-size", "50", "--epochs", "30")
     one_rank = train(1, "--method", "hogwild", *options)
-    for ranks in (2, 4):
-        components = train(ranks, "--method", "hogwild", "--updates", "cyclades", *options)
-        assert np.array_equal(weights_of(components), weights_of(one_rank))
+    components = train(4, "--method", "hogwild", "--updates", "cyclades", *options)
+    assert np.array_equal(weights_of(components), weights_of(one_rank))
     raw = train(4, "--method", "hogwild", *options)
     assert "(--updates raw)" in " ".join(raw.stdout.split())
     # The values have variance 1.

@@ -213,7 +213,8 @@ def curvature(problem):
     return float(np.linalg.eigvalsh(2 / SAMPLES * problem.x.T @ problem.x)[-1])
 
 
-@pytest.mark.parametrize("blocks", [pytest.param(1, marks=pytest.mark.slow), 3, 6])
+@pytest.mark.slow
+@pytest.mark.parametrize("blocks", [1, 3, 6])
 def test_next_that_linearises_the_network_alone_finds_the_regularized_solution(folder, blocks):
     """For a linear network the convex model of `Inner` is the agent's loss itself."""
     tau = str(curvature(Problem(folder)))
@@ -233,8 +234,13 @@ def test_iterations_that_linearise_the_network_alone_are_their_formula(folder):
     np.testing.assert_allclose(problem.train(3, 20), expected, rtol=0, atol=1e-11)
 
 
-@pytest.mark.parametrize("rule", ["full", "partial"])
-@pytest.mark.parametrize("kind", ["l1", "box", "ball"])
+@pytest.mark.parametrize(
+    ("kind", "rule"),
+    [
+        ("l1", "full"), ("box", "full"), ("ball", "full"), ("box", "partial"),
+        *(pytest.param(kind, "partial", marks=pytest.mark.slow) for kind in ("l1", "ball")),
+    ],
+)  # fmt: skip
 def test_next_finds_the_solution_in_a_set(folder, rule, kind):
     """Check the optimality conditions of the loss of all samples: those of the subgradient, or of the normal cone."""
     problem = Problem(folder)
@@ -495,7 +501,7 @@ def private(folder, *options, batch=60, epochs=1):
             folder / "linear.toml", *options)  # fmt: skip
 
 
-@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("sparse", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_agents_with_private_data_find_the_solution_of_all_of_it(tmp_path, files, sparse):
     for rank in range(3 * sparse):
         with np.load(tmp_path / f"own-{rank}.npz") as saved:

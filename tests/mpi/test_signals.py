@@ -44,7 +44,7 @@ def undisturbed(tmp_path_factory):
         (1, signal.SIGTERM),
         pytest.param(1, signal.SIGINT, marks=pytest.mark.slow),
         (1, signal.SIGHUP),
-        (3, signal.SIGUSR1),
+        pytest.param(3, signal.SIGUSR1, marks=pytest.mark.slow),
         pytest.param(3, signal.SIGTERM, marks=pytest.mark.slow),
         (3, signal.SIGINT),
     ],

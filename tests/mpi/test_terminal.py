@@ -52,15 +52,15 @@ def test_a_file_gets_lines_and_no_escape_codes(tmp_path, ranks):
 def test_lines_say_where_the_run_is_when_it_is_time(tmp_path, monkeypatch):
     """A line comes after each step here, with sums over ranks of an earlier step."""
     monkeypatch.setattr(report, "LINE", 0.0)
-    words = ["--out", "run", "--epochs", "60", "--batch-size", "100", "--lr", "0.01"]
+    words = ["--out", "run", "--epochs", "20", "--batch-size", "100", "--lr", "0.01"]
     result = run_program(3, "psmpi.train", words, cwd=tmp_path)
     assert result.status == 0, result.stderr
     progress_lines = [line for line in result.stdout.splitlines() if "samples/s" in line]
-    assert len(progress_lines) == 60 * 15
-    shape = r"epoch (\d+)/60  step (\d+)(  loss [\d.]+)?  \d+ samples/s  [\d.:]+( s| min| h) left(  comm \d+ %)?"
+    assert len(progress_lines) == 20 * 15
+    shape = r"epoch (\d+)/20  step (\d+)(  loss [\d.]+)?  \d+ samples/s  [\d.:]+( s| min| h) left(  comm \d+ %)?"
     matches = [re.fullmatch(shape, line) for line in progress_lines]
-    assert all(matches) and [int(match[2]) for match in matches] == list(range(1, 901))
-    assert [int(match[1]) for match in matches] == [k // 15 + 1 for k in range(900)]
+    assert all(matches) and [int(match[2]) for match in matches] == list(range(1, 301))
+    assert [int(match[1]) for match in matches] == [k // 15 + 1 for k in range(300)]
     assert matches[-1][3] and matches[-1][5] and "  0.0 s left" in progress_lines[-1]
     # Mean losses of an epoch so far are near those of whole epochs.
     rows = [json.loads(line)["train_loss"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
@@ -91,7 +91,7 @@ def test_quiet_and_its_opposite_are_refused(tmp_path, options):
     assert result.status == 1 and "cannot both be: leave out one of them" in result.stderr
 
 
-@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_ctrl_c_on_a_terminal_saves_and_says_how_to_go_on(tmp_path, ranks):
     """The bar shows although rank 0 writes to a pipe under mpirun, and the printed command resumes the run."""
     words = under_mpirun(ranks, [*TRAIN, *LONG])

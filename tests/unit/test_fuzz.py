@@ -23,9 +23,9 @@ def run(*words: str, timeout: float = 280) -> tuple[int, dict[str, Any], str]:
     return process.returncode, json.loads(process.stdout), process.stderr
 
 
-def test_two_minutes_of_hostile_files_ends_in_errors_of_psmpi() -> None:
+def test_a_minute_of_hostile_files_ends_in_errors_of_psmpi() -> None:
     """No file leads to a traceback or a crash, takes more than 10 s, or 1 GB more than its size."""
-    status, tallies, stderr = run("--seconds", "100", "--count", "100000", "--jobs", "1", "--seed", "24")
+    status, tallies, stderr = run("--seconds", "50", "--count", "100000", "--jobs", "1", "--seed", "24")
     assert status == 0, stderr
     assert set(tallies) == set(KINDS) and all(tally["counts"] for tally in tallies.values())
 

@@ -99,7 +99,7 @@ def test_nobody_left_to_complain_to_is_no_error(monkeypatch):
 TRAIN = [sys.executable, "-m", "psmpi.train", "--epochs", "2", "--batch-size", "500", "--threads", "1", "--out", "run"]
 
 
-@pytest.mark.parametrize("sink", [unread, full, None])
+@pytest.mark.parametrize("sink", [full, *(pytest.param(sink, marks=pytest.mark.slow) for sink in (unread, None))])
 def test_training_outlives_its_standard_output(sink, tmp_path):
     """Standard output is a pipe without a reader, a full disk, or closed together with standard error."""
     command = TRAIN if sink else ["sh", "-c", '"$@" >&- 2>&- <&-', "sh", *TRAIN]

@@ -42,8 +42,17 @@ def refusal(shape, ranks, model, method, replicas=0):
 
 
 @pytest.mark.parametrize("ranks", [1, 3])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("model", [model for model in MODELS if model != "custom"])
+@pytest.mark.parametrize(
+    ("model", "shape"),
+    [
+        # A sparse network of 150,528 inputs takes seconds to make.
+        pytest.param(model, shape, marks=[pytest.mark.slow] * ((model, shape) == ("radix", (3, 224, 224))))
+        for model in MODELS
+        if model != "custom"
+        for shape in SHAPES
+    ],
+    ids=str,
+)
 def test_what_is_named_instead_of_a_refused_network_is_taken(model, shape, ranks):
     for method in METHODS:
         message = refusal(shape, ranks, model, method)

@@ -28,7 +28,11 @@ def threads():
         yield
 
 
-@pytest.mark.parametrize("estimator", [PsmpiClassifier(), PsmpiRegressor()], ids=["classifier", "regressor"])
+@pytest.mark.parametrize(
+    "estimator",
+    [PsmpiClassifier(), pytest.param(PsmpiRegressor(), marks=pytest.mark.slow)],
+    ids=["classifier", "regressor"],
+)
 def test_it_passes_the_checks_of_scikit_learn(estimator):
     results = check_estimator(estimator, on_skip=None, on_fail=None)
     # scikit-learn skips checks that need other packages, or that SciPy turns off by default.

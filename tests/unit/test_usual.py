@@ -94,7 +94,8 @@ def test_a_resumed_run_goes_on_with_its_own_numbers(train, tmp_path):
     "options",
     [(), *(pytest.param(options, marks=pytest.mark.slow) for options in (
         ("--partition", "pairs"), ("--optimizer", "momentum"), ("--optimizer", "sgd", "--loss", "nll"))),
-     ("--model", "mlp", "--widths", "64"), ("--model", "mlp", "--widths", "64", "--loss", "nll", "--optimizer", "sgd")],
+     pytest.param(("--model", "mlp", "--widths", "64"), marks=pytest.mark.slow),
+     ("--model", "mlp", "--widths", "64", "--loss", "nll", "--optimizer", "sgd")],
 )  # fmt: skip
 def test_the_plainest_command_learns_the_digits(tmp_path, options):
     status, out, err = run(1, *TRAIN, "--out", tmp_path / "run", *options)
