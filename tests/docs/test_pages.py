@@ -47,7 +47,7 @@ OTHER_PROGRAMS = {
     "--gpus-per-task", "--gres", "--signal", "--mpi", "--bind-to", "--oversubscribe", "--allow-run-as-root", "--logdir",
     "--mca", "--map-by", "--use-hwthread-cpus", "--no-deps", "--strict", "--hostfile", "--host",
     "--cpu-bind", "--cpus", "--force", "--inplace", "--preserve-status", "--no-binary",
-    "--wait", "--shm-size", "--kill-on-bad-exit", "--job-name",
+    "--wait", "--shm-size", "--kill-on-bad-exit", "--job-name", "--only-binary", "--force-reinstall",
 }  # fmt: skip
 
 
