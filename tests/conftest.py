@@ -5,9 +5,14 @@ import sys
 import pytest
 from helpers.paths import FAKE
 from helpers.runs import launch, once, trainer
+from hypothesis import settings
 from threadpoolctl import threadpool_limits
 
 from psmpi.backend.gpu import runtime
+
+# Other programs may take the cores.
+settings.register_profile("psmpi", deadline=None)
+settings.load_profile("psmpi")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -75,7 +75,11 @@ def write_file(
         numbers += sum(prod(shape) * of.itemsize for _, shape, of, _ in tables)
         _need(target.parent, numbers + sum(map(len, texts.values())))
     try:
-        with h5py.File(partial, "x", userblock_size=HEADER, locking="best-effort") as file:
+        with (
+            h5py.File(partial, "x", userblock_size=HEADER, locking="best-effort") as file,
+            # Its thread starts with the first tensor of several chunks.
+            ThreadPoolExecutor(1) as beside,
+        ):
             file.attrs["format"] = FORMAT
             # Data sets, since HDF5 attributes have at most 64 kB.
             for name, text in texts.items():
@@ -85,7 +89,7 @@ def write_file(
             for vector, dtype in reversed(vectors.items()):
                 for tensor in tensors[vector]:
                     path = f"{contents.group(vector)}/{tensor.name}"
-                    _write_tensor(file, path, vector, tensor, dtype, read, gzip)
+                    _write_tensor(file, path, vector, tensor, dtype, read, gzip, beside)
                 if done is not None:
                     done(vector)
         _finish(partial, target)
@@ -107,12 +111,19 @@ def _need(place: Path, nbytes: int) -> None:
 
 
 def _write_tensor(
-    file: h5py.File, path: str, vector: str, tensor: Tensor, dtype: np.dtype, read: Source, gzip: int
+    file: h5py.File,
+    path: str,
+    vector: str,
+    tensor: Tensor,
+    dtype: np.dtype,
+    read: Source,
+    gzip: int,
+    beside: ThreadPoolExecutor,
 ) -> None:
     chunks = chunk_of(tensor.shape)
     dataset = file.create_dataset(path, tensor.shape, dtype, chunks=chunks, **filters(gzip))
     if not gzip and dtype.itemsize % 4 == 0 and chunks[1:] == tensor.shape[1:]:
-        _write_chunks(dataset, vector, tensor, read)
+        _write_chunks(dataset, vector, tensor, read, beside)
         return
     # Slabs of whole chunks; HDF5 itself cuts a row longer than a chunk along the next axis.
     row = tensor.size // tensor.shape[0]
@@ -125,8 +136,8 @@ def _write_tensor(
         dataset[top:last] = slab.reshape(last - top, *tensor.shape[1:])
 
 
-def _write_chunks(dataset: h5py.Dataset, vector: str, tensor: Tensor, read: Source) -> None:
-    """Write chunks of whole rows; a second thread reads the next chunk and computes its checksum meanwhile."""
+def _write_chunks(dataset: h5py.Dataset, vector: str, tensor: Tensor, read: Source, beside: ThreadPoolExecutor) -> None:
+    """Write chunks of whole rows; the thread of `beside` reads the next chunk and computes its checksum meanwhile."""
     rows, row = dataset.chunks[0], tensor.size // tensor.shape[0]
     size = rows * row
 
@@ -138,15 +149,15 @@ def _write_chunks(dataset: h5py.Dataset, vector: str, tensor: Tensor, read: Sour
         room[-4:].view("<u4")[0] = fletcher32(room[:-4].view("<u4"))
         return room
 
-    rooms = [np.empty(size * dataset.dtype.itemsize + 4, np.uint8) for _ in range(2)]
+    tops = range(0, tensor.shape[0], rows)
+    rooms = [np.empty(size * dataset.dtype.itemsize + 4, np.uint8) for _ in tops[:2]]
     zeros = (0,) * (len(tensor.shape) - 1)
-    with ThreadPoolExecutor(1) as beside:
-        following = beside.submit(chunk, 0, rooms[0])
-        for number, top in enumerate(range(0, tensor.shape[0], rows), 1):
+    data = chunk(0, rooms[0])
+    for number, top in enumerate(tops, 1):
+        following = beside.submit(chunk, top + rows, rooms[number % 2]) if number < len(tops) else None
+        dataset.id.write_direct_chunk((top, *zeros), data)
+        if following is not None:
             data = following.result()
-            if top + rows < tensor.shape[0]:
-                following = beside.submit(chunk, top + rows, rooms[number % 2])
-            dataset.id.write_direct_chunk((top, *zeros), data)
 
 
 def _write_table(

@@ -46,8 +46,8 @@ OTHER_PROGRAMS = {
     "--dry-run", "--requeue", "--array", "--ntasks", "--nodes", "--ntasks-per-node", "--mem", "--cpus-per-task",
     "--gpus-per-task", "--gres", "--signal", "--mpi", "--bind-to", "--oversubscribe", "--allow-run-as-root", "--logdir",
     "--mca", "--map-by", "--use-hwthread-cpus", "--no-deps", "--strict", "--hostfile", "--host",
-    "--cpu-bind", "--cpus", "--force", "--inplace", "--preserve-status", "--no-binary", "--only-binary", "--force-reinstall",
-    "--wait", "--shm-size", "--kill-on-bad-exit", "--job-name",
+    "--cpu-bind", "--cpus", "--force", "--inplace", "--preserve-status", "--no-binary",
+    "--wait", "--shm-size", "--kill-on-bad-exit", "--job-name", "--only-binary", "--force-reinstall",
 }  # fmt: skip
 
 

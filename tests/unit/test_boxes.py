@@ -190,7 +190,7 @@ def planned(roles):
     return moves
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     st.sampled_from(NETWORKS), st.integers(1, 13), st.integers(1, 4), st.booleans(), st.integers(0, 4),
     st.sampled_from(["scores", "pairs"]), st.sampled_from(["master", "owner"]),

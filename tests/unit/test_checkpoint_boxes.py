@@ -78,7 +78,7 @@ def small(patch, chunk=8):
         patch.setattr(f"psmpi.checkpoint.{name}", chunk)
 
 
-@settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
 def test_any_boxes_are_written_and_any_others_read(data):
     """Weights, an optimizer vector, integers of another layout and tables are read back bit for bit."""
@@ -120,7 +120,6 @@ def test_any_boxes_are_written_and_any_others_read(data):
         assert all(np.array_equal(loaded_tables[name], tables[name]) for name in tables)
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_ranks_that_write_together_write_every_element_once(data):
     layout = data.draw(layouts())

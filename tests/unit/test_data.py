@@ -18,7 +18,7 @@ import h5py
 import numpy as np
 import pytest
 from helpers.datasets import CIFAR_NAMES, make_cifar, real, write
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from psmpi.data import DATASETS, Batch, Minibatches, Resident, Split, open_dataset, open_split
@@ -1182,7 +1182,6 @@ def test_resident_fetch_makes_no_big_temporaries(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------- Minibatches
 
 
-@settings(deadline=None)
 @given(st.data(), st.integers(1, 200), st.integers(0, 2**40), st.booleans(), st.integers(0, 10**6))
 def test_minibatches_of_an_epoch_partition_the_samples(
     data: st.DataObject, n: int, seed: int, shuffle: bool, epoch: int

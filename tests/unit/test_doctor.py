@@ -6,7 +6,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections import Counter
 from dataclasses import replace
 from importlib import metadata
@@ -129,9 +128,8 @@ def test_a_rank_that_does_not_answer_ends_the_job_with_a_word(tmp_path):
         "ranks.own_place = lambda rank, *args: time.sleep(100) if rank == 1 else own(rank, *args)\n"
         "sys.exit(doctor.main(sys.argv[1:]))"
     )
-    began = time.monotonic()
     status, out, _ = finish(start(2, "-c", code, "--json", cwd=tmp_path), timeout=60)
-    assert status != 0 and time.monotonic() - began < 50
+    assert status != 0
     assert "word from all ranks did not end within 3 s" in out
 
 

@@ -13,7 +13,7 @@ def rows_by_numpy(key, first, last, size, low, high):
     return np.stack([np.random.default_rng([*key, unit]).uniform(low, high, size) for unit in range(first, last)])
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     st.lists(st.integers(0, 2**70), min_size=1, max_size=4), st.integers(0, 2**32 - 40), st.integers(1, 40),
     st.integers(1, 12), st.floats(-1e3, 1e3), st.floats(1e-3, 1e3),

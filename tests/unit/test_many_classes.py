@@ -85,7 +85,7 @@ def plain(block):
     return set(block.classes), block.start, block.stop, pieces
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(networks(), st.data())
 def test_layouts_are_those_that_units_one_by_one_have(network, data):
     layout, blocks = network.layout(), blocks_by_unit(network)
@@ -110,7 +110,7 @@ def test_layouts_of_every_kind_of_layer_are_those_of_its_units(name):
     assert [plain(block) for block in network.layout().blocks] == blocks_by_unit(network)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(networks(), st.data(), st.sampled_from(["xavier", "he", "pytorch"]))
 def test_initial_weights_of_any_runs_are_those_of_each_unit_s_own_generator(network, data, kind):
     layout = network.layout()
@@ -133,7 +133,7 @@ def test_initial_weights_of_many_classes_are_the_same_bits(classes):
         assert np.array_equal(out, restrict(expected, runs).astype(np.float32))
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(networks(), st.data())
 def test_subnetworks_compute_with_the_same_segments(network, data):
     """Matrix products have the same shapes as with blocks of single classes, and so the same bits."""
@@ -220,7 +220,7 @@ def test_writing_a_checkpoint_needs_no_memory_of_the_size_of_the_layer(tmp_path)
     assert np.array_equal(vector, w)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.data(), st.sampled_from([0, 64]), st.sampled_from([0, 8, 1 << 14]), st.sampled_from([16, 1 << 22]))
 def test_what_ranks_have_spooled_is_read_in_the_order_of_the_tensors(tmp_path_factory, data, few, gap, read):
     """Elements are read by runs or as arrays, with or without the gaps, at once or in small pieces."""
@@ -300,7 +300,7 @@ def test_checksums_of_chunks_are_those_of_hdf5(count, seed, value):
     assert fletcher32(words) == fletcher_by_words(words.tobytes())
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(st.sampled_from([1, 1, 2]), st.integers(0, 1), st.integers(3, 4)), max_size=12), st.data())
 def test_stripes_join_alike_one_by_one_and_together(units, data):
     """Neighbours of equal steps make the same segments, whichever neighbours are joined first."""

@@ -244,7 +244,7 @@ def play(roles, layout, w, grads):
     return parts, back
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(
     st.sampled_from(NETWORKS), st.integers(1, 40), st.integers(1, 4), st.booleans(), st.integers(0, 4),
     st.sampled_from(["scores", "pairs"]), st.sampled_from(["master", "owner"]), st.integers(0, 99),
