@@ -171,6 +171,8 @@ def _programs() -> Iterator[None]:
         mock.patch("psmpi.comm.world.start", _start),
         mock.patch("psmpi.comm.world.run", _run),
         mock.patch("psmpi.checkpoint.writer.Spool", spool),
+        # The process that examines files stays for the next program.
+        mock.patch("psmpi.files.examiner.close", lambda: None),
     ):
         try:
             yield
