@@ -147,7 +147,10 @@ def test_bytes_are_those_of_the_formula(grid, saved):
     def look(method):
         tiles = method.plan.tiles
         share = batch // i
-        sent = [totals(method.products[name].messages(share, not tiles[name].given), method.rank)[1] for name in tiles]
+        sent = [
+            totals(method.products[name].messages(share, not tile.reads_samples), method.rank)[1]
+            for name, tile in tiles.items()
+        ]
         return sent, NUMBER * received(method.plan, method.rank, batch, saved == "gathered")
 
     for sent, stated in on_ranks(ranks, options, look):
