@@ -32,7 +32,7 @@ PAGES = sorted(
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 # Beginnings of the names of pages whose commands are always run. The commands of other pages are slow tests, since the
 # rest of the suite trains by every method and option. The tutorial has a test of its own.
-ALWAYS = ("docs/configuration.md", "docs/data.md", "docs/own_")
+ALWAYS = ("docs/configuration.md", "docs/data.md", "docs/own_method.md", "docs/own_layer.md")
 RUN = [
     pytest.param(name, marks=[] if name.startswith(ALWAYS) else [pytest.mark.slow])
     for name in NAMES

@@ -46,7 +46,13 @@ GRIDS = {
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in ("owners", "split trunk", "pairs"))) for n in GRIDS]
+    "name",
+    [
+        pytest.param(
+            n, marks=[pytest.mark.slow] * (n in ("owners", "split trunk", "pairs", "replicas", "several masters"))
+        )
+        for n in GRIDS
+    ],
 )
 def test_weights_and_bytes_are_those_of_the_host(train, host, name):
     ranks, options = GRIDS[name]
@@ -64,7 +70,10 @@ def test_statistics_of_slices_are_not_summed_from_a_device():
     assert status == 1 and "use --trunk replicated, or --backend compiled" in " ".join(err.split())
 
 
-@pytest.mark.parametrize(("kind", "loss"), [("arcface", "nll"), ("cosface", "psl"), ("arcface", "hinge")])
+@pytest.mark.parametrize(
+    ("kind", "loss"),
+    [("arcface", "nll"), ("cosface", "psl"), pytest.param("arcface", "hinge", marks=pytest.mark.slow)],
+)
 def test_cosines_with_margins_on_devices_have_the_weights_of_the_host(train, kind, loss):
     options = (*EXACT, "--model", "head", "--widths", "20", "--scale", "8", "--loss", loss, "--margin", "0.4")
     options = (*options, "--margin-kind", kind)
@@ -81,7 +90,7 @@ def test_cosines_with_margins_on_devices_have_the_weights_of_the_host(train, kin
         ("--method", "data_parallel"),
         ("--method", "data_parallel", "--allreduce", "ring", "--bucket-megabytes", "0.01"),
         ("--method", "data_parallel", "--compression", "topk"),
-        ("--method", "data_parallel", "--nccl"),
+        pytest.param(("--method", "data_parallel", "--nccl"), marks=pytest.mark.slow),
         pytest.param(("--method", "data_parallel", "--optimizer", "lbfgs", "--lr", "1"), marks=pytest.mark.slow),
         ("--method", "local_sgd", "--local-steps", "6", "--outer-lr", "0.7", "--outer-momentum", "0.9"),
         ("--method", "ist", "--local-steps", "6", "--colocate", "--loss", "nll"),
@@ -161,7 +170,7 @@ ATTENTIVE = ("--dataset", "digits:rows", "--model", "transformer", "--widths", "
     ("ranks", "options"),
     [
         (4, (*ATTENTIVE, "--grid", "1,2,2")),
-        (4, (*ATTENTIVE, "--grid", "2d")),
+        pytest.param(4, (*ATTENTIVE, "--grid", "2d"), marks=pytest.mark.slow),
         (6, ("--model", "mlp", "--widths", "14", "13", "--grid", "3,1,2", "--saved", "gathered")),
         (3, ("--model", "mlp", "--widths", "14", "13", "--grid", "1d")),
     ],
@@ -179,6 +188,7 @@ MLP = ("--model", "mlp", "--widths", "24", "16")
 # Six epochs of three steps.
 SIL = ("--method", "sil", "--dtype", "float64", "--batch-size", "500", "--epochs", "6", "--loss", "nll", "--lr", "0.01")
 DEEP = ("--model", "mlp", "--widths", "24", "20", "16")
+SWEEP = ("sil alone", "sil stored, three parts", "sil stale")
 PARTS = {
     "dfa alone": (1, (*DFA, *MLP)),
     "dfa": (3, (*DFA, *MLP, "--optimizer", "adam", "--clip", "0.5")),
@@ -196,7 +206,7 @@ PARTS = {
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=[pytest.mark.slow] * (n in ("sil alone", "sil stored, three parts"))) for n in PARTS],
+    [pytest.param(n, marks=[pytest.mark.slow] * (n in SWEEP)) for n in PARTS],
 )
 def test_parts_of_layers_on_devices_have_the_weights_and_bytes_of_the_host(train, name):
     ranks, options = PARTS[name]
@@ -245,7 +255,7 @@ def test_parts_go_on_on_a_device_bit_for_bit(train, tmp_path, ranks, end, option
     assert distance(train(ranks, *options, "18").tensors(), result.tensors()) == 0
 
 
-OPTIMIZERS = [("lbfgs", "1"), ("lsr1-tr", "1"), ("rmsprop", "0.01")]
+OPTIMIZERS = [pytest.param("lbfgs", "1", marks=pytest.mark.slow), ("lsr1-tr", "1"), ("rmsprop", "0.01")]
 
 
 @pytest.mark.parametrize(("optimizer", "lr"), OPTIMIZERS)

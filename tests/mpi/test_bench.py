@@ -245,7 +245,7 @@ def test_a_way_that_cannot_be_is_left_out(monkeypatch):
     assert status == 1 and "there is no such folder" in err
 
 
-@pytest.mark.parametrize("backend", ["numpy", "auto"])
+@pytest.mark.parametrize("backend", [pytest.param("numpy", marks=pytest.mark.slow), "auto"])
 def test_kernels_are_measured_beside_a_copy(tmp_path, backend):
     options = ("--backend", backend, "--megabytes", "2", "--repeats", "3", "--json", tmp_path / "a.json")
     status, out, err = run(1, "-m", "psmpi.bench", "kernels", *options)
@@ -288,6 +288,7 @@ def test_methods_are_compared_on_this_machine(tmp_path):
     assert rows["psl"]["accuracy"] == pytest.approx(rows["data_parallel"]["accuracy"], abs=0.02)
 
 
+@pytest.mark.slow
 def test_links_between_hosts_are_as_slow_as_asked_for(tmp_path):
     try:
         with slow_hosts(2, 100.0) as names:
@@ -409,8 +410,8 @@ def test_memory_refuses_what_training_does(tmp_path):
     [
         (1, ()),
         (3, ("--placement", "owner")),
-        (3, ("--placement", "master", "--backend", "numpy")),
-        (4, ("--partition", "pairs")),
+        pytest.param(3, ("--placement", "master", "--backend", "numpy"), marks=pytest.mark.slow),
+        pytest.param(4, ("--partition", "pairs"), marks=pytest.mark.slow),
         pytest.param(4, ("--placement", "owner", "--replicas", "3", "--optimizer", "momentum"), marks=pytest.mark.slow),
     ],
 )
@@ -436,7 +437,7 @@ def test_memory_is_shown_as_a_table():
     assert status == 0 and "traced / needed" in out, err
 
 
-@pytest.mark.parametrize("ranks", [1, 4])
+@pytest.mark.parametrize("ranks", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_the_parts_of_a_quasi_newton_step_are_told(ranks):
     options = (
         "--partition",

@@ -547,7 +547,13 @@ def test_a_run_killed_at_any_moment_goes_on(tmp_path):
     assert status == 0 and f"step {steps[-1]}" in stdout, err
 
 
-@pytest.mark.parametrize(("ranks", "placement", "classes"), [(1, "master", 0), (3, "owner", 0), (1, "owner", 9000)])
+@pytest.mark.parametrize(
+    ("ranks", "placement", "classes"),
+    [
+        (3, "owner", 0),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, "master", 0), (1, "owner", 9000))),
+    ],
+)
 def test_the_measurement_of_the_pause_runs(ranks, placement, classes, tmp_path):
     options = ("--megabytes", "5", "--repeats", "2", "--placement", placement, "--folder", tmp_path, "--json")
     options += ("--classes", str(classes))

@@ -354,7 +354,7 @@ def test_training_learns(train, optimizer):
 @pytest.mark.parametrize(
     ("ranks", "options"),
     [
-        (1, ("--optimizer", "plse", "--extrapolation", "constant")),
+        pytest.param(1, ("--optimizer", "plse", "--extrapolation", "constant"), marks=pytest.mark.slow),
         (3, ("--optimizer", "plsr1", "--globalization", "trust-region", "--dtype", "float32")),
         (4, ("--optimizer", "plbfgs", "--merge-pairs", "--masters", "2", "--placement", "owner")),
         (
@@ -523,7 +523,10 @@ CUSTOM = [
 ]
 
 
-@pytest.mark.parametrize(("rule", "bound"), [("plbfgs", 5.0), ("plse", 5.0), ("plsr1", 8.0)])
+@pytest.mark.parametrize(
+    ("rule", "bound"),
+    [("plbfgs", 5.0), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("plse", 5.0), ("plsr1", 8.0)))],
+)
 def test_the_loss_of_a_fixed_minibatch_never_increases(rule, bound):
     """Forty iterations on the first 200 training images of MNIST."""
     mnist = open_dataset("mnist", real("mnist"))
