@@ -131,7 +131,7 @@ WRONG = [
     ({"epochs": 2.5}, "epochs = 2.5: expected int"),
     ({"method": "foo"}, "method foo is unknown"),
     ({"resume": "auto"}, "resume auto needs out"),
-    ({"kappa": 2.0, "loss": "nll"}, "kappa is of loss"),
+    ({"kappa": 2.0, "loss": "nll"}, "kappa is an option of loss psl, logistic and hinge"),
     ({"lr": 1e30, "optimizer": "sgd", "clip": 0.0}, "the training diverged"),
     ({"out": "/proc/psmpi"}, "name a folder that can be made"),
 ]
