@@ -1,5 +1,6 @@
 """Fixtures of all tests."""
 
+import signal
 import sys
 
 import pytest
@@ -9,6 +10,9 @@ from hypothesis import settings
 from threadpoolctl import threadpool_limits
 
 from psmpi.backend.gpu import runtime
+
+# Programs that a script starts in the background ignore Ctrl-C, and so would the programs of the tests.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Other programs may take the cores.
 settings.register_profile("psmpi", deadline=None)

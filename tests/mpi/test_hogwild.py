@@ -429,9 +429,8 @@ def test_pairs_without_shared_weights_meet_where_they_have_a_class_in_common():
     assert sparsity.delta == 9 / 45 and sparsity.rho == 17 / 45
 
 
-@pytest.mark.parametrize(
-    "kind", ["raw", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("accumulate", "server"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["raw", "accumulate", "server"])
 def test_elements_train_as_whole_minibatches_do(train, kind):
     options = (*PAIRS, "--lr", "0.3", "--epochs", "8", "--clip", "1")
     elements = train(3, "--method", "hogwild", "--updates", kind, *options)

@@ -42,7 +42,6 @@ RUNS = {
     "tensor": (4, ("--method", "tensor", *ATTENTIVE, "--grid", "2,2,1")),
     "psl of a master": (3, F64),
     "psl of owners, masters and replicas": (7, ("--replicas", "2", "--masters", "2", "--placement", "owner")),
-    "plse": (4, (*PAIRS, "--optimizer", "plse")),
     "plbfgs": (3, (*PAIRS, "--optimizer", "plbfgs", "--colocate")),
     "data_parallel by a ring": (3, (*DATA, "--allreduce", "ring", "--bucket-megabytes", "0.003")),
     "data_parallel, compressed": (4, (*DATA, "--compression", "topk")),
@@ -59,6 +58,7 @@ RUNS = {
     "hogwild of components": (3, ("--method", "hogwild", "--updates", "cyclades", *SPARSE)),
 }
 SWEEP = {
+    "plse": (4, (*PAIRS, "--optimizer", "plse")),
     "layer_parallel by lbfgs": (
         3,
         ("--method", "layer_parallel", *F64, "--depth", "24", "--optimizer", "lbfgs", "--lr", "1"),

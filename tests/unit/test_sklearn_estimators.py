@@ -28,19 +28,17 @@ def threads():
         yield
 
 
-@pytest.mark.parametrize(
-    "estimator",
-    [PsmpiClassifier(), pytest.param(PsmpiRegressor(), marks=pytest.mark.slow)],
-    ids=["classifier", "regressor"],
-)
-def test_it_passes_the_checks_of_scikit_learn(estimator):
-    results = check_estimator(estimator, on_skip=None, on_fail=None)
+@pytest.mark.parametrize("legacy", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("estimator", [PsmpiClassifier(), PsmpiRegressor()], ids=["classifier", "regressor"])
+def test_it_passes_the_checks_of_scikit_learn(estimator, legacy):
+    """The checks that scikit-learn calls legacy train more than a hundred times."""
+    results = check_estimator(estimator, legacy=legacy, on_skip=None, on_fail=None)
     # scikit-learn skips checks that need other packages, or that SciPy turns off by default.
     not_passed = [(result["check_name"], result["exception"]) for result in results if result["status"] != "passed"]
     left_out = {"check_array_api_input", *(f"check_{kind}_data_not_an_array" for kind in ("classifier", "regressor"))}
     assert {name for name, _ in not_passed} <= left_out, not_passed
     assert all(isinstance(error, SkipTest) for _, error in not_passed), not_passed
-    assert len(results) > 45
+    assert len(results) > (45 if legacy else 5)
 
 
 @pytest.mark.filterwarnings("ignore:Stochastic Optimizer")

@@ -222,7 +222,7 @@ def test_chunks_unpack_to_their_size_and_no_more(tmp_path: Path, good: Path) -> 
             file["x"], file["y"] = X, Y
             del file[key]
             bomb(
-                file.create_dataset(key, shape, "f4" if key == "x" else "i8", chunks=shape, compression="gzip"), 1 << 30
+                file.create_dataset(key, shape, "f4" if key == "x" else "i8", chunks=shape, compression="gzip"), 1 << 29
             )
         with pytest.raises(UserError, match=r"own.h5.*unpacks to more than its \d+ bytes"):
             open_dataset(str(path), None).train.read(np.arange(3))
@@ -232,7 +232,7 @@ def test_chunks_unpack_to_their_size_and_no_more(tmp_path: Path, good: Path) -> 
         dataset = file["weights"].create_dataset(
             "dense1.bias", shape, "f4", chunks=shape, compression="gzip", shuffle=True
         )
-        bomb(dataset, 1 << 30)
+        bomb(dataset, 1 << 29)
     seal(good)
     with pytest.raises(DamagedError, match="unpacks to more than"):
         checkpoint.validate(good)
