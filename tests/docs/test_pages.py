@@ -48,6 +48,7 @@ OTHER_PROGRAMS = {
     "--mca", "--map-by", "--use-hwthread-cpus", "--no-deps", "--strict", "--hostfile", "--host",
     "--cpu-bind", "--cpus", "--force", "--inplace", "--preserve-status", "--no-binary",
     "--wait", "--shm-size", "--kill-on-bad-exit", "--job-name", "--only-binary", "--force-reinstall",
+    "--sweeps",
 }  # fmt: skip
 
 
