@@ -169,7 +169,7 @@ ATTENTIVE = ("--dataset", "digits:rows", "--model", "transformer", "--widths", "
 @pytest.mark.parametrize(
     ("ranks", "options"),
     [
-        (4, (*ATTENTIVE, "--grid", "1,2,2")),
+        pytest.param(4, (*ATTENTIVE, "--grid", "1,2,2"), marks=pytest.mark.slow),
         pytest.param(4, (*ATTENTIVE, "--grid", "2d"), marks=pytest.mark.slow),
         (6, ("--model", "mlp", "--widths", "14", "13", "--grid", "3,1,2", "--saved", "gathered")),
         (3, ("--model", "mlp", "--widths", "14", "13", "--grid", "1d")),
@@ -244,7 +244,7 @@ def test_what_was_handed_over_is_made_anew_on_the_other_kind_of_memory(train, tm
     [
         (2, "7", (*DFA, *MLP)),
         pytest.param(3, "13", (*SIL, "--parts", "3", "--recovery-epochs", "1"), marks=pytest.mark.slow),
-        (2, "7", (*SIL, *DEEP, "--parts", "4", "--hand-over", "stale")),
+        pytest.param(2, "7", (*SIL, *DEEP, "--parts", "4", "--hand-over", "stale"), marks=pytest.mark.slow),
     ],
     ids=["dfa", "sil stored", "sil stale"],
 )
@@ -303,9 +303,7 @@ def pair_distance(first, second):
     return distance(*tensors)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in ("plsr1", "plbfgs"))) for n in RULES]
-)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n != "plse")) for n in RULES])
 def test_partitioned_quasi_newton_on_devices_has_the_weights_of_the_host(train, name):
     ranks, options = RULES[name]
     host_run, device_run = (

@@ -571,6 +571,7 @@ def test_links_are_timed_and_planned_with(tmp_path):
     assert status == 1 and "a link has two ends" in err
 
 
+@pytest.mark.slow
 def test_transfers_are_timed_beside_bare_calls(tmp_path):
     from psmpi.bench.moves import MOVES
 
@@ -612,6 +613,7 @@ def test_recurrent_layers_are_timed_beside_their_products(tmp_path):
     assert status == 1 and "--chunk-steps 6: expected 0 to 5" in err
 
 
+@pytest.mark.slow
 def test_a_transformer_is_timed_beside_its_products(tmp_path):
     options = ("--blocks", "2", "--steps", "5", "--width", "8", "--heads", "2", "--batch-size", "4", "--rounds", "2")
     status, out, err = launch(1, "-m", "psmpi.bench", "transformer", *options, "--json", tmp_path / "a.json")
@@ -622,6 +624,7 @@ def test_a_transformer_is_timed_beside_its_products(tmp_path):
     assert status == 1 and "--heads 4 does not divide the width, 10" in err
 
 
+@pytest.mark.slow
 def test_a_wavefront_is_timed_beside_its_schedule(tmp_path):
     """With chunks that sleep, R ranks take at least M + R - 1 chunks each way."""
     options = ("--ranks", "1", "3", "--layers", "3", "--units", "4", "--batch-size", "4", "--steps", "8")

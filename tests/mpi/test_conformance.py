@@ -19,6 +19,6 @@ def example(monkeypatch):
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-@pytest.mark.parametrize("name", [*BUILTIN, "example"])
+@pytest.mark.parametrize("name", [*BUILTIN, pytest.param("example", marks=pytest.mark.slow)])
 def test_method(name, check, tmp_path, monkeypatch):
     check(Case(example(monkeypatch) if name == "example" else name, tmp_path))

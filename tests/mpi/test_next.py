@@ -314,6 +314,7 @@ def test_without_tracking_agents_stay_apart(folder):
     assert spread["dgd"] > 100 * spread["tracking"] and spread["dgd"] > 1e-3
 
 
+@pytest.mark.slow
 def test_choco_that_sends_all_is_dgd_and_converges_near_it_with_a_third(folder):
     dgd = Problem(folder, *PLAIN, "--rule", "dgd", "--lr", "0.02")
     all_components = Problem(

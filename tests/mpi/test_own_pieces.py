@@ -36,7 +36,8 @@ def execute(*words, ranks=1, **options):
     return status, out + err
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n != "dsgd")) for n in OPTIONS])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OPTIONS)
 def test_a_program_with_a_piece_of_its_own_has_all_commands(name, tmp_path):
     program, run = EXAMPLES / f"{name}.py", tmp_path / "run"
     words = (program, "train", *OPTIONS[name], "--max-steps", "30", "--threads", "1", "--out", run)

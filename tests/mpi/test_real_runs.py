@@ -50,14 +50,14 @@ RUNS = {
     "bptt": (3, ("--method", "bptt", *COPY)),
     "dfa": (3, ("--method", "dfa", *MLP)),
     "dni": (3, ("--method", "dni", *MLP, "--layer-blocks", "3")),
-    "layer_parallel in rows": (4, ("--method", "layer_parallel", *WARM, "--layer-replicas", "2")),
-    "ist of masters that compute": (3, (*IST, "--colocate")),
     "sil": (3, (*SIL, "--parts", "3")),
     "next": (3, ("--method", "next", *MLP, "--graph", "erdos:0.5", "--link-probability", "0.7")),
     "spann": (4, ("--method", "spann", "--widths", "32", "32", "--epochs", "3")),
     "hogwild of components": (3, ("--method", "hogwild", "--updates", "cyclades", *SPARSE)),
 }
 SWEEP = {
+    "ist of masters that compute": (3, (*IST, "--colocate")),
+    "layer_parallel in rows": (4, ("--method", "layer_parallel", *WARM, "--layer-replicas", "2")),
     "plse": (4, (*PAIRS, "--optimizer", "plse")),
     "layer_parallel by lbfgs": (
         3,

@@ -41,7 +41,7 @@ def undisturbed(tmp_path_factory):
 @pytest.mark.parametrize(
     ("ranks", "number"),
     [
-        (1, signal.SIGTERM),
+        pytest.param(1, signal.SIGTERM, marks=pytest.mark.slow),
         pytest.param(1, signal.SIGINT, marks=pytest.mark.slow),
         (1, signal.SIGHUP),
         pytest.param(3, signal.SIGUSR1, marks=pytest.mark.slow),

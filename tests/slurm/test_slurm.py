@@ -180,6 +180,7 @@ def test_an_array_has_a_run_of_each_seed(cluster, place):
     assert len(list(place.glob("seeds-*_*.out"))) == 4
 
 
+@pytest.mark.slow
 def test_one_job_of_an_array_goes_on_and_disturbs_no_other(cluster, place, train):
     """The job is the last of the array, with the number of the array, and its ranks end at different times."""
     for name in ("slow", "late"):

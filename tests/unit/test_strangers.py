@@ -239,6 +239,7 @@ def test_chunks_unpack_to_their_size_and_no_more(tmp_path: Path, good: Path) -> 
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < GROWN
 
 
+@pytest.mark.slow
 def test_a_text_that_unpacks_to_two_gigabytes_is_not_unpacked(good: Path) -> None:
     size = 2_000_000_000
     with h5py.File(good, "r+") as file:
