@@ -245,12 +245,6 @@ def command_line(default: Config) -> Any:
     LOSSES.find(default.objective.loss)
     find_optimizer(default.optimization.optimizer)
     sections: dict[str, Any] = {name: _with_choices(section) for name, section in default.sections.items()}
-    # All names, also of methods that cannot be imported: `check` reports these.
-    choice = Literal[tuple(method_names())]  # type: ignore[valid-type]
-    kind = make_dataclass(
-        "Parallel", [("method", choice)], bases=(Parallel,), frozen=True, namespace={"__doc__": Parallel.__doc__}
-    )
-    sections["parallel"] = kind(**vars(default.parallel))
     # Layers have no option: they come from tables of a file.
     layers, sections["model"] = default.model.layers, replace(default.model, layers=())
     last = {name: sections.pop(name) for name in ("optimization", "run", "terminal")}
@@ -277,14 +271,23 @@ def _check_names(sections: Mapping[str, Any]) -> None:
                 )
 
 
+def _with_names(name: str, hint: Any) -> Any:
+    """The type of a setting; the choices of one that names a method, or an entry of a registry, are the present names.
+
+    name, hint: name and type of the setting.
+    """
+    registry = one_of(hint)
+    if registry is not None:
+        choice: Any = Literal[registry.names]
+        return Annotated[choice, registry]
+    # All names, also of methods that cannot be imported: `check` reports these.
+    return Literal[tuple(method_names())] if name == "method" else hint
+
+
 def _with_choices(section: Any) -> Any:
-    """A copy of a section whose settings that name a registry have the present names as choices."""
-    hints, chosen = hints_of(section), []
-    for one in fields(section):
-        registry = one_of(hints[one.name])
-        if registry is not None:
-            choice: Any = Literal[registry.names]
-            chosen.append((one.name, Annotated[choice, registry]))
+    """A copy of a section whose settings have the types of `_with_names`."""
+    typed = ((name, hint, _with_names(name, hint)) for name, hint in hints_of(section).items())
+    chosen = [(name, with_names) for name, hint, with_names in typed if with_names is not hint]
     if not chosen:
         return section
     kind = type(section)
@@ -311,12 +314,8 @@ def few_options(default: Config, names: Collection[str]) -> Any:
         for one in fields(section):
             if one.name not in names or one.name == "layers":
                 continue
-            hint, registry = hints[one.name], one_of(hints[one.name])
-            values = registry.names if registry is not None else method_names() if one.name == "method" else ()
-            if values:
-                hint = Literal[tuple(values)]
-            default_value = field(default=getattr(section, one.name), metadata={"help": one.name})
-            chosen.append((one.name, hint, default_value))
+            value = field(default=getattr(section, one.name), metadata={"help": one.name})
+            chosen.append((one.name, _with_names(one.name, hints[one.name]), value))
     return make_dataclass("Options", chosen, frozen=True)
 
 
