@@ -11,7 +11,7 @@ from helpers.processes import launch
 
 import psmpi
 from psmpi import command, train
-from psmpi.config import Config, command_line, defaults, from_command_line
+from psmpi.config import Config, command_line, defaults, few_options, from_command_line, from_few_options, given_names
 from psmpi.launcher import LAUNCHER_RANKS
 from psmpi.methods.local_sgd import Settings as LocalSettings
 
@@ -123,12 +123,15 @@ def test_a_parser_of_the_named_options_reads_what_the_parser_of_all_reads(words)
         LocalSettings, outer_lr=0.5
     )
     every = from_command_line(command.parsed(command_line(start), words, "train"))
-    assert command.training_options(start, words) == every
+    few = command.parsed(few_options(start, given_names(words, file=False)), words, "train", quiet=True)
+    assert from_few_options(few, start) == command.training_options(start, words) == every
     assert (every != start) == bool(words)
 
 
 @pytest.mark.parametrize(
-    "words", [["--epochs", "many"], ["--loss", "nil"], ["--epoch", "3"], ["--layers", "1"]], ids=str
+    "words",
+    [["--epochs", "many"], ["--loss", "nil"], ["--method", "psll"], ["--epoch", "3"], ["--layers", "1"]],
+    ids=str,
 )
 def test_a_wrong_option_has_the_message_of_the_parser_of_all(words, capsys):
     with pytest.raises(SystemExit):
