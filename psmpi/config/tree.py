@@ -306,7 +306,7 @@ def from_command_line(tree: Any) -> Config:
 def few_options(default: Config, names: Collection[str]) -> Any:
     """A dataclass of the settings in `names` alone, with defaults; see `from_few_options`. Other names are ignored.
 
-    tyro makes a parser in a time proportional to the number of settings: for a few, a tenth of that of `command_line`.
+    The time in which tyro makes a parser grows with the number of settings.
     """
     chosen: list[Any] = [("config", _FILE, "")]
     for section in (*default.sections.values(), *map(default.of, kinds_of_settings().values())):
